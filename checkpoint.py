@@ -1,0 +1,185 @@
+"""A run on disk: save, resume, load.
+
+out_dir/ckpt/step_00001000/ holds the tensors of model and optimizer as safetensors files, written by
+torch.distributed.checkpoint, and manifest.json with everything else. It appears under its name only when it is whole,
+is the same for one process and for many, and is read without unpickling anything.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+from model import ModelConfig, Transformer
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    out_dir: str | None = None  # folder of the run; none: out/ and the last preset's name
+    seed: int = 1337  # of initial weights, order of the data, and dropout
+    resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest checkpoint in out_dir; never: refuse to
+    init_from: str | None = None  # folder of a run whose weights to start from
+    save_interval: int | None = 1000  # steps between checkpoints, the last step is always saved; none: no checkpoints
+    keep_checkpoints: int = 3  # newest checkpoints kept, beside the best by validation loss
+    keep_every: int | None = None  # checkpoints of steps that this divides are kept for good
+
+    def __post_init__(self):
+        wrong = [f"{name} is {getattr(self, name)}; it must be at least 1" for name in ("save_interval", "keep_checkpoints", "keep_every")
+                 if getattr(self, name) is not None and getattr(self, name) < 1]
+        if wrong:
+            raise ValueError("\n".join(wrong))
+
+
+def checkpoints(out_dir):
+    """The whole checkpoints of a run, oldest first."""
+    return sorted(Path(out_dir).glob("ckpt/step_*"))
+
+
+def save_checkpoint(out_dir, step, model, optimizer, facts, world):
+    """Writes checkpoint `step`: beside its place, synced, then renamed. facts: what JSON can hold, for the manifest."""
+    final = Path(out_dir) / "ckpt" / f"step_{step:08d}"
+    partial = final.with_name(f".{final.name}.partial")
+    if final.exists():
+        return
+    if world.is_main:
+        for leftover in final.parent.glob(".step_*.partial"):  # of a process that was killed
+            shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+    world.barrier()
+    writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
+    dcp.save(_tensors(model, optimizer), storage_writer=writer, no_dist=world.size == 1)
+    if world.is_main:
+        files = {path.name: _sha256(path) for path in sorted(partial.glob("*.safetensors"))}
+        manifest = {"step": step, "model": asdict(model.cfg), **facts, "files": files}
+        with open(partial / "manifest.json", "w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_folder(partial)
+        os.replace(partial, final)
+        _sync_folder(final.parent)
+    world.barrier()
+
+
+def remove_old_checkpoints(out_dir, cfg):
+    """Removes all checkpoints but the newest keep_checkpoints, the best by validation loss and every keep_every-th."""
+    paths = checkpoints(out_dir)
+    losses = {path: read_manifest(path).get("val_loss") for path in paths}
+    best = min((p for p in paths if losses[p] is not None), key=losses.get, default=None)
+    for path in paths[: -cfg.keep_checkpoints]:
+        if path != best and not (cfg.keep_every and int(path.name[5:]) % cfg.keep_every == 0):
+            # Renamed first: a removal that is cut short must not leave half a checkpoint under a whole one's name.
+            doomed = path.with_name(f".{path.name}.partial")
+            os.replace(path, doomed)
+            shutil.rmtree(doomed)
+
+
+def read_manifest(path):
+    """The manifest of a checkpoint."""
+    try:
+        manifest = json.loads((Path(path) / "manifest.json").read_text(encoding="utf-8"))
+        return {"files": manifest["files"], "model": manifest["model"], "step": manifest["step"], **manifest}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} has no readable manifest.json ({type(error).__name__}: {error}); it is no checkpoint "
+                         f"of flatlm's, or damaged: remove it to go back to the one before") from error
+
+
+def load_checkpoint(path, model, optimizer=None, no_dist=True):
+    """Reads model and, if given, optimizer from a checkpoint in place, on any number of ranks; returns the manifest."""
+    manifest = read_manifest(path)
+    for name, digest in manifest["files"].items():
+        file = Path(path) / name
+        if not file.exists() or _sha256(file) != digest:
+            raise ValueError(f"{file} is missing or damaged: its checksum is not the manifest's; remove {path} to go back to the checkpoint before")
+    wanted, found = asdict(model.cfg), manifest["model"]
+    if wanted != found:
+        differing = ", ".join(f"{k} {found.get(k)} there, {wanted.get(k)} here" for k in sorted({*found, *wanted}) if found.get(k) != wanted.get(k))
+        raise ValueError(f"{path} is of another model: {differing}; give the same settings")
+    dcp.load(_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=no_dist)
+    return manifest
+
+
+def newest_checkpoint(run_dir):
+    """The newest checkpoint of a run folder, for those who need one: ValueError where there is none."""
+    paths = checkpoints(run_dir)
+    if not paths:
+        there = "does not exist" if not Path(run_dir).is_dir() else "holds no checkpoint of flatlm's (ckpt/step_*)"
+        raise ValueError(f"{run_dir} {there}; train.py makes one, in its out_dir")
+    return paths[-1]
+
+
+def load_model(run_dir, device):
+    """The model of a run's newest checkpoint, ready to evaluate, and the checkpoint's manifest."""
+    path = newest_checkpoint(run_dir)
+    manifest = read_manifest(path)
+    known = {field.name for field in fields(ModelConfig)}
+    if unknown := set(manifest["model"]) - known:
+        raise ValueError(f"{path} is of a model with settings that this code does not know: {', '.join(sorted(unknown))}")
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(**manifest["model"]))
+    model.to_empty(device=device)
+    model.tie_weights()
+    load_checkpoint(path, model)
+    return model.eval(), manifest
+
+
+def changed_settings(old, new, fixed):
+    """Lines `name: old -> new` of the settings that a resumed run changes; ValueError where one of `fixed` is among them."""
+    changes = {name: f"{name}: {old[name]} -> {new[name]}" for name in new if name in old and old[name] != new[name]}
+    refused = [line for name, line in changes.items() if name in fixed]
+    if refused:
+        raise ValueError(f"a run cannot go on with another model, data, objective, seed or optimizer; here {'; '.join(refused)}; "
+                         f"use the old values, or a new run with --out_dir=")
+    return list(changes.values())
+
+
+def keep_source(root, out_dir, step):
+    """Copies the .py files that run into out_dir/source/, anew where some changed; names those that did."""
+    files = {str(p.relative_to(root)): p for pattern in ("*.py", "config/*.py") for p in sorted(Path(root).glob(pattern))}
+    kept = sorted((Path(out_dir) / "source").glob("step_*"))
+    changed = [name for name, path in files.items() if kept and not _same(path, kept[-1] / name)]
+    if changed or not kept:
+        for name, path in files.items():
+            copy = Path(out_dir) / "source" / f"step_{step:08d}" / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+    return changed
+
+
+def keep_tokenizer(data_dir, out_dir):
+    """Copies meta.json and the tokenizer's file from the data to the run, so that the run can be sampled from alone."""
+    for name in ("meta.json", "tokenizer.json"):
+        if (Path(data_dir) / name).exists():
+            shutil.copyfile(Path(data_dir) / name, Path(out_dir) / name)
+
+
+def _same(path, other):
+    return other.exists() and path.read_bytes() == other.read_bytes()
+
+
+def _tensors(model, optimizer):
+    """{name: tensor} of all that a checkpoint holds; to load is to write into these very tensors."""
+    tensors = {f"model.{name}": param.detach() for name, param in model.named_parameters()}  # tied ones once
+    if optimizer is not None:
+        # This also makes the state of an optimizer that has not stepped yet.
+        state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+        tensors |= {f"optimizer.{name}": value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return tensors
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(path):
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)

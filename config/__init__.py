@@ -1,0 +1,268 @@
+"""How settings reach a script: class defaults < preset files, left to right < --key=value.
+
+Each file of the project declares its settings in a frozen dataclass whose name ends in `Config`; the comment that ends
+a field's line is its help text. A script composes the classes it needs and reads them as cfg.model.n_layer:
+
+    @dataclass(frozen=True)
+    class Settings:
+        model: ModelConfig
+        run: RunConfig = only("out_dir", "seed")  # of RunConfig, just these are settings of this script
+        presets: tuple = ()  # filled with the preset files of the command
+
+A preset is a Python file of plain assignments, run in a namespace of its own. Wrong values in combination are found by
+the classes themselves: __post_init__ raises a ValueError, a line for each mistake.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import linecache
+import math
+import os
+import re
+import runpy
+import sys
+import time
+import traceback
+import types
+import typing
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What nanoGPT's users will type, and what it is called here.
+NANOGPT_NAMES = {
+    "max_iters": "max_steps", "lr_decay_iters": "lr_decay_steps", "warmup_iters": "warmup_steps",
+    "batch_size": "micro_batch_size", "gradient_accumulation_steps": "batch_tokens", "eval_iters": "eval_tokens",
+    "dataset": "data_dir", "dtype": "precision", "wandb_log": "wandb", "decay_lr": "schedule", "start": "prompt",
+    "always_save_checkpoint": "save_interval", "backend": "device",
+}  # fmt: skip
+
+
+def only(*names):
+    """A section of a script's settings that takes just these settings of its class."""
+    return dataclasses.field(metadata={"only": names})
+
+
+def load(settings_type, argv):
+    """Settings from the arguments of a command: preset files and --key=value.
+
+    Raises ValueError that lists every mistake of the command, a line each.
+    """
+    owners = settings_of(settings_type)
+    presets = [arg for arg in argv if not arg.startswith("--")]
+    values, failed, errors = {}, set(), []
+    for path in presets:
+        for name, value in _run_preset(path, errors).items():
+            if name in owners:
+                _take(values, name, value, owners, f"{path}: {name}", failed, errors)
+            elif name not in (everywhere := _settings_everywhere()):
+                errors.append(f"{path}: {name} is not a setting{_did_you_mean(name, everywhere)}")
+    for arg in argv:
+        if not arg.startswith("--"):
+            continue
+        name, equals, text = arg[2:].partition("=")
+        if name in owners and equals:
+            _take(values, name, _from_text(text, owners[name][1].type), owners, f"--{name}", failed, errors)
+        elif name in owners:
+            errors.append(f"--{name} has no value; settings are written --{name}=value")
+        elif name in (everywhere := _settings_everywhere()) and name not in NANOGPT_NAMES:
+            errors.append(f"--{name} is a setting of {everywhere[name]}, not of this script{_did_you_mean(name, owners)}")
+        else:
+            errors.append(f"--{name} is not a setting{_did_you_mean(name, owners)}")
+
+    sections = {}
+    for section in _sections(settings_type):
+        own = {name: value for name, value in values.items() if owners[name][0] == section.name}
+        if section.name in failed:
+            continue
+        try:
+            sections[section.name] = section.type(**own)
+        except ValueError as error:
+            errors.append(str(error))
+    if not errors:
+        return settings_type(**sections, presets=tuple(presets))
+    raise ValueError("\n".join(errors))
+
+
+def settings_of(settings_type):
+    """{name: (section, field)} of every setting that a script takes, in order."""
+    found = {}
+    for section in _sections(settings_type):
+        for field in dataclasses.fields(section.type):
+            if field.name in section.metadata.get("only", (field.name,)):
+                assert field.name not in found, f"{field.name} is declared twice: in {found[field.name][0]} and {section.name}"
+                found[field.name] = (section.name, field)
+    return found
+
+
+def as_dict(cfg):
+    """The settings of a script as one flat {name: value}."""
+    return {name: getattr(getattr(cfg, section), name) for name, (section, _) in settings_of(type(cfg)).items()}
+
+
+def as_preset(cfg):
+    """The settings of a script as the text of a preset file that reproduces them."""
+    comments = _comments(type(cfg))
+    return "".join(f"{name} = {value!r}  # {comments[name]}\n" for name, value in as_dict(cfg).items())
+
+
+def help_text(cfg, doc):
+    """Every setting of a script with its value and its comment, below the script's docstring."""
+    lines = [doc.strip(), "", "Settings, written --name=value or, in a preset file, name = value:"]
+    comments, last = _comments(type(cfg)), None
+    for name, (section, _) in settings_of(type(cfg)).items():
+        if section != last:
+            lines.append(f"\n  {section}")
+            last = section
+        lines.append(f"    {f'--{name}={_text(as_dict(cfg)[name])}':<36} {comments[name]}")
+    return "\n".join(lines)
+
+
+def run_script(main, settings_type, doc):
+    """Runs main(cfg) with the settings of the command line; ends the process with code 2 and one line on wrong input.
+
+    Wrong input is a ValueError that a `raise` of the project's own files made; any other error keeps its traceback.
+    """
+    try:
+        asks_for_help = not {"-h", "--help"}.isdisjoint(sys.argv[1:])
+        cfg = load(settings_type, [arg for arg in sys.argv[1:] if arg not in ("-h", "--help")])
+        if asks_for_help:
+            print(help_text(cfg, doc))
+        else:
+            main(cfg)
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        _exit_with(str(error))
+    except BrokenPipeError:  # the reader of our output has gone (`| head`): nobody is left to tell
+        os._exit(1)
+
+
+def _exit_with(message):
+    # Under torchrun every rank meets the same wrong input: rank 0 speaks and torchrun ends the others while they wait.
+    # A rank that is still there after the wait has an error of its own.
+    rank = int(os.environ.get("RANK", 0))
+    if rank > 0:
+        time.sleep(5)
+    for line in message.splitlines():
+        print(f"error: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2)  # not sys.exit: a process group left open by the error can hang or crash the interpreter's shutdown
+
+
+def _is_ours(error):
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    path = Path(frame.filename).resolve()
+    in_project = path.parent in (ROOT, ROOT / "config")
+    return in_project and "raise" in linecache.getline(frame.filename, frame.lineno)
+
+
+# ---- presets
+
+def _run_preset(path, errors):
+    file = next((p for p in (Path(path), ROOT / path) if p.is_file()), None)
+    if file is None:
+        known = [f"config/{p.name}" for p in sorted((ROOT / "config").glob("[!_]*.py"))]
+        what = "no such preset file" if path.endswith(".py") else "neither a preset file (.py) nor --name=value"
+        errors.append(f"{path}: {what}{_did_you_mean(path, known)}")
+        return {}
+    try:
+        names = runpy.run_path(str(file))
+    except Exception as error:  # whatever a person's own file raises
+        line = getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno
+        errors.append(f"{path}, line {line}: {type(error).__name__}: {getattr(error, 'msg', error)}")
+        return {}
+    scratch = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+    return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, scratch)}
+
+
+# ---- one value
+
+def _take(values, name, value, owners, where, failed, errors):
+    section, field = owners[name]
+    try:
+        values[name] = _checked(value, field.type)
+    except TypeError:
+        failed.add(section)
+        choices = [choice for kind in _kinds(field.type) for choice in typing.get_args(kind)]
+        hint = _did_you_mean(value, choices) if isinstance(value, str) else ""
+        errors.append(f"{where} must be {_described(field.type)}, not {value!r}{hint}")
+
+
+def _kinds(type_):
+    """The alternatives of a setting's type, the plainest last, so that text is read as str only where nothing else fits."""
+    kinds = typing.get_args(type_) if typing.get_origin(type_) in (types.UnionType, typing.Union) else (type_,)
+    return sorted(kinds, key=lambda kind: (kind is str, kind is float))
+
+
+def _from_text(text, type_):
+    """The value that a command line's text stands for, or the text itself where it fits no kind of the type."""
+    for kind in _kinds(type_):
+        if kind is types.NoneType and text.lower() in ("none", "auto"):
+            return None
+        if kind is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if kind in (int, float):
+            try:
+                return int(text) if kind is int and re.fullmatch(r"[-+]?[\d_]+", text) else float(text)
+            except ValueError:
+                pass
+    return text
+
+
+def _checked(value, type_):
+    """The value as its setting's type; TypeError where it is of another one."""
+    for kind in _kinds(type_):
+        if typing.get_origin(kind) is typing.Literal:
+            if value in typing.get_args(kind) and not isinstance(value, bool):
+                return value
+        elif kind in (types.NoneType, bool, str):
+            if isinstance(value, kind):
+                return value
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            if kind is float or value == int(value):
+                return kind(value)
+    raise TypeError
+
+
+def _described(type_):
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "none"}
+    return " or ".join("one of " + ", ".join(typing.get_args(k)) if typing.get_origin(k) is typing.Literal else names[k]
+                       for k in sorted(_kinds(type_), key=lambda k: k is types.NoneType))
+
+
+def _text(value):
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _did_you_mean(name, names):
+    known = NANOGPT_NAMES.get(name)
+    close = [known] if known in names else difflib.get_close_matches(name, list(names), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+# ---- the classes
+
+def _sections(settings_type):
+    return [f for f in dataclasses.fields(settings_type) if dataclasses.is_dataclass(f.type)]
+
+
+def _comments(settings_type):
+    """{name: the comment that ends its line in the class}"""
+    found = {}
+    for section in _sections(settings_type):
+        found.update(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(section.type), re.MULTILINE))
+    return found
+
+
+def _settings_everywhere():
+    """{name: file} of the settings that any script of the project declares, read without importing them."""
+    found = {}
+    for path in sorted(ROOT.glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
+                found.update({line.target.id: path.name for line in node.body if isinstance(line, ast.AnnAssign)})
+    return found

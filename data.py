@@ -1,0 +1,313 @@
+"""Token shards to batches.
+
+A data folder holds {train,val}_000000.bin, ... and meta.json. A shard is a 24-byte header and its tokens, uint16 or
+uint32, which are memory-mapped. nanoGPT's raw train.bin and llm.c's and modded-nanogpt's files are read as they are.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import queue
+import struct
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HEADER = struct.Struct("<8sIIQ")  # magic, version, bytes a token, tokens
+MAGIC, VERSION = b"flatlm\0\0", 1
+LLMC = {20240520: np.uint16, 20240801: np.uint32}  # magic of llm.c's GPT-2 and Llama 3 files, 256 int32 of header
+IGNORE = -100  # the target that torch's losses leave out
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    data_dir: str | None = None  # folder of token shards, made by prepare.py
+    seq_len: int | None = None  # tokens of a training sequence; none: block_size
+    batch_tokens: int = 524288  # tokens of an optimizer step, over all ranks and micro-steps
+    micro_batch_size: int = 16  # sequences of one forward and backward on one rank; accumulation follows from it
+    eval_tokens: int = 10_485_760  # tokens of the validation split to evaluate on, or all where it has fewer
+
+    def __post_init__(self):
+        wrong = [f"{name} is {getattr(self, name)}; it must be at least 1"
+                 for name in ("seq_len", "batch_tokens", "micro_batch_size", "eval_tokens")
+                 if getattr(self, name) is not None and getattr(self, name) < 1]
+        if wrong:
+            raise ValueError("\n".join(wrong))
+
+
+def accumulation_steps(cfg, seq_len, ranks):
+    """Micro-steps of an optimizer step: batch_tokens over what all ranks hold at once."""
+    at_once = cfg.micro_batch_size * seq_len * ranks
+    if cfg.batch_tokens % at_once:
+        sequences, rest = divmod(cfg.batch_tokens, seq_len * ranks)
+        fitting = [] if rest else [b for b in range(1, sequences + 1) if sequences % b == 0]
+        near = sorted(sorted(fitting, key=lambda b: abs(b - cfg.micro_batch_size))[:4])
+        remedy = (f"micro_batch_size {', '.join(map(str, near))} would fit" if near else
+                  f"batch_tokens {max(1, round(cfg.batch_tokens / at_once)) * at_once} would fit")
+        raise ValueError(f"batch_tokens {cfg.batch_tokens} is not a multiple of {at_once} = micro_batch_size "
+                         f"{cfg.micro_batch_size} x seq_len {seq_len} x {ranks} ranks; {remedy}")
+    return cfg.batch_tokens // at_once
+
+
+# ---- shards on disk
+
+class ShardWriter:
+    """Writes a split as shards of shard_tokens tokens, under names that no reader takes until finish()."""
+
+    def __init__(self, folder, split, dtype, shard_tokens):
+        self.folder, self.split, self.dtype, self.shard_tokens = Path(folder), split, np.dtype(dtype), shard_tokens
+        self.counts, self._file = [], None
+
+    def write(self, tokens):
+        """Appends an array of ids."""
+        while len(tokens):
+            if self._file is None or self.counts[-1] == self.shard_tokens:
+                self._open_next()
+            part, tokens = np.split(tokens, [self.shard_tokens - self.counts[-1]])
+            self._file.write(part.astype(self.dtype).tobytes())
+            self.counts[-1] += len(part)
+
+    def finish(self):
+        """Gives the shards their names; returns {name: tokens}."""
+        self._close()
+        names = [f"{self.split}_{i:06d}.bin" for i in range(len(self.counts))]
+        for name in names:
+            os.replace(self.folder / f"{name}.part", self.folder / name)
+        return dict(zip(names, self.counts))
+
+    def _open_next(self):
+        self._close()
+        self._file = open(self.folder / f"{self.split}_{len(self.counts):06d}.bin.part", "wb")
+        self._file.write(bytes(HEADER.size))
+        self.counts.append(0)
+
+    def _close(self):
+        if self._file is not None:
+            self._file.seek(0)
+            self._file.write(HEADER.pack(MAGIC, VERSION, self.dtype.itemsize, self.counts[-1]))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+
+def open_shard(path):
+    """The tokens of a shard file, memory-mapped; whose file it is shows in its first bytes."""
+    path = Path(path)
+    size, head = path.stat().st_size, _head(path)
+    if head.startswith(MAGIC):
+        _, version, token_bytes, count = HEADER.unpack(head[: HEADER.size].ljust(HEADER.size, b"\0"))
+        dtype, start = {2: np.uint16, 4: np.uint32}.get(token_bytes), HEADER.size
+        if version != VERSION or dtype is None:
+            raise ValueError(f"{path} has version {version} and {token_bytes} bytes a token; this code reads version {VERSION} with 2 or 4")
+    elif len(head) == 1024 and (magic := int.from_bytes(head[:4], "little")) in LLMC:
+        dtype, start, count = LLMC[magic], 1024, int.from_bytes(head[8:12], "little")
+    elif path.name in ("train.bin", "val.bin") and size % 2 == 0:  # nanoGPT's have no header
+        dtype, start, count = np.uint16, 0, size // 2
+    else:
+        raise ValueError(f"{path} is no token shard: neither flatlm's nor llm.c's header is at its start; make the data again with prepare.py")
+    if size != start + count * np.dtype(dtype).itemsize:
+        raise ValueError(f"{path} is damaged: its header promises {count} tokens, its {size} bytes hold "
+                         f"{(size - start) / np.dtype(dtype).itemsize:g}; make the data again with prepare.py")
+    return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(count,)) if count else np.empty(0, dtype)
+
+
+def _head(path):
+    with open(path, "rb") as file:
+        return file.read(1024)
+
+
+def read_meta(data_dir):
+    """What meta.json says of a data folder; {} where the files are foreign and there is none."""
+    path = Path(data_dir) / "meta.json"
+    if not path.exists():
+        return {}
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        return {"vocab_size": meta["vocab_size"], "splits": meta["splits"], **meta}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); make the data again with prepare.py") from error
+
+
+class Split:
+    """The shards of a split. bytes_per_token is None where nobody counted the text's bytes."""
+
+    def __init__(self, data_dir, split, vocab_size, make_command="python prepare.py --help"):
+        folder, meta = Path(data_dir), read_meta(data_dir)
+        self.name, self.vocab_size = split, vocab_size
+        self.paths = sorted(p for p in folder.glob(f"*{split}*.bin"))
+        if not self.paths and any(folder.glob("*.bin.part")):
+            raise ValueError(f"{folder} holds an unfinished prepare; start it again: {make_command}")
+        if not self.paths:
+            raise ValueError(f"{folder} holds no {split} tokens; make them: {make_command}")
+        if not meta and any(_head(p).startswith(MAGIC) for p in self.paths):
+            raise ValueError(f"{folder} holds shards but no meta.json, which comes last: an unfinished prepare; start it again: {make_command}")
+        if meta and meta["vocab_size"] > vocab_size:
+            raise ValueError(f"vocab_size is {vocab_size}, but {folder} was made with a vocabulary of {meta['vocab_size']}; "
+                             f"set vocab_size to that, or to none")
+        promised = meta["splits"][split]["shards"] if meta else {p.name: None for p in self.paths}
+        if {p.name for p in self.paths} != set(promised):
+            odd = sorted({p.name for p in self.paths} ^ set(promised))
+            raise ValueError(f"{folder} does not hold the {split} shards of its meta.json: {', '.join(odd)} is missing or extra; make the data again: {make_command}")
+        self.shards = [open_shard(p) for p in self.paths]
+        for path, shard in zip(self.paths, self.shards):
+            if promised[path.name] not in (None, len(shard)):
+                raise ValueError(f"{path} holds {len(shard)} tokens, meta.json says {promised[path.name]}; make the data again: {make_command}")
+        self.tokens = sum(map(len, self.shards))
+        text_bytes = meta["splits"][split].get("bytes") if meta else None
+        self.bytes_per_token = text_bytes / self.tokens if text_bytes else None
+
+    def fingerprint(self):
+        """A hash by which a resumed run knows its data again: names, sizes and ends of the shards."""
+        digest = hashlib.sha256()
+        for path, shard in zip(self.paths, self.shards):
+            digest.update(f"{path.name} {len(shard)} {shard.dtype} ".encode() + shard[:2048].tobytes() + shard[-2048:].tobytes())
+        return digest.hexdigest()[:16]
+
+    def copy(self, shard, start, row):
+        """Fills row with the tokens of a shard from start on."""
+        row[:] = self.shards[shard][start : start + len(row)]
+        if row.max() >= self.vocab_size:
+            raise ValueError(f"{self.paths[shard]} holds the token id {row.max()}, but vocab_size is {self.vocab_size}; "
+                             f"set vocab_size to the tokenizer's or make the data again")
+
+
+# ---- the order of training
+
+def permute(index, n, key):
+    """Where a permutation of range(n), drawn by key, sends each index; nothing of size n is ever held.
+
+    A Feistel network of 6 rounds on the smallest even number of bits that covers n, walked until it lands below n.
+    index: uint64 array; key: tuple of ints.
+    """
+    half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    rounds = np.random.SeedSequence(key).generate_state(6, np.uint64)
+    out, todo = index.astype(np.uint64), np.ones(len(index), dtype=bool)
+    while todo.any():
+        left, right = out[todo] >> half, out[todo] & mask
+        for round_key in rounds:
+            mixed = (right ^ round_key) * np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: an odd, well-mixing factor
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ (mixed >> np.uint64(32)) & mask
+        out[todo] = left << half | right
+        todo[todo] = out[todo] >= n
+    return out
+
+
+class TrainOrder:
+    """Which tokens the sequence of a given number holds: a function of the seed and the data alone.
+
+    An epoch takes each window of seq_len tokens once, in permuted order; windows lie end to end within a shard, from an
+    offset that each epoch draws anew. So sequences_seen is all that a run must remember of its data.
+    """
+
+    def __init__(self, split, seq_len, seed):
+        self.split, self.seq_len, self.seed = split, seq_len, seed
+        # One window less than fits, so that every offset leaves equally many.
+        self.ends = np.cumsum([max(0, len(shard) // seq_len - 1) for shard in split.shards])
+        self.per_epoch = int(self.ends[-1])
+        if self.per_epoch == 0:
+            raise ValueError(f"the {split.name} split has no shard of 2 x seq_len {seq_len} tokens (its longest has "
+                             f"{max(map(len, split.shards))}); shorten seq_len or block_size, or add text")
+
+    def locate(self, numbers):
+        """(shard, start) of each sequence number, as arrays."""
+        numbers = np.asarray(numbers, dtype=np.uint64)
+        window, offset = np.empty(len(numbers), dtype=np.int64), np.empty(len(numbers), dtype=np.int64)
+        epochs = numbers // np.uint64(self.per_epoch)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            window[here] = permute(numbers[here] % np.uint64(self.per_epoch), self.per_epoch, (self.seed, int(epoch)))
+            offset[here] = np.random.SeedSequence((self.seed, int(epoch), 1)).generate_state(1)[0] % self.seq_len
+        shard = np.searchsorted(self.ends, window, side="right")
+        first = np.concatenate([[0], self.ends])[shard]
+        return shard, offset + (window - first) * self.seq_len
+
+
+class Loader:
+    """Batches of a run from sequence number `seen` on, read ahead by a thread.
+
+    Of each step's sequences, micro-step m of rank r takes the micro_batch_size from (m * ranks + r) * micro_batch_size on.
+    """
+
+    def __init__(self, order, seen, micro_steps, micro_batch_size, rank, ranks, device, ahead=3):
+        self._order, self._seen, self._micro_steps, self._micro_batch_size = order, seen, micro_steps, micro_batch_size
+        self._rank, self._ranks, self._device = rank, ranks, torch.device(device)
+        self._ready, self._stop = queue.Queue(maxsize=ahead), threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="loader")
+        self._thread.start()
+
+    def next(self):
+        """One step's micro-batches, pairs of ids and targets (B, T) on the device, and the seconds waited for them."""
+        start = time.perf_counter()
+        step = self._ready.get()
+        waited = time.perf_counter() - start
+        if isinstance(step, Exception):
+            raise step
+        batches = [batch.to(self._device, non_blocking=True) for batch in step]
+        return [(batch[:, :-1], batch[:, 1:]) for batch in batches], waited
+
+    def close(self):
+        """Ends the thread."""
+        self._stop.set()
+        while self._thread.is_alive():
+            try:
+                self._ready.get(timeout=0.05)
+            except queue.Empty:
+                pass
+
+    def _run(self):
+        try:
+            for step in self._steps():
+                self._ready.put(step)
+                if self._stop.is_set():
+                    return
+        except Exception as error:  # raised again where the step is asked for
+            self._ready.put(error)
+
+    def _steps(self):
+        B, T = self._micro_batch_size, self._order.seq_len
+        per_step = B * self._ranks * self._micro_steps
+        while True:
+            steps = max(1, 4096 // per_step)  # the permutation is cheap by the thousand, dear by the dozen
+            shard, start = self._order.locate(self._seen + np.arange(steps * per_step))
+            mine = (np.arange(steps * per_step) // B) % self._ranks == self._rank
+            where = zip(shard[mine].tolist(), start[mine].tolist())
+            for _ in range(steps):
+                step = []
+                for _ in range(self._micro_steps):
+                    batch = np.empty((B, T + 1), dtype=np.int64)
+                    for row in batch:
+                        self._order.split.copy(*next(where), row)
+                    batch = torch.from_numpy(batch)
+                    step.append(batch.pin_memory() if self._device.type == "cuda" else batch)
+                yield step
+            self._seen += steps * per_step
+
+
+# ---- the windows of evaluation
+
+def eval_batches(split, seq_len, eval_tokens, batch_size, rank, ranks):
+    """Pairs of ids and targets (B, T) that cover the split's first eval_tokens targets once over all ranks.
+
+    Windows lie end to end within a shard and their last one may be short; what fills it up, and the rows that give every
+    rank equally many batches, are targets of IGNORE.
+    """
+    if split.tokens < 2:
+        raise ValueError(f"the {split.name} split has {split.tokens} tokens; evaluation needs at least 2: raise --val_fraction of prepare.py")
+    windows = ((i, start) for i, shard in enumerate(split.shards) for start in range(0, len(shard) - 1, seq_len))
+    windows = list(itertools.islice(windows, max(1, eval_tokens // seq_len)))
+    for first in range(0, len(windows), batch_size * ranks):
+        batch = np.zeros((batch_size, seq_len + 1), dtype=np.int64)
+        targets = np.full((batch_size, seq_len), IGNORE, dtype=np.int64)
+        for row, (shard, start) in enumerate(windows[first + rank * batch_size : first + (rank + 1) * batch_size]):
+            length = min(seq_len + 1, len(split.shards[shard]) - start)
+            split.copy(shard, start, batch[row, :length])
+            targets[row, : length - 1] = batch[row, 1:length]
+        yield torch.from_numpy(batch[:, :-1]), torch.from_numpy(targets)

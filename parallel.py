@@ -1,0 +1,157 @@
+"""How the model runs, not what it computes: processes, precision, compile."""
+
+import contextlib
+import hashlib
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matmuls; auto: bf16 if the device computes in it, else fp16 on cuda, else fp32
+    compile: bool | None = None  # torch.compile of the blocks; none: on cuda only
+    deterministic: bool = False  # only algorithms that give the same bits each time; the CPU's do so anyway
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, each with a device; one process unless torchrun started more."""
+
+    rank: int
+    size: int
+    device: torch.device
+    precision: str
+
+    @property
+    def is_main(self):
+        """Whether this process prints, logs and writes for all."""
+        return self.rank == 0
+
+    def sum(self, tensor):
+        """The sum of a tensor over all ranks."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def worst(self, value):
+        """The largest of a number over all ranks."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(float(value), device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.item()
+
+    def barrier(self):
+        """Waits until all ranks are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def autocast(self):
+        """A context in which matmuls run in the run's precision."""
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+        return torch.autocast(self.device.type, dtypes[self.precision], enabled=self.precision != "fp32")
+
+
+@contextlib.contextmanager
+def init_world(cfg):
+    """The World of this process: joins the process group that torchrun's environment names, and leaves it at the end."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
+    precision = pick_precision(cfg.precision, device)
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    yield World(rank, size, device, precision)
+    if size > 1:  # not after an error: the other ranks may never come here
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def end_process():
+    """Ends a process that was part of a process group, without the interpreter's own shutdown.
+
+    gloo's event thread may still drop the last collective's tensor, for which it needs the interpreter's lock; DTensor's
+    caches keep that thread alive past destroy_process_group, and C++ then aborts with "terminate called without an
+    active exception". Can go when torch joins the thread.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        os._exit(0)
+
+
+def pick_device(name, local_rank=0):
+    """The device of a name; `auto` is the fastest kind there is."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.device_count() <= local_rank:
+        raise ValueError(f"device is cuda, but process {local_rank} of this machine finds {torch.cuda.device_count()} "
+                         f"CUDA devices; start fewer processes or use --device=cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device is mps, but this torch finds none; use --device=cpu")
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+def pick_precision(name, device):
+    """The precision of a name; `auto` is bf16 where the hardware computes in it, else fp16 on CUDA, else fp32."""
+    if device.type == "cuda":
+        fastest = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif device.type == "cpu":
+        fastest = "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+    else:
+        fastest = "fp32"
+    if name == "fp16" and device.type == "cpu":
+        raise ValueError("precision is fp16, which CPUs do not train in; use bf16 or fp32")
+    return fastest if name == "auto" else name
+
+
+def distribute(model, cfg, world, seed):
+    """Turns a model on the meta device into one that trains: weights, compiled blocks, gradients summed over ranks.
+
+    Everything happens in place and adds no wrapper, so that parameters keep their names.
+    """
+    model.to_empty(device=world.device)
+    model.tie_weights()
+    model.init_weights(seed)
+    if cfg.compile or (cfg.compile is None and world.device.type == "cuda"):
+        compile_blocks(model, world)
+    if world.size > 1:
+        from torch.distributed._composable.replicate import replicate  # DDP without a wrapper module
+
+        replicate(model, gradient_as_bucket_view=True)
+    return model
+
+
+def compile_blocks(model, world):
+    """Compiles each block by itself: quick to compile, and bitwise repeatable where the whole model is not."""
+    try:
+        torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(8, device=world.device))
+    except Exception as error:  # no compiler, no Triton, a Python too new: whatever torch says
+        if world.is_main:
+            reason = next(iter(str(error).strip().splitlines()), "")
+            warnings.warn(f"torch.compile does not work here, training goes on without it: {type(error).__name__}: {reason}", stacklevel=2)
+        return
+    for block in model.blocks:
+        block.compile()
+
+
+def sync_gradients(model, wanted):
+    """Whether the next backward sums gradients over ranks: wanted on the last micro-step of a step alone."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(wanted)
+
+
+def seed_step(seed, step, rank):
+    """Seeds dropout for a step: its masks are a function of (seed, step, rank), so a resumed run draws the same ones."""
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()[:8], signed=True))

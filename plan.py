@@ -1,0 +1,56 @@
+"""What a run costs: parameters, FLOPs, and the peaks they are held against."""
+
+import time
+
+import torch
+
+# Dense tensor-core peaks in TFLOP/s, bf16 (fp16 where there is no bf16), from the makers' data sheets; the first entry
+# whose words all stand in the device's name holds.
+PEAKS = {
+    "GB200": 2500, "B200": 2250, "H200": 989, "H100 PCIE": 756, "H100": 989, "A100": 312, "A10G": 70, "A10": 125,
+    "L40S": 362, "L4": 121, "V100": 125, "T4": 65, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71,
+    "MI300X": 1307, "MI250X": 191.5,  # of the MI250X, one of the two dies that torch shows as devices
+}  # fmt: skip
+
+
+def num_params(cfg):
+    """Parameters of a model in closed form, tied ones once, without padding: 124,439,808 for GPT-2 124M."""
+    d, f, biases = cfg.n_embd, cfg.n_inner or 4 * cfg.n_embd, int(cfg.bias)
+    block = 4 * d * d + 2 * d * f + 2 * d + biases * (4 * d + f + d + 2 * d)
+    tables = cfg.vocab_size * d * (1 if cfg.tie_embeddings else 2) + cfg.block_size * d
+    return tables + cfg.n_layer * block + d + biases * d
+
+
+def flops_per_token(cfg, seq_len, causal=False):
+    """FLOPs of forward and backward per token: 6 per weight in a matmul, and attention's.
+
+    PaLM's convention (arXiv 2204.02311, appendix B) counts the whole seq_len x seq_len attention; causal counts the half
+    that a causal model needs. Recomputation is never counted.
+    """
+    d, f = cfg.n_embd, cfg.n_inner or 4 * cfg.n_embd
+    matmul_weights = cfg.n_layer * (4 * d * d + 2 * d * f) + cfg.vocab_size * d
+    return 6 * matmul_weights + (6 if causal else 12) * cfg.n_layer * d * seq_len
+
+
+def peak_flops(device, precision):
+    """(FLOP/s, where the figure is from): the data sheet's where the device is known, else what a matmul reaches here."""
+    if device.type == "cuda" and precision != "fp32":
+        name = torch.cuda.get_device_name(device)
+        words_of_name = set(name.upper().replace("-", " ").split())
+        for words, tflops in PEAKS.items():
+            if set(words.split()) <= words_of_name:
+                return tflops * 1e12, f"{name}, data sheet"
+    return measured_matmul_flops(device, precision), f"measured {precision} matmul"
+
+
+def measured_matmul_flops(device, precision):
+    """FLOP/s of a large square matmul on this device, the best of a few."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    n = 1536 if device.type == "cpu" else 8192
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # item waits for the device
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times[1:])

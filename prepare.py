@@ -1,0 +1,450 @@
+"""Turns text into token shards.
+
+    python prepare.py --input='books/*.txt' --tokenizer=gpt2 --data_dir=data/books
+    python prepare.py config/quickstart.py
+    python prepare.py --dataset=fineweb10b --max_shards=10
+
+Input is a file, folder, glob or URL of .txt, .jsonl, .jsonl.gz or .parquet; any other file is read as text.
+"""
+
+import collections
+import contextlib
+import functools
+import glob
+import gzip
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import shlex
+import shutil
+import sys
+import sysconfig
+import urllib.request
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from config import as_dict, only, run_script
+from data import DataConfig, ShardWriter, open_shard, read_meta
+from tokenizer import file_sha256, load_tokenizer, train_bpe
+
+PIECE_BYTES = 1 << 20  # text that goes to a worker at a time
+BPE_BYTES = 200 << 20  # text that a BPE is learnt from, at most
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    dataset: Literal["stdlib", "shakespeare", "fineweb10b"] | None = None  # a corpus by name: Python's own library, tiny Shakespeare, FineWeb in GPT-2 tokens
+    input: str | None = None  # files, folder, glob or URL of text; of fineweb10b, a local folder of its shards
+    text_field: str = "text"  # field of .jsonl objects, column of .parquet files
+    doc_separator: str | None = None  # text between the documents of a .txt file; none: a file is one document
+    tokenizer: str = "gpt2"  # byte, bpe (learnt from this corpus), a tiktoken name, or the path of a tokenizer.json
+    bpe_vocab_size: int = 4096  # ids of bpe, special tokens included
+    val_fraction: float = 0.01  # share of documents in the validation split, by hash; of a single document, its tail
+    shard_tokens: int = 100_000_000  # tokens of a shard
+    max_shards: int | None = None  # training shards of fineweb10b to fetch, of 103; none: all
+    workers: int | None = None  # processes; none: one a core
+
+    def __post_init__(self):
+        wrong = []
+        if not 0 < self.val_fraction < 1:
+            wrong.append(f"val_fraction is {self.val_fraction}; it must be above 0 and below 1")
+        for name in ("shard_tokens", "max_shards", "workers"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                wrong.append(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.input is None and self.dataset is None:
+            wrong.append("neither input nor dataset is set; name your text with --input=, or a corpus with --dataset=")
+        if self.input is not None and self.dataset in ("stdlib", "shakespeare"):
+            wrong.append(f"input {self.input} and dataset {self.dataset} are both set; give one")
+        if wrong:
+            raise ValueError("\n".join(wrong))
+
+
+@dataclass(frozen=True)
+class Settings:
+    prepare: PrepareConfig
+    data: DataConfig = only("data_dir")
+    presets: tuple = ()
+
+
+def main(cfg):
+    folder = Path(cfg.data.data_dir or f"data/{cfg.prepare.dataset or Path(cfg.prepare.input.rstrip('/*')).stem}")
+    if cfg.prepare.dataset == "fineweb10b":
+        return fetch_fineweb(cfg.prepare, folder)
+    # What the tokens depend on, to know a finished folder again.
+    settings = {k: v for k, v in as_dict(cfg).items() if k not in ("data_dir", "workers", "max_shards")}
+    if meta := read_meta(folder):
+        if meta.get("settings") != settings:
+            raise ValueError(f"{folder} already holds data, made by: {meta.get('command')}; use another --data_dir, or remove it first")
+        return print(f"{folder} is already prepared:\n{summary(meta)}")
+    clear_unfinished(folder)
+    corpus = Corpus(cfg.prepare, folder)
+    tokenizer_name = make_tokenizer(cfg.prepare, corpus, folder)
+    meta = {"settings": settings, "command": shlex.join(["python", *sys.argv])}
+    meta |= tokenize(corpus, tokenizer_name, cfg.prepare, folder)
+    write_meta(folder, meta)
+    print(summary(meta))
+    for reason, count in (corpus.skipped + collections.Counter(meta["notes"])).items():
+        print(f"  {count:,} {reason}")
+    print(f"written to {folder}")
+
+
+# ---- documents
+
+class Corpus:
+    """The documents of the input. skipped counts what was left out, and why; it is that of the last pass."""
+
+    def __init__(self, cfg, folder):
+        self.cfg, self.skipped = cfg, collections.Counter()
+        if cfg.dataset == "stdlib":
+            self.root = Path(sysconfig.get_paths()["stdlib"])
+            left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+            self.files = sorted(p for p in self.root.rglob("*.py") if left_out.isdisjoint(p.relative_to(self.root).parts))
+        else:
+            where = SHAKESPEARE if cfg.dataset == "shakespeare" else cfg.input
+            if re.match(r"\w+://", where):
+                where = str(download(where, folder / "download"))
+            self.files = find_files(where)
+            self.root = Path(os.path.commonpath([p.parent for p in self.files]))
+        self.bytes = sum(p.stat().st_size for p in self.files)
+
+    def pieces(self):
+        """(split, bytes, whether they end a document) of all the text, in order; documents that are long, in pieces.
+
+        A document is in the validation split by its hash: of the file's path where a file is a document, else of its
+        text. A small corpus gets at least one document into each split; a single document is cut at its tail.
+        """
+        self.skipped.clear()
+        documents = self._documents()
+        first = list(itertools.islice(documents, 1000))
+        if len(first) == 1:
+            return self._tail_split(first[0][1])
+        if not first:
+            raise ValueError(f"there is no text in {self.cfg.input or self.cfg.dataset}: {dict(self.skipped) or 'no documents'}; check --input and --text_field")
+        limit = self.cfg.val_fraction
+        if len(first) < 1000:
+            hashes = sorted(_unit_hash(key) for key, _ in first)
+            limit = min(max(limit, hashes[0]), hashes[-2])
+        return (("val" if _unit_hash(key) <= limit else "train", piece, last)
+                for key, text in itertools.chain(first, documents) for piece, last in _mark_last(text))
+
+    def _tail_split(self, text):
+        size = sum(len(piece) for piece in text)
+        cut = int(size * (1 - self.cfg.val_fraction))
+        position = 0
+        for piece, last in _mark_last(text):
+            here = cut - position
+            while 0 < here < len(piece) and piece[here] & 0xC0 == 0x80:  # not inside a UTF-8 character
+                here += 1
+            if 0 < here < len(piece):
+                yield "train", piece[:here], True
+                yield "val", piece[here:], last
+            else:
+                yield ("train" if here > 0 else "val"), piece, last or here == len(piece)
+            position += len(piece)
+
+    def _documents(self):
+        """(key, iterable of its bytes) of each document that is not empty."""
+        for path in self.files:
+            try:
+                for key, text in self._read(path):
+                    if not text:
+                        self.skipped["empty documents"] += 1
+                    else:
+                        yield key, [text] if isinstance(text, bytes) else text
+            except (EOFError, gzip.BadGzipFile) as error:
+                self.skipped[f"files cut short or damaged: {path} ({error})"] += 1
+
+    def _read(self, path):
+        name, field = path.name, self.cfg.text_field
+        if name.endswith((".jsonl", ".jsonl.gz")):
+            with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as lines:
+                for line in lines:
+                    if (text := self._json_text(line)) is not None:
+                        yield text, text
+        elif name.endswith(".parquet"):
+            yield from ((text, text) for text in _parquet_texts(path, field, self.skipped))
+        elif self.cfg.doc_separator is not None:
+            for text in _split_file(path, self.cfg.doc_separator.replace("\\n", "\n").encode()):
+                yield text, text
+        else:
+            key = str(path.relative_to(self.root)).encode()
+            yield key, FilePieces(path) if path.stat().st_size else b""
+
+    def _json_text(self, line):
+        if not line.strip():
+            return None
+        try:
+            value = json.loads(line)
+        except ValueError:  # bad UTF-8 as well
+            self.skipped["lines that are not JSON"] += 1
+            return None
+        text = value.get(self.cfg.text_field) if isinstance(value, dict) else None
+        if not isinstance(text, str):
+            self.skipped[f"lines without text in the field {self.cfg.text_field!r}"] += 1
+            return None
+        return text.encode("utf-8", errors="replace")
+
+
+class FilePieces:
+    """A file's bytes in pieces, cut where no tokenizer's word goes across: before a newline that ends a letter or digit."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __iter__(self):
+        rest = b""
+        with open(self.path, "rb") as file:
+            while block := file.read(PIECE_BYTES):
+                rest += block
+                cut = re.match(rb"(?s).*[0-9A-Za-z](?=\n)", rest)
+                if cut:
+                    yield rest[: cut.end()]
+                    rest = rest[cut.end() :]
+        if rest:
+            yield rest
+
+
+def find_files(where):
+    """The files that a path, folder or glob names, sorted."""
+    endings = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+    if os.path.isdir(where):
+        found = [p for p in Path(where).rglob("*") if p.name.endswith(endings)]
+        remedy = f"the folder must hold {', '.join(endings)} files; for other text, give a glob such as --input='{where}/**/*'"
+    else:
+        found = [Path(p) for p in glob.glob(where, recursive=True) if os.path.isfile(p)]
+        remedy = "check the path, and put a glob in quotes"
+    if not found:
+        raise ValueError(f"input {where} names no file; {remedy}")
+    return sorted(found)
+
+
+def download(url, folder):
+    """The file of a URL, fetched once into a folder."""
+    path = folder / (url.rstrip("/").rpartition("/")[2] or "download.txt")
+    if not path.exists():
+        print(f"fetching {url}", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".part")
+        try:
+            with urllib.request.urlopen(url, timeout=60) as response, open(partial, "wb") as file:
+                shutil.copyfileobj(response, file)
+        except OSError as error:  # urllib's errors are OSErrors
+            raise ValueError(f"{url} could not be fetched ({error}); fetch it by hand and give the file as --input=") from error
+        os.replace(partial, path)
+    return path
+
+
+def _split_file(path, separator):
+    """The documents of a text file that stand between separators."""
+    rest = b""
+    with open(path, "rb") as file:
+        while block := file.read(PIECE_BYTES):
+            *documents, rest = (rest + block).split(separator)
+            yield from documents
+    yield rest
+
+
+def _parquet_texts(path, field, skipped):
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(f"{path} needs pyarrow; install it with: pip install pyarrow") from error
+    with contextlib.closing(pyarrow.parquet.ParquetFile(path)) as file:
+        if field not in file.schema_arrow.names:
+            raise ValueError(f"{path} has no column {field!r}; set --text_field to one of: {', '.join(file.schema_arrow.names)}")
+        for batch in file.iter_batches(batch_size=256, columns=[field]):
+            for text in batch.column(0).to_pylist():
+                if isinstance(text, str):
+                    yield text.encode("utf-8", errors="replace")
+                else:
+                    skipped[f"rows without text in the column {field!r}"] += 1
+
+
+def _mark_last(items):
+    """(item, whether it is the last) of each."""
+    items = iter(items)
+    item = next(items, None)
+    while item is not None:
+        following = next(items, None)
+        yield item, following is None
+        item = following
+
+
+def _unit_hash(key):
+    """A number in [0, 1) that depends on the key alone."""
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") / 2**64
+
+
+# ---- tokens
+
+def make_tokenizer(cfg, corpus, folder):
+    """Learns, copies or checks the tokenizer; returns the name or path to load it by."""
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = folder / "tokenizer.json"
+    if cfg.tokenizer == "bpe":
+        print(f"learning a BPE of {cfg.bpe_vocab_size} ids", flush=True)
+        train_bpe(_texts(corpus), cfg.bpe_vocab_size, saved)
+    elif cfg.tokenizer.endswith(".json"):
+        load_tokenizer(cfg.tokenizer)
+        shutil.copyfile(cfg.tokenizer, saved)
+    else:
+        load_tokenizer(cfg.tokenizer)
+        return cfg.tokenizer
+    return str(saved)
+
+
+def _texts(corpus):
+    seen = 0
+    for split, piece, _ in corpus.pieces():
+        if split == "train" and seen < BPE_BYTES:
+            seen += len(piece)
+            yield piece.decode("utf-8", errors="replace")
+
+
+def tokenize(corpus, tokenizer_name, cfg, folder):
+    """Encodes the corpus over several processes and writes its shards; returns what meta.json says of them."""
+    from tqdm import tqdm
+
+    tokenizer = load_tokenizer(tokenizer_name)
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    writers = {split: ShardWriter(folder, split, dtype, cfg.shard_tokens) for split in ("train", "val")}
+    counts = {split: collections.Counter(documents=0, tokens=0, bytes=0) for split in writers}
+    notes = collections.Counter()
+    workers = cfg.workers or os.cpu_count()
+    # fork, where it is safe: other ways import torch anew in each process, for seconds.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with (
+        ProcessPoolExecutor(workers, context) as pool,
+        tqdm(total=corpus.bytes, unit="B", unit_scale=True, disable=None) as progress,
+    ):
+        pending = collections.deque()  # bounded, so that memory is, whatever the corpus
+        for group in itertools.chain(_grouped(corpus.pieces()), [None] * (2 * workers + 1)):
+            if group is not None:
+                pending.append(pool.submit(_encode, group, tokenizer_name, dtype))
+            if pending and (group is None or len(pending) > 2 * workers):
+                for split, tokens, n_documents, n_bytes, n_bad in pending.popleft().result():
+                    writers[split].write(tokens)
+                    counts[split].update(documents=n_documents, tokens=len(tokens), bytes=n_bytes)
+                    notes.update({"pieces with bytes that are not UTF-8, replaced by U+FFFD": n_bad} if n_bad else {})
+                    progress.update(n_bytes)
+    for split, count in counts.items():
+        if not count["tokens"]:
+            raise ValueError(f"no document fell into the {split} split of {sum(c['documents'] for c in counts.values()):,} documents; change --val_fraction={cfg.val_fraction}")
+    meta = {"vocab_size": tokenizer.vocab_size, "specials": tokenizer.specials, "tokenizer": tokenizer_name, "notes": notes}
+    if tokenizer_name.endswith(".json"):
+        meta |= {"tokenizer": "tokenizer.json", "tokenizer_sha256": file_sha256(tokenizer_name)}
+    return meta | {"splits": {split: dict(counts[split]) | {"shards": writers[split].finish()} for split in writers}}
+
+
+def _grouped(pieces):
+    """Lists of pieces of about PIECE_BYTES together."""
+    group, size = [], 0
+    for piece in pieces:
+        group.append(piece)
+        size += len(piece[1])
+        if size >= PIECE_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+_loaded_once = functools.cache(load_tokenizer)  # in each worker
+
+
+def _encode(group, tokenizer_name, dtype):
+    """[(split, tokens, documents, bytes, pieces with bad UTF-8)] of a group of pieces."""
+    tokenizer = _loaded_once(tokenizer_name)
+    results = []
+    for split, pieces in itertools.groupby(group, key=lambda piece: piece[0]):
+        tokens, n_documents, n_bytes, n_bad = [], 0, 0, 0
+        for _, piece, last in pieces:
+            try:
+                text = piece.decode("utf-8")
+            except UnicodeDecodeError:
+                text, n_bad = piece.decode("utf-8", errors="replace"), n_bad + 1
+            tokens.append(tokenizer.encode(text).astype(dtype))
+            n_bytes += len(piece)
+            if last:
+                tokens.append(np.array([tokenizer.eot], dtype))
+                n_documents += 1
+        results.append((split, np.concatenate(tokens), n_documents, n_bytes, n_bad))
+    return results
+
+
+# ---- the data folder
+
+def clear_unfinished(folder):
+    """Removes what an interrupted prepare left; refuses a folder with token files of others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    leftovers = [p for p in folder.iterdir() if re.fullmatch(r"(train|val)_\d{6}\.bin(\.part)?", p.name)]
+    if foreign := sorted(p.name for p in folder.glob("*.bin") if p not in leftovers):
+        raise ValueError(f"{folder} holds token files that are not of prepare.py: {', '.join(foreign[:3])}; use another --data_dir")
+    for path in leftovers:
+        path.unlink()
+
+
+def write_meta(folder, meta):
+    """Writes meta.json, last and whole: data without it is unfinished."""
+    partial = folder / "meta.json.part"
+    partial.write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    os.replace(partial, folder / "meta.json")
+
+
+def summary(meta):
+    """A table of the splits."""
+    lines = [f"tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} ids", f"{'split':<8}{'documents':>12}{'tokens':>16}{'bytes':>17}{'bytes a token':>15}{'shards':>8}"]
+    for split, s in meta["splits"].items():
+        text_bytes, ratio = (f"{s['bytes']:,}", f"{s['bytes'] / s['tokens']:.3f}") if s.get("bytes") else ("?", "?")
+        lines.append(f"{split:<8}{s.get('documents') or '?':>12}{s['tokens']:>16,}{text_bytes:>17}{ratio:>15}{len(s['shards']):>8}")
+    return "\n".join(lines)
+
+
+def fetch_fineweb(cfg, folder):
+    """Fetches FineWeb-10B in GPT-2 tokens, as llm.c's shards, from the hub or from a local folder of the same files."""
+    names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, 1 + (cfg.max_shards or 103))]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if not (folder / name).exists():
+            print(f"fetching {name}", flush=True)
+            _fetch(name, cfg.input, folder)
+    splits = {}
+    for path in sorted(folder.glob("fineweb_*_*.bin")):
+        split = splits.setdefault("val" if "val" in path.name else "train", {"tokens": 0, "shards": {}})
+        split["shards"][path.name] = len(open_shard(path))
+        split["tokens"] += split["shards"][path.name]
+    meta = {"vocab_size": 50257, "tokenizer": "gpt2", "specials": {"<|endoftext|>": 50256}, "splits": splits, "command": shlex.join(["python", *sys.argv])}
+    write_meta(folder, meta)
+    print(summary(meta))
+    print(f"written to {folder}")
+
+
+def _fetch(name, source, folder):
+    partial = folder / f"{name}.part"
+    if source is not None:
+        if not (Path(source) / name).is_file():
+            raise ValueError(f"{source} holds no {name}; give the folder of the shards, or a smaller --max_shards")
+        shutil.copyfile(Path(source) / name, partial)
+        os.replace(partial, folder / name)
+        return
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ValueError("dataset fineweb10b needs huggingface_hub; install it with: pip install huggingface_hub") from error
+    try:
+        huggingface_hub.hf_hub_download("kjj0/fineweb10B-gpt2", name, repo_type="dataset", local_dir=folder)
+    except (OSError, huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError) as error:
+        raise ValueError(f"{name} could not be fetched from the Hugging Face hub ({type(error).__name__}); with a network, try again; "
+                         f"without one, give a folder of the shards with --input=") from error
+
+
+if __name__ == "__main__":
+    run_script(main, Settings, __doc__)
