@@ -5,10 +5,12 @@ torch.distributed.checkpoint, and manifest.json with everything else. It appears
 is the same for one process and for many, and is read without unpickling anything.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -54,7 +56,8 @@ def save_checkpoint(out_dir, step, model, optimizer, facts, world):
         partial.mkdir(parents=True)
     world.barrier()
     writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
-    dcp.save(_tensors(model, optimizer), storage_writer=writer, no_dist=world.size == 1)
+    with _quietly():
+        dcp.save(_tensors(model, optimizer), storage_writer=writer)
     if world.is_main:
         files = {path.name: _sha256(path) for path in sorted(partial.glob("*.safetensors"))}
         manifest = {"step": step, "model": asdict(model.cfg), **facts, "files": files}
@@ -91,7 +94,7 @@ def read_manifest(path):
                          f"of flatlm's, or damaged: remove it to go back to the one before") from error
 
 
-def load_checkpoint(path, model, optimizer=None, no_dist=True):
+def load_checkpoint(path, model, optimizer=None):
     """Reads model and, if given, optimizer from a checkpoint in place, on any number of ranks; returns the manifest."""
     manifest = read_manifest(path)
     for name, digest in manifest["files"].items():
@@ -102,7 +105,8 @@ def load_checkpoint(path, model, optimizer=None, no_dist=True):
     if wanted != found:
         differing = ", ".join(f"{k} {found.get(k)} there, {wanted.get(k)} here" for k in sorted({*found, *wanted}) if found.get(k) != wanted.get(k))
         raise ValueError(f"{path} is of another model: {differing}; give the same settings")
-    dcp.load(_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=no_dist)
+    with _quietly():
+        dcp.load(_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     return manifest
 
 
@@ -158,6 +162,24 @@ def keep_tokenizer(data_dir, out_dir):
     for name in ("meta.json", "tokenizer.json"):
         if (Path(data_dir) / name).exists():
             shutil.copyfile(Path(data_dir) / name, Path(out_dir) / name)
+
+
+def tokenizer_of(run_dir):
+    """What load_tokenizer calls the tokenizer of a run's data."""
+    path = Path(run_dir) / "meta.json"
+    if not path.exists():
+        raise ValueError(f"{run_dir} has no meta.json, so its tokenizer is unknown: its data came from elsewhere; "
+                         f'write one, such as {{"tokenizer": "gpt2"}}, into {path}')
+    name = json.loads(path.read_text(encoding="utf-8"))["tokenizer"]
+    return str(path.with_name(name)) if name.endswith(".json") else name
+
+
+@contextlib.contextmanager
+def _quietly():
+    """Without torch's warning, at each save and load, that one process is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _same(path, other):

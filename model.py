@@ -247,16 +247,18 @@ def _loss_and_gradients(hidden, weight, targets, vocab_size, dtype, with_gradien
     d_hidden = torch.empty_like(hidden) if with_gradients else None
     d_weight = torch.zeros_like(weight) if with_gradients else None
     for h_chunk, target, out in zip(h.split(rows), targets.split(rows), (d_hidden if with_gradients else h).split(rows)):
-        valid = target != IGNORE
-        target = target.where(valid, 0)[:, None]
+        valid = (target != IGNORE)[:, None]
+        target = target[:, None].where(valid, 0)
         logits = (h_chunk @ w.T).float()  # N V
         logits[:, vocab_size:] = -math.inf
-        log_z = logits.logsumexp(1, keepdim=True)
-        loss += ((log_z - logits.gather(1, target))[:, 0] * valid).sum()
+        logits -= logits.amax(1, keepdim=True)
+        target_logit = logits.gather(1, target)
+        exp = logits.exp_()
+        z = exp.sum(1, keepdim=True)
+        loss += ((z.log() - target_logit) * valid).sum()
         if with_gradients:
-            d_logits = logits.sub_(log_z).exp_()  # probabilities
-            d_logits.scatter_add_(1, target, torch.full_like(log_z, -1.0))
-            d_logits = d_logits.mul_(valid[:, None]).to(dtype)
+            d_logits = exp.mul_(valid / z)  # softmax, minus 1 at the target, and 0 in rows that count nothing
+            d_logits = d_logits.scatter_add_(1, target, -valid.to(exp)).to(dtype)
             out.copy_(d_logits @ w)
             d_weight += d_logits.T @ h_chunk
     return loss, d_hidden, d_weight

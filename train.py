@@ -32,6 +32,7 @@ from checkpoint import (
     keep_tokenizer,
     load_checkpoint,
     load_model,
+    read_manifest,
     remove_old_checkpoints,
     save_checkpoint,
 )
@@ -212,9 +213,10 @@ def resume_or_init(cfg, model, optimizer, scaler, data_id, world):
         return State(), []
     if cfg.run.resume == "never":
         raise ValueError(f"{cfg.run.out_dir} has checkpoints and resume is never; use another --out_dir, or --resume=auto to go on")
-    manifest = load_checkpoint(found[-1], model, optimizer, no_dist=world.size == 1)
+    manifest = read_manifest(found[-1])
     fixed = {field.name for field in dataclasses.fields(ModelConfig)} | {"seq_len", "seed", "optimizer", "data"}
     changes = changed_settings(manifest["settings"], as_dict(cfg) | {"data": data_id}, fixed)
+    load_checkpoint(found[-1], model, optimizer)
     if manifest["scaler"]:
         scaler.load_state_dict(manifest["scaler"])
     return State(**manifest["state"]), changes

@@ -1,0 +1,143 @@
+"""Text out of a trained model.
+
+    python sample.py --out_dir=out/quickstart --prompt="def main(" --num_samples=3
+    python sample.py --out_dir=out/quickstart --prompt=FILE:prompt.txt
+    echo "import os" | python sample.py --out_dir=out/quickstart --prompt=-
+"""
+
+import codecs
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from checkpoint import RunConfig, load_model, tokenizer_of
+from config import only, run_script
+from model import Cache
+from parallel import ParallelConfig, pick_device, pick_precision
+from tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    prompt: str | None = None  # text to go on from; FILE:path reads it from a file, - from stdin; none: a new document
+    num_samples: int = 1  # continuations of the prompt, made in one batch
+    max_new_tokens: int = 256  # tokens of each; end-of-text ends it earlier
+    temperature: float = 0.8  # divides the logits: below 1 likelier tokens, 0 always the likeliest
+    top_k: int | None = None  # sample from the k likeliest tokens only
+    top_p: float | None = None  # sample from the likeliest tokens that together have this probability
+
+    def __post_init__(self):
+        wrong = [f"{name} is {getattr(self, name)}; it must be at least 1" for name in ("num_samples", "max_new_tokens", "top_k")
+                 if getattr(self, name) is not None and getattr(self, name) < 1]
+        if self.temperature < 0:
+            wrong.append(f"temperature is {self.temperature}; it must not be negative")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            wrong.append(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if wrong:
+            raise ValueError("\n".join(wrong))
+
+
+@dataclass(frozen=True)
+class Settings:
+    sample: SampleConfig
+    run: RunConfig = only("out_dir", "init_from", "seed")
+    parallel: ParallelConfig = only("device", "precision")
+    presets: tuple = ()
+
+
+def main(cfg):
+    run_dir = cfg.run.init_from or cfg.run.out_dir or (f"out/{Path(cfg.presets[-1]).stem}" if cfg.presets else None)
+    if run_dir is None:
+        raise ValueError("out_dir is none; name the folder of a trained run, as in --out_dir=out/quickstart")
+    device = pick_device(cfg.parallel.device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[pick_precision(cfg.parallel.precision, device)]
+    model, manifest = load_model(run_dir, device)
+    model.to(dtype)  # not autocast, which would cast each weight anew for each token
+    tokenizer = load_tokenizer(tokenizer_of(run_dir))
+    print(f"{run_dir}, step {manifest['step']}, {model.num_params():,} parameters on {device} in {dtype}", file=sys.stderr)
+
+    prompt = read_prompt(cfg.sample.prompt)
+    ids = tokenizer.encode(prompt).astype("int64") if prompt else [tokenizer.eot]
+    ids = torch.tensor(ids, device=device).repeat(cfg.sample.num_samples, 1)  # B T
+    start = time.perf_counter()
+    samples = stream(generate(model, ids, cfg.sample, cfg.run.seed, tokenizer.vocab_size), tokenizer, prompt, cfg.sample.num_samples)
+    seconds = time.perf_counter() - start
+    n_tokens = sum(len(sample) for sample in samples)
+    print(f"{n_tokens} tokens in {seconds:.2f} s, {n_tokens / seconds:,.0f} tokens/s", file=sys.stderr)
+
+
+def read_prompt(prompt):
+    """The prompt's text, from where the setting says."""
+    if prompt == "-":
+        return sys.stdin.read()
+    if prompt and prompt.startswith("FILE:"):
+        try:
+            return Path(prompt[5:]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"prompt file {prompt[5:]} cannot be read as UTF-8 text ({error})") from error
+    return prompt or ""
+
+
+@torch.inference_mode()
+def generate(model, ids, cfg, seed, vocab_size):
+    """Yields the tokens (B,) that follow ids (B, T), step by step; vocab_size bounds what may be drawn.
+
+    Where the sequence reaches block_size, the model goes on from the last half of it, which is read anew.
+    """
+    block_size = model.cfg.block_size
+    if ids.shape[1] > block_size:
+        raise ValueError(f"the prompt has {ids.shape[1]} tokens, block_size is {block_size}; shorten it")
+    generator = torch.Generator(ids.device).manual_seed(seed)
+    cache = Cache(model.cfg, len(ids), ids.device, model.wte.weight.dtype)
+    unread, recent = ids, ids
+    for _ in range(cfg.max_new_tokens):
+        if cache.length + unread.shape[1] > block_size:
+            cache.clear()
+            unread = recent = recent[:, -max(1, block_size // 2) :]
+        logits = model(unread, cache=cache)[:, -1, :vocab_size].float()  # B V
+        unread = draw(logits, cfg, generator)[:, None]  # B 1
+        recent = torch.cat([recent, unread], dim=1)
+        yield unread[:, 0]
+
+
+def draw(logits, cfg, generator):
+    """One token (B,) for each row of logits (B, V)."""
+    if cfg.temperature == 0:
+        return logits.argmax(-1)
+    probs = torch.softmax(logits / cfg.temperature, dim=-1)
+    if cfg.top_k is not None and cfg.top_k < probs.shape[-1]:
+        least = probs.topk(cfg.top_k).values[:, -1:]
+        probs = probs.where(probs >= least, 0.0)
+    if cfg.top_p is not None:
+        ordered, order = (probs / probs.sum(-1, keepdim=True)).sort(-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= cfg.top_p  # what comes before already has top_p
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered.where(~beyond, 0.0))
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+def stream(steps, tokenizer, prompt, num_samples):
+    """Prints the samples, the first as it comes, the others when they are whole; returns the ids of each."""
+    samples, ended = [[] for _ in range(num_samples)], [False] * num_samples
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # holds back a character until its last byte is there
+    print(prompt, end="", flush=True)
+    for tokens in steps:
+        for i, token in enumerate(tokens.tolist()):
+            ended[i] = ended[i] or token == tokenizer.eot
+            if not ended[i]:
+                samples[i].append(token)
+                if i == 0:
+                    print(utf8.decode(tokenizer.decode_bytes([token])), end="", flush=True)
+        if all(ended):
+            break
+    print(utf8.decode(b"", final=True))
+    for sample in samples[1:]:
+        print("-" * 40)
+        print(prompt + tokenizer.decode(sample))
+    return samples
+
+
+if __name__ == "__main__":
+    run_script(main, Settings, __doc__)
