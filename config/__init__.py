@@ -63,8 +63,9 @@ def load(settings_type, argv):
         if not arg.startswith("--"):
             continue
         name, equals, text = arg[2:].partition("=")
-        if name in owners and equals:
-            _take(values, name, _from_text(text, owners[name][1].type), owners, f"--{name}", failed, errors)
+        if name in owners and (equals or bool in _kinds(owners[name][1].type)):
+            value = _from_text(text, owners[name][1].type) if equals else True  # a bare --profile switches it on
+            _take(values, name, value, owners, f"--{name}", failed, errors)
         elif name in owners:
             errors.append(f"--{name} has no value; settings are written --{name}=value")
         elif name in (everywhere := _settings_everywhere()) and name not in NANOGPT_NAMES:

@@ -1,0 +1,158 @@
+"""How fast and how much memory: times train.py's own train_step on this machine.
+
+    python bench.py config/gpt2_124m.py
+    python bench.py config/gpt2_124m.py --profile --json=bench.json
+    torchrun --nproc_per_node=8 bench.py config/gpt2_124m.py
+"""
+
+import json
+import os
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+import plan
+from config import only, run_script
+from data import DataConfig, Loader, Split, TrainOrder, accumulation_steps
+from model import ModelConfig, Transformer
+from optim import OptimConfig, build_optimizer
+from parallel import ParallelConfig, distribute, end_process, init_world
+from train import peak_memory_gib, train_step
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    bench_steps: int = 20  # steps to time, fewer where bench_seconds is over first, but at least 3
+    bench_seconds: float = 60.0  # time for them
+    bench_warmup: int = 3  # steps before the clock starts; they hold compilation
+    real_data: bool = False  # take batches from data_dir, not random tokens
+    profile: bool = False  # write trace.json of 2 more steps, for ui.perfetto.dev or chrome://tracing
+    json: str | None = None  # file to write the figures to
+
+
+@dataclass(frozen=True)
+class Settings:
+    bench: BenchConfig
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    parallel: ParallelConfig
+    presets: tuple = ()
+
+
+def main(cfg):
+    with init_world(cfg.parallel) as world:
+        if cfg.model.vocab_size is None and not cfg.bench.real_data:
+            raise ValueError("vocab_size is none; set it, as in --vocab_size=50257: random tokens have none of their own")
+        seq_len = min(cfg.data.seq_len or cfg.model.block_size, cfg.model.block_size)
+        micro_steps = accumulation_steps(cfg.data, seq_len, world.size)
+        with torch.device("meta"):
+            model = Transformer(cfg.model)
+        distribute(model, cfg.parallel, world, seed=1337)
+        optimizer = build_optimizer(model, cfg.optim)
+        scaler = torch.amp.GradScaler(world.device.type, enabled=world.precision == "fp16")
+        batches = real_batches(cfg, seq_len, micro_steps, world) if cfg.bench.real_data else random_batches(cfg, seq_len, micro_steps, world)
+
+        def step(n_micro_steps):
+            start = time.perf_counter()
+            train_step(model, optimizer, scaler, next(batches)[:n_micro_steps], cfg.optim.grad_clip, world)
+            if world.device.type == "cuda":
+                torch.cuda.synchronize()
+            return world.worst(time.perf_counter() - start)
+
+        warmup = [step(1) for _ in range(cfg.bench.bench_warmup)]
+        # Where a whole step is too long to be timed often, time one of fewer micro-steps, and say so.
+        per_step = cfg.bench.bench_seconds / cfg.bench.bench_steps
+        timed_micro_steps = max(1, min(micro_steps, int(per_step / warmup[-1]))) if warmup else micro_steps
+        times = []
+        while len(times) < 3 or (len(times) < cfg.bench.bench_steps and sum(times) < cfg.bench.bench_seconds):
+            times.append(step(timed_micro_steps))
+        figures = measure(cfg, model, seq_len, micro_steps, timed_micro_steps, times, world)
+        if world.is_main:
+            report(figures, cfg.bench.json)
+        if cfg.bench.profile:
+            write_trace(lambda: step(timed_micro_steps), world)
+
+
+def random_batches(cfg, seq_len, micro_steps, world):
+    """Yields a step's micro-batches of random tokens, for ever the same ones."""
+    generator = torch.Generator().manual_seed(world.rank)
+    tokens = torch.randint(cfg.model.vocab_size, (micro_steps, cfg.data.micro_batch_size, seq_len + 1), generator=generator)
+    step = [(batch[:, :-1], batch[:, 1:]) for batch in tokens.to(world.device)]
+    while True:
+        yield step
+
+
+def real_batches(cfg, seq_len, micro_steps, world):
+    """Yields the micro-batches of a training run, as train.py would see them."""
+    if cfg.data.data_dir is None:
+        raise ValueError("real_data needs data_dir, a folder that prepare.py made")
+    order = TrainOrder(Split(cfg.data.data_dir, "train", cfg.model.vocab_size), seq_len, seed=1337)
+    loader = Loader(order, 0, micro_steps, cfg.data.micro_batch_size, world.rank, world.size, world.device)
+    while True:
+        yield loader.next()[0]
+
+
+def measure(cfg, model, seq_len, micro_steps, timed_micro_steps, times, world):
+    """The figures of a benchmark; a step's time is the median's."""
+    seconds = statistics.median(times)
+    tokens = timed_micro_steps * cfg.data.micro_batch_size * seq_len * world.size
+    peak, peak_name = plan.peak_flops(world.device, world.precision)
+    flops = {causal: plan.flops_per_token(cfg.model, seq_len, causal) for causal in (False, True)}
+    return {
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else f"{world.device.type}, {torch.get_num_threads()} threads",
+        "ranks": world.size,
+        "torch": torch.__version__,
+        "precision": world.precision,
+        "n_params": model.num_params(),
+        "micro_batch_size": cfg.data.micro_batch_size,
+        "seq_len": seq_len,
+        "micro_steps": timed_micro_steps,
+        "micro_steps_of_training": micro_steps,
+        "steps": len(times),
+        "step_ms": 1e3 * seconds,
+        "step_ms_min": 1e3 * min(times),
+        "step_ms_max": 1e3 * max(times),
+        "tokens_per_s": tokens / seconds,
+        "flops_per_token": flops[False],
+        "flops_per_token_causal": flops[True],
+        "mfu": tokens / seconds * flops[False] / (peak * world.size),
+        "mfu_causal": tokens / seconds * flops[True] / (peak * world.size),
+        "peak_tflops": peak / 1e12,
+        "peak_name": peak_name,
+        "peak_memory_gib": world.worst(peak_memory_gib(world.device)),
+    }
+
+
+def report(figures, json_path):
+    """Prints the figures for people, and writes them for programs."""
+    f = figures
+    of_training = "" if f["micro_steps"] == f["micro_steps_of_training"] else f" (a training step has {f['micro_steps_of_training']}: too long to time here)"
+    print(f"runs on    {f['ranks']} x {f['device']}, {f['precision']}, torch {f['torch']}")
+    print(f"model      {f['n_params']:,} parameters")
+    print(f"step       {f['step_ms']:,.1f} ms, the median of {f['steps']} (min {f['step_ms_min']:,.1f}, max {f['step_ms_max']:,.1f}), of {f['micro_steps']} micro-steps{of_training}")
+    print(f"           x {f['ranks']} ranks x {f['micro_batch_size']} sequences x {f['seq_len']} tokens")
+    print(f"speed      {f['tokens_per_s']:,.0f} tokens/s")
+    print(f"mfu        {f['mfu']:.2%} of {f['peak_tflops']:.4g} TFLOP/s a device ({f['peak_name']}), at {f['flops_per_token'] / 1e6:,.1f} MFLOP a token (PaLM's count)")
+    print(f"           {f['mfu_causal']:.2%} at {f['flops_per_token_causal'] / 1e6:,.1f} MFLOP a token (causal attention counted as half)")
+    print(f"memory     {f['peak_memory_gib']:.2f} GiB at the peak, on the fullest device", flush=True)
+    if json_path:
+        with open(json_path, "w", encoding="utf-8") as file:
+            json.dump(figures, file, indent=1)
+
+
+def write_trace(step, world):
+    """Writes trace.json, or trace_rank1.json and so on, of two steps."""
+    with torch.profiler.profile() as profiler:
+        step()
+        step()
+    name = "trace.json" if world.is_main else f"trace_rank{world.rank}.json"
+    profiler.export_chrome_trace(name)
+    print(f"trace      {os.path.abspath(name)}; open it at ui.perfetto.dev", flush=True)
+
+
+if __name__ == "__main__":
+    run_script(main, Settings, __doc__)
+    end_process()

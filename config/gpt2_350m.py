@@ -1,0 +1,14 @@
+# GPT-2 350M ("medium"): llm.c's recipe (scripts/run_gpt2_350M.sh), 31 B tokens, of which FineWeb-10B has a third: three
+# epochs. llm.c took about 820 ms a step on 8 x A100 80GB, 13.7 hours in all.
+#
+#   python prepare.py config/gpt2_350m.py
+#   torchrun --nproc_per_node=8 train.py config/gpt2_350m.py
+
+from config.gpt2_124m import *
+
+n_layer = 24
+n_head = 16
+n_embd = 1024
+
+max_steps = 60_000
+learning_rate = 3e-4
