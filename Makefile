@@ -1,0 +1,36 @@
+# make         sets up, prepares the quickstart's text, trains its model in about 3 minutes, prints samples
+# make test    sets up and runs the tests; make test-slow runs the long ones
+# make setup   creates .venv and installs what requirements.txt pins
+
+PYTHON ?= python3
+RUN = .venv/bin/python
+
+.PHONY: quickstart setup test test-slow clean
+quickstart: setup
+	$(RUN) prepare.py config/quickstart.py
+	$(RUN) train.py config/quickstart.py
+	$(RUN) sample.py config/quickstart.py --prompt="def main(" --num_samples=3 --max_new_tokens=128
+	@echo "loss curves: out/quickstart/curves.png   checkpoints: out/quickstart/ckpt/"
+
+setup: .venv/installed
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { \
+	  echo "error: $(PYTHON) is older than 3.11; name a newer one, as in: make PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -m venv .venv || { \
+	  echo "error: $(PYTHON) -m venv failed; on Debian and Ubuntu it comes with: apt install python3-venv"; exit 2; }
+	.venv/bin/pip install -q -r requirements.txt
+	@touch $@
+
+.venv/installed-test: .venv/installed requirements-test.txt
+	.venv/bin/pip install -q -r requirements-test.txt
+	@touch $@
+
+test: .venv/installed-test
+	$(RUN) -m pytest -q
+
+test-slow: .venv/installed-test
+	$(RUN) -m pytest -q -m slow
+
+clean:
+	rm -rf .venv data/quickstart out/quickstart

@@ -1,0 +1,10 @@
+"""What the tests share: the project's folder on the path, one thread a process, small models and small data."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are small: more threads cost more than they save
+os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(ROOT.parent / "shared/data/tiktoken_cache"))
