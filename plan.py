@@ -11,6 +11,7 @@ PEAKS = {
     "L40S": 362, "L4": 121, "V100": 125, "T4": 65, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71,
     "MI300X": 1307, "MI250X": 191.5,  # of the MI250X, one of the two dies that torch shows as devices
 }  # fmt: skip
+OTHER_PEAK = {"NVL", "LAPTOP", "MAX", "MIG", "TI", "D"}  # words that make a name that of a slower or faster relative
 
 
 def num_params(cfg):
@@ -32,14 +33,20 @@ def flops_per_token(cfg, seq_len, causal=False):
     return 6 * matmul_weights + (6 if causal else 12) * cfg.n_layer * d * seq_len
 
 
+def known_peak(device_name):
+    """FLOP/s of the data sheet for a device by its name; None where it is not known."""
+    words_of_name = set(device_name.upper().replace("-", " ").split())
+    if words_of_name & OTHER_PEAK:
+        return None
+    return next((tflops * 1e12 for words, tflops in PEAKS.items() if set(words.split()) <= words_of_name), None)
+
+
 def peak_flops(device, precision):
     """(FLOP/s, where the figure is from): the data sheet's where the device is known, else what a matmul reaches here."""
     if device.type == "cuda" and precision != "fp32":
         name = torch.cuda.get_device_name(device)
-        words_of_name = set(name.upper().replace("-", " ").split())
-        for words, tflops in PEAKS.items():
-            if set(words.split()) <= words_of_name:
-                return tflops * 1e12, f"{name}, data sheet"
+        if (peak := known_peak(name)) is not None:
+            return peak, f"{name}, data sheet"
     return measured_matmul_flops(device, precision), f"measured {precision} matmul"
 
 

@@ -1,0 +1,148 @@
+"""Small data and small runs for tests: in this process, in a process to be killed, on several ranks."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import config
+import train
+from data import ShardWriter
+from prepare import write_meta
+
+# Odd sizes: a mistake that 2, 4 and 8 would hide shows.
+SMALL = {
+    "vocab_size": 37, "block_size": 11, "n_layer": 3, "n_head": 5, "n_embd": 20, "seq_len": 7, "micro_batch_size": 3,
+    "batch_tokens": 42, "eval_tokens": 140, "max_steps": 9, "warmup_steps": 2, "lr_decay_steps": 20,
+    "learning_rate": 1e-2, "log_interval": 1, "eval_interval": 100, "save_interval": 100, "device": "cpu",
+    "precision": "fp32",
+}  # fmt: skip
+
+
+def write_data(folder, train_tokens=2000, val_tokens=300, vocab_size=37, tokenizer="byte", shard_tokens=900, seed=0):
+    """A data folder as prepare.py leaves it, of random tokens that follow a pattern which can be learned."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    random, splits = np.random.default_rng(seed), {}
+    for split, n in (("train", train_tokens), ("val", val_tokens)):
+        writer = ShardWriter(folder, split, np.uint16, shard_tokens)
+        writer.write((np.cumsum(random.integers(0, 3, n)) % vocab_size).astype(np.uint16))
+        splits[split] = {"shards": writer.finish(), "tokens": n, "bytes": 2 * n}
+    write_meta(folder, {"vocab_size": vocab_size, "tokenizer": tokenizer, "splits": splits})
+    return folder
+
+
+def settings(data_dir, out_dir, *presets, **changes):
+    """The settings of a small run, as the command line would give them; changes are settings by name."""
+    names = SMALL | {"data_dir": data_dir, "out_dir": out_dir} | changes
+    return config.load(train.Settings, [*presets, *(f"--{name}={value}" for name, value in names.items())])
+
+
+def run(data_dir, out_dir, **changes):
+    """Trains a small run to its end, in this process; returns its folder."""
+    train.main(settings(data_dir, out_dir, **changes))
+    return Path(out_dir)
+
+
+def records(out_dir, name="loss"):
+    """{step: value} of a name in a run's log."""
+    lines = [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
+    found = [(line["step"], line[name]) for line in lines if name in line]
+    assert len(found) == len(dict(found)), f"{name} stands twice in the log for one step: {found}"
+    return dict(found)
+
+
+@contextlib.contextmanager
+def without_matplotlib():
+    """Nothing can import matplotlib: drawing is most of the time of a run of nine steps."""
+    held = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "matplotlib"}
+    sys.modules["matplotlib"] = None
+    yield
+    del sys.modules["matplotlib"]
+    sys.modules.update(held)
+
+
+# ---- other processes
+
+def on_ranks(n, *cases):
+    """Runs cases (function, *args), one after the other, each on n new-born ranks; returns [a list by rank] by case.
+
+    Functions are a module's own, and what they take and return can be pickled. Each case has a process group to itself.
+    """
+    ports = [_free_port() for _ in cases]
+    children = [start(_rank_main, rank, n, cases, ports) for rank in range(n)]
+    answers = []
+    try:
+        for rank, (_, pipe) in enumerate(children):
+            if not pipe.poll(120):
+                raise TimeoutError(f"rank {rank} has not answered for 120 s")
+            answers.append(pickle.loads(pipe.recv_bytes()))
+    except EOFError:
+        raise RuntimeError(f"rank {rank} ended without an answer") from None
+    finally:
+        for process, _ in children:
+            process.join(2)
+            process.kill()  # a rank whose peer has failed waits for it for ever
+    failed = [f"rank {rank}:\n{text}" for rank, (good, text) in enumerate(answers) if not good]
+    assert not failed, "\n".join(failed)
+    return [list(by_rank) for by_rank in zip(*(answer for _, answer in answers))]
+
+
+def start(function, *args):
+    """Starts function(pipe, *args) in a new process; returns the process and this end of the pipe.
+
+    The fork server has imported torch already, which makes a process start in 0.1 s where it would take 3 s.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "torch.distributed._composable.replicate"])
+    here, there = context.Pipe()
+    process = context.Process(target=function, args=(there, *args), daemon=True)
+    process.start()
+    there.close()
+    return process, here
+
+
+def train_in_child(pipe, cfg, without_curves=True):
+    """Trains with cfg, for processes that are to be killed."""
+    torch.set_num_threads(1)
+    with without_matplotlib() if without_curves else contextlib.nullcontext():
+        train.main(cfg)
+    pipe.send_bytes(b"done")
+    os._exit(0)
+
+
+def _rank_main(pipe, rank, n, cases, ports):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+    answers = []
+    try:
+        for (function, *args), port in zip(cases, ports):
+            os.environ["MASTER_PORT"] = str(port)
+            with without_matplotlib():
+                answers.append(function(*args))
+        answer = True, answers
+    except BaseException:
+        answer = False, f"case {len(answers)}, {function.__name__}: {traceback.format_exc()}"
+    pipe.send_bytes(pickle.dumps(answer))
+    os._exit(0)  # see parallel.end_process
+
+
+def _free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def copy_run(run_dir, to):
+    """A copy of a run's folder, to be spoilt."""
+    shutil.copytree(run_dir, to)
+    return Path(to)
