@@ -136,6 +136,7 @@ class Transformer(nn.Module):
         T, start = ids.shape[1], 0 if cache is None else cache.length
         if start + T > self.cfg.block_size:
             raise ValueError(f"{start + T} tokens do not fit into block_size {self.cfg.block_size}; shorten the sequence")
+        assert start == 0 or T == 1, f"{T} tokens behind a cache of {start}: after the prompt they come one at a time"
         x = self.wte(ids) + self.wpe(torch.arange(start, start + T, device=ids.device))  # B T C
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
