@@ -5,6 +5,7 @@
     torchrun --nproc_per_node=8 bench.py config/gpt2_124m.py
 """
 
+import dataclasses
 import json
 import os
 import statistics
@@ -14,12 +15,12 @@ from dataclasses import dataclass
 import torch
 
 import plan
-from config import only, run_script
-from data import DataConfig, Loader, Split, TrainOrder, accumulation_steps
+from config import run_script
+from data import DataConfig, Loader, Split, TrainOrder, accumulation_steps, vocab_size_of
 from model import ModelConfig, Transformer
 from optim import OptimConfig, build_optimizer
-from parallel import ParallelConfig, distribute, end_process, init_world
-from train import peak_memory_gib, train_step
+from parallel import ParallelConfig, device_name, distribute, end_process, init_world, peak_memory_gib
+from train import prepare_command, train_step
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ class Settings:
 
 def main(cfg):
     with init_world(cfg.parallel) as world:
-        if cfg.model.vocab_size is None and not cfg.bench.real_data:
-            raise ValueError("vocab_size is none; set it, as in --vocab_size=50257: random tokens have none of their own")
+        if cfg.model.vocab_size is None:
+            vocab_size = vocab_size_of(cfg.data.data_dir, prepare_command(cfg))
+            cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
         seq_len = min(cfg.data.seq_len or cfg.model.block_size, cfg.model.block_size)
         micro_steps = accumulation_steps(cfg.data, seq_len, world.size)
         with torch.device("meta"):
@@ -58,8 +60,7 @@ def main(cfg):
         def step(n_micro_steps):
             start = time.perf_counter()
             train_step(model, optimizer, scaler, next(batches)[:n_micro_steps], cfg.optim.grad_clip, world)
-            if world.device.type == "cuda":
-                torch.cuda.synchronize()
+            world.synchronize()
             return world.worst(time.perf_counter() - start)
 
         warmup = [step(1) for _ in range(cfg.bench.bench_warmup)]
@@ -102,7 +103,7 @@ def measure(cfg, model, seq_len, micro_steps, timed_micro_steps, times, world):
     peak, peak_name = plan.peak_flops(world.device, world.precision)
     flops = {causal: plan.flops_per_token(cfg.model, seq_len, causal) for causal in (False, True)}
     return {
-        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else f"{world.device.type}, {torch.get_num_threads()} threads",
+        "device": device_name(world.device),
         "ranks": world.size,
         "torch": torch.__version__,
         "precision": world.precision,

@@ -182,6 +182,15 @@ def _quietly():
         yield
 
 
+def drop_later_lines(path, step):
+    """Removes from a log.jsonl what lies past a step, and a last line that was cut short."""
+    if path.exists():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        partial = path.with_name(f".{path.name}")
+        partial.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+        os.replace(partial, path)
+
+
 def _same(path, other):
     return other.exists() and path.read_bytes() == other.read_bytes()
 

@@ -5,7 +5,6 @@ uint32, which are memory-mapped. nanoGPT's raw train.bin and llm.c's and modded-
 """
 
 import hashlib
-import itertools
 import json
 import os
 import queue
@@ -129,9 +128,22 @@ def read_meta(data_dir):
         return {}
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        return {"vocab_size": meta["vocab_size"], "splits": meta["splits"], **meta}
+        return meta | {"vocab_size": int(meta["vocab_size"]), "splits": {name: meta["splits"][name] for name in ("train", "val")}}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); make the data again with prepare.py") from error
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); "
+                         f"remove it and make the data again with prepare.py") from error
+
+
+def vocab_size_of(data_dir, make_command):
+    """The vocabulary that a data folder was made with."""
+    if data_dir is None:
+        raise ValueError("data_dir is none; set it to a folder that prepare.py made")
+    if not Path(data_dir).is_dir():
+        raise ValueError(f"{data_dir} does not exist; make it: {make_command}")
+    meta = read_meta(data_dir)
+    if not meta:
+        raise ValueError(f"{data_dir} has no meta.json to take vocab_size from; set vocab_size, or finish: {make_command}")
+    return meta["vocab_size"]
 
 
 class Split:
@@ -301,13 +313,15 @@ def eval_batches(split, seq_len, eval_tokens, batch_size, rank, ranks):
     """
     if split.tokens < 2:
         raise ValueError(f"the {split.name} split has {split.tokens} tokens; evaluation needs at least 2: raise --val_fraction of prepare.py")
-    windows = ((i, start) for i, shard in enumerate(split.shards) for start in range(0, len(shard) - 1, seq_len))
-    windows = list(itertools.islice(windows, max(1, eval_tokens // seq_len)))
+    windows, left = [], eval_tokens
+    for shard, tokens in enumerate(split.shards):
+        here = min(left, len(tokens) - 1) if len(tokens) else 0  # targets of this shard
+        windows += [(shard, start, min(seq_len, here - start)) for start in range(0, here, seq_len)]
+        left -= here
     for first in range(0, len(windows), batch_size * ranks):
         batch = np.zeros((batch_size, seq_len + 1), dtype=np.int64)
         targets = np.full((batch_size, seq_len), IGNORE, dtype=np.int64)
-        for row, (shard, start) in enumerate(windows[first + rank * batch_size : first + (rank + 1) * batch_size]):
-            length = min(seq_len + 1, len(split.shards[shard]) - start)
-            split.copy(shard, start, batch[row, :length])
-            targets[row, : length - 1] = batch[row, 1:length]
+        for row, (shard, start, length) in enumerate(windows[first + rank * batch_size : first + (rank + 1) * batch_size]):
+            split.copy(shard, start, batch[row, : length + 1])
+            targets[row, :length] = batch[row, 1 : length + 1]
         yield torch.from_numpy(batch[:, :-1]), torch.from_numpy(targets)

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import resource
 import sys
 import warnings
 from dataclasses import dataclass
@@ -52,6 +53,11 @@ class World:
         """Waits until all ranks are here."""
         if self.size > 1:
             dist.barrier()
+
+    def synchronize(self):
+        """Waits until the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def autocast(self):
         """A context in which matmuls run in the run's precision."""
@@ -114,6 +120,20 @@ def pick_precision(name, device):
     if name == "fp16" and device.type == "cpu":
         raise ValueError("precision is fp16, which CPUs do not train in; use bf16 or fp32")
     return fastest if name == "auto" else name
+
+
+def device_name(device):
+    """What to call a device in a log."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} of {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+def peak_memory_gib(device):
+    """Largest memory so far: allocated by torch on CUDA, else resident in the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def distribute(model, cfg, world, seed):

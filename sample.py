@@ -61,6 +61,8 @@ def main(cfg):
 
     prompt = read_prompt(cfg.sample.prompt)
     ids = tokenizer.encode(prompt).astype("int64") if prompt else [tokenizer.eot]
+    if len(ids) > model.cfg.block_size:
+        raise ValueError(f"the prompt has {len(ids)} tokens, block_size is {model.cfg.block_size}; shorten it")
     ids = torch.tensor(ids, device=device).repeat(cfg.sample.num_samples, 1)  # B T
     start = time.perf_counter()
     samples = stream(generate(model, ids, cfg.sample, cfg.run.seed, tokenizer.vocab_size), tokenizer, prompt, cfg.sample.num_samples)
@@ -88,8 +90,6 @@ def generate(model, ids, cfg, seed, vocab_size):
     Where the sequence reaches block_size, the model goes on from the last half of it, which is read anew.
     """
     block_size = model.cfg.block_size
-    if ids.shape[1] > block_size:
-        raise ValueError(f"the prompt has {ids.shape[1]} tokens, block_size is {block_size}; shorten it")
     generator = torch.Generator(ids.device).manual_seed(seed)
     cache = Cache(model.cfg, len(ids), ids.device, model.wte.weight.dtype)
     unread, recent = ids, ids

@@ -1,0 +1,236 @@
+"""What a run tells: the console, log.jsonl, curves.png and, if asked, wandb."""
+
+import contextlib
+import datetime
+import importlib.util
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import plan
+from checkpoint import drop_later_lines, keep_source, keep_tokenizer
+from config import ROOT, as_dict, as_preset
+from parallel import device_name, peak_memory_gib
+
+
+class Log:
+    """The log of a run, on all ranks alike; only rank 0 prints and writes.
+
+    out_of_time says whether max_minutes are over, as of the last line.
+    """
+
+    def __init__(self, cfg, world, model, micro_steps, last_step, bytes_per_token, state, changes):
+        self.cfg, self.world, self.last_step, self.bytes_per_token = cfg, world, last_step, bytes_per_token
+        self.out_dir, self.out_of_time, self.hours_before = Path(cfg.run.out_dir), False, state.hours
+        self.flops_per_token = plan.flops_per_token(cfg.model, cfg.data.seq_len)
+        self.peak, self.peak_name = plan.peak_flops(world.device, world.precision)
+        self.file = self.wandb = None
+        if world.is_main:
+            changed_files = self._open(state.step)
+            self._tell_start(model, micro_steps, state, changes + [f"changed source file: {name}" for name in changed_files])
+        self.started = self.interval_start = time.perf_counter()
+        self.interval_step, self.waited = state.step, 0.0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.file:
+            self.file.close()
+        if self.wandb:
+            self.wandb.finish(exit_code=1 if error[0] else 0)
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time that does not count as training in tokens/s."""
+        self.world.synchronize()
+        start = time.perf_counter()
+        yield
+        self.interval_start += time.perf_counter() - start
+
+    def step(self, state, loss, grad_norm, lr, waited):
+        """Counts a step; every log_interval steps, and after the last, tells of it."""
+        self.waited += waited
+        if state.step % self.cfg.train.log_interval and state.step != self.last_step:
+            return
+        loss = self.world.sum(loss.clone()).item()  # here alone the loop waits for the device
+        now, steps = time.perf_counter(), state.step - self.interval_step
+        seconds, elapsed = now - self.interval_start, now - self.started
+        tokens_per_s = steps * self.cfg.data.batch_tokens / seconds
+        state.hours = self.hours_before + elapsed / 3600
+        max_minutes = self.cfg.train.max_minutes
+        self.out_of_time = max_minutes is not None and self.world.worst(elapsed) >= 60 * max_minutes
+        record = {
+            "step": state.step,
+            "tokens": state.step * self.cfg.data.batch_tokens,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm.item(),
+            "tokens_per_s": tokens_per_s,
+            "mfu": tokens_per_s * self.flops_per_token / (self.peak * self.world.size),
+            "data_wait_ms": self.world.worst(1e3 * self.waited / steps),
+            "memory_gib": self.world.worst(peak_memory_gib(self.world.device)),
+        }
+        self.interval_start, self.interval_step, self.waited = now, state.step, 0.0
+        self._write(record)
+        left = datetime.timedelta(seconds=round((self.last_step - state.step) * seconds / steps))
+        self._print(
+            f"{self._step_text(state)} | {_short(record['tokens']):>6} tok | loss {loss:7.4f} | lr {lr:.2e}"
+            f" | norm {record['grad_norm']:5.2f} | {tokens_per_s:9,.0f} tok/s | mfu {record['mfu']:5.1%}"
+            f" | {record['memory_gib']:.2f} GiB | wait {record['data_wait_ms']:.1f} ms | left {left}"
+        )
+
+    def evaluation(self, state):
+        """Tells of an evaluation and draws the curves anew."""
+        record = {"step": state.step, "val_loss": state.val_loss}
+        perplexity = math.exp(min(state.val_loss, 700))  # beyond that a float has no room
+        text = f"{self._step_text(state)} | val loss {state.val_loss:.4f} | perplexity {perplexity:.5g}"
+        if self.bytes_per_token:
+            record["val_bpb"] = state.val_loss / math.log(2) / self.bytes_per_token
+            text += f" | {record['val_bpb']:.4f} bits per byte"
+        self._write(record)
+        self._print(text)
+        if self.world.is_main and self.draws:
+            draw_curves(self.out_dir)
+
+    def end(self, state, reached_target):
+        """Tells how the run ended; the last line totals tokens and hours."""
+        if not self.world.is_main:
+            return
+        state.hours = self.hours_before + (time.perf_counter() - self.started) / 3600
+        if reached_target:
+            how = f"finished, target_loss {self.cfg.train.target_loss} reached"
+        elif state.step >= self.last_step:
+            how = "finished"
+        else:
+            how = f"stopped after max_minutes {self.cfg.train.max_minutes:g}, the same command goes on"
+        if how.startswith("finished"):
+            (self.out_dir / "finished").write_text(f"{how}\n")
+        print(f"{how}: step {state.step} of {self.last_step}, val loss {state.val_loss:.4f}; the run is in {self.out_dir}")
+        print(f"{state.step * self.cfg.data.batch_tokens:,} tokens in {state.hours:.3f} hours", flush=True)
+
+    def _open(self, step):
+        """Makes the run's folder, or takes it up at a step; returns the source files that have changed since."""
+        try:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            (self.out_dir / "finished").unlink(missing_ok=True)
+            (self.out_dir / "config.py").write_text(as_preset(self.cfg))
+            drop_later_lines(self.out_dir / "log.jsonl", step)
+            self.file = open(self.out_dir / "log.jsonl", "a", encoding="utf-8")
+            keep_tokenizer(self.cfg.data.data_dir, self.out_dir)
+            return keep_source(ROOT, self.out_dir, step)
+        except OSError as error:
+            raise ValueError(f"out_dir {self.out_dir} cannot be written to ({error}); use another --out_dir") from error
+
+    def _tell_start(self, model, micro_steps, state, changes):
+        cfg, world, device = self.cfg, self.world, device_name(self.world.device)
+        if state.step:
+            print(f"resumed from step {state.step}, after {state.hours:.3f} hours", *changes, sep="\n  ")
+        self.draws = importlib.util.find_spec("matplotlib") is not None
+        if not self.draws:
+            print("matplotlib is not installed, so there will be no curves.png")
+        causal = plan.flops_per_token(cfg.model, cfg.data.seq_len, causal=True)
+        print(f"model      {model.num_params():,} parameters, {self.flops_per_token / 1e6:,.1f} MFLOP a token"
+              f" by PaLM's count, {causal / 1e6:,.1f} by the causal one")
+        print(f"a step     {cfg.data.batch_tokens:,} tokens = {micro_steps} micro-steps x {world.size} ranks"
+              f" x {cfg.data.micro_batch_size} sequences x {cfg.data.seq_len} tokens")
+        print(f"the run    {self.last_step:,} steps, {self.last_step * cfg.data.batch_tokens:,} tokens, in {self.out_dir}")
+        print(f"device     {world.size} x {device}, {world.precision}; mfu is of {self.peak / 1e12:.4g} TFLOP/s, {self.peak_name}",
+              flush=True)
+        self._write({
+            "start": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "step": state.step,
+            "command": shlex.join(sys.argv),
+            "changes": changes,
+            "git_commit": git_commit(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "devices": f"{world.size} x {device}",
+            "precision": world.precision,
+            "peak_flops": self.peak,
+            "peak_name": self.peak_name,
+        })  # fmt: skip
+        if cfg.train.wandb:
+            self.wandb = start_wandb(cfg, self.out_dir)
+
+    def _step_text(self, state):
+        return f"step {state.step:>{len(str(self.last_step))}}/{self.last_step}"
+
+    def _write(self, record):
+        if self.file:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        if self.wandb:
+            self.wandb.log(record)
+
+    def _print(self, text):
+        if self.world.is_main:
+            print(text, flush=True)
+
+
+def draw_curves(out_dir):
+    """Draws training and validation loss of log.jsonl as curves.png."""
+    from matplotlib.figure import Figure
+
+    records = [json.loads(line) for line in (out_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, label, style in (("loss", "training", {"linewidth": 1}), ("val_loss", "validation", {"marker": "o"})):
+        points = [(record["step"], record[name]) for record in records if name in record]
+        if points:
+            axes.plot(*zip(*points), label=label, **style)
+    axes.set(xlabel="step", ylabel="loss, nats a token", title=out_dir.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out_dir / ".curves.png", dpi=120)
+    os.replace(out_dir / ".curves.png", out_dir / "curves.png")
+
+
+def start_wandb(cfg, out_dir):
+    """A wandb run under the id kept in out_dir; offline, and said so once, where the service is out of reach."""
+    import wandb
+
+    id_file = out_dir / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(wandb.util.generate_id())
+    options = {
+        "project": cfg.train.wandb_project,
+        "name": cfg.train.wandb_run_name or out_dir.name,
+        "id": id_file.read_text().strip(),
+        "resume": "allow",
+        "dir": str(out_dir),
+        "config": as_dict(cfg),
+    }
+    try:
+        run = wandb.init(**options, settings=wandb.Settings(init_timeout=30))
+    except wandb.errors.Error as error:
+        print(f"wandb is out of reach ({type(error).__name__}) and logs offline; upload later: wandb sync {out_dir}/wandb/*",
+              flush=True)
+        run = wandb.init(**options, mode="offline")
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def git_commit():
+    """The commit of the code that runs, with + where files differ from it; None outside a git checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _short(count):
+    """A count in four characters or so: 12.3M for 12,345,678."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            return f"{count / limit:.1f}{unit}"
+    return str(count)
