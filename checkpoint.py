@@ -102,9 +102,10 @@ def load_checkpoint(path, model, optimizer=None):
         if not file.exists() or _sha256(file) != digest:
             raise ValueError(f"{file} is missing or damaged: its checksum is not the manifest's; remove {path} to go back to the checkpoint before")
     wanted, found = asdict(model.cfg), manifest["model"]
-    if wanted != found:
-        differing = ", ".join(f"{k} {found.get(k)} there, {wanted.get(k)} here" for k in sorted({*found, *wanted}) if found.get(k) != wanted.get(k))
-        raise ValueError(f"{path} is of another model: {differing}; give the same settings")
+    names = sorted({*found, *wanted} - {"dropout"})  # which has no weights
+    differing = [f"{name} {found.get(name)} there, {wanted.get(name)} here" for name in names if found.get(name) != wanted.get(name)]
+    if differing:
+        raise ValueError(f"{path} is of another model: {', '.join(differing)}; give the same settings")
     with _quietly():
         dcp.load(_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     return manifest

@@ -136,21 +136,25 @@ def read_meta(data_dir):
 
 def vocab_size_of(data_dir, make_command):
     """The vocabulary that a data folder was made with."""
-    if data_dir is None:
-        raise ValueError("data_dir is none; set it to a folder that prepare.py made")
-    if not Path(data_dir).is_dir():
-        raise ValueError(f"{data_dir} does not exist; make it: {make_command}")
-    meta = read_meta(data_dir)
+    meta = read_meta(_folder(data_dir, make_command))
     if not meta:
         raise ValueError(f"{data_dir} has no meta.json to take vocab_size from; set vocab_size, or finish: {make_command}")
     return meta["vocab_size"]
+
+
+def _folder(data_dir, make_command):
+    if data_dir is None:
+        raise ValueError("data_dir is none; set it to a folder that prepare.py made")
+    if not Path(data_dir).is_dir():
+        raise ValueError(f"data_dir {data_dir} does not exist; make it: {make_command}")
+    return Path(data_dir)
 
 
 class Split:
     """The shards of a split. bytes_per_token is None where nobody counted the text's bytes."""
 
     def __init__(self, data_dir, split, vocab_size, make_command="python prepare.py --help"):
-        folder, meta = Path(data_dir), read_meta(data_dir)
+        folder, meta = _folder(data_dir, make_command), read_meta(data_dir)
         self.name, self.vocab_size = split, vocab_size
         self.paths = sorted(p for p in folder.glob(f"*{split}*.bin"))
         if not self.paths and any(folder.glob("*.bin.part")):

@@ -70,7 +70,7 @@ class Log:
         self.out_of_time = max_minutes is not None and self.world.worst(elapsed) >= 60 * max_minutes
         record = {
             "step": state.step,
-            "tokens": state.step * self.cfg.data.batch_tokens,
+            "tokens": state.sequences_seen * self.cfg.data.seq_len,
             "loss": loss,
             "lr": lr,
             "grad_norm": grad_norm.item(),
@@ -115,7 +115,7 @@ class Log:
         if how.startswith("finished"):
             (self.out_dir / "finished").write_text(f"{how}\n")
         print(f"{how}: step {state.step} of {self.last_step}, val loss {state.val_loss:.4f}; the run is in {self.out_dir}")
-        print(f"{state.step * self.cfg.data.batch_tokens:,} tokens in {state.hours:.3f} hours", flush=True)
+        print(f"{state.sequences_seen * self.cfg.data.seq_len:,} tokens in {state.hours:.3f} hours", flush=True)
 
     def _open(self, step):
         """Makes the run's folder, or takes it up at a step; returns the source files that have changed since."""

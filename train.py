@@ -20,7 +20,7 @@ from checkpoint import (
     changed_settings,
     checkpoints,
     load_checkpoint,
-    load_model,
+    newest_checkpoint,
     read_manifest,
     remove_old_checkpoints,
     save_checkpoint,
@@ -44,7 +44,11 @@ class TrainConfig:
     wandb_run_name: str | None = None  # name of the run there; none: the name of out_dir
 
     def __post_init__(self):
-        wrong = [f"{name} is {getattr(self, name)}; it must be at least 1" for name in ("eval_interval", "log_interval") if getattr(self, name) < 1]
+        wrong = [
+            f"{name} is {getattr(self, name)}; it must be at least 1"
+            for name in ("eval_interval", "log_interval")
+            if getattr(self, name) < 1
+        ]
         if wrong:
             raise ValueError("\n".join(wrong))
 
@@ -74,8 +78,10 @@ class State:
 def main(cfg):
     with init_world(cfg.parallel) as world:
         cfg = resolve(cfg)
-        splits = [Split(cfg.data.data_dir, name, cfg.model.vocab_size, prepare_command(cfg)) for name in ("train", "val")]
-        order = TrainOrder(splits[0], cfg.data.seq_len, cfg.run.seed)
+        train_split, val_split = (
+            Split(cfg.data.data_dir, name, cfg.model.vocab_size, prepare_command(cfg)) for name in ("train", "val")
+        )
+        order = TrainOrder(train_split, cfg.data.seq_len, cfg.run.seed)
         micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, world.size)
         last_step = cfg.optim.last_step(cfg.data.batch_tokens)
 
@@ -84,24 +90,25 @@ def main(cfg):
         distribute(model, cfg.parallel, world, cfg.run.seed)
         optimizer = build_optimizer(model, cfg.optim)
         scaler = torch.amp.GradScaler(world.device.type, enabled=world.precision == "fp16")
-        data_id = "-".join(split.fingerprint() for split in splits)
-        state, changes = resume_or_init(cfg, model, optimizer, scaler, data_id, world)
+        settings = as_dict(cfg) | {"data": f"{train_split.fingerprint()}-{val_split.fingerprint()}"}
+        state, changes = resume_or_init(cfg, settings, model, optimizer, scaler, world)
         if state.step and (state.step >= last_step or has_reached_target(state, cfg)):
             return say_finished(cfg, state, world)
-        loader = Loader(order, state.sequences_seen, micro_steps, cfg.data.micro_batch_size, world.rank, world.size, world.device)
+        B = cfg.data.micro_batch_size
+        loader = Loader(order, state.sequences_seen, micro_steps, B, world.rank, world.size, world.device)
 
-        with Log(cfg, world, model, micro_steps, last_step, splits[1].bytes_per_token, state, changes) as log:
+        with Log(cfg, world, model, micro_steps, last_step, val_split.bytes_per_token, state, changes) as log:
             while True:
                 ending = state.step >= last_step or log.out_of_time
                 if (ending or state.step % cfg.train.eval_interval == 0) and state.evaluated_at != state.step:
                     with log.paused():
-                        state.val_loss = evaluate(model, splits[1], cfg.data, world)
+                        state.val_loss = evaluate(model, val_split, cfg.data, world)
                         state.evaluated_at = state.step
                     log.evaluation(state)
                 ending = ending or has_reached_target(state, cfg)
                 if cfg.run.save_interval and state.step and (ending or state.step % cfg.run.save_interval == 0):
                     with log.paused():
-                        save(cfg, model, optimizer, scaler, state, data_id, world)
+                        save(cfg, settings, model, optimizer, scaler, state, world)
                 if ending:
                     break
 
@@ -155,8 +162,10 @@ def evaluate(model, split, cfg, world):
 def say_finished(cfg, state, world):
     """Tells that there is nothing left to do."""
     if world.is_main:
-        print(f"{cfg.run.out_dir} has finished, at step {state.step} with val loss {state.val_loss:.4f}; "
-              f"raise max_steps to train on, or use another --out_dir")
+        print(
+            f"{cfg.run.out_dir} has finished, at step {state.step} with val loss {state.val_loss:.4f}; "
+            f"raise max_steps to train on, or use another --out_dir"
+        )
 
 
 def resolve(cfg):
@@ -185,32 +194,31 @@ def prepare_command(cfg):
 
 # ---- resume
 
-def resume_or_init(cfg, model, optimizer, scaler, data_id, world):
+def resume_or_init(cfg, settings, model, optimizer, scaler, world):
     """The state to start from, with the tensors that go with it, and lines that name what has changed since."""
     found = checkpoints(cfg.run.out_dir)
     if not found:
         if cfg.run.init_from:
-            source, _ = load_model(cfg.run.init_from, world.device)
-            if source.cfg != cfg.model:
-                raise ValueError(f"init_from {cfg.run.init_from} is {source.cfg}, the settings say {cfg.model}; make them equal")
-            model.load_state_dict(source.state_dict())
+            load_checkpoint(newest_checkpoint(cfg.run.init_from), model)
         return State(), []
     if cfg.run.resume == "never":
-        raise ValueError(f"{cfg.run.out_dir} has checkpoints and resume is never; use another --out_dir, or --resume=auto to go on")
+        raise ValueError(
+            f"resume is never, and {cfg.run.out_dir} has checkpoints; use another --out_dir, or --resume=auto to go on"
+        )
     manifest = read_manifest(found[-1])
     fixed = {field.name for field in dataclasses.fields(ModelConfig)} | {"seq_len", "seed", "optimizer", "data"}
-    changes = changed_settings(manifest["settings"], as_dict(cfg) | {"data": data_id}, fixed)
+    changes = changed_settings(manifest["settings"], settings, fixed)
     load_checkpoint(found[-1], model, optimizer)
     if manifest["scaler"]:
         scaler.load_state_dict(manifest["scaler"])
     return State(**manifest["state"]), changes
 
 
-def save(cfg, model, optimizer, scaler, state, data_id, world):
+def save(cfg, settings, model, optimizer, scaler, state, world):
     """Writes a checkpoint and removes those that are no longer wanted."""
     facts = {
         "state": asdict(state),
-        "settings": as_dict(cfg) | {"data": data_id},
+        "settings": settings,
         "scaler": scaler.state_dict(),
         "val_loss": state.val_loss if state.evaluated_at == state.step else None,
     }
