@@ -57,7 +57,12 @@ class TiktokenTokenizer(Tokenizer):
 
     def encode(self, text):
         """Ids of a text, as a numpy array."""
-        return self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
+        text = text.encode("utf-8", errors="replace").decode("utf-8")  # tiktoken refuses half a surrogate pair
+        try:
+            return self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
+        except ValueError:  # its regex gives up on a million blanks in a row (openai/tiktoken issue 245); cut them
+            half = len(text) // 2
+            return np.concatenate([self.encode(text[:half]), self.encode(text[half:])])
 
     def decode_bytes(self, ids):
         """UTF-8 bytes of ids, special tokens by name; the bytes may end inside a character."""
@@ -111,18 +116,18 @@ def file_sha256(path):
 def _encoding_from_json(path):
     import tiktoken
 
+    byte_of = _byte_of_character()
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        vocab, added = saved["model"]["vocab"], saved["added_tokens"]
         is_ours = saved["model"]["type"] == "BPE" and saved["pre_tokenizer"]["type"] == "ByteLevel"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        ranks = {bytes(byte_of[c] for c in token): id_ for token, id_ in saved["model"]["vocab"].items()}
+        specials = {token["content"]: token["id"] for token in saved["added_tokens"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no readable tokenizer.json ({type(error).__name__}: {error})") from error
-    if not is_ours or {t["content"] for t in added} != set(SPECIALS):
+    ids = [*sorted(ranks.values()), *specials.values()]
+    if not is_ours or tuple(specials) != SPECIALS or ids != list(range(len(ids))):
         raise ValueError(f"{path} is not a byte-level BPE made by prepare.py --tokenizer=bpe, the only kind of tokenizer.json read here")
-    byte_of = _byte_of_character()
-    return tiktoken.Encoding(
-        name=path.name, pat_str=GPT2_WORDS, special_tokens={t["content"]: t["id"] for t in added},
-        mergeable_ranks={bytes(byte_of[c] for c in token): id_ for token, id_ in vocab.items()})
+    return tiktoken.Encoding(name=path.name, pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=specials)
 
 
 def _byte_of_character():

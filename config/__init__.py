@@ -16,6 +16,7 @@ the classes themselves: __post_init__ raises a ValueError, a line for each mista
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import linecache
 import math
@@ -173,11 +174,22 @@ def _run_preset(path, errors):
     try:
         names = runpy.run_path(str(file))
     except Exception as error:  # whatever a person's own file raises
-        line = getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno
-        errors.append(f"{path}, line {line}: {type(error).__name__}: {getattr(error, 'msg', error)}")
+        where, line = _place(error, path)
+        errors.append(f"{where}, line {line}: {type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}")
         return {}
     scratch = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
     return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, scratch)}
+
+
+def _place(error, path):
+    """(file, line) of a preset's mistake: where its own assignments stand, be it in a preset that it starts from."""
+    if isinstance(error, SyntaxError):
+        where, line = error.filename or path, error.lineno or 1
+    else:
+        in_files = [f for f in traceback.extract_tb(error.__traceback__) if f.name == "<module>"]
+        where, line = (in_files[-1].filename, in_files[-1].lineno) if in_files else (path, 1)
+    where = Path(where).resolve()
+    return (where.relative_to(ROOT) if where.is_relative_to(ROOT) else where), line
 
 
 # ---- one value
@@ -186,7 +198,7 @@ def _take(values, name, value, owners, where, failed, errors):
     section, field = owners[name]
     try:
         values[name] = _checked(value, field.type)
-    except TypeError:
+    except (TypeError, OverflowError):  # the latter of whole numbers that no float holds
         failed.add(section)
         choices = [choice for kind in _kinds(field.type) for choice in typing.get_args(kind)]
         hint = _did_you_mean(value, choices) if isinstance(value, str) else ""
@@ -259,6 +271,7 @@ def _comments(settings_type):
     return found
 
 
+@functools.cache
 def _settings_everywhere():
     """{name: file} of the settings that any script of the project declares, read without importing them."""
     found = {}

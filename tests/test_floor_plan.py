@@ -1,0 +1,91 @@
+"""The floor plan: which file may import which, and that importing does nothing else."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+LIBRARIES = {"model", "tokenizer", "data", "optim", "config"}
+BELOW_SCRIPTS = LIBRARIES | {"parallel", "checkpoint", "plan"}
+MAY_IMPORT = {
+    "model": set(),
+    "tokenizer": set(),
+    "data": set(),
+    "optim": set(),
+    "parallel": {"model"},
+    "checkpoint": {"model"},
+    "plan": {"config", "model", "data", "optim", "parallel"},
+    "log": {"config", "parallel", "checkpoint", "plan"},  # what a run tells: the half of train.py that is not the loop
+    "prepare": {"config", "tokenizer", "data"},
+    "train": BELOW_SCRIPTS | {"log"},
+    "sample": {"config", "model", "tokenizer", "parallel", "checkpoint"},
+    "bench": BELOW_SCRIPTS | {"train"},  # a benchmark must time the code that trains
+    "convert": {"config", "model", "tokenizer", "checkpoint"},
+}
+FILES = sorted(ROOT.glob("*.py"))
+PRESETS = sorted((ROOT / "config").glob("[!_]*.py"))
+
+
+def imported(path):
+    """Top-level names of all that a file imports, inside functions as well."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} has a relative import"
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_files_import_only_what_the_floor_plan_lets_them(path):
+    assert path.stem in MAY_IMPORT, "a new file needs its sentence and its row in the floor plan"
+    assert imported(path) & (MAY_IMPORT.keys() | {"config"}) <= MAY_IMPORT[path.stem]
+
+
+def test_settings_machinery_imports_the_standard_library_alone():
+    assert imported(ROOT / "config/__init__.py") <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.name)
+def test_presets_import_only_other_presets(path):
+    assert imported(path) <= {"config"}
+
+
+def test_benchmark_takes_code_that_trains_from_train_and_no_settings():
+    for node in ast.walk(ast.parse((ROOT / "bench.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "train":
+            names = {alias.name for alias in node.names}
+            assert "train_step" in names and not any(name.endswith("Config") or name == "Settings" for name in names)
+
+
+@pytest.mark.parametrize("package", ["tiktoken", "tokenizers", "tqdm", "wandb", "matplotlib", "pyarrow", "huggingface_hub", "safetensors"])
+def test_training_needs_no_package_but_torch_and_numpy_until_it_is_used(package):
+    for path in FILES:
+        top = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        for node in top:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+            assert package not in [name.partition(".")[0] for name in names], f"{path.name} imports {package} where it is not used"
+
+
+def test_every_file_imports_without_side_effects(tmp_path):
+    before_and_after = """
+import os, random, sys, threading
+import numpy, torch
+def seen():
+    return (dict(os.environ), os.getcwd(), threading.active_count(), torch.get_rng_state().tolist(), random.getstate(),
+            numpy.random.get_state()[1].tolist(), torch.get_num_threads(), torch.get_default_dtype(), os.listdir())
+before = seen()
+for name in sys.argv[1:]:
+    __import__(name)
+after = seen()
+assert before == after, [(a, b) for a, b in zip(before, after) if a != b]
+"""
+    names = ["config", *(path.stem for path in FILES)]
+    done = subprocess.run([sys.executable, "-c", before_and_after, *names], cwd=tmp_path, capture_output=True, text=True,
+                          env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,0 +1,243 @@
+"""Text to ids and back: round trips, ids equal to other libraries', no special token out of text."""
+
+import json
+import random
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import tokenizers
+
+from conftest import ROOT
+from tokenizer import SPECIALS, ByteTokenizer, file_sha256, load_tokenizer, train_bpe
+
+GPT2_FILES = Path(ROOT).parent / "shared/data/tiktoken_cache"
+CORPUS = [Path(ROOT / name).read_text() for name in ("tokenizer.py", "data.py")] + ["ünïcödé 日本語 日本語 日本語 🙂🙂🙂 " * 7]
+
+HOSTILE = [
+    "", "a", " ", "hello world", "\n", "\r\n", "line\r\nline\r\n\r\n", "    indented\n\t\ttabs \n", "a" * 999, " " * 999 + "x",
+    "日本語と한국어", "🙂👩‍👩‍👧‍👦🏳️‍🌈", "e\u0301 combining", "\u202eright to left", "nul \0 byte", "\ufeffbom", "\ufffd", "\u00a0\u2003\u3000 \u0085",
+    "don't WE'LL 'tis ''s", "1234567890 ½ ² ٣", "__init__(self, *args)", "\x1b[31m", "￿𐍈",
+    "<|endoftext|>", "a<|endoftext|>b <|pad|><|mask|> <|cls|><|sep|>", "<|endoftext", "[MASK]",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bpe_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    train_bpe(CORPUS, 777, path)
+    return path
+
+
+@pytest.fixture(scope="module", params=["byte", "bpe", "gpt2"])
+def tokenizer(request):
+    if request.param == "bpe":
+        return load_tokenizer(str(request.getfixturevalue("bpe_file")))
+    if request.param == "gpt2" and not GPT2_FILES.is_dir():
+        pytest.skip(f"{GPT2_FILES} is absent, and gpt2 would have to be fetched")
+    return load_tokenizer(request.param)
+
+
+def random_texts(number, seed=0):
+    """Texts of mixed scripts, blanks and punctuation, in which words, runs and odd characters meet at random."""
+    rng = random.Random(seed)
+    parts = ["a", "b", "the", " the", "self.", "def ", " ", "  ", "\n", "\r\n", "\t", "'s", "'", "7", "42", "é", "日本", "🙂", "\u00a0", "!", "...", "_", "<|pad|>"]
+    return ["".join(rng.choices(parts, k=rng.randrange(40))) for _ in range(number)]
+
+
+# ---- all tokenizers
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_decoding_gives_the_text_back(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert isinstance(ids, np.ndarray) and ids.dtype.kind == "u" and ids.ndim == 1
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids.tolist()) == text
+    assert tokenizer.decode_bytes(ids) == text.encode()
+
+
+def test_decoding_gives_random_texts_back(tokenizer):
+    for text in random_texts(300):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udc80b", "\ud83d alone"])
+def test_half_a_surrogate_pair_becomes_a_question_mark(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == "".join("?" if "\ud800" <= c <= "\udfff" else c for c in text)
+
+
+@pytest.mark.parametrize("text", [" " * 1_300_000 + "x", "\n" * 1_300_000 + "x", "y" * 1_300_000, "!" * 1_300_000])
+def test_endless_runs_are_encoded(tokenizer, text):
+    """tiktoken's regex gives up on a million blanks in a row."""
+    assert tokenizer.decode_bytes(tokenizer.encode(text)) == text.encode()
+
+
+def test_text_never_becomes_a_special_token(tokenizer):
+    specials = set(tokenizer.specials.values())
+    assert tokenizer.eot in specials
+    for text in HOSTILE + [name * 3 for name in SPECIALS]:
+        assert specials.isdisjoint(tokenizer.encode(text).tolist())
+
+
+def test_ids_fit_the_vocabulary_and_special_ids_end_it(tokenizer):
+    assert sorted(tokenizer.specials.values()) == list(range(tokenizer.vocab_size - len(tokenizer.specials), tokenizer.vocab_size))
+    assert max(tokenizer.encode("".join(HOSTILE))) < tokenizer.vocab_size - len(tokenizer.specials)
+
+
+def test_special_tokens_decode_to_their_names(tokenizer):
+    ids = [*tokenizer.encode("a").tolist(), tokenizer.eot, *tokenizer.encode("b").tolist()]
+    assert tokenizer.decode(ids) == "a<|endoftext|>b"
+
+
+def test_ids_that_end_inside_a_character_decode_without_an_error(tokenizer):
+    ids = tokenizer.encode("𐍈").tolist()  # 4 bytes of a rare script, which no vocabulary here has as one token
+    assert len(ids) > 1
+    assert tokenizer.decode(ids[:-1]).endswith("\ufffd")
+
+
+def test_all_single_characters_come_back(tokenizer):
+    text = "".join(chr(c) for c in range(0x3000) if not 0xD800 <= c < 0xE000)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+# ---- byte
+
+def test_byte_ids_are_the_utf8_bytes():
+    tokenizer = ByteTokenizer()
+    assert tokenizer.encode("é\n").tolist() == [0xC3, 0xA9, 10]
+    assert (tokenizer.vocab_size, tokenizer.eot) == (256 + 5, 256)
+
+
+# ---- gpt2
+
+@pytest.mark.skipif(not GPT2_FILES.is_dir(), reason=f"{GPT2_FILES} is absent")
+@pytest.mark.parametrize(("text", "ids"), [
+    ("hello world", [31373, 995]),
+    ("Hello, world!", [15496, 11, 995, 0]),
+    ("<|endoftext|>", [27, 91, 437, 1659, 5239, 91, 29]),
+])  # fmt: skip
+def test_gpt2_ids_are_gpt2s(text, ids):
+    tokenizer = load_tokenizer("gpt2")
+    assert tokenizer.encode(text).tolist() == ids
+    assert (tokenizer.vocab_size, tokenizer.eot) == (50257, 50256)
+
+
+def test_gpt2_without_a_network_names_the_offline_ways(tmp_path, monkeypatch):
+    with socket.socket() as nobody_listens:
+        nobody_listens.bind(("127.0.0.1", 0))
+        for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{nobody_listens.getsockname()[1]}")
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})  # what tiktoken has read before
+        with pytest.raises(ValueError) as caught:
+            load_tokenizer("gpt2")
+    message = str(caught.value)
+    assert "\n" not in message
+    for needed in ("gpt2", "could not fetch", "TIKTOKEN_CACHE_DIR", "--tokenizer=byte", "--tokenizer=bpe"):
+        assert needed in message
+
+
+# ---- bpe
+
+def test_bpe_ids_equal_those_of_the_tokenizers_library(bpe_file):
+    ours, theirs = load_tokenizer(str(bpe_file)), tokenizers.Tokenizer.from_file(str(bpe_file))
+    theirs.encode_special_tokens = True  # so that it, too, takes their names in text for text
+    for text in HOSTILE + CORPUS + random_texts(500, seed=1):
+        assert ours.encode(text).tolist() == theirs.encode(text).ids, text[:50]
+
+
+@pytest.mark.parametrize("alphabet", ["a", "ab", "aab ", "abc'", "xyz \n", "é日 "])
+def test_bpe_ids_equal_those_of_the_tokenizers_library_where_merges_overlap(tmp_path, alphabet):
+    """tiktoken merges whatever makes a token, `tokenizers` only pairs in its list: few letters bring out a difference."""
+    rng = random.Random(alphabet)
+    train_bpe(["".join(rng.choices(alphabet, k=333)) for _ in range(5)], 333, tmp_path / "t.json")
+    ours, theirs = load_tokenizer(str(tmp_path / "t.json")), tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))
+    for _ in range(200):
+        text = "".join(rng.choices(alphabet, k=rng.randrange(70)))
+        assert ours.encode(text).tolist() == theirs.encode(text).ids, text
+
+
+def test_bpe_cuts_words_at_every_kind_of_character_as_the_tokenizers_library_does(bpe_file):
+    ours, theirs = load_tokenizer(str(bpe_file)), tokenizers.Tokenizer.from_file(str(bpe_file))
+    for code in [*range(0x3000), *range(0x3000, 0x110000, 997)]:
+        if not 0xD800 <= code < 0xE000:
+            text = f"a{chr(code)}b {chr(code)}{chr(code)} x"
+            assert ours.encode(text).tolist() == theirs.encode(text).ids, hex(code)
+
+
+def test_bpe_learns_its_corpus(bpe_file):
+    tokenizer = load_tokenizer(str(bpe_file))
+    assert tokenizer.vocab_size == 777
+    assert len(tokenizer.encode(CORPUS[0])) < 0.5 * len(CORPUS[0].encode())
+    assert list(tokenizer.specials) == list(SPECIALS) and tokenizer.eot == 772
+
+
+def test_small_corpus_gives_fewer_ids(tmp_path):
+    train_bpe(["ab"], 999, tmp_path / "t.json")
+    tokenizer = load_tokenizer(str(tmp_path / "t.json"))
+    assert tokenizer.vocab_size == 256 + 1 + len(SPECIALS)
+    assert tokenizer.encode("abab").tolist() == [256, 256]
+
+
+def test_bpe_is_the_same_each_time_and_wherever_its_file_lies(tmp_path, bpe_file):
+    copy = tmp_path / "elsewhere.json"
+    train_bpe(CORPUS, 777, copy)
+    assert file_sha256(copy) == file_sha256(bpe_file)
+    first, second = load_tokenizer(str(bpe_file)), load_tokenizer(str(copy))
+    assert (first.vocab_size, first.specials) == (second.vocab_size, second.specials)
+    for text in random_texts(50, seed=2):
+        assert first.encode(text).tolist() == second.encode(text).tolist()
+
+
+@pytest.mark.parametrize("vocab_size", [0, 260])
+def test_bpe_smaller_than_its_bytes_is_refused(tmp_path, vocab_size):
+    with pytest.raises(ValueError, match=f"bpe_vocab_size is {vocab_size}; it must be at least 261"):
+        train_bpe(["ab"], vocab_size, tmp_path / "t.json")
+
+
+# ---- names and files that are wrong
+
+@pytest.mark.parametrize("name", ["gpt-2", "bytes", "", "bpe", "tokenizer.txt"])
+def test_unknown_name_lists_the_known_ones(name):
+    with pytest.raises(ValueError, match="is unknown; use byte, bpe, the path of a tokenizer.json, or one of tiktoken's: .*gpt2"):
+        load_tokenizer(name)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nothing.json is no readable tokenizer.json"):
+        load_tokenizer(str(tmp_path / "nothing.json"))
+
+
+def damaged(change):
+    def damage(saved):
+        change(saved)
+        return json.dumps(saved)
+    return damage
+
+
+@pytest.mark.parametrize("damage", [
+    lambda saved: "",
+    lambda saved: json.dumps(saved)[:-999],
+    lambda saved: "[]",
+    lambda saved: "{}",
+    damaged(lambda saved: saved.update(model={"type": "WordPiece", "vocab": {}})),
+    damaged(lambda saved: saved.update(pre_tokenizer=None)),
+    damaged(lambda saved: saved.update(added_tokens=[])),
+    damaged(lambda saved: saved.update(added_tokens=[{}])),
+    damaged(lambda saved: saved["added_tokens"][0].update(content="<eos>")),
+    damaged(lambda saved: saved["model"].update(vocab=["a"])),
+    damaged(lambda saved: saved["model"]["vocab"].update({"a b": 999})),  # a blank is written as another character
+    damaged(lambda saved: saved["model"]["vocab"].popitem()),
+    damaged(lambda saved: saved["model"]["vocab"].update({"a": 300})),
+    damaged(lambda saved: saved["added_tokens"][0].update(id=5)),
+], ids=range(14))  # fmt: skip
+def test_damaged_file_is_refused_by_name(tmp_path, bpe_file, damage):
+    path = tmp_path / "broken.json"
+    path.write_text(damage(json.loads(bpe_file.read_text())))
+    with pytest.raises(ValueError, match="broken.json is (no readable|not a byte-level)") as caught:
+        load_tokenizer(str(path))
+    assert "\n" not in str(caught.value)
