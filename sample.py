@@ -109,8 +109,8 @@ def draw(logits, cfg, generator):
         return logits.argmax(-1)
     probs = torch.softmax(logits / cfg.temperature, dim=-1)
     if cfg.top_k is not None and cfg.top_k < probs.shape[-1]:
-        least = probs.topk(cfg.top_k).values[:, -1:]
-        probs = probs.where(probs >= least, 0.0)
+        top = probs.topk(cfg.top_k)  # by index: where tokens are equally likely, still no more than k
+        probs = torch.zeros_like(probs).scatter(-1, top.indices, top.values)
     if cfg.top_p is not None:
         ordered, order = (probs / probs.sum(-1, keepdim=True)).sort(-1, descending=True)
         beyond = ordered.cumsum(-1) - ordered >= cfg.top_p  # what comes before already has top_p

@@ -1,0 +1,252 @@
+"""A checkpoint gives back what was saved, appears whole or not at all, and is refused when it is damaged."""
+
+import json
+import os
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import (
+    RunConfig, changed_settings, checkpoints, load_checkpoint, load_model, newest_checkpoint, read_manifest,
+    remove_old_checkpoints, save_checkpoint, tokenizer_of,
+)  # fmt: skip
+from model import ModelConfig, Transformer
+from optim import OptimConfig, build_optimizer
+from parallel import World
+
+SMALL = ModelConfig(vocab_size=37, block_size=11, n_layer=3, n_head=5, n_embd=20)
+WORLD = World(0, 1, torch.device("cpu"), "fp32")
+
+
+def build(cfg=SMALL, optimizer="adamw", steps=0, seed=1):
+    """A model and its optimizer after some steps on random tokens."""
+    torch.manual_seed(seed)
+    model = Transformer(cfg)
+    model.init_weights(seed)
+    optimizer = build_optimizer(model, OptimConfig(optimizer=optimizer, learning_rate=0.01))
+    for _ in range(steps):
+        ids = torch.randint(37, (3, 7))
+        model(ids, targets=ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def same(a, b):
+    """Whether two state dicts are equal bit by bit, tensors anywhere in them."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A run folder with one checkpoint, and what was saved."""
+    model, optimizer = build(steps=2)
+    save_checkpoint(tmp_path, 7, model, optimizer, {"val_loss": 1.5, "state": {"step": 7}}, WORLD)
+    return tmp_path, model, optimizer
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_loading_gives_back_every_bit(optimizer, tied, tmp_path):
+    cfg = replace(SMALL, tie_embeddings=tied)
+    model, its_optimizer = build(cfg, optimizer, steps=2)
+    save_checkpoint(tmp_path, 7, model, its_optimizer, {"val_loss": 1.5}, WORLD)
+    other, other_optimizer = build(cfg, optimizer, seed=2)
+    manifest = load_checkpoint(newest_checkpoint(tmp_path), other, other_optimizer)
+    assert same(model.state_dict(), other.state_dict())
+    assert same(its_optimizer.state_dict()["state"], other_optimizer.state_dict()["state"])
+    assert len(other_optimizer.state_dict()["state"]) == len(list(other.parameters()))
+    assert (other.head.weight is other.wte.weight) == tied
+    assert manifest["step"] == 7 and manifest["val_loss"] == 1.5
+
+
+def test_load_model_needs_no_settings_and_is_ready_to_evaluate(saved):
+    run_dir, model, _ = saved
+    loaded, manifest = load_model(run_dir, "cpu")
+    assert loaded.cfg == SMALL and not loaded.training and manifest["step"] == 7
+    assert same(loaded.state_dict(), model.state_dict())
+    assert loaded.head.weight is loaded.wte.weight
+
+
+def test_nothing_in_a_checkpoint_is_pickled_or_unpickled(saved, monkeypatch):
+    run_dir, model, optimizer = saved
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("unpickles")
+
+    for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(module, name, forbidden)
+    load_checkpoint(newest_checkpoint(run_dir), model, optimizer)
+    files = [p for p in newest_checkpoint(run_dir).rglob("*") if p.is_file()]
+    assert {p.suffix for p in files} == {".safetensors", ".json"}
+    for path in files:
+        if path.suffix == ".safetensors":  # length of a JSON header, and that header
+            content = path.read_bytes()
+            json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+
+
+def test_a_tied_table_is_stored_once(saved):
+    from safetensors import safe_open
+
+    names = []
+    for path in newest_checkpoint(saved[0]).glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names += list(file.keys())
+    assert "model.wte.weight" in names and "model.head.weight" not in names
+    assert len(names) == len(set(names))
+
+
+# ---- whole or not at all
+
+def test_every_file_is_synced_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
+    synced, renamed, fsync, replace_ = set(), {}, os.fsync, os.replace
+
+    def record_sync(handle):
+        synced.add(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def record_rename(source, to):
+        renamed[os.path.basename(to)] = set(synced)
+        replace_(source, to)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "replace", record_rename)
+    save_checkpoint(tmp_path, 7, *build(), {}, WORLD)
+    manifest = read_manifest(newest_checkpoint(tmp_path))
+    assert manifest["files"].keys() | {"manifest.json", ".step_00000007.partial"} <= renamed["step_00000007"]
+    assert "ckpt" in synced  # the folder, or the new name itself could be lost
+
+
+def test_an_unfinished_checkpoint_is_ignored_and_removed_by_the_next(saved):
+    run_dir, model, optimizer = saved
+    partial = run_dir / "ckpt" / ".step_00000009.partial"
+    partial.mkdir()
+    (partial / "manifest.json").write_text("{")
+    assert newest_checkpoint(run_dir).name == "step_00000007"
+    save_checkpoint(run_dir, 11, model, optimizer, {}, WORLD)
+    assert [p.name for p in checkpoints(run_dir)] == ["step_00000007", "step_00000011"]
+    assert not partial.exists()
+
+
+def test_an_existing_checkpoint_is_not_written_again(saved):
+    run_dir, model, optimizer = saved
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in run_dir.rglob("*")}
+    save_checkpoint(run_dir, 7, *build(seed=3), {}, WORLD)
+    assert before == {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in run_dir.rglob("*")}
+
+
+# ---- which ones stay
+
+def kept(tmp_path, losses, **cfg):
+    """Steps whose checkpoints are left after saving one for each of {step: val_loss}, as training does."""
+    model, optimizer = build()
+    for step, loss in losses.items():
+        save_checkpoint(tmp_path, step, model, optimizer, {"val_loss": loss}, WORLD)
+        remove_old_checkpoints(tmp_path, RunConfig(**cfg))
+    assert not list((tmp_path / "ckpt").glob(".*"))
+    return [int(p.name[5:]) for p in checkpoints(tmp_path)]
+
+
+def test_the_newest_checkpoints_stay(tmp_path):
+    assert kept(tmp_path, dict.fromkeys(range(3, 18, 3)), keep_checkpoints=2) == [12, 15]
+
+
+def test_the_best_checkpoint_stays_until_a_better_one(tmp_path):
+    assert kept(tmp_path, {3: 2.0, 6: 1.0, 9: None, 12: 3.0, 15: 1.5}, keep_checkpoints=1) == [6, 15]
+
+
+def test_every_nth_checkpoint_stays(tmp_path):
+    assert kept(tmp_path, dict.fromkeys(range(2, 12, 2)), keep_checkpoints=1, keep_every=4) == [4, 8, 10]
+
+
+# ---- damage
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 16
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("spoil", [
+    flip_a_bit,
+    lambda file: file.write_bytes(file.read_bytes()[:-5]),
+    lambda file: file.unlink(),
+    lambda file: file.write_bytes(b""),
+], ids=["bit flip", "truncated", "missing", "empty"])  # fmt: skip
+def test_damaged_tensors_are_refused_by_name(saved, spoil):
+    run_dir, model, optimizer = saved
+    file = next(newest_checkpoint(run_dir).glob("*.safetensors"))
+    spoil(file)
+    with pytest.raises(ValueError, match=f"{file.name} is missing or damaged.*remove .*step_00000007"):
+        load_checkpoint(newest_checkpoint(run_dir), model, optimizer)
+    with pytest.raises(ValueError, match="missing or damaged"):
+        load_model(run_dir, "cpu")
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"step": 7}'])
+def test_a_damaged_manifest_is_refused(saved, content):
+    run_dir, model, _ = saved
+    manifest = newest_checkpoint(run_dir) / "manifest.json"
+    manifest.unlink() if content is None else manifest.write_text(content)
+    with pytest.raises(ValueError, match="no readable manifest.json.*remove it to go back"):
+        load_checkpoint(newest_checkpoint(run_dir), model)
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_the_difference(saved):
+    other, _ = build(replace(SMALL, n_layer=2, bias=False))
+    with pytest.raises(ValueError, match="bias True there, False here, n_layer 3 there, 2 here"):
+        load_checkpoint(newest_checkpoint(saved[0]), other)
+
+
+def test_a_checkpoint_with_model_settings_from_elsewhere_is_refused(saved):
+    path = newest_checkpoint(saved[0]) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["model"]["n_expert"] = 8
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="n_expert"):
+        load_model(saved[0], "cpu")
+
+
+def test_folders_without_checkpoints_are_told_apart(tmp_path):
+    with pytest.raises(ValueError, match="gone does not exist"):
+        newest_checkpoint(tmp_path / "gone")
+    with pytest.raises(ValueError, match="holds no checkpoint of flatlm's"):
+        newest_checkpoint(tmp_path)
+
+
+# ---- settings, source and tokenizer of a run
+
+def test_changes_are_listed_and_fixed_ones_refused_all_together():
+    old, new = {"n_layer": 3, "seed": 1, "lr": 0.1, "gone": 5}, {"n_layer": 4, "seed": 2, "lr": 0.2, "fresh": 6}
+    assert changed_settings(old, new, fixed={"n_head"}) == ["n_layer: 3 -> 4", "seed: 1 -> 2", "lr: 0.1 -> 0.2"]
+    with pytest.raises(ValueError, match="n_layer: 3 -> 4; seed: 1 -> 2; use the old values, or a new run with --out_dir="):
+        changed_settings(old, new, fixed={"n_layer", "seed"})
+
+
+def test_source_is_kept_and_changed_files_are_named(tmp_path):
+    root, out_dir = tmp_path / "project", tmp_path / "run"
+    (root / "config").mkdir(parents=True)
+    (root / "model.py").write_text("a = 1\n")
+    (root / "config" / "p.py").write_text("b = 1\n")
+    assert checkpoint.keep_source(root, out_dir, 0) == []
+    assert checkpoint.keep_source(root, out_dir, 5) == []
+    (root / "model.py").write_text("a = 2\n")
+    assert checkpoint.keep_source(root, out_dir, 7) == ["model.py"]
+    assert (out_dir / "source/step_00000000/model.py").read_text() == "a = 1\n"
+    assert (out_dir / "source/step_00000007/config/p.py").read_text() == "b = 1\n"
+
+
+def test_a_run_knows_its_tokenizer(tmp_path):
+    with pytest.raises(ValueError, match="no meta.json.*write one"):
+        tokenizer_of(tmp_path)
+    (tmp_path / "meta.json").write_text('{"tokenizer": "gpt2"}')
+    assert tokenizer_of(tmp_path) == "gpt2"
+    (tmp_path / "meta.json").write_text('{"tokenizer": "tokenizer.json"}')
+    assert tokenizer_of(tmp_path) == str(tmp_path / "tokenizer.json")

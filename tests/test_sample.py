@@ -1,0 +1,224 @@
+"""Generation against a model that is asked anew for each token; sampling against probabilities worked out by hand."""
+
+import io
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+import config
+import sample
+from model import ModelConfig, Transformer
+from ranks import run, write_data
+from sample import SampleConfig, draw, generate, stream
+from tokenizer import load_tokenizer
+
+V = 37
+SMALL = ModelConfig(vocab_size=V, block_size=11, n_layer=3, n_head=5, n_embd=20)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A model of wide random weights, whose likeliest token changes with the tokens before."""
+    torch.manual_seed(4)
+    model = Transformer(replace(SMALL, bias=False, tie_embeddings=False))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=1.0)
+    return model.eval()
+
+
+def prompts(length, batch=3):
+    return torch.randint(V, (batch, length), generator=torch.Generator().manual_seed(6))
+
+
+def tokens_of(model, ids, seed=1, **settings):
+    """What generate yields, (B, tokens)."""
+    cfg = SampleConfig(**{"temperature": 0.0, "max_new_tokens": 5} | settings)
+    return torch.stack(list(generate(model, ids, cfg, seed, V)), dim=1)
+
+
+def slow_greedy(model, ids, n):
+    """Greedy tokens with no cache: each from all tokens in sight, of which half are dropped where they would not fit."""
+    seen, out = ids, []
+    with torch.no_grad():
+        for _ in range(n):
+            if seen.shape[1] > SMALL.block_size:
+                seen = seen[:, -(SMALL.block_size // 2) :]
+            out.append(model(seen)[:, -1].argmax(-1, keepdim=True))
+            seen = torch.cat([seen, out[-1]], dim=1)
+    return torch.cat(out, dim=1)
+
+
+@pytest.mark.parametrize("prompt, n", [(1, 5), (4, 7), (11, 1)])
+def test_greedy_cached_generation_is_argmax_over_full_recomputation(model, prompt, n):
+    ids = prompts(prompt)
+    ours = tokens_of(model, ids, max_new_tokens=n)
+    assert torch.equal(ours, slow_greedy(model, ids, n))
+    assert len(ours.unique()) > 3 or n == 1  # or any model would do
+
+
+@pytest.mark.parametrize("prompt", [1, 4, 10, 11])
+def test_past_block_size_the_window_slides_as_an_uncached_one_does(model, prompt):
+    ids = prompts(prompt)
+    assert torch.equal(tokens_of(model, ids, max_new_tokens=40), slow_greedy(model, ids, 40))
+
+
+def test_a_block_of_one_token_still_generates():
+    tiny = Transformer(replace(SMALL, block_size=1)).eval()
+    assert tokens_of(tiny, prompts(1), max_new_tokens=4).shape == (3, 4)
+
+
+def test_temperature_zero_ignores_the_seed_and_others_do_not(model):
+    ids = prompts(4)
+    assert torch.equal(tokens_of(model, ids, seed=1), tokens_of(model, ids, seed=2))
+    hot = {"temperature": 3.0, "max_new_tokens": 9}
+    assert torch.equal(tokens_of(model, ids, seed=1, **hot), tokens_of(model, ids, seed=1, **hot))
+    assert not torch.equal(tokens_of(model, ids, seed=1, **hot), tokens_of(model, ids, seed=2, **hot))
+
+
+def test_top_k_1_is_greedy(model):
+    ids = prompts(4)
+    assert torch.equal(tokens_of(model, ids, top_k=1, temperature=2.0), tokens_of(model, ids))
+
+
+def test_samples_of_one_prompt_differ(model):
+    out = tokens_of(model, prompts(4, batch=1).repeat(3, 1), temperature=2.0, max_new_tokens=9)
+    assert len({tuple(row) for row in out.tolist()}) == 3
+
+
+def test_padding_ids_are_never_drawn(model):
+    assert tokens_of(model, prompts(4), temperature=100.0, max_new_tokens=200).max() < V
+
+
+# ---- one draw
+
+PROBS = [0.4, 0.3, 0.15, 0.1, 0.05]
+
+
+def frequencies(temperature=1.0, **settings):
+    """How often draw takes each token, of 40,000 draws from PROBS in another order."""
+    order = torch.tensor([3, 0, 4, 1, 2])
+    logits = torch.tensor(PROBS).log()[order].expand(40_000, 5) + 3.0
+    drawn = draw(logits, SampleConfig(temperature=temperature, **settings), torch.Generator().manual_seed(1))
+    return (torch.bincount(order[drawn], minlength=5) / 40_000).tolist()
+
+
+@pytest.mark.parametrize("settings, expected", [
+    ({}, PROBS),
+    ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0, 0]),
+    ({"top_k": 9}, PROBS),
+    ({"top_p": 1.0}, PROBS),
+    ({"top_p": 0.6}, [4 / 7, 3 / 7, 0, 0, 0]),  # 0.4 is not enough, 0.7 is
+    ({"top_p": 0.75}, [0.4 / 0.85, 0.3 / 0.85, 0.15 / 0.85, 0, 0]),
+    ({"top_p": 0.01}, [1, 0, 0, 0, 0]),  # the likeliest always stays
+    ({"top_k": 3, "top_p": 0.8}, [4 / 7, 3 / 7, 0, 0, 0]),  # of three, two have 0.7 / 0.85 = 0.82
+    ({"temperature": 0.5}, [p * p / sum(q * q for q in PROBS) for p in PROBS]),
+    ({"temperature": 0.0}, [1, 0, 0, 0, 0]),
+])  # fmt: skip
+def test_draws_follow_the_distribution(settings, expected):
+    assert frequencies(**settings) == pytest.approx(expected, abs=0.012)  # five standard deviations
+    assert [f == 0 for f in frequencies(**settings)] == [e == 0 for e in expected]
+
+
+def test_top_k_takes_k_tokens_even_where_they_are_equally_likely():
+    logits = torch.zeros(20_000, 5)
+    drawn = draw(logits, SampleConfig(temperature=1.0, top_k=2), torch.Generator().manual_seed(1))
+    assert len(drawn.unique()) == 2
+
+
+# ---- text
+
+BYTE = load_tokenizer("byte")
+
+
+def test_characters_split_over_tokens_come_whole(capsys):
+    text = "aé€😀z"
+    printed = []
+    for i, byte in enumerate(text.encode()):
+        printed.append(byte)
+
+    def steps():
+        seen = ""
+        for byte in printed:
+            yield torch.tensor([byte])
+            seen += capsys.readouterr().out
+            assert "\ufffd" not in seen and text.startswith(seen)
+
+    samples = stream(steps(), BYTE, "", 1)
+    assert samples == [list(text.encode())]
+
+
+def test_half_a_character_at_the_end_is_marked(capsys):
+    stream(iter([torch.tensor([b]) for b in "a€".encode()[:-1]]), BYTE, "", 1)
+    assert capsys.readouterr().out == "a\ufffd\n"
+
+
+def test_each_sample_stops_at_its_end_of_text_and_all_stop_together(capsys):
+    a, b, c, eot = *b"abc", BYTE.eot
+    rest = iter([torch.tensor(t) for t in ([a, b], [eot, b], [c, b], [c, eot], [c, c])])
+    assert stream(rest, BYTE, "p", 2) == [[a], [b, b, b]]
+    assert capsys.readouterr().out == "pa\n" + "-" * 40 + "\npbbb\n"
+    assert len(list(rest)) == 1  # the fifth was not asked for
+
+
+# ---- a run's folder
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run of three steps, whose data is gone."""
+    folder = tmp_path_factory.mktemp("sample")
+    data = write_data(folder / "data", vocab_size=261)
+    run_dir = run(data, folder / "run", vocab_size=None, max_steps=3, log_interval=3)
+    shutil.rmtree(data)
+    return run_dir
+
+
+def sampled(capsys, *args):
+    """What sample.py prints to stdout."""
+    sample.main(config.load(sample.Settings, ["--device=cpu", "--precision=fp32", *args]))
+    return capsys.readouterr().out
+
+
+def test_a_run_folder_alone_is_enough_to_sample_from(run_dir, capsys):
+    args = f"--out_dir={run_dir}", "--prompt=ROM", "--num_samples=3", "--max_new_tokens=30"
+    out = sampled(capsys, *args)
+    assert out.startswith("ROM") and out.count("-" * 40) == 2
+    assert out == sampled(capsys, *args)
+    assert out != sampled(capsys, *args, "--seed=5")
+    assert sampled(capsys, *args, "--precision=bf16").startswith("ROM")
+
+
+def test_prompts_come_from_files_stdin_and_nowhere(run_dir, capsys, tmp_path, monkeypatch):
+    greedy = f"--out_dir={run_dir}", "--max_new_tokens=5", "--temperature=0"
+    expected = sampled(capsys, *greedy, "--prompt=aé")
+    (tmp_path / "prompt.txt").write_text("aé", encoding="utf-8")
+    assert sampled(capsys, *greedy, f"--prompt=FILE:{tmp_path / 'prompt.txt'}") == expected
+    monkeypatch.setattr("sys.stdin", io.StringIO("aé"))
+    assert sampled(capsys, *greedy, "--prompt=-") == expected
+    assert sampled(capsys, *greedy)
+
+
+def test_a_prompt_longer_than_block_size_is_refused(run_dir, capsys):
+    assert sampled(capsys, f"--out_dir={run_dir}", "--prompt=" + "a" * 11, "--max_new_tokens=1")
+    with pytest.raises(ValueError, match="prompt has 12 tokens, block_size is 11; shorten it"):
+        sampled(capsys, f"--out_dir={run_dir}", "--prompt=" + "a" * 12)
+
+
+def test_a_prompt_file_that_is_no_text_is_refused(run_dir, capsys, tmp_path):
+    (tmp_path / "bad").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="cannot be read as UTF-8 text"):
+        sampled(capsys, f"--out_dir={run_dir}", f"--prompt=FILE:{tmp_path / 'bad'}")
+    with pytest.raises(ValueError, match="No such file"):
+        sampled(capsys, f"--out_dir={run_dir}", f"--prompt=FILE:{tmp_path / 'gone'}")
+
+
+@pytest.mark.parametrize("args, told", [
+    (["--temperature=-1"], "temperature is -1"), (["--top_p=0"], "top_p is 0"), (["--top_p=1.5"], "top_p is 1.5"),
+    (["--top_k=0"], "top_k is 0"), (["--num_samples=0"], "num_samples is 0"), ([], "out_dir is none"),
+    (["--out_dir=/nowhere"], "/nowhere does not exist"),
+])
+def test_impossible_requests_are_refused_by_name(args, told, capsys):
+    with pytest.raises(ValueError, match=told):
+        sampled(capsys, *args)
