@@ -1,0 +1,90 @@
+"""Every command of the README runs as it stands there, cut down to seconds by settings put behind it."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = [
+    line.partition("#")[0].strip()
+    for block in re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    for line in block.splitlines()
+    if re.match(r"(make|python3?|pip|source|torchrun|echo) ?", line)
+]
+SET_UP = ("python3 -m venv", "source ", "pip install")  # what made the environment that this test runs in
+
+# What makes a command small. The data of config/quickstart.py is real, so its vocabulary is left alone.
+TINY_MODEL = "--n_layer=2 --n_embd=32 --n_head=2 --block_size=32 --device=cpu"
+TINY_STEP = f"{TINY_MODEL} --batch_tokens=128 --micro_batch_size=2 --precision=fp32"
+TINY = {
+    "train.py": f"{TINY_STEP} --max_steps=3 --eval_tokens=256 --save_interval=2",
+    "bench.py": f"{TINY_STEP} --bench_steps=3 --bench_warmup=1",
+    "sample.py": "--max_new_tokens=5 --device=cpu",
+    "prepare.py": "--workers=2",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An empty folder with what the commands take for granted: text of one's own, FineWeb's first shards."""
+    folder = tmp_path_factory.mktemp("stranger")
+    (folder / "books").mkdir()
+    for i in range(7):
+        (folder / "books" / f"{i}.txt").write_text(f"Chapter {i}. " + "It was a dark and stormy night. " * 50)
+    (folder / "fineweb").mkdir()
+    for name in ("fineweb_val_000000.bin", "fineweb_train_000001.bin"):
+        header = np.zeros(256, np.int32)
+        header[:3] = 20240520, 1, 5000
+        tokens = np.random.default_rng(0).integers(0, 50257, 5000).astype(np.uint16)
+        (folder / "fineweb" / name).write_bytes(header.tobytes() + tokens.tobytes())
+    return folder
+
+
+def run(command, folder, extra=""):
+    words = shlex.split(command)
+    script = next((word for word in words if word.endswith(".py") and "/" not in word), None)
+    if words[0] == "torchrun":
+        words[:1] = [sys.executable, "-m", "torch.distributed.run"]
+        words = ["--nproc_per_node=2" if word.startswith("--nproc_per_node") else word for word in words]
+    words = [sys.executable if word == "python" else str(ROOT / script) if word == script else word for word in words]
+    words += shlex.split(TINY.get(script, "")) + shlex.split(extra)
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def needs_gpt2_tokenizer(command):
+    return "tokenizer=gpt2" in command or ("sample.py" in command and "gpt2" in command)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith(("make", *SET_UP))])
+def test_readme_command_runs(command, folder):
+    if needs_gpt2_tokenizer(command) and not Path(os.environ["TIKTOKEN_CACHE_DIR"]).is_dir():
+        pytest.skip("the gpt2 tokenizer is not on this machine, and tests fetch nothing")
+    fineweb = "prepare.py" in command and "gpt2" in command and "--input" not in command
+    done = run(command, folder, "--input=fineweb --max_shards=1" if fineweb else "")
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert "error" not in done.stderr.lower(), done.stderr
+
+
+def test_the_readme_leads_with_make_and_make_test():
+    assert COMMANDS[:2] == ["make", "make test"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not on this machine")
+def test_make_runs_the_commands_that_the_readme_shows_beside_it():
+    planned = subprocess.run(["make", "-n", "-B"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = [c.removeprefix("python ") for c in COMMANDS[2:7] if c.startswith("python ")]
+    assert shown, "the README no longer shows the plain way"
+    positions = [planned.find(c.split(" --")[0]) for c in shown]
+    assert -1 not in positions and positions == sorted(positions), f"{shown} in this order is not in:\n{planned}"
+
+
+def test_every_file_is_in_the_readmes_table():
+    table = set(re.findall(r"^\| `(\w+\.py)`", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
+    assert table == {path.name for path in ROOT.glob("*.py")}
