@@ -13,6 +13,7 @@ import functools
 import glob
 import gzip
 import hashlib
+import http.client
 import itertools
 import json
 import multiprocessing
@@ -23,6 +24,7 @@ import shutil
 import sys
 import sysconfig
 import urllib.request
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +33,7 @@ from typing import Literal
 import numpy as np
 
 from config import as_dict, only, run_script
-from data import DataConfig, ShardWriter, open_shard, read_meta
+from data import MAGIC, DataConfig, ShardWriter, open_shard, read_meta
 from tokenizer import file_sha256, load_tokenizer, train_bpe
 
 PIECE_BYTES = 1 << 20  # text that goes to a worker at a time
@@ -63,6 +65,8 @@ class PrepareConfig:
             wrong.append("neither input nor dataset is set; name your text with --input=, or a corpus with --dataset=")
         if self.input is not None and self.dataset in ("stdlib", "shakespeare"):
             wrong.append(f"input {self.input} and dataset {self.dataset} are both set; give one")
+        if self.doc_separator == "":
+            wrong.append("doc_separator is empty; it must be text, such as --doc_separator='<|endoftext|>', or none")
         if wrong:
             raise ValueError("\n".join(wrong))
 
@@ -75,7 +79,7 @@ class Settings:
 
 
 def main(cfg):
-    folder = Path(cfg.data.data_dir or f"data/{cfg.prepare.dataset or Path(cfg.prepare.input.rstrip('/*')).stem}")
+    folder = Path(cfg.data.data_dir or default_folder(cfg.prepare))
     if cfg.prepare.dataset == "fineweb10b":
         return fetch_fineweb(cfg.prepare, folder)
     # What the tokens depend on, to know a finished folder again.
@@ -96,6 +100,12 @@ def main(cfg):
     print(f"written to {folder}")
 
 
+def default_folder(cfg):
+    """data/ and the name of the corpus: the dataset's, or the last part of input that is no glob."""
+    parts = [part for part in Path(cfg.input or "").parts if not glob.has_magic(part)]
+    return Path("data", cfg.dataset or (Path(parts[-1]).stem.strip("./") if parts else "") or "text")
+
+
 # ---- documents
 
 class Corpus:
@@ -106,7 +116,8 @@ class Corpus:
         if cfg.dataset == "stdlib":
             self.root = Path(sysconfig.get_paths()["stdlib"])
             left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-            self.files = sorted(p for p in self.root.rglob("*.py") if left_out.isdisjoint(p.relative_to(self.root).parts))
+            self.files = sorted(p for p in self.root.rglob("*.py")
+                                if p.is_file() and left_out.isdisjoint(p.relative_to(self.root).parts))
         else:
             where = SHAKESPEARE if cfg.dataset == "shakespeare" else cfg.input
             if re.match(r"\w+://", where):
@@ -159,7 +170,7 @@ class Corpus:
                         self.skipped["empty documents"] += 1
                     else:
                         yield key, [text] if isinstance(text, bytes) else text
-            except (EOFError, gzip.BadGzipFile) as error:
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 self.skipped[f"files cut short or damaged: {path} ({error})"] += 1
 
     def _read(self, path):
@@ -194,7 +205,10 @@ class Corpus:
 
 
 class FilePieces:
-    """A file's bytes in pieces, cut where no tokenizer's word goes across: before a newline that ends a letter or digit."""
+    """A file's bytes in pieces, cut where no tokenizer's word goes across: between a letter or digit and a blank.
+
+    Text that has no such place for 16 pieces is cut between any two characters, so that memory stays bounded.
+    """
 
     def __init__(self, path):
         self.path = path
@@ -204,26 +218,36 @@ class FilePieces:
         with open(self.path, "rb") as file:
             while block := file.read(PIECE_BYTES):
                 rest += block
-                cut = re.match(rb"(?s).*[0-9A-Za-z](?=\n)", rest)
-                if cut:
-                    yield rest[: cut.end()]
-                    rest = rest[cut.end() :]
+                if cut := self._cut(rest):
+                    yield rest[:cut]
+                    rest = rest[cut:]
         if rest:
             yield rest
+
+    def _cut(self, text):
+        """Where to cut the text, or 0 where it should grow first."""
+        if word := re.match(rb"(?s).*[0-9A-Za-z](?=\s)", text):
+            return word.end()
+        if len(text) < 16 * PIECE_BYTES:
+            return 0
+        end = len(text) - 1
+        while text[end] & 0xC0 == 0x80 and end > len(text) - 4:  # not inside a UTF-8 character
+            end -= 1
+        return end
 
 
 def find_files(where):
     """The files that a path, folder or glob names, sorted."""
     endings = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
     if os.path.isdir(where):
-        found = [p for p in Path(where).rglob("*") if p.name.endswith(endings)]
+        found = [p for p in Path(where).rglob("*") if p.name.endswith(endings) and p.is_file()]
         remedy = f"the folder must hold {', '.join(endings)} files; for other text, give a glob such as --input='{where}/**/*'"
     else:
-        found = [Path(p) for p in glob.glob(where, recursive=True) if os.path.isfile(p)]
+        found = [Path(p) for p in [where, *glob.glob(where, recursive=True)] if os.path.isfile(p)]
         remedy = "check the path, and put a glob in quotes"
     if not found:
         raise ValueError(f"input {where} names no file; {remedy}")
-    return sorted(found)
+    return sorted(set(found))
 
 
 def download(url, folder):
@@ -236,7 +260,9 @@ def download(url, folder):
         try:
             with urllib.request.urlopen(url, timeout=60) as response, open(partial, "wb") as file:
                 shutil.copyfileobj(response, file)
-        except OSError as error:  # urllib's errors are OSErrors
+                if getattr(response, "length", None):  # what is still to come of the length that the server promised
+                    raise ConnectionError(f"cut short {response.length:,} bytes before its end")
+        except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
             raise ValueError(f"{url} could not be fetched ({error}); fetch it by hand and give the file as --input=") from error
         os.replace(partial, path)
     return path
@@ -257,7 +283,11 @@ def _parquet_texts(path, field, skipped):
         import pyarrow.parquet
     except ImportError as error:
         raise ValueError(f"{path} needs pyarrow; install it with: pip install pyarrow") from error
-    with contextlib.closing(pyarrow.parquet.ParquetFile(path)) as file:
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is no readable parquet file ({error}); fetch or make it again") from error
+    with contextlib.closing(file):
         if field not in file.schema_arrow.names:
             raise ValueError(f"{path} has no column {field!r}; set --text_field to one of: {', '.join(file.schema_arrow.names)}")
         for batch in file.iter_batches(batch_size=256, columns=[field]):
@@ -304,9 +334,11 @@ def make_tokenizer(cfg, corpus, folder):
 def _texts(corpus):
     seen = 0
     for split, piece, _ in corpus.pieces():
-        if split == "train" and seen < BPE_BYTES:
+        if split == "train":
             seen += len(piece)
             yield piece.decode("utf-8", errors="replace")
+        if seen >= BPE_BYTES:
+            return
 
 
 def tokenize(corpus, tokenizer_name, cfg, folder):
@@ -385,11 +417,19 @@ def _encode(group, tokenizer_name, dtype):
 def clear_unfinished(folder):
     """Removes what an interrupted prepare left; refuses a folder with token files of others."""
     folder.mkdir(parents=True, exist_ok=True)
-    leftovers = [p for p in folder.iterdir() if re.fullmatch(r"(train|val)_\d{6}\.bin(\.part)?", p.name)]
+    leftovers = [p for p in folder.iterdir() if re.fullmatch(r"(train|val)_\d{6}\.bin\.part", p.name) or is_ours(p)]
     if foreign := sorted(p.name for p in folder.glob("*.bin") if p not in leftovers):
         raise ValueError(f"{folder} holds token files that are not of prepare.py: {', '.join(foreign[:3])}; use another --data_dir")
     for path in leftovers:
         path.unlink()
+
+
+def is_ours(path):
+    """Whether a file is a shard of prepare.py, by its name and its first bytes."""
+    if not re.fullmatch(r"(train|val)_\d{6}\.bin", path.name):
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def write_meta(folder, meta):

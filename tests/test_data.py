@@ -1,0 +1,449 @@
+"""Token shards to batches: the order of training, the windows of evaluation, the files that are read and refused."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from data import (
+    HEADER,
+    IGNORE,
+    MAGIC,
+    DataConfig,
+    Loader,
+    ShardWriter,
+    Split,
+    TrainOrder,
+    accumulation_steps,
+    eval_batches,
+    open_shard,
+    permute,
+    vocab_size_of,
+)
+
+SHARDS = (101, 37, 64, 5)  # tokens; the last is shorter than a window
+T = 7
+
+
+def tokens_of(number, start=0):
+    return np.arange(start, start + number, dtype=np.uint16)
+
+
+def write_shards(folder, split, shards, dtype=np.uint16, vocab_size=1000):
+    """A data folder as prepare.py leaves it, with these arrays as the shards of a split."""
+    folder.mkdir(exist_ok=True)
+    meta_file = folder / "meta.json"
+    meta = json.loads(meta_file.read_text()) if meta_file.exists() else {"vocab_size": vocab_size, "splits": {"train": {}, "val": {}}}
+    promised = {}
+    for i, tokens in enumerate(shards):
+        name = f"{split}_{i:06d}.bin"
+        header = HEADER.pack(MAGIC, 1, np.dtype(dtype).itemsize, len(tokens))
+        (folder / name).write_bytes(header + np.asarray(tokens, dtype).tobytes())
+        promised[name] = len(tokens)
+    meta["splits"][split] = {"tokens": sum(promised.values()), "shards": promised, "bytes": 3 * sum(promised.values())}
+    meta_file.write_text(json.dumps(meta))
+
+
+def numbered_shards(sizes=SHARDS):
+    """Shards in which each token is its own position over all of them, so that a window tells where it is from."""
+    starts = np.cumsum([0, *sizes])
+    return [tokens_of(size, start) for size, start in zip(sizes, starts)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for split in ("train", "val"):
+        write_shards(tmp_path / "data", split, numbered_shards())
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def split(folder):
+    return Split(folder, "train", 1000)
+
+
+def sequences(split, numbers, seq_len=T, seed=1):
+    """Tokens of the sequences of these numbers, a target more than seq_len each."""
+    shard, start = TrainOrder(split, seq_len, seed).locate(numbers)
+    rows = np.empty((len(numbers), seq_len + 1), dtype=np.int64)
+    for row, *where in zip(rows, shard, start):
+        split.copy(*where, row)
+    return rows
+
+
+def loaded(split, steps, seen=0, micro_steps=1, micro_batch_size=1, rank=0, ranks=1, seed=1):
+    """[step][micro-step] of ids and targets that a loader gives."""
+    loader = Loader(TrainOrder(split, T, seed), seen, micro_steps, micro_batch_size, rank, ranks, "cpu")
+    try:
+        return [loader.next()[0] for _ in range(steps)]
+    finally:
+        loader.close()
+
+
+# ---- the permutation
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 7, 16, 17, 255, 257, 1001, 65_537])
+def test_permutation_takes_each_index_once(n):
+    out = permute(np.arange(n, dtype=np.uint64), n, (3, 1))
+    assert np.array_equal(np.sort(out), np.arange(n))
+
+
+def test_permutation_of_one_index_needs_no_other():
+    n = 10**12 + 39  # nothing of that size is held
+    some = permute(np.array([0, 1, n - 1], dtype=np.uint64), n, (3, 1))
+    assert len(set(some.tolist())) == 3 and some.max() < n
+    assert permute(np.array([1], dtype=np.uint64), n, (3, 1))[0] == some[1]
+
+
+def test_permutation_differs_by_seed_and_epoch_and_is_the_same_for_the_same():
+    n, index = 1001, np.arange(1001, dtype=np.uint64)
+    drawn = {key: permute(index, n, key) for key in [(1, 0), (2, 0), (1, 1), (0, 1), (2, 1)]}
+    assert np.array_equal(drawn[1, 0], permute(index, n, (1, 0)))
+    for one in drawn:
+        for other in drawn:
+            if one != other:
+                same = np.mean(drawn[one] == drawn[other])
+                assert same < 0.01, (one, other)
+
+
+def test_permutation_looks_random():
+    """Of a random permutation, correlations of neighbours and of index and image are about 1 / sqrt(n)."""
+    n = 10_007
+    index = np.arange(n, dtype=np.uint64)
+    for key in range(5):
+        out = permute(index, n, (key, 0)).astype(float)
+        assert abs(np.corrcoef(index.astype(float), out)[0, 1]) < 5 / np.sqrt(n)
+        assert abs(np.corrcoef(out[1:], out[:-1])[0, 1]) < 5 / np.sqrt(n)
+        steps = np.abs(np.diff(out))
+        assert abs(steps.mean() - n / 3) < 0.03 * n
+
+
+def test_small_permutations_are_all_about_equally_likely():
+    counts = {}
+    for seed in range(2400):
+        drawn = tuple(permute(np.arange(4, dtype=np.uint64), 4, (seed, 0)).tolist())
+        counts[drawn] = counts.get(drawn, 0) + 1
+    assert len(counts) == 24 and 50 < min(counts.values()) and max(counts.values()) < 160
+
+
+# ---- the order of training
+
+def test_epoch_holds_each_window_once_and_windows_do_not_cross_shards(split):
+    order = TrainOrder(split, T, seed=1)
+    assert order.per_epoch == sum(max(0, size // T - 1) for size in SHARDS)
+    bounds = np.cumsum([0, *SHARDS])
+    offsets = set()
+    for epoch in range(9):
+        rows = sequences(split, np.arange(order.per_epoch) + epoch * order.per_epoch)
+        assert np.array_equal(np.diff(rows, axis=1), np.ones((len(rows), T)))  # each is one run of tokens
+        shard_of_first, shard_of_last = (np.searchsorted(bounds, column, side="right") for column in (rows[:, 0], rows[:, -1]))
+        assert np.array_equal(shard_of_first, shard_of_last)
+        targets = rows[:, 1:].ravel()
+        assert len(set(targets.tolist())) == len(targets)  # no target twice
+        offset = {int(first - bounds[shard - 1]) % T for first, shard in zip(rows[:, 0], shard_of_first)}
+        assert len(offset) == 1
+        offsets |= offset
+    assert len(offsets) > 3
+
+
+def test_epochs_together_reach_every_target_but_those_past_a_shards_last_whole_window(split):
+    order = TrainOrder(split, T, seed=1)
+    targets = set(sequences(split, np.arange(60 * order.per_epoch))[:, 1:].ravel().tolist())
+    starts = np.cumsum([0, *SHARDS])
+    assert targets == {start + i for start, size in zip(starts, SHARDS) for i in range(1, size // T * T)}
+
+
+def test_order_differs_by_seed_and_epoch(split):
+    per_epoch = TrainOrder(split, T, 1).per_epoch
+    first, second, other = (sequences(split, np.arange(per_epoch) + start, seed=seed)[:, 0].tolist()
+                            for start, seed in [(0, 1), (per_epoch, 1), (0, 2)])
+    assert first != second and first != other and second != other
+    assert first == sequences(split, np.arange(per_epoch))[:, 0].tolist()
+
+
+def test_sequence_does_not_depend_on_what_is_asked_with_it(split):
+    together = sequences(split, np.arange(200))
+    for number in (0, 25, 26, 27, 131, 199):
+        assert np.array_equal(sequences(split, [number])[0], together[number])
+
+
+# ---- the loader
+
+def test_loader_gives_the_order_one_sequence_after_another(split):
+    steps = loaded(split, 40, micro_steps=2, micro_batch_size=3)
+    expected = sequences(split, np.arange(40 * 6)).reshape(40, 2, 3, T + 1)
+    for step, want in zip(steps, expected):
+        for (ids, targets), rows in zip(step, want, strict=True):
+            assert ids.dtype == torch.int64
+            assert np.array_equal(ids, rows[:, :-1]) and np.array_equal(targets, rows[:, 1:])
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch_size"), [(1, 12), (1, 1), (2, 3), (3, 4), (3, 1), (12, 1), (4, 3)])
+def test_step_takes_the_same_sequences_however_it_is_divided(split, ranks, micro_batch_size):
+    micro_steps = 12 // (ranks * micro_batch_size)
+    of_rank = [loaded(split, 5, 0, micro_steps, micro_batch_size, rank, ranks) for rank in range(ranks)]
+    for step in range(5):
+        rows = torch.cat([of_rank[rank][step][m][0] for m in range(micro_steps) for rank in range(ranks)])
+        assert np.array_equal(rows, sequences(split, np.arange(12) + 12 * step)[:, :-1])
+
+
+@pytest.mark.parametrize("seen", [6, 24, 30, 600])
+def test_resumed_loader_goes_on_where_the_other_stopped(split, seen):
+    straight = loaded(split, 110, micro_steps=2, micro_batch_size=3)[seen // 6 :]
+    resumed = loaded(split, 110 - seen // 6, seen=seen, micro_steps=2, micro_batch_size=3)
+    other_shape = loaded(split, 110 - seen // 6, seen=seen, micro_steps=1, micro_batch_size=6)
+    for want, got, whole in zip(straight, resumed, other_shape, strict=True):
+        assert torch.equal(torch.cat([ids for ids, _ in want]), torch.cat([ids for ids, _ in got]))
+        assert torch.equal(torch.cat([ids for ids, _ in want]), whole[0][0])
+
+
+def test_loader_tells_its_mistakes_where_the_batch_is_asked_for(tmp_path):
+    write_shards(tmp_path, "train", [np.r_[tokens_of(50), 999, tokens_of(50)]])
+    write_shards(tmp_path, "val", [tokens_of(9)])
+    (tmp_path / "meta.json").write_text((tmp_path / "meta.json").read_text().replace('"vocab_size": 1000', '"vocab_size": 60'))
+    with pytest.raises(ValueError, match=r"train_000000.bin holds the token id 999, but vocab_size is 60; set vocab_size"):
+        loaded(Split(tmp_path, "train", 60), steps=20)
+
+
+def test_closed_loader_leaves_no_thread(split):
+    loader = Loader(TrainOrder(split, T, 1), 0, 2, 3, 0, 1, "cpu")
+    loader.next()
+    loader.close()
+    assert not loader._thread.is_alive()
+
+
+# ---- evaluation
+
+def evaluated(split, eval_tokens=10**9, seq_len=T, batch_size=3, rank=0, ranks=1):
+    """[(id, target)] of all valid targets, in order, and the number of batches."""
+    pairs, n_batches = [], 0
+    for ids, targets in eval_batches(split, seq_len, eval_tokens, batch_size, rank, ranks):
+        assert ids.shape == targets.shape == (batch_size, seq_len)
+        valid = targets != IGNORE
+        pairs += zip(ids[valid].tolist(), targets[valid].tolist())
+        n_batches += 1
+    return pairs, n_batches
+
+
+@pytest.mark.parametrize("seq_len", [1, 2, T, 36, 64, 200])
+def test_evaluation_covers_every_target_of_the_split_once(split, seq_len):
+    bounds = np.cumsum([0, *SHARDS])
+    expected = [(t - 1, t) for t in range(bounds[-1]) if t not in bounds]
+    assert evaluated(split, seq_len=seq_len)[0] == expected
+
+
+@pytest.mark.parametrize("eval_tokens", [1, 6, 7, 8, 100, 101, 136, 203, 204, 1000])
+def test_evaluation_stops_after_eval_tokens_targets_or_at_the_splits_end(split, eval_tokens):
+    whole, _ = evaluated(split)
+    assert evaluated(split, eval_tokens)[0] == whole[:eval_tokens]
+
+
+def test_eval_tokens_of_the_splits_size_covers_its_last_partial_window(split):
+    assert evaluated(split, eval_tokens=split.tokens) == evaluated(split)
+
+
+@pytest.mark.parametrize(("batch_size", "ranks"), [(1, 1), (2, 1), (99, 1), (3, 2), (1, 5), (7, 3), (50, 2)])
+def test_evaluation_is_the_same_for_every_batch_size_and_number_of_ranks(split, batch_size, ranks):
+    of_ranks = [evaluated(split, 150, T, batch_size, rank, ranks) for rank in range(ranks)]
+    assert sorted(sum((pairs for pairs, _ in of_ranks), [])) == sorted(evaluated(split, 150)[0])
+    assert len({n_batches for _, n_batches in of_ranks}) == 1  # ranks that reduce together must meet equally often
+
+
+def test_split_of_one_token_cannot_be_evaluated(tmp_path):
+    for name in ("train", "val"):
+        write_shards(tmp_path, name, [tokens_of(1)])
+    with pytest.raises(ValueError, match="the val split has 1 tokens; evaluation needs at least 2"):
+        list(eval_batches(Split(tmp_path, "val", 1000), T, 99, 3, 0, 1))
+
+
+# ---- shards on disk
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_written_shards_hold_shard_tokens_each_and_read_back(tmp_path, dtype):
+    tokens = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, 1003, dtype=dtype)
+    writer = ShardWriter(tmp_path, "train", dtype, shard_tokens=100)
+    for part in np.split(tokens, [1, 1, 77, 400, 401, 1000]):
+        writer.write(part)
+    assert [p.suffix for p in tmp_path.iterdir()] == [".part"] * 11  # no reader takes them yet
+    counts = writer.finish()
+    assert list(counts.values()) == [100] * 10 + [3]
+    shards = [open_shard(tmp_path / name) for name in counts]
+    assert {shard.dtype for shard in shards} == {np.dtype(dtype)}
+    assert np.array_equal(np.concatenate(shards), tokens)
+    assert (tmp_path / "train_000010.bin").read_bytes() == struct.pack("<8sIIQ", b"flatlm\0\0", 1, np.dtype(dtype).itemsize, 3) + tokens[-3:].tobytes()
+
+
+def test_uint32_ids_reach_the_batch_whole(tmp_path):
+    for name in ("train", "val"):
+        write_shards(tmp_path, name, [np.arange(70_000, 70_099)], np.uint32, vocab_size=100_000)
+    ids, targets = loaded(Split(tmp_path, "train", 100_000), 1, micro_batch_size=5)[0][0]
+    assert ids.min() >= 70_000 and torch.equal(ids + 1, targets)
+    assert evaluated(Split(tmp_path, "val", 100_000))[0][-1] == (70_097, 70_098)
+
+
+def test_nanogpt_files_are_read(tmp_path):
+    for name, number in (("train", 500), ("val", 50)):
+        tokens_of(number).tofile(tmp_path / f"{name}.bin")
+    split = Split(tmp_path, "train", 1000)
+    assert (split.tokens, split.bytes_per_token) == (500, None)
+    assert np.array_equal(np.diff(sequences(split, np.arange(9))), np.ones((9, T)))
+    assert len(evaluated(Split(tmp_path, "val", 1000))[0]) == 49
+
+
+@pytest.mark.parametrize(("magic", "version", "dtype"), [(20240520, 1, np.uint16), (20240801, 7, np.uint32)])
+def test_llmc_files_are_read(tmp_path, magic, version, dtype):
+    for name, number in (("fineweb_train_000001", 301), ("fineweb_train_000002", 99), ("fineweb_val_000000", 50)):
+        header = np.zeros(256, np.int32)
+        header[:3] = magic, version, number
+        (tmp_path / f"{name}.bin").write_bytes(header.tobytes() + np.arange(number).astype(dtype).tobytes())
+    split = Split(tmp_path, "train", 1000)
+    assert [len(shard) for shard in split.shards] == [301, 99] and split.shards[0].dtype == dtype
+    assert np.array_equal(split.shards[0], np.arange(301))
+    assert Split(tmp_path, "val", 1000).tokens == 50
+
+
+def test_empty_shard_is_read_as_empty(tmp_path):
+    for name in ("train", "val"):
+        write_shards(tmp_path, name, [tokens_of(0), tokens_of(50)])
+    split = Split(tmp_path, "train", 1000)
+    assert split.tokens == 50
+    assert len(sequences(split, np.arange(6))) == 6 and len(evaluated(split)[0]) == 49
+
+
+def test_bytes_per_token_come_from_meta(split):
+    assert split.bytes_per_token == 3.0
+
+
+def test_fingerprint_knows_other_data(folder, tmp_path):
+    fingerprint = Split(folder, "train", 1000).fingerprint()
+    assert fingerprint == Split(folder, "train", 1000).fingerprint()
+    shards = numbered_shards()
+    shards[1] = shards[1][::-1]
+    for name in ("train", "val"):
+        write_shards(tmp_path / "other", name, shards)
+    assert Split(tmp_path / "other", "train", 1000).fingerprint() != fingerprint
+
+
+# ---- data that is refused
+
+def refused(folder, vocab_size=1000, split="train"):
+    with pytest.raises(ValueError) as caught:
+        Split(folder, split, vocab_size, "python prepare.py config/mine.py")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_missing_folder_and_empty_folder_print_the_command_that_makes_them(tmp_path):
+    assert "nothing" in refused(tmp_path / "nothing") and "python prepare.py config/mine.py" in refused(tmp_path / "nothing")
+    assert "holds no train tokens; make them: python prepare.py config/mine.py" in refused(tmp_path)
+
+
+def test_folder_with_one_split_alone_names_the_other(folder):
+    for path in folder.glob("val*"):
+        path.unlink()
+    assert "holds no val tokens" in refused(folder, split="val")
+
+
+def test_unfinished_prepare_is_refused(folder):
+    (folder / "meta.json").unlink()
+    assert "shards but no meta.json, which comes last: an unfinished prepare; start it again: python prepare.py" in refused(folder)
+    for path in folder.glob("*.bin"):
+        path.rename(f"{path}.part")
+    assert "holds an unfinished prepare; start it again: python prepare.py config/mine.py" in refused(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", "{}", '{"vocab_size": 7}', '{"vocab_size": "x", "splits": {}}', '{"vocab_size": 7, "splits": {"val": {}}}'])
+def test_damaged_meta_is_refused(folder, text):
+    (folder / "meta.json").write_text(text)
+    assert "meta.json is damaged" in refused(folder)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-2], lambda data: data[:-1], lambda data: data[:20], lambda data: data[:24], lambda data: data + b"\0\0"])
+def test_shard_of_another_size_than_its_header_says_is_refused(folder, damage):
+    path = folder / "train_000001.bin"
+    path.write_bytes(damage(path.read_bytes()))
+    message = refused(folder)
+    assert "train_000001.bin" in message and "prepare.py" in message
+
+
+def test_shard_with_an_unknown_header_is_refused(folder):
+    path = folder / "train_000001.bin"
+    data = path.read_bytes()
+    path.write_bytes(b"notflat\0" + data[8:])
+    assert "train_000001.bin is no token shard" in refused(folder)
+    path.write_bytes(data[:8] + struct.pack("<I", 2) + data[12:])
+    assert "train_000001.bin has version 2 and 2 bytes a token; this code reads version 1 with 2 or 4" in refused(folder)
+    path.write_bytes(data[:12] + struct.pack("<I", 8) + data[16:])
+    assert "has version 1 and 8 bytes a token" in refused(folder)
+    path.write_bytes(b"")
+    assert "train_000001.bin is no token shard" in refused(folder)
+
+
+def test_missing_extra_and_swapped_shards_are_refused(folder):
+    path = folder / "train_000001.bin"
+    moved = path.rename(folder / "train_000009.bin")
+    message = refused(folder)
+    assert "train_000001.bin" in message and "train_000009.bin" in message
+    moved.unlink()
+    assert "train_000001.bin" in refused(folder)
+    path.write_bytes((folder / "train_000002.bin").read_bytes())
+    assert "holds 64 tokens, meta.json says 37" in refused(folder)
+
+
+def test_vocab_size_below_the_datas_is_refused(folder):
+    assert "vocab_size is 999" in refused(folder, vocab_size=999) and "1000" in refused(folder, vocab_size=999)
+    assert Split(folder, "train", 1001).tokens == sum(SHARDS)
+
+
+def test_vocab_size_is_the_datas_or_asked_for(folder, tmp_path):
+    assert vocab_size_of(folder, "make it") == 1000
+    tokens_of(99).tofile(tmp_path / "train.bin")
+    with pytest.raises(ValueError, match="set vocab_size"):
+        vocab_size_of(tmp_path, "make it")
+
+
+def test_id_outside_the_vocabulary_of_foreign_files_is_refused_in_evaluation_too(tmp_path):
+    tokens_of(50).tofile(tmp_path / "val.bin")
+    with pytest.raises(ValueError, match="val.bin holds the token id 4[0-9], but vocab_size is 41"):
+        evaluated(Split(tmp_path, "val", 41))
+
+
+@pytest.mark.parametrize("sizes", [(13,), (6, 13, 1)])
+def test_split_without_a_shard_of_two_windows_cannot_be_trained_on(tmp_path, sizes):
+    for name in ("train", "val"):
+        write_shards(tmp_path, name, numbered_shards(sizes))
+    with pytest.raises(ValueError, match=r"no shard of 2 x seq_len 7 tokens \(its longest has 13\); shorten seq_len"):
+        TrainOrder(Split(tmp_path, "train", 1000), T, seed=1)
+
+
+def test_split_of_just_two_windows_can_be_trained_on(tmp_path):
+    for name in ("train", "val"):
+        write_shards(tmp_path, name, [tokens_of(14)])
+    rows = sequences(Split(tmp_path, "train", 1000), np.arange(40))
+    assert len(set(rows[:, 0].tolist())) > 3 and rows.max() <= 13
+
+
+# ---- batch sizes
+
+@pytest.mark.parametrize(("batch_tokens", "micro_batch_size", "ranks", "steps"), [(524_288, 16, 8, 4), (420, 3, 5, 4), (105, 3, 5, 1)])
+def test_accumulation_is_batch_tokens_over_what_the_ranks_hold_at_once(batch_tokens, micro_batch_size, ranks, steps):
+    cfg = DataConfig(batch_tokens=batch_tokens, micro_batch_size=micro_batch_size)
+    assert accumulation_steps(cfg, 1024 if ranks == 8 else 7, ranks) == steps
+
+
+def test_batch_tokens_that_do_not_divide_list_micro_batch_sizes_that_do():
+    with pytest.raises(ValueError) as caught:
+        accumulation_steps(DataConfig(batch_tokens=12 * 7 * 2, micro_batch_size=5), 7, 2)
+    assert str(caught.value) == ("batch_tokens 168 is not a multiple of 70 = micro_batch_size 5 x seq_len 7 x 2 ranks; "
+                                 "micro_batch_size 2, 3, 4, 6 would fit")
+    for fits in (2, 3, 4, 6):
+        accumulation_steps(DataConfig(batch_tokens=168, micro_batch_size=fits), 7, 2)
+
+
+@pytest.mark.parametrize(("batch_tokens", "fits"), [(169, 140), (10, 70), (104, 70), (106, 140)])
+def test_batch_tokens_that_no_micro_batch_size_divides_name_the_nearest_that_fits(batch_tokens, fits):
+    with pytest.raises(ValueError, match=f"; batch_tokens {fits} would fit"):
+        accumulation_steps(DataConfig(batch_tokens=batch_tokens, micro_batch_size=5), 7, 2)
+    accumulation_steps(DataConfig(batch_tokens=fits, micro_batch_size=5), 7, 2)

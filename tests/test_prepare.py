@@ -1,0 +1,521 @@
+"""Text to token shards: every kind of input, the split, what is skipped and told, and what is refused."""
+
+import contextlib
+import functools
+import gzip
+import http.server
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tokenizers
+
+import config
+import prepare
+from conftest import ROOT
+from data import HEADER, Split, open_shard, read_meta
+from tokenizer import SPECIALS, load_tokenizer
+
+SHARED = Path(ROOT).parent / "shared/data"
+needs_gpt2 = pytest.mark.skipif(not (SHARED / "tiktoken_cache").is_dir(), reason="the tiktoken files of gpt2 are absent")
+
+DOCUMENTS = [f"Document {i}, über {i * i} <|endoftext|>🙂\n" * (1 + i % 3) for i in range(40)]
+
+
+def run(folder, *argv, tokenizer="byte", workers=1):
+    """Prepares as the command line would; returns meta.json."""
+    given = [f"--data_dir={folder}", f"--tokenizer={tokenizer}", f"--workers={workers}", *argv]
+    prepare.main(config.load(prepare.Settings, given))
+    return json.loads((Path(folder) / "meta.json").read_text())
+
+
+def tokens_of(folder, split):
+    return np.concatenate([np.asarray(shard) for shard in Split(folder, split, 10**6).shards])
+
+
+def documents_of(folder, split, tokenizer="byte"):
+    """The documents of a split, decoded from its shards."""
+    tokenizer = load_tokenizer(tokenizer)
+    tokens = tokens_of(folder, split)
+    ends = np.flatnonzero(tokens == tokenizer.eot)
+    assert ends[-1] == len(tokens) - 1  # end-of-text follows each document, the last one too
+    return [tokenizer.decode(part[:-1]) for part in np.split(tokens, ends + 1)[:-1]]
+
+
+def write_txt(folder, documents=DOCUMENTS):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, document in enumerate(documents):
+        (folder / f"{i:03d}.txt").write_text(document, newline="")
+    return folder
+
+
+def write_jsonl(path, documents=DOCUMENTS, field="text"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps({"id": i, field: document}) + "\n" for i, document in enumerate(documents)).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return path
+
+
+def write_parquet(path, documents=DOCUMENTS, field="text"):
+    pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(documents))), field: documents}), path)
+    return path
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    """Writes bytes to a file and returns it."""
+    def write(data, name="text.txt"):
+        path = tmp_path / name
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+        return path
+    return write
+
+
+# ---- every kind of input
+
+@pytest.mark.parametrize("kind", ["folder", "glob", "jsonl", "jsonl.gz", "parquet", "separator", "mixed"])
+def test_documents_come_back_out_of_the_shards_whatever_file_they_were_in(tmp_path, kind):
+    source, argv = tmp_path / "source", []
+    source.mkdir()
+    if kind in ("folder", "glob"):
+        where = write_txt(source) if kind == "folder" else f"{write_txt(source / 'a').parent}/**/*.txt"
+    elif kind in ("jsonl", "jsonl.gz"):
+        where = write_jsonl(source / f"x.{kind}")
+    elif kind == "parquet":
+        where = write_parquet(source / "x.parquet")
+    elif kind == "separator":
+        where, argv = source / "x.txt", ["--doc_separator=\\n---\\n"]
+        where.write_text("\n---\n".join(DOCUMENTS))
+    else:
+        where = source
+        write_txt(source / "deep/er", DOCUMENTS[:10])
+        write_jsonl(source / "a.jsonl", DOCUMENTS[10:20])
+        write_jsonl(source / "b.jsonl.gz", DOCUMENTS[20:30])
+        write_parquet(source / "c.parquet", DOCUMENTS[30:])
+    meta = run(tmp_path / "data", f"--input={where}", "--val_fraction=0.3", *argv)
+    train, val = (documents_of(tmp_path / "data", split) for split in ("train", "val"))
+    assert sorted(train + val) == sorted(DOCUMENTS) and len(val) > 3
+    for split, documents in (("train", train), ("val", val)):
+        size = sum(len(document.encode()) for document in documents)
+        assert meta["splits"][split]["documents"] == len(documents)
+        assert meta["splits"][split]["bytes"] == size
+        assert meta["splits"][split]["tokens"] == size + len(documents)
+        assert Split(tmp_path / "data", split, 261).bytes_per_token == size / (size + len(documents))
+
+
+def test_other_fields_and_columns_are_read_by_name(tmp_path):
+    write_jsonl(tmp_path / "in/a.jsonl", DOCUMENTS[:20], field="content")
+    write_parquet(tmp_path / "in/b.parquet", DOCUMENTS[20:], field="content")
+    run(tmp_path / "data", f"--input={tmp_path / 'in'}", "--text_field=content", "--val_fraction=0.3")
+    assert sorted(documents_of(tmp_path / "data", "train") + documents_of(tmp_path / "data", "val")) == sorted(DOCUMENTS)
+
+
+def test_file_of_any_other_name_is_text(text_file, tmp_path):
+    run(tmp_path / "data", f"--input={text_file('print(7)' * 99, 'odd[1].py')}")  # brackets, which a glob would read
+    assert documents_of(tmp_path / "data", "train")[0].startswith("print(7)")
+
+
+def test_file_url_is_fetched_once(text_file, tmp_path, capsys):
+    path = text_file("fetched " * 99)
+    for data in ("data", "data"):
+        run(tmp_path / data, f"--input={path.as_uri()}")
+        (tmp_path / data / "meta.json").unlink()
+    assert capsys.readouterr().out.count("fetching file://") == 1
+    assert (tmp_path / "data/download/text.txt").read_bytes() == path.read_bytes()
+
+
+@contextlib.contextmanager
+def server(folder, cut_short=False):
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def copyfile(self, source, outputfile):
+            outputfile.write(source.read()[: -9 if cut_short else None])
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{running.server_port}"
+        finally:
+            running.shutdown()
+            thread.join()
+
+
+def test_http_url_is_fetched(tmp_path):
+    write_jsonl(tmp_path / "www/x.jsonl.gz")
+    with server(tmp_path / "www") as url:
+        run(tmp_path / "data", f"--input={url}/x.jsonl.gz", "--val_fraction=0.3")
+    assert len(documents_of(tmp_path / "data", "train") + documents_of(tmp_path / "data", "val")) == len(DOCUMENTS)
+
+
+def test_download_that_is_cut_short_or_missing_is_refused_and_leaves_no_file(tmp_path):
+    write_jsonl(tmp_path / "www/x.jsonl")
+    with server(tmp_path / "www", cut_short=True) as url:
+        assert "cut short 9 bytes before its end" in refused(tmp_path / "data", f"--input={url}/x.jsonl")
+        assert "404" in refused(tmp_path / "data", f"--input={url}/nothing.jsonl")
+    assert "could not be fetched" in refused(tmp_path / "data", f"--input={url}/x.jsonl")  # nobody listens any more
+    assert "could not be fetched" in refused(tmp_path / "data", "--input=odd://x/y.txt")
+    assert not (tmp_path / "data/download/x.jsonl").exists()
+
+
+# ---- the split
+
+def test_split_depends_neither_on_order_nor_on_workers_nor_on_what_else_there_is(tmp_path):
+    many = [f"another {i}" for i in range(1500)]
+    write_jsonl(tmp_path / "a.jsonl", many + DOCUMENTS)
+    write_jsonl(tmp_path / "b.jsonl", DOCUMENTS[::-1] + many[:1000])
+    for name, workers in (("a", 1), ("b", 2)):
+        run(tmp_path / name, f"--input={tmp_path / name}.jsonl", "--val_fraction=0.1", workers=workers)
+    val_a, val_b = (set(documents_of(tmp_path / name, "val")) for name in "ab")
+    assert {d for d in val_a if d in DOCUMENTS + many[:1000]} == val_b
+    assert 100 < len(val_a) < 210  # of 1540
+
+
+def test_shards_are_the_same_for_every_number_of_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "PIECE_BYTES", 99)  # so that many pieces are under way at once
+    write_txt(tmp_path / "in")
+    for workers in (1, 3):
+        run(tmp_path / f"data{workers}", f"--input={tmp_path / 'in'}", "--shard_tokens=500", workers=workers)
+    names = sorted(path.name for path in (tmp_path / "data1").glob("*.bin"))
+    assert len(names) > 3 and names == sorted(path.name for path in (tmp_path / "data3").glob("*.bin"))
+    for name in names:
+        assert (tmp_path / "data1" / name).read_bytes() == (tmp_path / "data3" / name).read_bytes()
+
+
+def test_equal_documents_fall_into_the_same_split(tmp_path):
+    write_jsonl(tmp_path / "x.jsonl", DOCUMENTS * 3)
+    run(tmp_path / "data", f"--input={tmp_path / 'x.jsonl'}", "--val_fraction=0.3")
+    assert set(documents_of(tmp_path / "data", "train")).isdisjoint(documents_of(tmp_path / "data", "val"))
+
+
+@pytest.mark.parametrize("number", [2, 3, 7])
+@pytest.mark.parametrize("val_fraction", [0.01, 0.99])
+def test_small_corpus_has_a_document_in_each_split(tmp_path, number, val_fraction):
+    write_txt(tmp_path / "in", DOCUMENTS[:number])
+    meta = run(tmp_path / "data", f"--input={tmp_path / 'in'}", f"--val_fraction={val_fraction}")
+    counts = [meta["splits"][split]["documents"] for split in ("train", "val")]
+    assert min(counts) >= 1 and sum(counts) == number
+
+
+@pytest.mark.parametrize("piece_bytes", [1 << 20, 1000, 7])
+def test_single_document_is_split_at_its_tail_as_nanogpt_does(text_file, tmp_path, monkeypatch, piece_bytes):
+    monkeypatch.setattr(prepare, "PIECE_BYTES", piece_bytes)
+    data = "".join(f"line {i} of a book\n" for i in range(777))
+    run(tmp_path / "data", f"--input={text_file(data)}", "--val_fraction=0.1")
+    n = len(data)
+    assert documents_of(tmp_path / "data", "train") == [data[: int(n * 0.9)]]
+    assert documents_of(tmp_path / "data", "val") == [data[int(n * 0.9) :]]
+
+
+@pytest.mark.skipif(not (SHARED / "tinyshakespeare.txt").exists(), reason="tinyshakespeare.txt is absent")
+def test_tiny_shakespeare_is_split_as_nanogpt_does(tmp_path):
+    run(tmp_path / "data", f"--input={SHARED / 'tinyshakespeare.txt'}", "--val_fraction=0.1")
+    data = (SHARED / "tinyshakespeare.txt").read_text()
+    assert [len(tokens_of(tmp_path / "data", split)) - 1 for split in ("train", "val")] == [1_003_854, 111_540]
+    assert documents_of(tmp_path / "data", "val") == [data[int(len(data) * 0.9) :]]
+
+
+def test_split_of_a_single_document_does_not_cut_a_character(text_file, tmp_path):
+    for blanks in range(4):
+        data = "🙂" * 10 + " " * blanks
+        run(tmp_path / f"data{blanks}", f"--input={text_file(data)}", "--val_fraction=0.45")
+        parts = documents_of(tmp_path / f"data{blanks}", "train") + documents_of(tmp_path / f"data{blanks}", "val")
+        assert "".join(parts) == data and len(parts) == 2
+
+
+# ---- tokens
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe", pytest.param("gpt2", marks=needs_gpt2)])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_file_that_is_cut_into_pieces_has_the_ids_of_the_whole(tmp_path, monkeypatch, tokenizer, newline):
+    text = (Path(ROOT / "prepare.py").read_text() + "日本語 ünd 12 🙂  \n\n\n   x'll 1\n" * 9).replace("\n", newline)
+    write_txt(tmp_path / "in", [text, "another " * 9])
+    folder = tmp_path / "data"
+    whole_pieces = run(tmp_path / "whole", f"--input={tmp_path / 'in'}", "--bpe_vocab_size=400", tokenizer=tokenizer)
+    monkeypatch.setattr(prepare, "PIECE_BYTES", 101)
+    meta = run(folder, f"--input={tmp_path / 'in'}", "--bpe_vocab_size=400", tokenizer=tokenizer)
+    assert len(list(prepare.FilePieces(tmp_path / "in/000.txt"))) > 50
+    used = load_tokenizer(str(tmp_path / "whole/tokenizer.json") if tokenizer == "bpe" else tokenizer)
+    if tokenizer == "bpe":  # which learns from the pieces
+        assert meta["tokenizer_sha256"] == whole_pieces["tokenizer_sha256"]
+    ids = np.concatenate([tokens_of(folder, "train"), tokens_of(folder, "val")])
+    long, short = used.encode(text), used.encode("another " * 9)
+    candidates = [np.concatenate([a, [used.eot], b, [used.eot]]) for a, b in ((long, short), (short, long))]
+    assert any(np.array_equal(ids, candidate) for candidate in candidates)
+
+
+def test_pieces_are_bounded_and_whole_characters_where_there_is_no_blank(text_file, monkeypatch):
+    monkeypatch.setattr(prepare, "PIECE_BYTES", 10)
+    path = text_file("日本語。" * 999)
+    pieces = list(prepare.FilePieces(path))
+    assert b"".join(pieces) == path.read_bytes() and max(map(len, pieces)) <= 17 * 10
+    assert "".join(piece.decode() for piece in pieces) == "日本語。" * 999
+    noise = text_file(b"\xa0" * 999, "noise.txt")
+    assert b"".join(prepare.FilePieces(noise)) == b"\xa0" * 999
+
+
+def test_long_documents_between_separators_may_span_blocks(text_file, monkeypatch):
+    documents = ["a" * 35, "b", "", "c" * 11, "d" * 10]
+    path = text_file("<|sep|>".join(documents))
+    for block in (1, 2, 7, 10, 1000):
+        monkeypatch.setattr(prepare, "PIECE_BYTES", block)
+        assert list(prepare._split_file(path, b"<|sep|>")) == [d.encode() for d in documents]
+
+
+def test_shards_hold_shard_tokens_each_but_the_last(tmp_path):
+    write_txt(tmp_path / "in")
+    meta = run(tmp_path / "data", f"--input={tmp_path / 'in'}", "--shard_tokens=333", "--val_fraction=0.3")
+    for split in ("train", "val"):
+        sizes = [len(open_shard(tmp_path / "data" / name)) for name in sorted(meta["splits"][split]["shards"])]
+        assert sizes == list(meta["splits"][split]["shards"].values())
+        assert set(sizes[:-1]) == {333} and 0 < sizes[-1] <= 333
+        assert sum(sizes) == meta["splits"][split]["tokens"]
+
+
+def test_meta_says_what_a_reader_must_know(tmp_path):
+    write_txt(tmp_path / "in")
+    meta = run(tmp_path / "data", f"--input={tmp_path / 'in'}")
+    assert (meta["vocab_size"], meta["tokenizer"], meta["specials"]["<|endoftext|>"]) == (261, "byte", 256)
+    assert meta["command"].startswith("python ")
+    assert not list((tmp_path / "data").glob("*.part"))
+    bpe = run(tmp_path / "bpe", f"--input={tmp_path / 'in'}", "--bpe_vocab_size=300", tokenizer="bpe")
+    assert (bpe["vocab_size"], bpe["tokenizer"]) == (300, "tokenizer.json")
+    assert load_tokenizer(str(tmp_path / "bpe/tokenizer.json")).eot == bpe["specials"]["<|endoftext|>"] == 295
+    again = run(tmp_path / "again", f"--input={tmp_path / 'in'}", tokenizer=str(tmp_path / "bpe/tokenizer.json"))
+    assert again["tokenizer_sha256"] == bpe["tokenizer_sha256"]
+    assert (tmp_path / "again/tokenizer.json").read_bytes() == (tmp_path / "bpe/tokenizer.json").read_bytes()
+    assert np.array_equal(tokens_of(tmp_path / "again", "train"), tokens_of(tmp_path / "bpe", "train"))
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, np.uint16), (65_537, np.uint32)])
+def test_vocabulary_past_uint16_is_written_as_uint32(tmp_path, vocab_size, dtype):
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    pairs = [a + b for a in letters for b in letters]  # 256 * 256 of them
+    ids = {token: i for i, token in enumerate([*letters, *pairs][: vocab_size - len(SPECIALS)])}
+    specials = [{"content": name, "id": len(ids) + i} for i, name in enumerate(SPECIALS)]
+    path = tmp_path / "large.json"
+    path.write_text(json.dumps({"model": {"type": "BPE", "vocab": ids}, "pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": specials}))
+    write_txt(tmp_path / "in", DOCUMENTS[:5])
+    meta = run(tmp_path / "data", f"--input={tmp_path / 'in'}", tokenizer=str(path))
+    tokens = tokens_of(tmp_path / "data", "train")
+    assert meta["vocab_size"] == vocab_size and tokens.dtype == dtype
+    assert tokens[-1] == meta["specials"]["<|endoftext|>"] == vocab_size - 5 and tokens.max() == tokens[-1]
+    together = documents_of(tmp_path / "data", "train", str(path)) + documents_of(tmp_path / "data", "val", str(path))
+    assert sorted(together) == sorted(DOCUMENTS[:5])
+
+
+# ---- what is skipped, and told
+
+def test_everything_left_out_is_counted_in_the_summary(tmp_path, capsys):
+    source = tmp_path / "in"
+    write_txt(source, ["", "good text"])
+    (source / "002.txt").write_bytes(b"bad \xff\xfe text")
+    lines = [b'{"text": "fine"}', b"", b"not json", b'{"text": "cut', b'{"other": 1}', b'{"text": 7}', b"[1]", b'"x"',
+             b'{"text": "bad \xff"}', b'{"text": ""}', b'{"text": "half a pair \\ud800."}']  # fmt: skip
+    (source / "x.jsonl").write_bytes(b"\n".join(lines))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["column", None, ""]}), source / "y.parquet")
+    meta = run(tmp_path / "data", f"--input={source}", "--val_fraction=0.3")
+    told = capsys.readouterr().out
+    for line in ("3 empty documents", "3 lines that are not JSON", "4 lines without text in the field 'text'",
+                 "1 rows without text in the column 'text'", "1 pieces with bytes that are not UTF-8"):  # fmt: skip
+        assert line in told, told
+    documents = documents_of(tmp_path / "data", "train") + documents_of(tmp_path / "data", "val")
+    assert sorted(documents) == sorted(["good text", "bad \ufffd\ufffd text", "fine", "half a pair ?.", "column"])
+    assert sum(split["documents"] for split in meta["splits"].values()) == 5
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "no gzip"])
+def test_damaged_gzip_file_is_told_and_the_rest_is_taken(tmp_path, capsys, damage):
+    write_txt(tmp_path / "in", DOCUMENTS[:7])
+    noise = np.random.default_rng(0).integers(32, 127, (300, 99), dtype=np.uint8)
+    path = write_jsonl(tmp_path / "in/x.jsonl.gz", [row.tobytes().decode() for row in noise])
+    data = bytearray(path.read_bytes())
+    if damage == "changed":
+        data[len(data) // 2 : len(data) // 2 + 99] = bytes(99)
+    path.write_bytes({"cut": data[: len(data) // 2], "changed": data, "no gzip": b"plain text"}[damage])
+    run(tmp_path / "data", f"--input={tmp_path / 'in'}", "--val_fraction=0.3")
+    assert f"files cut short or damaged: {path}" in capsys.readouterr().out
+    documents = documents_of(tmp_path / "data", "train") + documents_of(tmp_path / "data", "val")
+    assert set(DOCUMENTS[:7]) <= set(documents)
+
+
+# ---- what is refused
+
+def refused(folder, *argv, **options):
+    with pytest.raises(ValueError) as caught:
+        run(folder, *argv, **options)
+    assert "\n" not in str(caught.value) and not (Path(folder) / "meta.json").exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+@pytest.mark.parametrize("files", [{"a.txt": b"", "b.txt": b""}, {"a.jsonl": b""}, {"a.jsonl": b'{"txt": "x"}\n{"txt": "y"}\n'}])
+def test_corpus_without_text_is_one_clear_error(tmp_path, files, tokenizer):
+    (tmp_path / "in").mkdir()
+    for name, data in files.items():
+        (tmp_path / "in" / name).write_bytes(data)
+    message = refused(tmp_path / "data", f"--input={tmp_path / 'in'}", tokenizer=tokenizer)
+    assert message.startswith(f"there is no text in {tmp_path / 'in'}") and "--text_field" in message
+
+
+def test_input_that_names_no_file_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert f"input {tmp_path}/nothing names no file" in refused(tmp_path / "data", f"--input={tmp_path}/nothing")
+    assert "must hold .txt, .jsonl" in refused(tmp_path / "data", f"--input={tmp_path}/empty")
+    assert "put a glob in quotes" in refused(tmp_path / "data", f"--input={tmp_path}/*.txt")
+
+
+def test_unknown_column_names_those_there_are(tmp_path):
+    write_parquet(tmp_path / "x.parquet", field="content")
+    message = refused(tmp_path / "data", f"--input={tmp_path / 'x.parquet'}")
+    assert "x.parquet has no column 'text'; set --text_field to one of: id, content" in message
+
+
+def test_damaged_parquet_file_is_named(text_file, tmp_path):
+    message = refused(tmp_path / "data", f"--input={text_file(b'no parquet' * 9, 'x.parquet')}")
+    assert "x.parquet is no readable parquet file" in message
+
+
+@pytest.mark.parametrize(("argument", "expected"), [
+    ("--val_fraction=0", "val_fraction is 0.0; it must be above 0 and below 1"),
+    ("--val_fraction=1", "val_fraction is 1.0; it must be above 0 and below 1"),
+    ("--shard_tokens=0", "shard_tokens is 0; it must be at least 1"),
+    ("--doc_separator=", "doc_separator is empty"),
+    ("--tokenizer=gpt-2", "tokenizer 'gpt-2' is unknown"),
+    ("--dataset=shakespeare", "dataset shakespeare are both set; give one"),
+])  # fmt: skip
+def test_impossible_setting_is_refused(tmp_path, text_file, argument, expected):
+    assert expected in refused(tmp_path / "data", f"--input={text_file('x' * 99)}", argument)
+
+
+def test_input_or_dataset_is_needed():
+    with pytest.raises(ValueError, match="neither input nor dataset is set"):
+        config.load(prepare.Settings, [])
+
+
+@pytest.mark.parametrize(("where", "folder"), [
+    ("books/*.txt", "data/books"), ("books/**/*", "data/books"), ("books/", "data/books"), ("a/x.jsonl", "data/x"),
+    ("../x.txt", "data/x"), ("*.txt", "data/text"), (".", "data/text"), ("..", "data/text"), ("http://h/x.txt", "data/x"),
+])  # fmt: skip
+def test_folder_is_named_for_the_input(where, folder):
+    assert str(prepare.default_folder(config.load(prepare.Settings, [f"--input={where}"]).prepare)) == folder
+
+
+# ---- the same folder again
+
+def test_second_run_says_that_the_data_is_there_and_changes_nothing(text_file, tmp_path, capsys):
+    argv = [tmp_path / "data", f"--input={text_file('some text ' * 99)}"]
+    first = run(*argv)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").iterdir()}
+    capsys.readouterr()
+    assert run(*argv, workers=2) == first  # the number of processes is no matter
+    assert "is already prepared" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "data").iterdir()} == before
+
+
+@pytest.mark.parametrize("other", ["--val_fraction=0.5", "--tokenizer=bpe", "--shard_tokens=50", "--input=."])
+def test_folder_with_other_data_is_refused_and_left_alone(text_file, tmp_path, other):
+    argv = [tmp_path / "data", f"--input={text_file('some text ' * 99)}"]
+    first = run(*argv)
+    with pytest.raises(ValueError, match="data already holds data, made by: python .*; use another --data_dir, or remove it first"):
+        run(*argv, other)
+    assert json.loads((tmp_path / "data/meta.json").read_text()) == first
+
+
+@pytest.mark.parametrize("left", ["shards under way", "shards without meta", "meta under way"])
+def test_killed_run_is_refused_by_readers_and_recovered_by_running_again(text_file, tmp_path, left):
+    argv = [tmp_path / "data", f"--input={text_file('some text ' * 99)}", "--shard_tokens=100"]
+    whole = run(*argv)
+    wanted = {path.name: path.read_bytes() for path in (tmp_path / "data").glob("*.bin")}
+    folder = tmp_path / "data"
+    if left == "meta under way":
+        (folder / "meta.json.part").write_text((folder / "meta.json").read_text()[:50])
+    (folder / "meta.json").unlink()
+    if left == "shards under way":
+        for path in folder.glob("*.bin"):
+            path.write_bytes(bytes(HEADER.size) + path.read_bytes()[HEADER.size : -7])  # the header comes last
+            path.rename(f"{path}.part")
+        (folder / "train_000077.bin.part").write_bytes(b"")
+    for split in ("train", "val"):
+        with pytest.raises(ValueError, match="unfinished prepare; start it again"):
+            Split(folder, split, 261)
+    assert run(*argv) == whole
+    assert {path.name: path.read_bytes() for path in folder.glob("*.bin")} == wanted
+    assert not list(folder.glob("*.part"))
+
+
+def test_run_that_fails_leaves_nothing_that_is_taken_for_data(tmp_path):
+    write_txt(tmp_path / "in", DOCUMENTS)
+    (tmp_path / "in/x.parquet").write_bytes(b"no parquet")  # comes after 40 good files
+    refused(tmp_path / "data", f"--input={tmp_path / 'in'}")
+    with pytest.raises(ValueError, match="holds no train tokens|unfinished prepare"):
+        Split(tmp_path / "data", "train", 261)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "fineweb_train_000001.bin", "train_000000.bin"])
+def test_token_files_of_others_are_neither_overwritten_nor_removed(text_file, tmp_path, name):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).write_bytes(b"precious")
+    message = refused(tmp_path / "data", f"--input={text_file('x' * 99)}")
+    assert f"holds token files that are not of prepare.py: {name}; use another --data_dir" in message
+    assert (tmp_path / "data" / name).read_bytes() == b"precious"
+
+
+# ---- corpora by name
+
+def write_fineweb(folder, number):
+    folder.mkdir()
+    for i, name in enumerate(["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, number + 1))]):
+        header = np.zeros(256, np.int32)
+        header[:3] = 20240520, 1, 100 + i
+        (folder / name).write_bytes(header.tobytes() + np.arange(100 + i, dtype=np.uint16).tobytes())
+    return folder
+
+
+def test_fineweb_is_taken_from_a_local_folder_of_its_shards(tmp_path, capsys):
+    source = write_fineweb(tmp_path / "hub", 5)
+    meta = run(tmp_path / "data", "--dataset=fineweb10b", f"--input={source}", "--max_shards=3", tokenizer="gpt2")
+    assert (meta["vocab_size"], meta["specials"]) == (50257, {"<|endoftext|>": 50256})
+    split = Split(tmp_path / "data", "train", 50257)
+    assert [path.name for path in split.paths] == [f"fineweb_train_{i:06d}.bin" for i in (1, 2, 3)]
+    assert [len(shard) for shard in split.shards] == [101, 102, 103] and Split(tmp_path / "data", "val", 50257).tokens == 100
+    capsys.readouterr()
+    run(tmp_path / "data", "--dataset=fineweb10b", f"--input={source}", "--max_shards=5", tokenizer="gpt2")
+    assert capsys.readouterr().out.count("fetching") == 2  # what is there stays
+    assert len(Split(tmp_path / "data", "train", 50257).shards) == 5
+
+
+def test_fineweb_shard_that_is_not_there_is_named(tmp_path):
+    source = write_fineweb(tmp_path / "hub", 2)
+    message = refused(tmp_path / "data", "--dataset=fineweb10b", f"--input={source}", tokenizer="gpt2")
+    assert f"{source} holds no fineweb_train_000003.bin; give the folder of the shards, or a smaller --max_shards" in message
+
+
+@pytest.fixture(scope="module")
+def stdlib(tmp_path_factory):
+    cfg = config.load(prepare.Settings, ["config/quickstart.py"]).prepare
+    return prepare.Corpus(cfg, tmp_path_factory.mktemp("data"))
+
+
+def test_stdlib_corpus_is_pythons_library_without_tests_and_packages(stdlib):
+    names = {str(path.relative_to(stdlib.root)) for path in stdlib.files}
+    assert {"os.py", "json/decoder.py", "argparse.py"} <= names
+    for name in names:
+        assert {"test", "tests", "idle_test", "site-packages", "dist-packages"}.isdisjoint(Path(name).parts) and name.endswith(".py")
+    assert 5e6 < stdlib.bytes < 40e6
+
+
+def test_stdlib_files_are_held_out_by_the_hash_of_their_path(stdlib):
+    held_out = {path for path in stdlib.files if prepare._unit_hash(str(path.relative_to(stdlib.root)).encode()) <= 0.05}
+    assert 0.02 < len(held_out) / len(stdlib.files) < 0.1
+    size = {"train": 0, "val": 0}
+    for split, piece, _ in stdlib.pieces():
+        size[split] += len(piece)
+    assert size["val"] == sum(path.stat().st_size for path in held_out)
+    assert size["train"] + size["val"] == stdlib.bytes
