@@ -186,9 +186,10 @@ def _quietly():
 def drop_later_lines(path, step):
     """Removes from a log.jsonl what lies past a step, and a last line that was cut short."""
     if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        *lines, last = path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
+        lines += [last] if last.endswith("\n") else []
         partial = path.with_name(f".{path.name}")
-        partial.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+        partial.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
         os.replace(partial, path)
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import shlex
 import subprocess
 import sys
@@ -81,11 +82,11 @@ class Log:
         }
         self.interval_start, self.interval_step, self.waited = now, state.step, 0.0
         self._write(record)
-        left = datetime.timedelta(seconds=round((self.last_step - state.step) * seconds / steps))
+        left = (self.last_step - state.step) * seconds / steps
         self._print(
-            f"{self._step_text(state)} | {_short(record['tokens']):>6} tok | loss {loss:7.4f} | lr {lr:.2e}"
-            f" | norm {record['grad_norm']:5.2f} | {tokens_per_s:9,.0f} tok/s | mfu {record['mfu']:5.1%}"
-            f" | {record['memory_gib']:.2f} GiB | wait {record['data_wait_ms']:.1f} ms | left {left}"
+            f"{self._step_text(state)}  {_short(record['tokens']):>6} tok  loss {loss:7.4f}  lr {lr:.1e}"
+            f"  norm {record['grad_norm']:4.2f}  {_short(tokens_per_s):>6} tok/s  mfu {record['mfu']:5.1%}"
+            f"  {record['memory_gib']:.1f} GiB  wait {record['data_wait_ms']:.0f} ms  {_duration(left)}"
         )
 
     def evaluation(self, state):
@@ -123,7 +124,7 @@ class Log:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             (self.out_dir / "finished").unlink(missing_ok=True)
             (self.out_dir / "config.py").write_text(as_preset(self.cfg))
-            drop_later_lines(self.out_dir / "log.jsonl", step)
+            drop_later_lines(self.out_dir / "log.jsonl", step or -1)  # a run that starts anew evaluates step 0 again
             self.file = open(self.out_dir / "log.jsonl", "a", encoding="utf-8")
             keep_tokenizer(self.cfg.data.data_dir, self.out_dir)
             return keep_source(ROOT, self.out_dir, step)
@@ -199,7 +200,7 @@ def start_wandb(cfg, out_dir):
 
     id_file = out_dir / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(wandb.util.generate_id())
+        id_file.write_text(secrets.token_hex(4))
     options = {
         "project": cfg.train.wandb_project,
         "name": cfg.train.wandb_run_name or out_dir.name,
@@ -226,6 +227,13 @@ def git_commit():
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _duration(seconds):
+    """A time in minutes and seconds, or hours and minutes: 3m07s, 12h34m."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
 
 
 def _short(count):

@@ -1,0 +1,542 @@
+"""Whole runs: what they leave behind, and that they go on exactly where they were stopped, however they were."""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import config
+import train
+from checkpoint import checkpoints, load_checkpoint, load_model, newest_checkpoint, read_manifest
+from data import Split, TrainOrder
+from model import ModelConfig, Transformer
+from optim import OptimConfig, lr_at
+from ranks import SMALL, copy_run, on_ranks, records, run, settings, start, train_in_child, without_matplotlib, write_data
+
+ROOT = Path(train.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def nine(data_dir, tmp_path_factory):
+    """A run of nine steps, uninterrupted; not to be written to."""
+    return run(data_dir, tmp_path_factory.mktemp("nine"))
+
+
+@pytest.fixture(scope="module")
+def four(data_dir, tmp_path_factory):
+    """The first four steps of the same run; to be copied, then taken up again."""
+    with without_matplotlib():
+        return run(data_dir, tmp_path_factory.mktemp("four"), max_steps=4)
+
+
+@pytest.fixture
+def no_curves():
+    with without_matplotlib():
+        yield
+
+
+def steps_kept(out_dir):
+    return [int(p.name[5:]) for p in checkpoints(out_dir)]
+
+
+def weights(out_dir):
+    """{name: tensor} of all that the newest checkpoint holds, optimizer included."""
+    return {k: v for path in newest_checkpoint(out_dir).glob("*.safetensors") for k, v in load_file(path).items()}
+
+
+def assert_same_run(a, b):
+    """Two runs have logged the same losses and gradient norms and ended in the same tensors, bit by bit."""
+    for name in ("loss", "grad_norm", "lr", "tokens"):
+        assert records(a, name) == records(b, name), name
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# ---- a run
+
+def test_a_run_logs_every_step_and_keeps_what_it_takes_to_know_it_again(nine, data_dir):
+    lines = [json.loads(line) for line in (nine / "log.jsonl").read_text().splitlines()]
+    assert {"start", "step", "command", "git_commit", "devices"} <= lines[0].keys()
+    assert "environ" not in str(lines[0]) and os.environ["PATH"] not in str(lines)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 10))
+    for line in steps:
+        assert line["tokens"] == 42 * line["step"]
+        assert line["lr"] == lr_at(line["step"] - 1, OptimConfig(learning_rate=1e-2, warmup_steps=2, lr_decay_steps=20), 9)
+        assert line["grad_norm"] > 0 and line["tokens_per_s"] > 0 and 0 < line["mfu"] < 1
+        assert line["data_wait_ms"] >= 0 and 0.05 < line["memory_gib"] < 64
+    assert [line["step"] for line in lines if "val_loss" in line] == [0, 9]
+    for line in lines:
+        if "val_loss" in line:  # two bytes a token, says the data
+            assert line["val_bpb"] == pytest.approx(line["val_loss"] / math.log(2) / 2)
+    assert (nine / "finished").read_text().startswith("finished")
+    assert (nine / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert any((nine / "source").rglob("train.py")) and (nine / "meta.json").exists()
+    assert not [p for p in nine.rglob("*") if p.suffix in (".pt", ".pth", ".pkl", ".metadata") or p.name == ".metadata"]
+
+
+def test_training_learns_what_can_be_learned(data_dir, tmp_path, no_curves):
+    """Each token is the one before plus 0, 1 or 2: log 3 is the least loss there is, log 37 that of knowing nothing."""
+    run(data_dir, tmp_path, max_steps=150, lr_decay_steps="none", log_interval=50, eval_interval=150)
+    first, last = records(tmp_path, "val_loss").values()
+    assert first == pytest.approx(math.log(37), abs=0.15)
+    assert math.log(3) < last < math.log(3) + 0.3
+
+
+def test_the_first_loss_is_that_of_the_first_sequences(nine, data_dir):
+    model = Transformer(ModelConfig(**{name: SMALL[name] for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")}))
+    model.init_weights(seed=1337)
+    assert records(nine)[1] == pytest.approx(loss_of_sequences(model, data_dir, range(6)), rel=1e-6)
+
+
+def loss_of_sequences(model, data_dir, numbers):
+    """Mean loss of the sequences of these numbers in training's order, by torch's own cross-entropy."""
+    split = Split(data_dir, "train", 37)
+    rows = [split.shards[shard][at : at + 8] for shard, at in zip(*TrainOrder(split, 7, 1337).locate(list(numbers)))]
+    rows = torch.from_numpy(np.stack(rows).astype(np.int64))
+    with torch.no_grad():
+        return F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()).item()
+
+
+def test_evaluation_comes_first_each_interval_and_last_and_leaves_training_as_it_was(data_dir, nine, tmp_path, no_curves):
+    run(data_dir, tmp_path, eval_interval=4)
+    assert list(records(tmp_path, "val_loss")) == [0, 4, 8, 9]
+    assert_same_run(tmp_path, nine)
+
+
+def test_max_tokens_ends_a_run(data_dir, tmp_path, nine, no_curves):
+    run(data_dir, tmp_path, max_tokens=9 * 42 - 1, max_steps=5)
+    assert records(tmp_path) == records(nine)
+
+
+def test_checkpoints_come_each_interval_and_last_and_the_newest_stay(data_dir, tmp_path, no_curves):
+    run(data_dir, tmp_path, save_interval=2, keep_checkpoints=2, keep_every=4)
+    assert steps_kept(tmp_path) == [4, 8, 9]
+
+
+def test_a_run_without_checkpoints_leaves_none(data_dir, tmp_path, no_curves):
+    run(data_dir, tmp_path, save_interval="none", max_steps=3)
+    assert steps_kept(tmp_path) == [] and (tmp_path / "finished").exists()
+
+
+def test_a_runs_config_is_a_preset_that_reproduces_it(nine, tmp_path, no_curves):
+    cfg = config.load(train.Settings, [str(nine / "config.py"), f"--out_dir={tmp_path}"])
+    train.main(cfg)
+    assert_same_run(tmp_path, nine)
+    again, first = ((p / "config.py").read_text().splitlines() for p in (tmp_path, nine))
+    assert [line.split("=")[0].strip() for line, other in zip(again, first) if line != other] == ["out_dir"]
+
+
+def test_without_matplotlib_a_run_trains_says_so_and_draws_nothing(data_dir, tmp_path, capsys, no_curves):
+    run(data_dir, tmp_path, max_steps=1)
+    assert (tmp_path / "finished").exists() and not (tmp_path / "curves.png").exists()
+    assert capsys.readouterr().out.count("matplotlib is not installed") == 1
+
+
+def test_console_lines_are_aligned_and_fit_120_columns_even_of_a_long_run(data_dir, tmp_path, capsys, no_curves):
+    run(data_dir, tmp_path, max_steps=19_073, max_minutes=0.01)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    steps = [line for line in lines if " tok/s" in line]
+    assert len(steps) > 10 and max(map(len, lines)) <= 120
+    assert len({line.find(" loss ") for line in steps}) == 1
+
+
+# ---- going on
+
+@pytest.mark.parametrize("changes", [
+    {}, {"precision": "bf16"}, {"dropout": 0.1}, {"optimizer": "sgd"}, {"grad_clip": "none", "tie_embeddings": False, "bias": False},
+], ids=str)  # fmt: skip
+def test_resumed_run_equals_uninterrupted_run(changes, data_dir, tmp_path, no_curves):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(data_dir, whole, **changes)
+    for max_steps in (2, 6, 9):
+        run(data_dir, parts, max_steps=max_steps, **changes)
+    assert_same_run(whole, parts)
+    assert len(set(records(whole).values())) == 9
+
+
+def test_a_run_resumes_across_epochs(tmp_path, no_curves):
+    data_dir = write_data(tmp_path / "data", train_tokens=80)  # 10 sequences an epoch, 6 a step
+    run(data_dir, tmp_path / "whole")
+    run(data_dir, tmp_path / "parts", max_steps=4)
+    run(data_dir, tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def kill_when(process, happened, timeout=60):
+    """kill -9 as soon as happened(); says whether the process was still alive then."""
+    deadline = time.monotonic() + timeout
+    while process.is_alive() and not happened():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.0005)
+    alive = process.is_alive()
+    process.kill()
+    process.join()
+    return alive
+
+
+def logged(out_dir):
+    """The newest step in a log, 0 where there is none."""
+    path = Path(out_dir) / "log.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+@pytest.mark.parametrize("at", [3, 17])
+def test_a_killed_run_goes_on_as_if_nothing_had_been(at, data_dir, tmp_path, no_curves):
+    """At step 3 nothing has been saved yet."""
+    changes = {"max_steps": 30, "save_interval": 7, "eval_interval": 10, "lr_decay_steps": "none"}
+    process, _ = start(train_in_child, settings(data_dir, tmp_path / "killed", **changes))
+    assert kill_when(process, lambda: logged(tmp_path / "killed") >= at)
+    assert logged(tmp_path / "killed") < 30 and not (tmp_path / "killed" / "finished").exists()
+    run(data_dir, tmp_path / "killed", **changes)
+    run(data_dir, tmp_path / "whole", **changes)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert records(tmp_path / "whole", "val_loss") == records(tmp_path / "killed", "val_loss")
+
+
+def test_the_log_loses_lines_past_the_resumed_step_and_a_torn_one(data_dir, four, nine, tmp_path, no_curves):
+    out_dir = copy_run(four, tmp_path / "run")
+    with open(out_dir / "log.jsonl", "a") as file:
+        file.write('{"step": 5, "loss": 99.0}\n{"step": 6, "val_loss": 99.0}\n{"start": "", "versions": {"torch": ""}')
+    run(data_dir, out_dir)
+    assert records(out_dir) == records(nine)
+    assert list(records(out_dir, "val_loss")) == [0, 4, 9]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 6])
+def test_a_change_of_micro_batch_changes_no_loss(micro_batch_size, data_dir, four, nine, tmp_path, no_curves):
+    out_dir = run(data_dir, copy_run(four, tmp_path / "run"), micro_batch_size=micro_batch_size)
+    assert list(records(out_dir).values()) == pytest.approx(list(records(nine).values()), rel=1e-5)
+
+
+def test_after_a_change_of_batch_size_the_next_sequences_follow(data_dir, four, tmp_path, no_curves):
+    out_dir = copy_run(four, tmp_path / "run")
+    model, manifest = load_model(out_dir, "cpu")
+    assert manifest["state"]["sequences_seen"] == 4 * 6
+    run(data_dir, out_dir, batch_tokens=63, max_steps=6)
+    assert records(out_dir)[5] == pytest.approx(loss_of_sequences(model, data_dir, range(24, 33)), rel=1e-5)
+    assert read_manifest(newest_checkpoint(out_dir))["state"]["sequences_seen"] == 24 + 2 * 9
+    assert records(out_dir, "tokens")[6] == 7 * (24 + 2 * 9)
+
+
+def test_a_run_goes_on_on_another_number_of_ranks(data_dir, four, nine, tmp_path, no_curves):
+    one_two = copy_run(four, tmp_path / "one_two")
+    two, two_one, two_two = tmp_path / "two", tmp_path / "two_one", tmp_path / "two_two"
+    on_ranks(2, *((train.main, settings(data_dir, out_dir, max_steps=max_steps))
+                  for out_dir, max_steps in ((two, 9), (two_one, 4), (one_two, 9), (two_two, 4), (two_two, 9))))
+    run(data_dir, two_one)
+    expected, val = list(records(nine).values()), list(records(nine, "val_loss").values())
+    for out_dir in (two, two_one, one_two):
+        assert list(records(out_dir).values()) == pytest.approx(expected, rel=1e-5)
+        assert records(out_dir, "val_loss")[9] == pytest.approx(val[1], rel=1e-5)
+    assert_same_run(two, two_two)
+    assert steps_kept(two_two) == [4, 9] and (two_two / "finished").exists()
+
+
+def test_changes_of_model_data_seed_or_optimizer_are_refused_all_at_once(data_dir, four, tmp_path):
+    out_dir = copy_run(four, tmp_path / "run")
+    before = {p: p.read_bytes() for p in out_dir.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError) as error:
+        run(data_dir, out_dir, n_layer=2, seed=5, optimizer="sgd", seq_len=6, learning_rate=0.5, batch_tokens=36)
+    for change in ("n_layer: 3 -> 2", "seed: 1337 -> 5", "optimizer: adamw -> sgd", "seq_len: 7 -> 6", "--out_dir="):
+        assert change in str(error.value)
+    assert "learning_rate" not in str(error.value)
+    with pytest.raises(ValueError, match="data: .* -> "):
+        run(write_data(tmp_path / "other", seed=8), out_dir)
+    assert before == {p: p.read_bytes() for p in out_dir.rglob("*") if p.is_file()}
+
+
+def test_other_changes_are_named_and_logged(data_dir, four, tmp_path, capsys, no_curves):
+    out_dir = copy_run(four, tmp_path / "run")
+    run(data_dir, out_dir, learning_rate=0.02, max_steps=5)
+    out = capsys.readouterr().out
+    assert "resumed from step 4" in out and "learning_rate: 0.01 -> 0.02" in out and "max_steps: 4 -> 5" in out
+    assert "n_layer" not in out
+    assert records(out_dir, "lr")[5] == pytest.approx(lr_at(4, OptimConfig(learning_rate=0.02, warmup_steps=2, lr_decay_steps=20), 5))
+    assert "learning_rate: 0.01 -> 0.02" in records(out_dir, "changes")[4]
+
+
+def test_data_that_has_moved_is_the_same_data(data_dir, four, nine, tmp_path, no_curves):
+    shutil.copytree(data_dir, tmp_path / "moved")
+    assert records(run(tmp_path / "moved", copy_run(four, tmp_path / "run"))) == records(nine)
+
+
+def test_a_finished_run_says_so_and_goes_on_when_max_steps_grows(data_dir, four, nine, tmp_path, capsys, no_curves):
+    out_dir = copy_run(four, tmp_path / "run")
+    before = {p: p.read_bytes() for p in out_dir.rglob("*") if p.is_file()}
+    run(data_dir, out_dir, max_steps=4)
+    assert "has finished, at step 4" in capsys.readouterr().out
+    assert before == {p: p.read_bytes() for p in out_dir.rglob("*") if p.is_file()}
+    run(data_dir, out_dir, max_steps=9)
+    assert_same_run(out_dir, nine)
+    assert (out_dir / "finished").exists()
+
+
+def test_resume_never_refuses_a_folder_with_checkpoints_and_takes_others(data_dir, four, tmp_path, no_curves):
+    with pytest.raises(ValueError, match="resume is never.*has checkpoints.*use another --out_dir, or --resume=auto"):
+        run(data_dir, four, resume="never")
+    run(data_dir, tmp_path, resume="never", max_steps=1)
+
+
+def test_an_unfinished_checkpoint_is_passed_over(data_dir, four, nine, tmp_path, no_curves):
+    out_dir = copy_run(four, tmp_path / "run")
+    partial = out_dir / "ckpt" / ".step_00000007.partial"
+    shutil.copytree(newest_checkpoint(out_dir), partial)
+    assert records(run(data_dir, out_dir)) == records(nine)
+    assert not partial.exists() and steps_kept(out_dir) == [4, 9]
+
+
+def test_a_damaged_checkpoint_stops_the_run_before_it_writes(data_dir, four, tmp_path, no_curves):
+    out_dir = copy_run(four, tmp_path / "run")
+    file = next(newest_checkpoint(out_dir).glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    log = (out_dir / "log.jsonl").read_text()
+    with pytest.raises(ValueError, match="missing or damaged.*remove .*step_00000004 to go back"):
+        run(data_dir, out_dir)
+    assert (out_dir / "log.jsonl").read_text() == log
+    shutil.rmtree(newest_checkpoint(out_dir))  # the remedy, here to the very start
+    assert list(records(run(data_dir, out_dir))) == list(range(1, 10))
+
+
+# ---- init_from
+
+def test_init_from_takes_weights_and_nothing_else(data_dir, four, tmp_path, no_curves):
+    out_dir = run(data_dir, tmp_path / "run", init_from=four, max_steps=2, seed=5, optimizer="sgd")
+    assert records(out_dir, "val_loss")[0] == records(four, "val_loss")[4]
+    assert list(records(out_dir)) == [1, 2]
+    assert records(out_dir, "lr")[1] == pytest.approx(0.01 / 2)
+    assert read_manifest(newest_checkpoint(out_dir))["state"]["sequences_seen"] == 12
+    tied = Transformer(load_model(four, "cpu")[0].cfg)
+    load_checkpoint(newest_checkpoint(four), tied)
+    assert tied.head.weight is tied.wte.weight
+
+
+def test_a_checkpoint_in_the_folder_wins_over_init_from(data_dir, four, nine, tmp_path, no_curves):
+    out_dir = copy_run(four, tmp_path / "run")
+    assert records(run(data_dir, out_dir, init_from=nine)) == records(nine)
+
+
+# ---- early ends
+
+def test_target_loss_ends_a_run_and_stays_reached(data_dir, tmp_path, capsys, no_curves):
+    changes = {"eval_interval": 5, "max_steps": 40, "target_loss": 3.3}
+    run(data_dir, tmp_path, **changes)
+    losses = records(tmp_path, "val_loss")
+    assert losses[max(losses)] <= 3.3 < losses[max(losses) - 5] and max(losses) < 40
+    assert "target_loss 3.3" in (tmp_path / "finished").read_text()
+    assert steps_kept(tmp_path) == [max(losses)]
+    capsys.readouterr()
+    run(data_dir, tmp_path, **changes)
+    assert "has finished" in capsys.readouterr().out
+
+
+def test_max_minutes_ends_a_run_and_the_same_command_goes_on(data_dir, nine, tmp_path, capsys, no_curves):
+    changes = {"max_minutes": 1e-6}
+    run(data_dir, tmp_path, **changes)
+    assert logged(tmp_path) == 1 and not (tmp_path / "finished").exists()
+    assert list(records(tmp_path, "val_loss")) == [0, 1] and steps_kept(tmp_path) == [1]
+    assert "stopped after max_minutes" in capsys.readouterr().out
+    for _ in range(8):
+        run(data_dir, tmp_path, **changes)
+    assert records(tmp_path) == records(nine) and (tmp_path / "finished").exists()
+
+
+# ---- wandb
+
+def test_wandb_logs_offline_and_goes_on_under_the_same_id(data_dir, tmp_path, monkeypatch, no_curves):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run(data_dir, tmp_path, wandb=True, max_steps=2)
+    wandb_id = (tmp_path / "wandb_id").read_text().strip()
+    run(data_dir, tmp_path, wandb=True, max_steps=4)
+    assert (tmp_path / "wandb_id").read_text().strip() == wandb_id
+    stored = [p for p in (tmp_path / "wandb").glob("offline-run-*") if p.name.endswith(wandb_id)]
+    assert len(stored) >= 1 and all(list(p.glob("*.wandb")) for p in stored)
+    assert list(records(tmp_path)) == [1, 2, 3, 4]
+
+
+# ---- wrong input
+
+def unprepared(folder):
+    write_data(folder)
+    (folder / "meta.json").unlink()
+
+
+def spoilt(**how):
+    """A maker of a data folder, of which one shard is then spoilt."""
+    def make(folder):
+        write_data(folder)
+        shard = folder / "train_000001.bin"
+        content = shard.read_bytes()
+        shard.write_bytes(content[: how["cut"]] if "cut" in how else how["head"] + content[len(how["head"]) :])
+    return make
+
+
+def with_large_ids(folder):
+    write_data(folder, vocab_size=50)
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | {"vocab_size": 37}))
+
+
+BAD_DATA = {
+    "missing": (lambda folder: None, "(does not exist|holds no train tokens).*: python prepare.py"),
+    "empty": (lambda folder: folder.mkdir(), "holds no train tokens.*: python prepare.py"),
+    "without meta.json": (unprepared, "no meta.json.*unfinished prepare; start it again: python prepare.py"),
+    "damaged meta.json": (lambda f: write_data(f).joinpath("meta.json").write_text("{"), "meta.json is damaged.*make the data again"),
+    "cut shard": (spoilt(cut=1001), "train_000001.bin is damaged.*make the data again"),
+    "foreign shard": (spoilt(head=b"PK\3\4flat"), "train_000001.bin is no token shard.*make the data again"),
+    "missing shard": (lambda f: write_data(f).joinpath("train_000001.bin").unlink(), "train_000001.bin is missing.*make the data again"),
+    "ids past the vocabulary": (with_large_ids, r"holds the token id \d+, but vocab_size is 37"),
+    "larger vocabulary": (lambda f: write_data(f, vocab_size=50), "vocab_size is 37.*vocabulary of 50; set vocab_size"),
+    "short train": (lambda f: write_data(f, train_tokens=13), "no shard of 2 x seq_len 7 tokens.*shorten seq_len"),
+    "short val": (lambda f: write_data(f, val_tokens=1), "val split has 1 tokens.*val_fraction"),
+}
+BAD_SETTINGS = {
+    "no data_dir": ({"data_dir": "none"}, "data_dir is none; set it"),
+    "long sequence": ({"seq_len": 12}, "seq_len 12 is above block_size 11; lower it"),
+    "odd batch": ({"batch_tokens": 40}, "batch_tokens 40 is not a multiple of 21 = micro_batch_size 3 x seq_len 7 x 1 ranks;.* would fit"),
+    "heads": ({"n_head": 3}, "n_embd 20 is not a multiple of n_head 3; n_head 1, 2, 4 would fit"),
+    "fp16": ({"precision": "fp16"}, "precision is fp16.*use bf16 or fp32"),
+    "device": ({"device": "mps"}, "device is mps.*use --device=cpu"),
+    "min_lr": ({"min_lr": 0.5}, "min_lr 0.5 is above learning_rate 0.01; lower it"),
+    "interval": ({"eval_interval": 0}, "eval_interval is 0; it must be at least 1"),
+    "init_from": ({"init_from": "/nowhere"}, "/nowhere does not exist; train.py makes one"),
+}  # fmt: skip
+
+
+def refused(told, data_dir, out_dir, **changes):
+    """A run is refused with one line, by a raise of ours, so that it shows as such; it leaves no checkpoint."""
+    with pytest.raises(ValueError, match=told) as error:
+        run(data_dir, out_dir, **changes)
+    assert "\n" not in str(error.value)
+    assert config._is_ours(error.value), "shows as a traceback"
+    assert not checkpoints(out_dir)
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_is_refused_with_value_rule_and_remedy(case, tmp_path, no_curves):
+    make, told = BAD_DATA[case]
+    make(tmp_path / "data")
+    refused(told, tmp_path / "data", tmp_path / "run")
+
+
+@pytest.mark.parametrize("case", BAD_SETTINGS)
+def test_bad_settings_are_refused_with_value_rule_and_remedy(case, data_dir, tmp_path, no_curves):
+    changes, told = BAD_SETTINGS[case]
+    refused(told, **{"data_dir": data_dir, "out_dir": tmp_path / "run"} | changes)
+
+
+def test_foreign_folders_are_refused_as_init_from(data_dir, four, tmp_path, no_curves):
+    refused("holds no checkpoint of flatlm's", data_dir, tmp_path / "run", init_from=data_dir)
+    foreign = tmp_path / "foreign"
+    (foreign / "ckpt" / "step_00000001").mkdir(parents=True)
+    (foreign / "ckpt" / "step_00000001" / "ckpt.pt").write_bytes(b"\x80\4")
+    refused("no readable manifest.json", data_dir, tmp_path / "run", init_from=foreign)
+    refused("another model: n_layer 3 there, 2 here", data_dir, tmp_path / "run", init_from=four, n_layer=2)
+
+
+def test_an_out_dir_that_is_a_file_is_refused(data_dir, tmp_path, no_curves):
+    (tmp_path / "file").write_text("precious")
+    refused("cannot be written to.*use another --out_dir", data_dir, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_foreign_data_needs_a_vocabulary_and_then_trains(data_dir, tmp_path, no_curves):
+    """nanoGPT's files: bare uint16, no meta.json."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for split in ("train", "val"):
+        np.concatenate(Split(data_dir, split, 37).shards).tofile(raw / f"{split}.bin")
+    refused("no meta.json to take vocab_size from; set vocab_size", raw, tmp_path / "run", vocab_size="none")
+    assert (run(raw, tmp_path / "run", max_steps=2) / "finished").exists()
+    assert "val_bpb" not in (tmp_path / "run" / "log.jsonl").read_text()  # nobody counted bytes
+
+
+def test_wrong_input_ends_the_command_with_code_2_and_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--device=cpu", f"--data_dir={tmp_path / 'gone'}", f"--out_dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "prepare.py" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+# ---- kill -9, at random
+
+MANY = {"max_steps": 60, "save_interval": 7, "eval_interval": 10, "keep_checkpoints": 2, "lr_decay_steps": "none"}
+
+
+def moment(kind, out_dir, generator):
+    """A condition that comes true at a random moment of a kind, from now on."""
+    first, began = logged(out_dir), []
+    target = first + generator.randint(1, 25)
+    # A save follows the line of a step that 7 divides, an evaluation that of one that 10 does; both take about 0.05 s.
+    comes = {"save": lambda step: step % 7 == 0, "evaluation": lambda step: step % 10 == 0, "between": lambda step: step >= target}
+    delay = generator.uniform(0, 0.05)
+
+    def is_here():
+        step = logged(out_dir)
+        if not began and step > first and comes[kind](step):
+            began.append(time.monotonic())
+        return bool(began) and time.monotonic() - began[0] > delay
+
+    return is_here
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["save", "evaluation", "between"])
+def test_kill_9_at_random_moments_changes_no_loss(kind, tmp_path, no_curves):
+    data_dir = write_data(tmp_path / "data", val_tokens=3000)  # so that an evaluation takes longer than a step
+    cfg = settings(data_dir, tmp_path / "killed", **MANY, eval_tokens=3000, dropout=0.1)
+    generator, kills, cut_saves = random.Random(kind), 0, 0
+    for _ in range(40):
+        process, pipe = start(train_in_child, cfg)
+        kills += kill_when(process, moment(kind, tmp_path / "killed", generator))
+        cut_saves += any((tmp_path / "killed" / "ckpt").glob(".*"))
+        if (tmp_path / "killed" / "finished").exists():
+            break
+    train.main(cfg)
+    assert kills >= 3 and (cut_saves or kind != "save")
+    run(data_dir, tmp_path / "whole", **MANY, eval_tokens=3000, dropout=0.1)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert records(tmp_path / "whole", "val_loss") == records(tmp_path / "killed", "val_loss")
+    assert steps_kept(tmp_path / "killed")[-2:] == [56, 60]
+    assert not list((tmp_path / "killed" / "ckpt").glob(".*"))
+
+
+@pytest.mark.slow
+def test_kill_9_of_the_command_itself_changes_no_loss(data_dir, tmp_path):
+    """The same, once, with the command that people type, killed twice."""
+    cfg = settings(data_dir, tmp_path / "killed", **MANY)
+    names = {name: value for name, value in config.as_dict(cfg).items() if value is not None and value != ""}
+    command = [sys.executable, str(ROOT / "train.py"), *(f"--{name}={value}" for name, value in names.items())]
+    for at in (9, 31):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while process.poll() is None and logged(tmp_path / "killed") < at:
+            time.sleep(0.001)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+    train.main(dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, out_dir=str(tmp_path / "whole"))))
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
