@@ -175,7 +175,8 @@ def _run_preset(path, errors):
         names = runpy.run_path(str(file))
     except Exception as error:  # whatever a person's own file raises
         where, line = _place(error, path)
-        errors.append(f"{where}, line {line}: {type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}")
+        what = error.msg if isinstance(error, SyntaxError) else error
+        errors.append(f"{where}, line {line}: {type(error).__name__}: {what}")
         return {}
     scratch = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
     return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, scratch)}

@@ -21,7 +21,7 @@ from data import HEADER, Split, open_shard, read_meta
 from tokenizer import SPECIALS, load_tokenizer
 
 SHARED = Path(ROOT).parent / "shared/data"
-needs_gpt2 = pytest.mark.skipif(not (SHARED / "tiktoken_cache").is_dir(), reason="the tiktoken files of gpt2 are absent")
+needs_gpt2 = pytest.mark.skipif(not (SHARED / "tiktoken_cache").is_dir(), reason="gpt2's tiktoken files are absent")
 
 DOCUMENTS = [f"Document {i}, über {i * i} <|endoftext|>🙂\n" * (1 + i % 3) for i in range(40)]
 
@@ -111,7 +111,8 @@ def test_other_fields_and_columns_are_read_by_name(tmp_path):
     write_jsonl(tmp_path / "in/a.jsonl", DOCUMENTS[:20], field="content")
     write_parquet(tmp_path / "in/b.parquet", DOCUMENTS[20:], field="content")
     run(tmp_path / "data", f"--input={tmp_path / 'in'}", "--text_field=content", "--val_fraction=0.3")
-    assert sorted(documents_of(tmp_path / "data", "train") + documents_of(tmp_path / "data", "val")) == sorted(DOCUMENTS)
+    train, val = (documents_of(tmp_path / "data", split) for split in ("train", "val"))
+    assert sorted(train + val) == sorted(DOCUMENTS)
 
 
 def test_file_of_any_other_name_is_text(text_file, tmp_path):
@@ -300,7 +301,8 @@ def test_vocabulary_past_uint16_is_written_as_uint32(tmp_path, vocab_size, dtype
     ids = {token: i for i, token in enumerate([*letters, *pairs][: vocab_size - len(SPECIALS)])}
     specials = [{"content": name, "id": len(ids) + i} for i, name in enumerate(SPECIALS)]
     path = tmp_path / "large.json"
-    path.write_text(json.dumps({"model": {"type": "BPE", "vocab": ids}, "pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": specials}))
+    bpe = {"model": {"type": "BPE", "vocab": ids}, "pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": specials}
+    path.write_text(json.dumps(bpe))
     write_txt(tmp_path / "in", DOCUMENTS[:5])
     meta = run(tmp_path / "data", f"--input={tmp_path / 'in'}", tokenizer=str(path))
     tokens = tokens_of(tmp_path / "data", "train")
@@ -337,7 +339,7 @@ def test_damaged_gzip_file_is_told_and_the_rest_is_taken(tmp_path, capsys, damag
     path = write_jsonl(tmp_path / "in/x.jsonl.gz", [row.tobytes().decode() for row in noise])
     data = bytearray(path.read_bytes())
     if damage == "changed":
-        data[len(data) // 2 : len(data) // 2 + 99] = bytes(99)
+        data[10] = 255  # the first byte of compressed data: a kind of block that there is not
     path.write_bytes({"cut": data[: len(data) // 2], "changed": data, "no gzip": b"plain text"}[damage])
     run(tmp_path / "data", f"--input={tmp_path / 'in'}", "--val_fraction=0.3")
     assert f"files cut short or damaged: {path}" in capsys.readouterr().out
@@ -355,7 +357,9 @@ def refused(folder, *argv, **options):
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
-@pytest.mark.parametrize("files", [{"a.txt": b"", "b.txt": b""}, {"a.jsonl": b""}, {"a.jsonl": b'{"txt": "x"}\n{"txt": "y"}\n'}])
+@pytest.mark.parametrize("files", [
+    {"a.txt": b"", "b.txt": b""}, {"a.jsonl": b""}, {"a.jsonl": b'{"txt": "x"}\n{"txt": "y"}\n'},
+])  # fmt: skip
 def test_corpus_without_text_is_one_clear_error(tmp_path, files, tokenizer):
     (tmp_path / "in").mkdir()
     for name, data in files.items():
@@ -401,7 +405,8 @@ def test_input_or_dataset_is_needed():
 
 @pytest.mark.parametrize(("where", "folder"), [
     ("books/*.txt", "data/books"), ("books/**/*", "data/books"), ("books/", "data/books"), ("a/x.jsonl", "data/x"),
-    ("../x.txt", "data/x"), ("*.txt", "data/text"), (".", "data/text"), ("..", "data/text"), ("http://h/x.txt", "data/x"),
+    ("../x.txt", "data/x"), ("*.txt", "data/text"), (".", "data/text"), ("..", "data/text"),
+    ("http://h/x.txt", "data/x"),
 ])  # fmt: skip
 def test_folder_is_named_for_the_input(where, folder):
     assert str(prepare.default_folder(config.load(prepare.Settings, [f"--input={where}"]).prepare)) == folder
@@ -423,7 +428,7 @@ def test_second_run_says_that_the_data_is_there_and_changes_nothing(text_file, t
 def test_folder_with_other_data_is_refused_and_left_alone(text_file, tmp_path, other):
     argv = [tmp_path / "data", f"--input={text_file('some text ' * 99)}"]
     first = run(*argv)
-    with pytest.raises(ValueError, match="data already holds data, made by: python .*; use another --data_dir, or remove it first"):
+    with pytest.raises(ValueError, match="data already holds data, made by: python .*; use another --data_dir"):
         run(*argv, other)
     assert json.loads((tmp_path / "data/meta.json").read_text()) == first
 
@@ -484,7 +489,8 @@ def test_fineweb_is_taken_from_a_local_folder_of_its_shards(tmp_path, capsys):
     assert (meta["vocab_size"], meta["specials"]) == (50257, {"<|endoftext|>": 50256})
     split = Split(tmp_path / "data", "train", 50257)
     assert [path.name for path in split.paths] == [f"fineweb_train_{i:06d}.bin" for i in (1, 2, 3)]
-    assert [len(shard) for shard in split.shards] == [101, 102, 103] and Split(tmp_path / "data", "val", 50257).tokens == 100
+    assert [len(shard) for shard in split.shards] == [101, 102, 103]
+    assert Split(tmp_path / "data", "val", 50257).tokens == 100
     capsys.readouterr()
     run(tmp_path / "data", "--dataset=fineweb10b", f"--input={source}", "--max_shards=5", tokenizer="gpt2")
     assert capsys.readouterr().out.count("fetching") == 2  # what is there stays
@@ -494,7 +500,7 @@ def test_fineweb_is_taken_from_a_local_folder_of_its_shards(tmp_path, capsys):
 def test_fineweb_shard_that_is_not_there_is_named(tmp_path):
     source = write_fineweb(tmp_path / "hub", 2)
     message = refused(tmp_path / "data", "--dataset=fineweb10b", f"--input={source}", tokenizer="gpt2")
-    assert f"{source} holds no fineweb_train_000003.bin; give the folder of the shards, or a smaller --max_shards" in message
+    assert f"{source} holds no fineweb_train_000003.bin" in message and "--max_shards" in message
 
 
 @pytest.fixture(scope="module")
@@ -506,13 +512,15 @@ def stdlib(tmp_path_factory):
 def test_stdlib_corpus_is_pythons_library_without_tests_and_packages(stdlib):
     names = {str(path.relative_to(stdlib.root)) for path in stdlib.files}
     assert {"os.py", "json/decoder.py", "argparse.py"} <= names
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
     for name in names:
-        assert {"test", "tests", "idle_test", "site-packages", "dist-packages"}.isdisjoint(Path(name).parts) and name.endswith(".py")
+        assert left_out.isdisjoint(Path(name).parts) and name.endswith(".py")
     assert 5e6 < stdlib.bytes < 40e6
 
 
 def test_stdlib_files_are_held_out_by_the_hash_of_their_path(stdlib):
-    held_out = {path for path in stdlib.files if prepare._unit_hash(str(path.relative_to(stdlib.root)).encode()) <= 0.05}
+    names = {path: str(path.relative_to(stdlib.root)) for path in stdlib.files}
+    held_out = {path for path, name in names.items() if prepare._unit_hash(name.encode()) <= 0.05}
     assert 0.02 < len(held_out) / len(stdlib.files) < 0.1
     size = {"train": 0, "val": 0}
     for split, piece, _ in stdlib.pieces():

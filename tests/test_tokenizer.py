@@ -14,12 +14,15 @@ from conftest import ROOT
 from tokenizer import SPECIALS, ByteTokenizer, file_sha256, load_tokenizer, train_bpe
 
 GPT2_FILES = Path(ROOT).parent / "shared/data/tiktoken_cache"
-CORPUS = [Path(ROOT / name).read_text() for name in ("tokenizer.py", "data.py")] + ["ünïcödé 日本語 日本語 日本語 🙂🙂🙂 " * 7]
+CORPUS = [Path(ROOT / name).read_text() for name in ("tokenizer.py", "data.py")] 
+CORPUS += ["ünïcödé 日本語 日本語 日本語 🙂🙂🙂 we'll they're I've I'd it's I'm don't 'llama " * 7]
 
 HOSTILE = [
-    "", "a", " ", "hello world", "\n", "\r\n", "line\r\nline\r\n\r\n", "    indented\n\t\ttabs \n", "a" * 999, " " * 999 + "x",
-    "日本語と한국어", "🙂👩‍👩‍👧‍👦🏳️‍🌈", "e\u0301 combining", "\u202eright to left", "nul \0 byte", "\ufeffbom", "\ufffd", "\u00a0\u2003\u3000 \u0085",
-    "don't WE'LL 'tis ''s", "1234567890 ½ ² ٣", "__init__(self, *args)", "\x1b[31m", "￿𐍈",
+    "", "a", " ", "hello world", "\n", "\r\n", "line\r\nline\r\n\r\n", "    indented\n\t\ttabs \n", "a" * 999,
+    " " * 999 + "x", "日本語と한국어", "🙂👩‍👩‍👧‍👦🏳️‍🌈", "e\u0301 combining", "\u202eright to left", "nul \0 byte",
+    "\ufeffbom", "\ufffd", "\u00a0\u2003\u3000 \u0085",
+    "don't WE'LL 'tis ''s", "'llama 'real 'vest 'mad 'dad 'sad 'tad",
+    "1234567890 ½ ² ٣", "__init__(self, *args)", "\x1b[31m", "￿𐍈",
     "<|endoftext|>", "a<|endoftext|>b <|pad|><|mask|> <|cls|><|sep|>", "<|endoftext", "[MASK]",
 ]  # fmt: skip
 
@@ -43,7 +46,8 @@ def tokenizer(request):
 def random_texts(number, seed=0):
     """Texts of mixed scripts, blanks and punctuation, in which words, runs and odd characters meet at random."""
     rng = random.Random(seed)
-    parts = ["a", "b", "the", " the", "self.", "def ", " ", "  ", "\n", "\r\n", "\t", "'s", "'", "7", "42", "é", "日本", "🙂", "\u00a0", "!", "...", "_", "<|pad|>"]
+    parts = ["a", "b", "the", " the", "self.", "def ", " ", "  ", "\n", "\r\n", "\t", "'s", "'", "7", "42", "é", "日本",
+             "🙂", "\u00a0", "!", "...", "_", "<|pad|>"]  # fmt: skip
     return ["".join(rng.choices(parts, k=rng.randrange(40))) for _ in range(number)]
 
 
@@ -82,8 +86,9 @@ def test_text_never_becomes_a_special_token(tokenizer):
 
 
 def test_ids_fit_the_vocabulary_and_special_ids_end_it(tokenizer):
-    assert sorted(tokenizer.specials.values()) == list(range(tokenizer.vocab_size - len(tokenizer.specials), tokenizer.vocab_size))
-    assert max(tokenizer.encode("".join(HOSTILE))) < tokenizer.vocab_size - len(tokenizer.specials)
+    n_text_ids = tokenizer.vocab_size - len(tokenizer.specials)
+    assert sorted(tokenizer.specials.values()) == list(range(n_text_ids, tokenizer.vocab_size))
+    assert max(tokenizer.encode("".join(HOSTILE))) < n_text_ids
 
 
 def test_special_tokens_decode_to_their_names(tokenizer):
@@ -152,7 +157,7 @@ def test_bpe_ids_equal_those_of_the_tokenizers_library(bpe_file):
 
 @pytest.mark.parametrize("alphabet", ["a", "ab", "aab ", "abc'", "xyz \n", "é日 "])
 def test_bpe_ids_equal_those_of_the_tokenizers_library_where_merges_overlap(tmp_path, alphabet):
-    """tiktoken merges whatever makes a token, `tokenizers` only pairs in its list: few letters bring out a difference."""
+    """tiktoken merges what makes a token, `tokenizers` only pairs in its list: few letters bring out a difference."""
     rng = random.Random(alphabet)
     train_bpe(["".join(rng.choices(alphabet, k=333)) for _ in range(5)], 333, tmp_path / "t.json")
     ours, theirs = load_tokenizer(str(tmp_path / "t.json")), tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))
@@ -203,7 +208,7 @@ def test_bpe_smaller_than_its_bytes_is_refused(tmp_path, vocab_size):
 
 @pytest.mark.parametrize("name", ["gpt-2", "bytes", "", "bpe", "tokenizer.txt"])
 def test_unknown_name_lists_the_known_ones(name):
-    with pytest.raises(ValueError, match="is unknown; use byte, bpe, the path of a tokenizer.json, or one of tiktoken's: .*gpt2"):
+    with pytest.raises(ValueError, match="is unknown; use byte, bpe, the path of a tokenizer.json, or .*gpt2"):
         load_tokenizer(name)
 
 
