@@ -33,8 +33,13 @@ class RunConfig:
     keep_every: int | None = None  # checkpoints of steps that this divides are kept for good
 
     def __post_init__(self):
-        wrong = [f"{name} is {getattr(self, name)}; it must be at least 1" for name in ("save_interval", "keep_checkpoints", "keep_every")
-                 if getattr(self, name) is not None and getattr(self, name) < 1]
+        wrong = [
+            f"{name} is {getattr(self, name)}; it must be at least 1"
+            for name in ("save_interval", "keep_checkpoints", "keep_every")
+            if getattr(self, name) is not None and getattr(self, name) < 1
+        ]
+        if self.seed < 0:
+            wrong.append(f"seed is {self.seed}; it must not be negative")
         if wrong:
             raise ValueError("\n".join(wrong))
 

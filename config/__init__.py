@@ -215,7 +215,7 @@ def _kinds(type_):
 def _from_text(text, type_):
     """The value that a command line's text stands for, or the text itself where it fits no kind of the type."""
     for kind in _kinds(type_):
-        if kind is types.NoneType and text.lower() in ("none", "auto"):
+        if kind is types.NoneType and text.lower() in (("none",) if str in _kinds(type_) else ("none", "auto")):
             return None
         if kind is bool and text.lower() in ("true", "false"):
             return text.lower() == "true"

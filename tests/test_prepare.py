@@ -15,6 +15,7 @@ import pytest
 import tokenizers
 
 import config
+import corpus
 import prepare
 from conftest import ROOT
 from data import HEADER, Split, open_shard, read_meta
@@ -179,7 +180,8 @@ def test_split_depends_neither_on_order_nor_on_workers_nor_on_what_else_there_is
 
 
 def test_shards_are_the_same_for_every_number_of_workers(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "PIECE_BYTES", 99)  # so that many pieces are under way at once
+    monkeypatch.setattr(corpus, "PIECE_BYTES", 99)
+    monkeypatch.setattr(prepare, "TASK_BYTES", 99)  # so that many tasks are under way at once
     write_txt(tmp_path / "in")
     for workers in (1, 3):
         run(tmp_path / f"data{workers}", f"--input={tmp_path / 'in'}", "--shard_tokens=500", workers=workers)
@@ -206,7 +208,7 @@ def test_small_corpus_has_a_document_in_each_split(tmp_path, number, val_fractio
 
 @pytest.mark.parametrize("piece_bytes", [1 << 20, 1000, 7])
 def test_single_document_is_split_at_its_tail_as_nanogpt_does(text_file, tmp_path, monkeypatch, piece_bytes):
-    monkeypatch.setattr(prepare, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(corpus, "PIECE_BYTES", piece_bytes)
     data = "".join(f"line {i} of a book\n" for i in range(777))
     run(tmp_path / "data", f"--input={text_file(data)}", "--val_fraction=0.1")
     n = len(data)
@@ -239,9 +241,9 @@ def test_file_that_is_cut_into_pieces_has_the_ids_of_the_whole(tmp_path, monkeyp
     write_txt(tmp_path / "in", [text, "another " * 9])
     folder = tmp_path / "data"
     whole_pieces = run(tmp_path / "whole", f"--input={tmp_path / 'in'}", "--bpe_vocab_size=400", tokenizer=tokenizer)
-    monkeypatch.setattr(prepare, "PIECE_BYTES", 101)
+    monkeypatch.setattr(corpus, "PIECE_BYTES", 101)
     meta = run(folder, f"--input={tmp_path / 'in'}", "--bpe_vocab_size=400", tokenizer=tokenizer)
-    assert len(list(prepare.FilePieces(tmp_path / "in/000.txt"))) > 50
+    assert len(list(corpus.FilePieces(tmp_path / "in/000.txt"))) > 50
     used = load_tokenizer(str(tmp_path / "whole/tokenizer.json") if tokenizer == "bpe" else tokenizer)
     if tokenizer == "bpe":  # which learns from the pieces
         assert meta["tokenizer_sha256"] == whole_pieces["tokenizer_sha256"]
@@ -252,21 +254,21 @@ def test_file_that_is_cut_into_pieces_has_the_ids_of_the_whole(tmp_path, monkeyp
 
 
 def test_pieces_are_bounded_and_whole_characters_where_there_is_no_blank(text_file, monkeypatch):
-    monkeypatch.setattr(prepare, "PIECE_BYTES", 10)
+    monkeypatch.setattr(corpus, "PIECE_BYTES", 10)
     path = text_file("日本語。" * 999)
-    pieces = list(prepare.FilePieces(path))
+    pieces = list(corpus.FilePieces(path))
     assert b"".join(pieces) == path.read_bytes() and max(map(len, pieces)) <= 17 * 10
     assert "".join(piece.decode() for piece in pieces) == "日本語。" * 999
     noise = text_file(b"\xa0" * 999, "noise.txt")
-    assert b"".join(prepare.FilePieces(noise)) == b"\xa0" * 999
+    assert b"".join(corpus.FilePieces(noise)) == b"\xa0" * 999
 
 
 def test_long_documents_between_separators_may_span_blocks(text_file, monkeypatch):
     documents = ["a" * 35, "b", "", "c" * 11, "d" * 10]
     path = text_file("<|sep|>".join(documents))
     for block in (1, 2, 7, 10, 1000):
-        monkeypatch.setattr(prepare, "PIECE_BYTES", block)
-        assert list(prepare._split_file(path, b"<|sep|>")) == [d.encode() for d in documents]
+        monkeypatch.setattr(corpus, "PIECE_BYTES", block)
+        assert list(corpus._split_file(path, b"<|sep|>")) == [d.encode() for d in documents]
 
 
 def test_shards_hold_shard_tokens_each_but_the_last(tmp_path):
@@ -506,7 +508,7 @@ def test_fineweb_shard_that_is_not_there_is_named(tmp_path):
 @pytest.fixture(scope="module")
 def stdlib(tmp_path_factory):
     cfg = config.load(prepare.Settings, ["config/quickstart.py"]).prepare
-    return prepare.Corpus(cfg, tmp_path_factory.mktemp("data"))
+    return corpus.Corpus(cfg, tmp_path_factory.mktemp("data"))
 
 
 def test_stdlib_corpus_is_pythons_library_without_tests_and_packages(stdlib):
@@ -520,7 +522,7 @@ def test_stdlib_corpus_is_pythons_library_without_tests_and_packages(stdlib):
 
 def test_stdlib_files_are_held_out_by_the_hash_of_their_path(stdlib):
     names = {path: str(path.relative_to(stdlib.root)) for path in stdlib.files}
-    held_out = {path for path, name in names.items() if prepare._unit_hash(name.encode()) <= 0.05}
+    held_out = {path for path, name in names.items() if corpus._unit_hash(name.encode()) <= 0.05}
     assert 0.02 < len(held_out) / len(stdlib.files) < 0.1
     size = {"train": 0, "val": 0}
     for split, piece, _ in stdlib.pieces():
