@@ -11,6 +11,7 @@ import torch
 
 import bench
 import config
+import corpus
 import prepare
 import sample
 import train
@@ -376,5 +377,5 @@ def test_wrong_command_ends_with_code_2_and_a_line_for_each_mistake():
 
 def test_mistake_that_no_file_of_the_project_foresaw_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--input=x"])
-    with pytest.raises(ValueError, match="empty separator"):  # of bytes.split, in a line of prepare.py
-        config.run_script(lambda cfg: list(prepare._split_file(__file__, b"")), prepare.Settings, prepare.__doc__)
+    with pytest.raises(ValueError, match="empty separator"):  # of bytes.split, in a line of corpus.py
+        config.run_script(lambda cfg: list(corpus._split_file(__file__, b"")), prepare.Settings, prepare.__doc__)
