@@ -111,10 +111,10 @@ def start(function, *args):
     return process, here
 
 
-def train_in_child(pipe, cfg, without_curves=True):
-    """Trains with cfg, for processes that are to be killed."""
+def train_in_child(pipe, cfg):
+    """Trains with cfg, in a process that is to be killed."""
     torch.set_num_threads(1)
-    with without_matplotlib() if without_curves else contextlib.nullcontext():
+    with without_matplotlib():
         train.main(cfg)
     pipe.send_bytes(b"done")
     os._exit(0)

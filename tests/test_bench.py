@@ -10,8 +10,11 @@ import plan
 from model import ModelConfig
 from ranks import write_data
 
-SMALL = ["--vocab_size=37", "--block_size=11", "--n_layer=3", "--n_head=5", "--n_embd=20", "--seq_len=7", "--micro_batch_size=3",
-         "--batch_tokens=63", "--bench_steps=5", "--bench_warmup=2", "--device=cpu", "--precision=fp32"]
+SMALL = [
+    "--vocab_size=37", "--block_size=11", "--n_layer=3", "--n_head=5", "--n_embd=20", "--seq_len=7",
+    "--micro_batch_size=3", "--batch_tokens=63", "--bench_steps=5", "--bench_warmup=2", "--device=cpu",
+    "--precision=fp32",
+]  # fmt: skip
 
 
 def benched(tmp_path, *args):

@@ -226,7 +226,8 @@ def test_folders_without_checkpoints_are_told_apart(tmp_path):
 def test_changes_are_listed_and_fixed_ones_refused_all_together():
     old, new = {"n_layer": 3, "seed": 1, "lr": 0.1, "gone": 5}, {"n_layer": 4, "seed": 2, "lr": 0.2, "fresh": 6}
     assert changed_settings(old, new, fixed={"n_head"}) == ["n_layer: 3 -> 4", "seed: 1 -> 2", "lr: 0.1 -> 0.2"]
-    with pytest.raises(ValueError, match="n_layer: 3 -> 4; seed: 1 -> 2; use the old values, or a new run with --out_dir="):
+    told = "n_layer: 3 -> 4; seed: 1 -> 2; use the old values, or a new run with --out_dir="
+    with pytest.raises(ValueError, match=told):
         changed_settings(old, new, fixed={"n_layer", "seed"})
 
 

@@ -124,8 +124,10 @@ def test_sgd_has_momentum_beta1():
         torch.testing.assert_close(p.detach(), b - 0.1 * (1 + 1.5) * g)
 
 
-@pytest.mark.parametrize("wrong", [{"learning_rate": -1.0}, {"min_lr": 1.0}, {"beta1": 1.0}, {"beta2": -0.1}, {"grad_clip": 0.0},
-                                   {"max_tokens": 0}, {"lr_decay_steps": 0}, {"warmup_steps": -1}])
+@pytest.mark.parametrize("wrong", [
+    {"learning_rate": -1.0}, {"min_lr": 1.0}, {"beta1": 1.0}, {"beta2": -0.1}, {"grad_clip": 0.0}, {"max_tokens": 0},
+    {"lr_decay_steps": 0}, {"warmup_steps": -1},
+])  # fmt: skip
 def test_impossible_settings_are_named_with_their_value(wrong):
     (name, value), = wrong.items()
     with pytest.raises(ValueError, match=f"{name}.*{value}"):
@@ -133,6 +135,6 @@ def test_impossible_settings_are_named_with_their_value(wrong):
 
 
 def test_cosine_passes_through_its_closed_form():
-    """llm.c's llmc/schedulers.h: min + (1 + cos(pi * share)) / 2 * (max - min), share counted from the end of warm-up."""
+    """llm.c's schedulers.h: min + (1 + cos(pi * share)) / 2 * (max - min), share counted from the end of warm-up."""
     rates = schedule(100, schedule="cosine", warmup_steps=20, max_steps=100, min_lr=0.07)
     assert rates[45] == pytest.approx(0.07 + 0.63 * 0.5 * (1 + math.cos(math.pi * 25 / 80)))

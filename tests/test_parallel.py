@@ -63,8 +63,10 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_ranks(data_dir):
     """What two ranks answer, in one launch: {case: [answer by rank]}."""
-    cases = [(one_step, size) for size in (6, 3, 1)] + [(evaluated, str(data_dir), size) for size in (1, 3)] + [(dropout_losses,)]
-    return dict(zip(["step6", "step3", "step1", "eval1", "eval3", "dropout"], on_ranks(2, *cases)))
+    cases = {f"step{size}": (one_step, size) for size in (6, 3, 1)}
+    cases |= {f"eval{size}": (evaluated, str(data_dir), size) for size in (1, 3)}
+    cases["dropout"] = (dropout_losses,)
+    return dict(zip(cases, on_ranks(2, *cases.values())))
 
 
 @pytest.fixture(scope="module")

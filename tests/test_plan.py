@@ -36,7 +36,7 @@ def test_closed_form_of_parameters_is_gpt2s(shape, count):
 
 @pytest.mark.parametrize("changes", ODD)
 def test_flops_are_what_torch_counts_in_forward_and_backward(changes):
-    """Exactly: with a vocabulary that needs no padding, and attention's math kernel, whose two matmuls are counted whole."""
+    """Exactly: the vocabulary needs no padding, and attention's math kernel does both its matmuls whole."""
     cfg = ModelConfig(vocab_size=64, block_size=11, n_layer=3, n_head=5, n_embd=20, **changes)
     model, ids = Transformer(cfg), torch.zeros(3, 7, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

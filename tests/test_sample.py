@@ -40,7 +40,7 @@ def tokens_of(model, ids, seed=1, **settings):
 
 
 def slow_greedy(model, ids, n):
-    """Greedy tokens with no cache: each from all tokens in sight, of which half are dropped where they would not fit."""
+    """Greedy tokens with no cache, each from all tokens in sight; where they would not fit, the last half stays."""
     seen, out = ids, []
     with torch.no_grad():
         for _ in range(n):
