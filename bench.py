@@ -1,8 +1,8 @@
 """How fast and how much memory: times train.py's own train_step on this machine.
 
-    python bench.py config/gpt2_124m.py
-    python bench.py config/gpt2_124m.py --profile --json=bench.json
-    torchrun --nproc_per_node=8 bench.py config/gpt2_124m.py
+python bench.py config/gpt2_124m.py
+python bench.py config/gpt2_124m.py --profile --json=bench.json
+torchrun --nproc_per_node=8 bench.py config/gpt2_124m.py
 """
 
 import dataclasses
@@ -55,7 +55,11 @@ def main(cfg):
         distribute(model, cfg.parallel, world, seed=1337)
         optimizer = build_optimizer(model, cfg.optim)
         scaler = torch.amp.GradScaler(world.device.type, enabled=world.precision == "fp16")
-        batches = real_batches(cfg, seq_len, micro_steps, world) if cfg.bench.real_data else random_batches(cfg, seq_len, micro_steps, world)
+        batches = (
+            real_batches(cfg, seq_len, micro_steps, world)
+            if cfg.bench.real_data
+            else random_batches(cfg, seq_len, micro_steps, world)
+        )
 
         def step(n_micro_steps):
             start = time.perf_counter()
@@ -80,7 +84,9 @@ def main(cfg):
 def random_batches(cfg, seq_len, micro_steps, world):
     """Yields a step's micro-batches of random tokens, for ever the same ones."""
     generator = torch.Generator().manual_seed(world.rank)
-    tokens = torch.randint(cfg.model.vocab_size, (micro_steps, cfg.data.micro_batch_size, seq_len + 1), generator=generator)
+    tokens = torch.randint(
+        cfg.model.vocab_size, (micro_steps, cfg.data.micro_batch_size, seq_len + 1), generator=generator
+    )
     step = [(batch[:, :-1], batch[:, 1:]) for batch in tokens.to(world.device)]
     while True:
         yield step
@@ -130,14 +136,27 @@ def measure(cfg, model, seq_len, micro_steps, timed_micro_steps, times, world):
 def report(figures, json_path):
     """Prints the figures for people, and writes them for programs."""
     f = figures
-    of_training = "" if f["micro_steps"] == f["micro_steps_of_training"] else f" (a training step has {f['micro_steps_of_training']}: too long to time here)"
+    of_training = (
+        ""
+        if f["micro_steps"] == f["micro_steps_of_training"]
+        else f" (a training step has {f['micro_steps_of_training']}: too long to time here)"
+    )
     print(f"runs on    {f['ranks']} x {f['device']}, {f['precision']}, torch {f['torch']}")
     print(f"model      {f['n_params']:,} parameters")
-    print(f"step       {f['step_ms']:,.1f} ms, the median of {f['steps']} (min {f['step_ms_min']:,.1f}, max {f['step_ms_max']:,.1f}), of {f['micro_steps']} micro-steps{of_training}")
+    print(
+        f"step       {f['step_ms']:,.1f} ms, the median of {f['steps']} (min {f['step_ms_min']:,.1f}, "
+        f"max {f['step_ms_max']:,.1f}), of {f['micro_steps']} micro-steps{of_training}"
+    )
     print(f"           x {f['ranks']} ranks x {f['micro_batch_size']} sequences x {f['seq_len']} tokens")
     print(f"speed      {f['tokens_per_s']:,.0f} tokens/s")
-    print(f"mfu        {f['mfu']:.2%} of {f['peak_tflops']:.4g} TFLOP/s a device ({f['peak_name']}), at {f['flops_per_token'] / 1e6:,.1f} MFLOP a token (PaLM's count)")
-    print(f"           {f['mfu_causal']:.2%} at {f['flops_per_token_causal'] / 1e6:,.1f} MFLOP a token (causal attention counted as half)")
+    print(
+        f"mfu        {f['mfu']:.2%} of {f['peak_tflops']:.4g} TFLOP/s a device ({f['peak_name']}), "
+        f"at {f['flops_per_token'] / 1e6:,.1f} MFLOP a token (PaLM's count)"
+    )
+    print(
+        f"           {f['mfu_causal']:.2%} at {f['flops_per_token_causal'] / 1e6:,.1f} MFLOP a token "
+        f"(causal attention counted as half)"
+    )
     print(f"memory     {f['peak_memory_gib']:.2f} GiB at the peak, on the fullest device", flush=True)
     if json_path:
         with open(json_path, "w", encoding="utf-8") as file:

@@ -95,8 +95,10 @@ def read_manifest(path):
         manifest = json.loads((Path(path) / "manifest.json").read_text(encoding="utf-8"))
         return {"files": manifest["files"], "model": manifest["model"], "step": manifest["step"], **manifest}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} has no readable manifest.json ({type(error).__name__}: {error}); it is no checkpoint "
-                         f"of flatlm's, or damaged: remove it to go back to the one before") from error
+        raise ValueError(
+            f"{path} has no readable manifest.json ({type(error).__name__}: {error}); it is no checkpoint "
+            f"of flatlm's, or damaged: remove it to go back to the one before"
+        ) from error
 
 
 def load_checkpoint(path, model, optimizer=None):
@@ -105,10 +107,17 @@ def load_checkpoint(path, model, optimizer=None):
     for name, digest in manifest["files"].items():
         file = Path(path) / name
         if not file.exists() or _sha256(file) != digest:
-            raise ValueError(f"{file} is missing or damaged: its checksum is not the manifest's; remove {path} to go back to the checkpoint before")
+            raise ValueError(
+                f"{file} is missing or damaged: its checksum is not the manifest's; "
+                f"remove {path} to go back to the checkpoint before"
+            )
     wanted, found = asdict(model.cfg), manifest["model"]
     names = sorted({*found, *wanted} - {"dropout"})  # which has no weights
-    differing = [f"{name} {found.get(name)} there, {wanted.get(name)} here" for name in names if found.get(name) != wanted.get(name)]
+    differing = [
+        f"{name} {found.get(name)} there, {wanted.get(name)} here"
+        for name in names
+        if found.get(name) != wanted.get(name)
+    ]
     if differing:
         raise ValueError(f"{path} is of another model: {', '.join(differing)}; give the same settings")
     with _quietly():
@@ -131,7 +140,9 @@ def load_model(run_dir, device):
     manifest = read_manifest(path)
     known = {field.name for field in fields(ModelConfig)}
     if unknown := set(manifest["model"]) - known:
-        raise ValueError(f"{path} is of a model with settings that this code does not know: {', '.join(sorted(unknown))}")
+        raise ValueError(
+            f"{path} is of a model with settings that this code does not know: {', '.join(sorted(unknown))}"
+        )
     with torch.device("meta"):
         model = Transformer(ModelConfig(**manifest["model"]))
     model.to_empty(device=device)
@@ -141,18 +152,22 @@ def load_model(run_dir, device):
 
 
 def changed_settings(old, new, fixed):
-    """Lines `name: old -> new` of the settings that a resumed run changes; ValueError where one of `fixed` is among them."""
+    """Lines `name: old -> new` of the settings that a resumed run changes; ValueError where `fixed` holds one."""
     changes = {name: f"{name}: {old[name]} -> {new[name]}" for name in new if name in old and old[name] != new[name]}
     refused = [line for name, line in changes.items() if name in fixed]
     if refused:
-        raise ValueError(f"a run cannot go on with another model, data, objective, seed or optimizer; here {'; '.join(refused)}; "
-                         f"use the old values, or a new run with --out_dir=")
+        raise ValueError(
+            f"a run cannot go on with another model, data, objective, seed or optimizer; here {'; '.join(refused)}; "
+            f"use the old values, or a new run with --out_dir="
+        )
     return list(changes.values())
 
 
 def keep_source(root, out_dir, step):
     """Copies the .py files that run into out_dir/source/, anew where some changed; names those that did."""
-    files = {str(p.relative_to(root)): p for pattern in ("*.py", "config/*.py") for p in sorted(Path(root).glob(pattern))}
+    files = {
+        str(p.relative_to(root)): p for pattern in ("*.py", "config/*.py") for p in sorted(Path(root).glob(pattern))
+    }
     kept = sorted((Path(out_dir) / "source").glob("step_*"))
     changed = [name for name, path in files.items() if kept and not _same(path, kept[-1] / name)]
     if changed or not kept:
@@ -174,8 +189,10 @@ def tokenizer_of(run_dir):
     """What load_tokenizer calls the tokenizer of a run's data."""
     path = Path(run_dir) / "meta.json"
     if not path.exists():
-        raise ValueError(f"{run_dir} has no meta.json, so its tokenizer is unknown: its data came from elsewhere; "
-                         f'write one, such as {{"tokenizer": "gpt2"}}, into {path}')
+        raise ValueError(
+            f"{run_dir} has no meta.json, so its tokenizer is unknown: its data came from elsewhere; "
+            f'write one, such as {{"tokenizer": "gpt2"}}, into {path}'
+        )
     name = json.loads(path.read_text(encoding="utf-8"))["tokenizer"]
     return str(path.with_name(name)) if name.endswith(".json") else name
 

@@ -32,8 +32,11 @@ class Corpus:
         if cfg.dataset == "stdlib":
             self.root = Path(sysconfig.get_paths()["stdlib"])
             left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-            self.files = sorted(p for p in self.root.rglob("*.py")
-                                if p.is_file() and left_out.isdisjoint(p.relative_to(self.root).parts))
+            self.files = sorted(
+                p
+                for p in self.root.rglob("*.py")
+                if p.is_file() and left_out.isdisjoint(p.relative_to(self.root).parts)
+            )
         else:
             where = SHAKESPEARE if cfg.dataset == "shakespeare" else cfg.input
             if re.match(r"\w+://", where):
@@ -55,13 +58,18 @@ class Corpus:
             return self._tail_split(first[0][1])
         if not first:
             why = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items()) or "no documents"
-            raise ValueError(f"there is no text in {self.cfg.input or self.cfg.dataset}: {why}; check --input and --text_field")
+            raise ValueError(
+                f"there is no text in {self.cfg.input or self.cfg.dataset}: {why}; check --input and --text_field"
+            )
         limit = self.cfg.val_fraction
         if len(first) < 1000:
             hashes = sorted(_unit_hash(key) for key, _ in first)
             limit = min(max(limit, hashes[0]), hashes[-2])
-        return (("val" if _unit_hash(key) <= limit else "train", piece, last)
-                for key, text in itertools.chain(first, documents) for piece, last in _mark_last(text))
+        return (
+            ("val" if _unit_hash(key) <= limit else "train", piece, last)
+            for key, text in itertools.chain(first, documents)
+            for piece, last in _mark_last(text)
+        )
 
     def _tail_split(self, text):
         size = sum(len(piece) for piece in text)
@@ -158,7 +166,7 @@ def find_files(where):
     endings = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
     if os.path.isdir(where):
         found = [p for p in Path(where).rglob("*") if p.name.endswith(endings) and p.is_file()]
-        remedy = f"the folder must hold {', '.join(endings)} files; for other text, give a glob such as --input='{where}/**/*'"
+        remedy = f"it must hold {', '.join(endings)}; for other text, give a glob such as --input='{where}/**/*'"
     else:
         found = [Path(p) for p in [where, *glob.glob(where, recursive=True)] if os.path.isfile(p)]
         remedy = "check the path, and put a glob in quotes"
@@ -180,7 +188,9 @@ def download(url, folder):
                 if getattr(response, "length", None):  # what is still to come of the length that the server promised
                     raise ConnectionError(f"cut short {response.length:,} bytes before its end")
         except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
-            raise ValueError(f"{url} could not be fetched ({error}); fetch it by hand and give the file as --input=") from error
+            raise ValueError(
+                f"{url} could not be fetched ({error}); fetch it by hand and give the file as --input="
+            ) from error
         os.replace(partial, path)
     return path
 
@@ -206,7 +216,9 @@ def _parquet_texts(path, field, skipped):
         raise ValueError(f"{path} is no readable parquet file ({error}); fetch or make it again") from error
     with contextlib.closing(file):
         if field not in file.schema_arrow.names:
-            raise ValueError(f"{path} has no column {field!r}; set --text_field to one of: {', '.join(file.schema_arrow.names)}")
+            raise ValueError(
+                f"{path} has no column {field!r}; set --text_field to one of: {', '.join(file.schema_arrow.names)}"
+            )
         for batch in file.iter_batches(batch_size=256, columns=[field]):
             for text in batch.column(0).to_pylist():
                 if isinstance(text, str):

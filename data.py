@@ -32,9 +32,11 @@ class DataConfig:
     eval_tokens: int = 10_485_760  # tokens of the validation split to evaluate on, or all where it has fewer
 
     def __post_init__(self):
-        wrong = [f"{name} is {getattr(self, name)}; it must be at least 1"
-                 for name in ("seq_len", "batch_tokens", "micro_batch_size", "eval_tokens")
-                 if getattr(self, name) is not None and getattr(self, name) < 1]
+        wrong = [
+            f"{name} is {getattr(self, name)}; it must be at least 1"
+            for name in ("seq_len", "batch_tokens", "micro_batch_size", "eval_tokens")
+            if getattr(self, name) is not None and getattr(self, name) < 1
+        ]
         if wrong:
             raise ValueError("\n".join(wrong))
 
@@ -46,14 +48,20 @@ def accumulation_steps(cfg, seq_len, ranks):
         sequences, rest = divmod(cfg.batch_tokens, seq_len * ranks)
         fitting = [] if rest else [b for b in range(1, sequences + 1) if sequences % b == 0]
         near = sorted(sorted(fitting, key=lambda b: abs(b - cfg.micro_batch_size))[:4])
-        remedy = (f"micro_batch_size {', '.join(map(str, near))} would fit" if near else
-                  f"batch_tokens {max(1, round(cfg.batch_tokens / at_once)) * at_once} would fit")
-        raise ValueError(f"batch_tokens {cfg.batch_tokens} is not a multiple of {at_once} = micro_batch_size "
-                         f"{cfg.micro_batch_size} x seq_len {seq_len} x {ranks} ranks; {remedy}")
+        remedy = (
+            f"micro_batch_size {', '.join(map(str, near))} would fit"
+            if near
+            else f"batch_tokens {max(1, round(cfg.batch_tokens / at_once)) * at_once} would fit"
+        )
+        raise ValueError(
+            f"batch_tokens {cfg.batch_tokens} is not a multiple of {at_once} = micro_batch_size "
+            f"{cfg.micro_batch_size} x seq_len {seq_len} x {ranks} ranks; {remedy}"
+        )
     return cfg.batch_tokens // at_once
 
 
 # ---- shards on disk
+
 
 class ShardWriter:
     """Writes a split as shards of shard_tokens tokens, under names that no reader takes until finish()."""
@@ -103,16 +111,24 @@ def open_shard(path):
         _, version, token_bytes, count = HEADER.unpack(head[: HEADER.size].ljust(HEADER.size, b"\0"))
         dtype, start = {2: np.uint16, 4: np.uint32}.get(token_bytes), HEADER.size
         if version != VERSION or dtype is None:
-            raise ValueError(f"{path} has version {version} and {token_bytes} bytes a token; this code reads version {VERSION} with 2 or 4")
+            raise ValueError(
+                f"{path} has version {version} and {token_bytes} bytes a token; "
+                f"this code reads version {VERSION} with 2 or 4"
+            )
     elif len(head) == 1024 and (magic := int.from_bytes(head[:4], "little")) in LLMC:
         dtype, start, count = LLMC[magic], 1024, int.from_bytes(head[8:12], "little")
     elif path.name in ("train.bin", "val.bin") and size % 2 == 0:  # nanoGPT's have no header
         dtype, start, count = np.uint16, 0, size // 2
     else:
-        raise ValueError(f"{path} is no token shard: neither flatlm's nor llm.c's header is at its start; make the data again with prepare.py")
+        raise ValueError(
+            f"{path} is no token shard: neither flatlm's nor llm.c's header is at its start; "
+            f"make the data again with prepare.py"
+        )
     if size != start + count * np.dtype(dtype).itemsize:
-        raise ValueError(f"{path} is damaged: its header promises {count} tokens, its {size} bytes hold "
-                         f"{(size - start) / np.dtype(dtype).itemsize:g}; make the data again with prepare.py")
+        raise ValueError(
+            f"{path} is damaged: its header promises {count} tokens, its {size} bytes hold "
+            f"{(size - start) / np.dtype(dtype).itemsize:g}; make the data again with prepare.py"
+        )
     return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(count,)) if count else np.empty(0, dtype)
 
 
@@ -128,17 +144,23 @@ def read_meta(data_dir):
         return {}
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        return meta | {"vocab_size": int(meta["vocab_size"]), "splits": {name: meta["splits"][name] for name in ("train", "val")}}
+        return meta | {
+            "vocab_size": int(meta["vocab_size"]),
+            "splits": {name: meta["splits"][name] for name in ("train", "val")},
+        }
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); "
-                         f"remove it and make the data again with prepare.py") from error
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}); remove it and make the data again with prepare.py"
+        ) from error
 
 
 def vocab_size_of(data_dir, make_command):
     """The vocabulary that a data folder was made with."""
     meta = read_meta(_folder(data_dir, make_command))
     if not meta:
-        raise ValueError(f"{data_dir} has no meta.json to take vocab_size from; set vocab_size, or finish: {make_command}")
+        raise ValueError(
+            f"{data_dir} has no meta.json to take vocab_size from; set vocab_size, or finish: {make_command}"
+        )
     return meta["vocab_size"]
 
 
@@ -150,30 +172,37 @@ def _folder(data_dir, make_command):
     return Path(data_dir)
 
 
+def _fault(folder, split, paths, meta):
+    """What keeps a split from being used, as words that follow the folder's name; None where nothing does."""
+    if not paths:
+        return "holds an unfinished prepare" if any(folder.glob("*.bin.part")) else f"holds no {split} tokens"
+    if not meta:
+        unfinished = any(_head(path).startswith(MAGIC) for path in paths)
+        return "holds shards but no meta.json, which comes last: an unfinished prepare" if unfinished else None
+    odd = sorted({path.name for path in paths} ^ set(meta["splits"][split]["shards"]))
+    return f"does not hold the {split} shards of its meta.json: {', '.join(odd)} is missing or extra" if odd else None
+
+
 class Split:
     """The shards of a split. bytes_per_token is None where nobody counted the text's bytes."""
 
     def __init__(self, data_dir, split, vocab_size, make_command="python prepare.py --help"):
         folder, meta = _folder(data_dir, make_command), read_meta(data_dir)
         self.name, self.vocab_size = split, vocab_size
-        self.paths = sorted(p for p in folder.glob(f"*{split}*.bin"))
-        if not self.paths and any(folder.glob("*.bin.part")):
-            raise ValueError(f"{folder} holds an unfinished prepare; start it again: {make_command}")
-        if not self.paths:
-            raise ValueError(f"{folder} holds no {split} tokens; make them: {make_command}")
-        if not meta and any(_head(p).startswith(MAGIC) for p in self.paths):
-            raise ValueError(f"{folder} holds shards but no meta.json, which comes last: an unfinished prepare; start it again: {make_command}")
+        self.paths = sorted(folder.glob(f"*{split}*.bin"))
+        if fault := _fault(folder, split, self.paths, meta):
+            raise ValueError(f"{folder} {fault}; make the data: {make_command}")
         if meta and meta["vocab_size"] > vocab_size:
-            raise ValueError(f"vocab_size is {vocab_size}, but {folder} was made with a vocabulary of {meta['vocab_size']}; "
-                             f"set vocab_size to that, or to none")
-        promised = meta["splits"][split]["shards"] if meta else {p.name: None for p in self.paths}
-        if {p.name for p in self.paths} != set(promised):
-            odd = sorted({p.name for p in self.paths} ^ set(promised))
-            raise ValueError(f"{folder} does not hold the {split} shards of its meta.json: {', '.join(odd)} is missing or extra; make the data again: {make_command}")
-        self.shards = [open_shard(p) for p in self.paths]
-        for path, shard in zip(self.paths, self.shards):
-            if promised[path.name] not in (None, len(shard)):
-                raise ValueError(f"{path} holds {len(shard)} tokens, meta.json says {promised[path.name]}; make the data again: {make_command}")
+            raise ValueError(
+                f"vocab_size is {vocab_size}, but {folder} was made with a vocabulary of {meta['vocab_size']}; "
+                f"set vocab_size to that, or to none"
+            )
+        self.shards = [open_shard(path) for path in self.paths]
+        for path, shard in zip(self.paths, self.shards) if meta else ():
+            if len(shard) != (promised := meta["splits"][split]["shards"][path.name]):
+                raise ValueError(
+                    f"{path} holds {len(shard)} tokens, meta.json says {promised}; {make_command} makes it"
+                )
         self.tokens = sum(map(len, self.shards))
         text_bytes = meta["splits"][split].get("bytes") if meta else None
         self.bytes_per_token = text_bytes / self.tokens if text_bytes else None
@@ -182,18 +211,23 @@ class Split:
         """A hash by which a resumed run knows its data again: names, sizes and ends of the shards."""
         digest = hashlib.sha256()
         for path, shard in zip(self.paths, self.shards):
-            digest.update(f"{path.name} {len(shard)} {shard.dtype} ".encode() + shard[:2048].tobytes() + shard[-2048:].tobytes())
+            digest.update(
+                f"{path.name} {len(shard)} {shard.dtype} ".encode() + shard[:2048].tobytes() + shard[-2048:].tobytes()
+            )
         return digest.hexdigest()[:16]
 
     def copy(self, shard, start, row):
         """Fills row with the tokens of a shard from start on."""
         row[:] = self.shards[shard][start : start + len(row)]
         if row.max() >= self.vocab_size:
-            raise ValueError(f"{self.paths[shard]} holds the token id {row.max()}, but vocab_size is {self.vocab_size}; "
-                             f"set vocab_size to the tokenizer's or make the data again")
+            raise ValueError(
+                f"{self.paths[shard]} holds the token id {row.max()}, but vocab_size is {self.vocab_size}; "
+                f"set vocab_size to the tokenizer's or make the data again"
+            )
 
 
 # ---- the order of training
+
 
 def permute(index, n, key):
     """Where a permutation of range(n), drawn by key, sends each index; nothing of size n is ever held.
@@ -208,7 +242,9 @@ def permute(index, n, key):
     while todo.any():
         left, right = out[todo] >> half, out[todo] & mask
         for round_key in rounds:
-            mixed = (right ^ round_key) * np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: an odd, well-mixing factor
+            mixed = (right ^ round_key) * np.uint64(
+                0x9E3779B97F4A7C15
+            )  # 2**64 / golden ratio: an odd, well-mixing factor
             mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
             left, right = right, left ^ (mixed >> np.uint64(32)) & mask
         out[todo] = left << half | right
@@ -229,8 +265,10 @@ class TrainOrder:
         self.ends = np.cumsum([max(0, len(shard) // seq_len - 1) for shard in split.shards])
         self.per_epoch = int(self.ends[-1])
         if self.per_epoch == 0:
-            raise ValueError(f"the {split.name} split has no shard of 2 x seq_len {seq_len} tokens (its longest has "
-                             f"{max(map(len, split.shards))}); shorten seq_len or block_size, or add text")
+            raise ValueError(
+                f"the {split.name} split has no shard of 2 x seq_len {seq_len} tokens (its longest has "
+                f"{max(map(len, split.shards))}); shorten seq_len or block_size, or add text"
+            )
 
     def locate(self, numbers):
         """(shard, start) of each sequence number, as arrays."""
@@ -249,7 +287,7 @@ class TrainOrder:
 class Loader:
     """Batches of a run from sequence number `seen` on, read ahead by a thread.
 
-    Of each step's sequences, micro-step m of rank r takes the micro_batch_size from (m * ranks + r) * micro_batch_size on.
+    Of a step's sequences, micro-step m of rank r takes micro_batch_size from number (m * ranks + r) * micro_batch_size on.
     """
 
     def __init__(self, order, seen, micro_steps, micro_batch_size, rank, ranks, device, ahead=3):
@@ -309,14 +347,18 @@ class Loader:
 
 # ---- the windows of evaluation
 
+
 def eval_batches(split, seq_len, eval_tokens, batch_size, rank, ranks):
     """Pairs of ids and targets (B, T) that cover the split's first eval_tokens targets once over all ranks.
 
-    Windows lie end to end within a shard and their last one may be short; what fills it up, and the rows that give every
-    rank equally many batches, are targets of IGNORE.
+    Windows lie end to end within a shard and their last one may be short; what fills it up, and the rows that give
+    every rank equally many batches, are targets of IGNORE.
     """
     if split.tokens < 2:
-        raise ValueError(f"the {split.name} split has {split.tokens} tokens; evaluation needs at least 2: raise --val_fraction of prepare.py")
+        raise ValueError(
+            f"the {split.name} split has {split.tokens} tokens; evaluation needs at least 2: "
+            f"raise --val_fraction of prepare.py"
+        )
     windows, left = [], eval_tokens
     for shard, tokens in enumerate(split.shards):
         here = min(left, len(tokens) - 1) if len(tokens) else 0  # targets of this shard
@@ -325,7 +367,9 @@ def eval_batches(split, seq_len, eval_tokens, batch_size, rank, ranks):
     for first in range(0, len(windows), batch_size * ranks):
         batch = np.zeros((batch_size, seq_len + 1), dtype=np.int64)
         targets = np.full((batch_size, seq_len), IGNORE, dtype=np.int64)
-        for row, (shard, start, length) in enumerate(windows[first + rank * batch_size : first + (rank + 1) * batch_size]):
+        for row, (shard, start, length) in enumerate(
+            windows[first + rank * batch_size : first + (rank + 1) * batch_size]
+        ):
             split.copy(shard, start, batch[row, : length + 1])
             targets[row, :length] = batch[row, 1 : length + 1]
         yield torch.from_numpy(batch[:, :-1]), torch.from_numpy(targets)

@@ -36,7 +36,9 @@ class Log:
         self.file = self.wandb = None
         if world.is_main:
             changed_files = self._open(state.step)
-            self._tell_start(model, micro_steps, state, changes + [f"changed source file: {name}" for name in changed_files])
+            self._tell_start(
+                model, micro_steps, state, changes + [f"changed source file: {name}" for name in changed_files]
+            )
         self.started = self.interval_start = time.perf_counter()
         self.interval_step, self.waited = state.step, 0.0
 
@@ -115,7 +117,9 @@ class Log:
             how = f"stopped after max_minutes {self.cfg.train.max_minutes:g}, the same command goes on"
         if how.startswith("finished"):
             (self.out_dir / "finished").write_text(f"{how}\n")
-        print(f"{how}: step {state.step} of {self.last_step}, val loss {state.val_loss:.4f}; the run is in {self.out_dir}")
+        print(
+            f"{how}: step {state.step} of {self.last_step}, val loss {state.val_loss:.4f}; the run is in {self.out_dir}"
+        )
         print(f"{state.sequences_seen * self.cfg.data.seq_len:,} tokens in {state.hours:.3f} hours", flush=True)
 
     def _open(self, step):
@@ -139,13 +143,22 @@ class Log:
         if not self.draws:
             print("matplotlib is not installed, so there will be no curves.png")
         causal = plan.flops_per_token(cfg.model, cfg.data.seq_len, causal=True)
-        print(f"model      {model.num_params():,} parameters, {self.flops_per_token / 1e6:,.1f} MFLOP a token"
-              f" by PaLM's count, {causal / 1e6:,.1f} by the causal one")
-        print(f"a step     {cfg.data.batch_tokens:,} tokens = {micro_steps} micro-steps x {world.size} ranks"
-              f" x {cfg.data.micro_batch_size} sequences x {cfg.data.seq_len} tokens")
-        print(f"the run    {self.last_step:,} steps, {self.last_step * cfg.data.batch_tokens:,} tokens, in {self.out_dir}")
-        print(f"device     {world.size} x {device}, {world.precision}; mfu is of {self.peak / 1e12:.4g} TFLOP/s, {self.peak_name}",
-              flush=True)
+        print(
+            f"model      {model.num_params():,} parameters, {self.flops_per_token / 1e6:,.1f} MFLOP a token"
+            f" by PaLM's count, {causal / 1e6:,.1f} by the causal one"
+        )
+        print(
+            f"a step     {cfg.data.batch_tokens:,} tokens = {micro_steps} micro-steps x {world.size} ranks"
+            f" x {cfg.data.micro_batch_size} sequences x {cfg.data.seq_len} tokens"
+        )
+        print(
+            f"the run    {self.last_step:,} steps, {self.last_step * cfg.data.batch_tokens:,} tokens, in {self.out_dir}"
+        )
+        print(
+            f"device     {world.size} x {device}, {world.precision}; "
+            f"mfu is of {self.peak / 1e12:.4g} TFLOP/s, {self.peak_name}",
+            flush=True,
+        )
         self._write({
             "start": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "step": state.step,
@@ -212,8 +225,11 @@ def start_wandb(cfg, out_dir):
     try:
         run = wandb.init(**options, settings=wandb.Settings(init_timeout=30))
     except wandb.errors.Error as error:
-        print(f"wandb is out of reach ({type(error).__name__}) and logs offline; upload later: wandb sync {out_dir}/wandb/*",
-              flush=True)
+        print(
+            f"wandb is out of reach ({type(error).__name__}) and logs offline; "
+            f"upload later: wandb sync {out_dir}/wandb/*",
+            flush=True,
+        )
         run = wandb.init(**options, mode="offline")
     run.define_metric("step")
     run.define_metric("*", step_metric="step")

@@ -31,14 +31,18 @@ class ModelConfig:
     tie_embeddings: bool = True  # the head's weight is the token embedding
 
     def __post_init__(self):
-        wrong = [f"{name} is {getattr(self, name)}; it must be at least 1"
-                 for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_inner")
-                 if getattr(self, name) is not None and getattr(self, name) < 1]
+        wrong = [
+            f"{name} is {getattr(self, name)}; it must be at least 1"
+            for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_inner")
+            if getattr(self, name) is not None and getattr(self, name) < 1
+        ]
         if not wrong and self.n_embd % self.n_head:
             near = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
             near = sorted(sorted(near, key=lambda h: abs(h - self.n_head))[:3])
-            wrong.append(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; "
-                         f"n_head {', '.join(map(str, near))} would fit")
+            wrong.append(
+                f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; "
+                f"n_head {', '.join(map(str, near))} would fit"
+            )
         if not 0 <= self.dropout < 1:
             wrong.append(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         if wrong:
@@ -135,7 +139,9 @@ class Transformer(nn.Module):
         """
         T, start = ids.shape[1], 0 if cache is None else cache.length
         if start + T > self.cfg.block_size:
-            raise ValueError(f"{start + T} tokens do not fit into block_size {self.cfg.block_size}; shorten the sequence")
+            raise ValueError(
+                f"{start + T} tokens do not fit into block_size {self.cfg.block_size}; shorten the sequence"
+            )
         assert start == 0 or T == 1, f"{T} tokens behind a cache of {start}: after the prompt they come one at a time"
         x = self.wte(ids) + self.wpe(torch.arange(start, start + T, device=ids.device))  # B T C
         x = self.dropout(x)
@@ -150,7 +156,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """GPT-2's initialisation: normal with std 0.02, projections into the residual stream divided by sqrt(2 n_layer).
+        """GPT-2's initialisation: normal with std 0.02, projections into the residual stream over sqrt(2 n_layer).
 
         Each weight is a function of the seed and its own name, so that sharding, or a layer more, changes no other.
         """
@@ -209,6 +215,7 @@ class Cache:
 
 # ---- the loss
 
+
 def linear_cross_entropy(hidden, weight, targets, vocab_size):
     """Sum over rows of the cross-entropy of hidden @ weight.T, without ever holding all logits.
 
@@ -247,7 +254,9 @@ def _loss_and_gradients(hidden, weight, targets, vocab_size, dtype, with_gradien
     loss = torch.zeros((), device=h.device)
     d_hidden = torch.empty_like(hidden) if with_gradients else None
     d_weight = torch.zeros_like(weight) if with_gradients else None
-    for h_chunk, target, out in zip(h.split(rows), targets.split(rows), (d_hidden if with_gradients else h).split(rows)):
+    for h_chunk, target, out in zip(
+        h.split(rows), targets.split(rows), (d_hidden if with_gradients else h).split(rows)
+    ):
         valid = (target != IGNORE)[:, None]
         target = target[:, None].where(valid, 0)
         logits = (h_chunk @ w.T).float()  # N V

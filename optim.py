@@ -12,7 +12,7 @@ class OptimConfig:
     optimizer: Literal["adamw", "sgd"] = "adamw"  # AdamW, or SGD with momentum beta1
     learning_rate: float = 6e-4  # after warm-up
     min_lr: float = 0.0  # where the schedule ends
-    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"  # wsd: constant, then linear over cooldown_steps
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"  # wsd: constant, at the end linear
     max_steps: int = 19_073  # optimizer steps of the run
     max_tokens: int | None = None  # tokens of the run; sets max_steps
     warmup_steps: int = 700  # steps in which the learning rate rises linearly from 0
@@ -24,14 +24,21 @@ class OptimConfig:
     grad_clip: float | None = 1.0  # largest gradient norm; none: no clipping
 
     def __post_init__(self):
-        wrong = [f"{name} is {getattr(self, name)}; it must not be negative"
-                 for name in ("learning_rate", "min_lr", "max_steps", "warmup_steps", "cooldown_steps", "weight_decay")
-                 if getattr(self, name) < 0]
-        wrong += [f"{name} is {getattr(self, name)}; it must be at least 0 and below 1"
-                  for name in ("beta1", "beta2") if not 0 <= getattr(self, name) < 1]
-        wrong += [f"{name} is {getattr(self, name)}; it must be above 0, or none"
-                  for name in ("max_tokens", "lr_decay_steps", "grad_clip")
-                  if getattr(self, name) is not None and getattr(self, name) <= 0]
+        wrong = [
+            f"{name} is {getattr(self, name)}; it must not be negative"
+            for name in ("learning_rate", "min_lr", "max_steps", "warmup_steps", "cooldown_steps", "weight_decay")
+            if getattr(self, name) < 0
+        ]
+        wrong += [
+            f"{name} is {getattr(self, name)}; it must be at least 0 and below 1"
+            for name in ("beta1", "beta2")
+            if not 0 <= getattr(self, name) < 1
+        ]
+        wrong += [
+            f"{name} is {getattr(self, name)}; it must be above 0, or none"
+            for name in ("max_tokens", "lr_decay_steps", "grad_clip")
+            if getattr(self, name) is not None and getattr(self, name) <= 0
+        ]
         if self.min_lr > self.learning_rate:
             wrong.append(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}; lower it")
         if wrong:
@@ -63,7 +70,9 @@ def build_optimizer(model, cfg):
     else:
         optimizer = torch.optim.SGD(groups, lr=cfg.learning_rate, momentum=cfg.beta1, fused=True)
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(grouped) == sorted(id(p) for p in model.parameters()), "a parameter is in no optimizer group, or in two"
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters()), (
+        "a parameter is in no optimizer group, or in two"
+    )
     return optimizer
 
 

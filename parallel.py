@@ -16,7 +16,7 @@ import torch.distributed as dist
 @dataclass(frozen=True)
 class ParallelConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matmuls; auto: bf16 if the device computes in it, else fp16 on cuda, else fp32
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matmuls; auto: the fastest that the device has
     compile: bool | None = None  # torch.compile of the blocks; none: on cuda only
     deterministic: bool = False  # only algorithms that give the same bits each time; the CPU's do so anyway
 
@@ -67,7 +67,7 @@ class World:
 
 @contextlib.contextmanager
 def init_world(cfg):
-    """The World of this process: joins the process group that torchrun's environment names, and leaves it at the end."""
+    """Joins the process group that torchrun's environment names, yields this process's World, leaves the group."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
     precision = pick_precision(cfg.precision, device)
@@ -87,9 +87,9 @@ def init_world(cfg):
 def end_process():
     """Ends a process that was part of a process group, without the interpreter's own shutdown.
 
-    gloo's event thread may still drop the last collective's tensor, for which it needs the interpreter's lock; DTensor's
-    caches keep that thread alive past destroy_process_group, and C++ then aborts with "terminate called without an
-    active exception". Can go when torch joins the thread.
+    gloo's event thread may still drop the last collective's tensor, for which it needs the interpreter's lock.
+    DTensor's caches keep that thread alive past destroy_process_group, and C++ then aborts with "terminate called
+    without an active exception". Can go when torch joins the thread.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -102,8 +102,10 @@ def pick_device(name, local_rank=0):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and torch.cuda.device_count() <= local_rank:
-        raise ValueError(f"device is cuda, but process {local_rank} of this machine finds {torch.cuda.device_count()} "
-                         f"CUDA devices; start fewer processes or use --device=cpu")
+        raise ValueError(
+            f"device is cuda, but process {local_rank} of this machine finds {torch.cuda.device_count()} "
+            f"CUDA devices; start fewer processes or use --device=cpu"
+        )
     if name == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device is mps, but this torch finds none; use --device=cpu")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
@@ -160,7 +162,10 @@ def compile_blocks(model, world):
     except Exception as error:  # no compiler, no Triton, a Python too new: whatever torch says
         if world.is_main:
             reason = next(iter(str(error).strip().splitlines()), "")
-            warnings.warn(f"torch.compile does not work here, training goes on without it: {type(error).__name__}: {reason}", stacklevel=2)
+            warnings.warn(
+                f"torch.compile does not work here, training goes on without it: {type(error).__name__}: {reason}",
+                stacklevel=2,
+            )
         return
     for block in model.blocks:
         block.compile()
@@ -173,5 +178,5 @@ def sync_gradients(model, wanted):
 
 
 def seed_step(seed, step, rank):
-    """Seeds dropout for a step: its masks are a function of (seed, step, rank), so a resumed run draws the same ones."""
+    """Seeds dropout for a step: its masks are a function of (seed, step, rank), which a resumed run draws again."""
     torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()[:8], signed=True))

@@ -25,8 +25,8 @@ def num_params(cfg):
 def flops_per_token(cfg, seq_len, causal=False):
     """FLOPs of forward and backward per token: 6 per weight in a matmul, and attention's.
 
-    PaLM's convention (arXiv 2204.02311, appendix B) counts the whole seq_len x seq_len attention; causal counts the half
-    that a causal model needs. Recomputation is never counted.
+    PaLM's convention (arXiv 2204.02311, appendix B) counts the whole seq_len x seq_len attention; causal counts the
+    half that a causal model needs. Recomputation is never counted.
     """
     d, f = cfg.n_embd, cfg.n_inner or 4 * cfg.n_embd
     matmul_weights = cfg.n_layer * (4 * d * d + 2 * d * f) + cfg.vocab_size * d
@@ -42,7 +42,7 @@ def known_peak(device_name):
 
 
 def peak_flops(device, precision):
-    """(FLOP/s, where the figure is from): the data sheet's where the device is known, else what a matmul reaches here."""
+    """(FLOP/s, where that is from): the data sheet's where the device is known, else what a matmul reaches here."""
     if device.type == "cuda" and precision != "fp32":
         name = torch.cuda.get_device_name(device)
         if (peak := known_peak(name)) is not None:

@@ -36,7 +36,9 @@ BPE_BYTES = 200 << 20  # text that a BPE is learnt from, at most
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    dataset: Literal["stdlib", "shakespeare", "fineweb10b"] | None = None  # a corpus by name: Python's own library, tiny Shakespeare, FineWeb in GPT-2 tokens
+    dataset: Literal["stdlib", "shakespeare", "fineweb10b"] | None = (
+        None  # a corpus by name; stdlib: Python's own files
+    )
     input: str | None = None  # files, folder, glob or URL of text; of fineweb10b, a local folder of its shards
     text_field: str = "text"  # field of .jsonl objects, column of .parquet files
     doc_separator: str | None = None  # text between the documents of a .txt file; none: a file is one document
@@ -81,7 +83,10 @@ def main(cfg):
     settings = {k: v for k, v in as_dict(cfg).items() if k not in ("data_dir", "workers", "max_shards")}
     if meta := read_meta(folder):
         if meta.get("settings") != settings:
-            raise ValueError(f"{folder} already holds data, made by: {meta.get('command')}; use another --data_dir, or remove it first")
+            raise ValueError(
+                f"{folder} already holds data, made by: {meta.get('command')}; "
+                f"use another --data_dir, or remove it first"
+            )
         return print(f"{folder} is already prepared:\n{summary(meta)}")
     clear_unfinished(folder)
     corpus = Corpus(cfg.prepare, folder)
@@ -102,6 +107,7 @@ def default_folder(cfg):
 
 
 # ---- tokens
+
 
 def make_tokenizer(cfg, corpus, folder):
     """Learns, copies or checks the tokenizer; returns the name or path to load it by."""
@@ -158,8 +164,16 @@ def tokenize(corpus, tokenizer_name, cfg, folder):
                     progress.update(n_bytes)
     for split, count in counts.items():
         if not count["tokens"]:
-            raise ValueError(f"no document fell into the {split} split of {sum(c['documents'] for c in counts.values()):,} documents; change --val_fraction={cfg.val_fraction}")
-    meta = {"vocab_size": tokenizer.vocab_size, "specials": tokenizer.specials, "tokenizer": tokenizer_name, "notes": notes}
+            raise ValueError(
+                f"no document fell into the {split} split, of {sum(c['documents'] for c in counts.values()):,}; "
+                f"change --val_fraction={cfg.val_fraction}"
+            )
+    meta = {
+        "vocab_size": tokenizer.vocab_size,
+        "specials": tokenizer.specials,
+        "tokenizer": tokenizer_name,
+        "notes": notes,
+    }
     if tokenizer_name.endswith(".json"):
         meta |= {"tokenizer": "tokenizer.json", "tokenizer_sha256": file_sha256(tokenizer_name)}
     return meta | {"splits": {split: dict(counts[split]) | {"shards": writers[split].finish()} for split in writers}}
@@ -203,12 +217,15 @@ def _encode(group, tokenizer_name, dtype):
 
 # ---- the data folder
 
+
 def clear_unfinished(folder):
     """Removes what an interrupted prepare left; refuses a folder with token files of others."""
     folder.mkdir(parents=True, exist_ok=True)
     leftovers = [p for p in folder.iterdir() if re.fullmatch(r"(train|val)_\d{6}\.bin\.part", p.name) or is_ours(p)]
     if foreign := sorted(p.name for p in folder.glob("*.bin") if p not in leftovers):
-        raise ValueError(f"{folder} holds token files that are not of prepare.py: {', '.join(foreign[:3])}; use another --data_dir")
+        raise ValueError(
+            f"{folder} holds token files that are not of prepare.py: {', '.join(foreign[:3])}; use another --data_dir"
+        )
     for path in leftovers:
         path.unlink()
 
@@ -230,10 +247,16 @@ def write_meta(folder, meta):
 
 def summary(meta):
     """A table of the splits."""
-    lines = [f"tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} ids", f"{'split':<8}{'documents':>12}{'tokens':>16}{'bytes':>17}{'bytes a token':>15}{'shards':>8}"]
+    lines = [
+        f"tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} ids",
+        f"{'split':<8}{'documents':>12}{'tokens':>16}{'bytes':>17}{'bytes a token':>15}{'shards':>8}",
+    ]
     for split, s in meta["splits"].items():
         text_bytes, ratio = (f"{s['bytes']:,}", f"{s['bytes'] / s['tokens']:.3f}") if s.get("bytes") else ("?", "?")
-        lines.append(f"{split:<8}{s.get('documents') or '?':>12}{s['tokens']:>16,}{text_bytes:>17}{ratio:>15}{len(s['shards']):>8}")
+        lines.append(
+            f"{split:<8}{s.get('documents') or '?':>12}{s['tokens']:>16,}{text_bytes:>17}{ratio:>15}"
+            f"{len(s['shards']):>8}"
+        )
     return "\n".join(lines)
 
 
@@ -250,7 +273,13 @@ def fetch_fineweb(cfg, folder):
         split = splits.setdefault("val" if "val" in path.name else "train", {"tokens": 0, "shards": {}})
         split["shards"][path.name] = len(open_shard(path))
         split["tokens"] += split["shards"][path.name]
-    meta = {"vocab_size": 50257, "tokenizer": "gpt2", "specials": {"<|endoftext|>": 50256}, "splits": splits, "command": shlex.join(["python", *sys.argv])}
+    meta = {
+        "vocab_size": 50257,
+        "tokenizer": "gpt2",
+        "specials": {"<|endoftext|>": 50256},
+        "splits": splits,
+        "command": shlex.join(["python", *sys.argv]),
+    }
     write_meta(folder, meta)
     print(summary(meta))
     print(f"written to {folder}")
@@ -267,12 +296,16 @@ def _fetch(name, source, folder):
     try:
         import huggingface_hub
     except ImportError as error:
-        raise ValueError("dataset fineweb10b needs huggingface_hub; install it with: pip install huggingface_hub") from error
+        raise ValueError(
+            "dataset fineweb10b needs huggingface_hub; install it with: pip install huggingface_hub"
+        ) from error
     try:
         huggingface_hub.hf_hub_download("kjj0/fineweb10B-gpt2", name, repo_type="dataset", local_dir=folder)
     except (OSError, huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError) as error:
-        raise ValueError(f"{name} could not be fetched from the Hugging Face hub ({type(error).__name__}); with a network, try again; "
-                         f"without one, give a folder of the shards with --input=") from error
+        raise ValueError(
+            f"the Hugging Face hub did not give {name} ({type(error).__name__}); with a network, try again; "
+            f"without one, give a folder of the shards with --input="
+        ) from error
 
 
 if __name__ == "__main__":

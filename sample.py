@@ -1,8 +1,8 @@
 """Text out of a trained model.
 
-    python sample.py --out_dir=out/quickstart --prompt="def main(" --num_samples=3
-    python sample.py --out_dir=out/quickstart --prompt=FILE:prompt.txt
-    echo "import os" | python sample.py --out_dir=out/quickstart --prompt=-
+python sample.py --out_dir=out/quickstart --prompt="def main(" --num_samples=3
+python sample.py --out_dir=out/quickstart --prompt=FILE:prompt.txt
+echo "import os" | python sample.py --out_dir=out/quickstart --prompt=-
 """
 
 import codecs
@@ -30,8 +30,11 @@ class SampleConfig:
     top_p: float | None = None  # sample from the likeliest tokens that together have this probability
 
     def __post_init__(self):
-        wrong = [f"{name} is {getattr(self, name)}; it must be at least 1" for name in ("num_samples", "max_new_tokens", "top_k")
-                 if getattr(self, name) is not None and getattr(self, name) < 1]
+        wrong = [
+            f"{name} is {getattr(self, name)}; it must be at least 1"
+            for name in ("num_samples", "max_new_tokens", "top_k")
+            if getattr(self, name) is not None and getattr(self, name) < 1
+        ]
         if self.temperature < 0:
             wrong.append(f"temperature is {self.temperature}; it must not be negative")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -53,11 +56,15 @@ def main(cfg):
     if run_dir is None:
         raise ValueError("out_dir is none; name the folder of a trained run, as in --out_dir=out/quickstart")
     device = pick_device(cfg.parallel.device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[pick_precision(cfg.parallel.precision, device)]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+        pick_precision(cfg.parallel.precision, device)
+    ]
     model, manifest = load_model(run_dir, device)
     model.to(dtype)  # not autocast, which would cast each weight anew for each token
     tokenizer = load_tokenizer(tokenizer_of(run_dir))
-    print(f"{run_dir}, step {manifest['step']}, {model.num_params():,} parameters on {device} in {dtype}", file=sys.stderr)
+    print(
+        f"{run_dir}, step {manifest['step']}, {model.num_params():,} parameters on {device} in {dtype}", file=sys.stderr
+    )
 
     prompt = read_prompt(cfg.sample.prompt)
     ids = tokenizer.encode(prompt).astype("int64") if prompt else [tokenizer.eot]
@@ -65,7 +72,9 @@ def main(cfg):
         raise ValueError(f"the prompt has {len(ids)} tokens, block_size is {model.cfg.block_size}; shorten it")
     ids = torch.tensor(ids, device=device).repeat(cfg.sample.num_samples, 1)  # B T
     start = time.perf_counter()
-    samples = stream(generate(model, ids, cfg.sample, cfg.run.seed, tokenizer.vocab_size), tokenizer, prompt, cfg.sample.num_samples)
+    samples = stream(
+        generate(model, ids, cfg.sample, cfg.run.seed, tokenizer.vocab_size), tokenizer, prompt, cfg.sample.num_samples
+    )
     seconds = time.perf_counter() - start
     n_tokens = sum(len(sample) for sample in samples)
     print(f"{n_tokens} tokens in {seconds:.2f} s, {n_tokens / seconds:,.0f} tokens/s", file=sys.stderr)

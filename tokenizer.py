@@ -78,14 +78,18 @@ def load_tokenizer(name):
     import tiktoken
 
     if name not in tiktoken.list_encoding_names():
-        raise ValueError(f"tokenizer {name!r} is unknown; use byte, bpe, the path of a tokenizer.json, "
-                         f"or one of tiktoken's: {', '.join(tiktoken.list_encoding_names())}")
+        raise ValueError(
+            f"tokenizer {name!r} is unknown; use byte, bpe, the path of a tokenizer.json, "
+            f"or one of tiktoken's: {', '.join(tiktoken.list_encoding_names())}"
+        )
     try:
         return TiktokenTokenizer(name, tiktoken.get_encoding(name))
     except OSError as error:  # requests' errors are OSErrors
-        raise ValueError(f"tiktoken could not fetch the tokenizer {name!r} ({type(error).__name__}); with a network, try "
-                         f"again; without one, set TIKTOKEN_CACHE_DIR to the cache folder of a machine that has it, "
-                         f"or use --tokenizer=byte or --tokenizer=bpe") from error
+        raise ValueError(
+            f"tiktoken could not fetch the tokenizer {name!r} ({type(error).__name__}); with a network, try "
+            f"again; without one, set TIKTOKEN_CACHE_DIR to the cache folder of a machine that has it, "
+            f"or use --tokenizer=byte or --tokenizer=bpe"
+        ) from error
 
 
 def train_bpe(texts, vocab_size, path):
@@ -97,13 +101,22 @@ def train_bpe(texts, vocab_size, path):
 
     least = 256 + len(SPECIALS)
     if vocab_size < least:
-        raise ValueError(f"bpe_vocab_size is {vocab_size}; it must be at least {least}: 256 bytes and {len(SPECIALS)} special tokens")
+        raise ValueError(
+            f"bpe_vocab_size is {vocab_size}; it must be at least {least}: 256 bytes and {len(SPECIALS)} special tokens"
+        )
     words = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer, bpe.decoder = words, tokenizers.decoders.ByteLevel()
     # Trained without special tokens, which come last: so ids are merge ranks, which is what tiktoken takes them for.
-    bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIALS), initial_alphabet=words.alphabet(), special_tokens=[], show_progress=False))
+    bpe.train_from_iterator(
+        texts,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size - len(SPECIALS),
+            initial_alphabet=words.alphabet(),
+            special_tokens=[],
+            show_progress=False,
+        ),
+    )
     bpe.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in SPECIALS])
     bpe.save(str(path))
 
@@ -126,7 +139,10 @@ def _encoding_from_json(path):
         raise ValueError(f"{path} is no readable tokenizer.json ({type(error).__name__}: {error})") from error
     ids = [*sorted(ranks.values()), *specials.values()]
     if not is_ours or tuple(specials) != SPECIALS or ids != list(range(len(ids))):
-        raise ValueError(f"{path} is not a byte-level BPE made by prepare.py --tokenizer=bpe, the only kind of tokenizer.json read here")
+        raise ValueError(
+            f"{path} is not a byte-level BPE made by prepare.py --tokenizer=bpe, "
+            f"the only kind of tokenizer.json read here"
+        )
     return tiktoken.Encoding(name=path.name, pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=specials)
 
 

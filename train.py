@@ -194,6 +194,7 @@ def prepare_command(cfg):
 
 # ---- resume
 
+
 def resume_or_init(cfg, settings, model, optimizer, scaler, world):
     """The state to start from, with the tensors that go with it, and lines that name what has changed since."""
     found = checkpoints(cfg.run.out_dir)

@@ -70,7 +70,9 @@ def load(settings_type, argv):
         elif name in owners:
             errors.append(f"--{name} has no value; settings are written --{name}=value")
         elif name in (everywhere := _settings_everywhere()) and name not in NANOGPT_NAMES:
-            errors.append(f"--{name} is a setting of {everywhere[name]}, not of this script{_did_you_mean(name, owners)}")
+            errors.append(
+                f"--{name} is a setting of {everywhere[name]}, not of this script{_did_you_mean(name, owners)}"
+            )
         else:
             errors.append(f"--{name} is not a setting{_did_you_mean(name, owners)}")
 
@@ -94,7 +96,9 @@ def settings_of(settings_type):
     for section in _sections(settings_type):
         for field in dataclasses.fields(section.type):
             if field.name in section.metadata.get("only", (field.name,)):
-                assert field.name not in found, f"{field.name} is declared twice: in {found[field.name][0]} and {section.name}"
+                assert field.name not in found, (
+                    f"{field.name} is declared twice: in {found[field.name][0]} and {section.name}"
+                )
                 found[field.name] = (section.name, field)
     return found
 
@@ -164,6 +168,7 @@ def _is_ours(error):
 
 # ---- presets
 
+
 def _run_preset(path, errors):
     file = next((p for p in (Path(path), ROOT / path) if p.is_file()), None)
     if file is None:
@@ -195,6 +200,7 @@ def _place(error, path):
 
 # ---- one value
 
+
 def _take(values, name, value, owners, where, failed, errors):
     section, field = owners[name]
     try:
@@ -207,7 +213,7 @@ def _take(values, name, value, owners, where, failed, errors):
 
 
 def _kinds(type_):
-    """The alternatives of a setting's type, the plainest last, so that text is read as str only where nothing else fits."""
+    """The alternatives of a setting's type, the plainest last: text is read as str only where nothing else fits."""
     kinds = typing.get_args(type_) if typing.get_origin(type_) in (types.UnionType, typing.Union) else (type_,)
     return sorted(kinds, key=lambda kind: (kind is str, kind is float))
 
@@ -244,8 +250,10 @@ def _checked(value, type_):
 
 def _described(type_):
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "none"}
-    return " or ".join("one of " + ", ".join(typing.get_args(k)) if typing.get_origin(k) is typing.Literal else names[k]
-                       for k in sorted(_kinds(type_), key=lambda k: k is types.NoneType))
+    return " or ".join(
+        "one of " + ", ".join(typing.get_args(k)) if typing.get_origin(k) is typing.Literal else names[k]
+        for k in sorted(_kinds(type_), key=lambda k: k is types.NoneType)
+    )
 
 
 def _text(value):
@@ -259,6 +267,7 @@ def _did_you_mean(name, names):
 
 
 # ---- the classes
+
 
 def _sections(settings_type):
     return [f for f in dataclasses.fields(settings_type) if dataclasses.is_dataclass(f.type)]

@@ -1,5 +1,5 @@
-# Tiny Shakespeare, a byte a token, at the size that nanoGPT's README trains on a CPU: its validation loss there is 1.898
-# over the whole split.
+# Tiny Shakespeare, a byte a token, at the size that nanoGPT's README trains on a CPU: its validation loss there is
+# 1.898 over the whole split.
 #
 #   python prepare.py config/shakespeare_char.py
 #   python train.py config/shakespeare_char.py
