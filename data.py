@@ -287,7 +287,7 @@ class TrainOrder:
 class Loader:
     """Batches of a run from sequence number `seen` on, read ahead by a thread.
 
-    Of a step's sequences, micro-step m of rank r takes micro_batch_size from number (m * ranks + r) * micro_batch_size on.
+    Micro-step m of rank r takes those of a step's sequences that start at (m * ranks + r) * micro_batch_size.
     """
 
     def __init__(self, order, seen, micro_steps, micro_batch_size, rank, ranks, device, ahead=3):

@@ -36,9 +36,7 @@ BPE_BYTES = 200 << 20  # text that a BPE is learnt from, at most
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    dataset: Literal["stdlib", "shakespeare", "fineweb10b"] | None = (
-        None  # a corpus by name; stdlib: Python's own files
-    )
+    dataset: Literal["stdlib", "shakespeare", "fineweb10b"] | None = None  # a corpus by name, instead of input
     input: str | None = None  # files, folder, glob or URL of text; of fineweb10b, a local folder of its shards
     text_field: str = "text"  # field of .jsonl objects, column of .parquet files
     doc_separator: str | None = None  # text between the documents of a .txt file; none: a file is one document

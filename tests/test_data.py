@@ -341,7 +341,7 @@ def refused(folder, vocab_size=1000, split="train"):
 def test_missing_folder_and_empty_folder_print_the_command_that_makes_them(tmp_path):
     message = refused(tmp_path / "nothing")
     assert f"{tmp_path / 'nothing'} does not exist" in message and "python prepare.py config/mine.py" in message
-    assert "holds no train tokens; make them: python prepare.py config/mine.py" in refused(tmp_path)
+    assert "holds no train tokens; make the data: python prepare.py config/mine.py" in refused(tmp_path)
 
 
 def test_folder_with_one_split_alone_names_the_other(folder):
@@ -353,10 +353,10 @@ def test_folder_with_one_split_alone_names_the_other(folder):
 def test_unfinished_prepare_is_refused(folder):
     (folder / "meta.json").unlink()
     message = refused(folder)
-    assert "no meta.json" in message and "an unfinished prepare; start it again: python prepare.py" in message
+    assert "no meta.json" in message and "an unfinished prepare; make the data: python prepare.py" in message
     for path in folder.glob("*.bin"):
         path.rename(f"{path}.part")
-    assert "holds an unfinished prepare; start it again: python prepare.py config/mine.py" in refused(folder)
+    assert "holds an unfinished prepare; make the data: python prepare.py config/mine.py" in refused(folder)
 
 
 @pytest.mark.parametrize("text", [

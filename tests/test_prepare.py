@@ -450,7 +450,7 @@ def test_killed_run_is_refused_by_readers_and_recovered_by_running_again(text_fi
             path.rename(f"{path}.part")
         (folder / "train_000077.bin.part").write_bytes(b"")
     for split in ("train", "val"):
-        with pytest.raises(ValueError, match="unfinished prepare; start it again"):
+        with pytest.raises(ValueError, match="unfinished prepare; make the data"):
             Split(folder, split, 261)
     assert run(*argv) == whole
     assert {path.name: path.read_bytes() for path in folder.glob("*.bin")} == wanted
