@@ -411,7 +411,7 @@ def with_large_ids(folder):
 BAD_DATA = {
     "missing": (lambda folder: None, "(does not exist|holds no train tokens).*: python prepare.py"),
     "empty": (lambda folder: folder.mkdir(), "holds no train tokens.*: python prepare.py"),
-    "without meta.json": (unprepared, "no meta.json.*unfinished prepare; start it again: python prepare.py"),
+    "without meta.json": (unprepared, "no meta.json.*unfinished prepare; .*python prepare.py"),
     "damaged meta.json": (lambda f: write_data(f).joinpath("meta.json").write_text("{"), "meta.json is damaged.*again"),
     "cut shard": (spoilt(cut=1001), "train_000001.bin is damaged.*make the data again"),
     "foreign shard": (spoilt(head=b"PK\3\4flat"), "train_000001.bin is no token shard.*make the data again"),
