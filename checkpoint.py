@@ -7,6 +7,7 @@ is the same for one process and for many, and is read without unpickling anythin
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -104,9 +105,9 @@ def read_manifest(path):
 def load_checkpoint(path, model, optimizer=None):
     """Reads model and, if given, optimizer from a checkpoint in place, on any number of ranks; returns the manifest."""
     manifest = read_manifest(path)
-    for name, digest in manifest["files"].items():
+    for name in sorted({*manifest["files"], *(file.name for file in Path(path).glob("*.safetensors"))}):
         file = Path(path) / name
-        if not file.exists() or _sha256(file) != digest:
+        if not file.exists() or _sha256(file) != manifest["files"].get(name):
             raise ValueError(
                 f"{file} is missing or damaged: its checksum is not the manifest's; "
                 f"remove {path} to go back to the checkpoint before"
@@ -205,14 +206,21 @@ def _quietly():
         yield
 
 
-def drop_later_lines(path, step):
-    """Removes from a log.jsonl what lies past a step, and a last line that was cut short."""
-    if path.exists():
+def open_log(out_dir, step):
+    """Opens log.jsonl to go on from a step: without what lies past it, or a last line that was cut short.
+
+    A run that starts anew keeps the log that it finds as log_1.jsonl, log_2.jsonl and so on.
+    """
+    path = Path(out_dir) / "log.jsonl"
+    if path.exists() and step == 0:
+        os.replace(path, next(p for i in itertools.count(1) if not (p := path.with_name(f"log_{i}.jsonl")).exists()))
+    elif path.exists():
         *lines, last = path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
         lines += [last] if last.endswith("\n") else []
         partial = path.with_name(f".{path.name}")
         partial.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
         os.replace(partial, path)
+    return open(path, "a", encoding="utf-8")
 
 
 def _same(path, other):

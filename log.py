@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import plan
-from checkpoint import drop_later_lines, keep_source, keep_tokenizer
+from checkpoint import keep_source, keep_tokenizer, open_log
 from config import ROOT, as_dict, as_preset
 from parallel import device_name, peak_memory_gib
 
@@ -86,19 +86,19 @@ class Log:
         self._write(record)
         left = (self.last_step - state.step) * seconds / steps
         self._print(
-            f"{self._step_text(state)}  {_short(record['tokens']):>6} tok  loss {loss:7.4f}  lr {lr:.1e}"
-            f"  norm {record['grad_norm']:4.2f}  {_short(tokens_per_s):>6} tok/s  mfu {record['mfu']:5.1%}"
-            f"  {record['memory_gib']:.1f} GiB  wait {record['data_wait_ms']:.0f} ms  {_duration(left)}"
+            f"{self._step_text(state)} {_short(record['tokens']):>6} tok  loss {loss:7.4f}  lr {lr:.1e}"
+            f"  norm {record['grad_norm']:4.2f} {_short(tokens_per_s):>6} tok/s  mfu {record['mfu']:.1%}"
+            f"  {record['memory_gib']:.1f} GiB  wait {record['data_wait_ms']:.0f} ms  left {_duration(left)}"
         )
 
     def evaluation(self, state):
         """Tells of an evaluation and draws the curves anew."""
         record = {"step": state.step, "val_loss": state.val_loss}
         perplexity = math.exp(min(state.val_loss, 700))  # beyond that a float has no room
-        text = f"{self._step_text(state)} | val loss {state.val_loss:.4f} | perplexity {perplexity:.5g}"
+        text = f"{self._step_text(state)}  val loss {state.val_loss:.4f}  perplexity {perplexity:.5g}"
         if self.bytes_per_token:
             record["val_bpb"] = state.val_loss / math.log(2) / self.bytes_per_token
-            text += f" | {record['val_bpb']:.4f} bits per byte"
+            text += f"  {record['val_bpb']:.4f} bits per byte"
         self._write(record)
         self._print(text)
         if self.world.is_main and self.draws:
@@ -128,8 +128,7 @@ class Log:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             (self.out_dir / "finished").unlink(missing_ok=True)
             (self.out_dir / "config.py").write_text(as_preset(self.cfg))
-            drop_later_lines(self.out_dir / "log.jsonl", step or -1)  # a run that starts anew evaluates step 0 again
-            self.file = open(self.out_dir / "log.jsonl", "a", encoding="utf-8")
+            self.file = open_log(self.out_dir, step)
             keep_tokenizer(self.cfg.data.data_dir, self.out_dir)
             return keep_source(ROOT, self.out_dir, step)
         except OSError as error:

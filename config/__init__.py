@@ -278,6 +278,8 @@ def _comments(settings_type):
     found = {}
     for section in _sections(settings_type):
         found.update(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(section.type), re.MULTILINE))
+    bare = settings_of(settings_type).keys() - found.keys()
+    assert not bare, f"the settings {', '.join(sorted(bare))} need a comment at the end of their line: it is their help"
     return found
 
 

@@ -160,7 +160,7 @@ def test_console_lines_are_aligned_and_fit_120_columns_even_of_a_long_run(data_d
     run(data_dir, tmp_path, max_steps=19_073, max_minutes=0.01)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     steps = [line for line in lines if " tok/s" in line]
-    assert len(steps) > 10 and max(map(len, lines)) <= 120
+    assert len(steps) > 10 and max(map(len, lines)) <= 120, max(lines, key=len)
     assert len({line.find(" loss ") for line in steps}) == 1
 
 
@@ -217,6 +217,13 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(at, data_dir, tmp_path, no_
     run(data_dir, tmp_path / "whole", **changes)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
     assert records(tmp_path / "whole", "val_loss") == records(tmp_path / "killed", "val_loss")
+
+
+def test_a_run_without_checkpoints_that_starts_anew_keeps_the_log_it_finds(data_dir, tmp_path, no_curves):
+    for max_steps in (4, 3, 2):
+        run(data_dir, tmp_path, max_steps=max_steps, save_interval="none")
+    logs = [tmp_path / name for name in ("log_1.jsonl", "log_2.jsonl", "log.jsonl")]
+    assert [json.loads(log.read_text().splitlines()[-1])["step"] for log in logs] == [4, 3, 2]
 
 
 def test_the_log_loses_lines_past_the_resumed_step_and_a_torn_one(data_dir, four, nine, tmp_path, no_curves):
