@@ -20,7 +20,7 @@ from data import DataConfig, Loader, Split, TrainOrder, accumulation_steps, voca
 from model import ModelConfig, Transformer
 from optim import OptimConfig, build_optimizer
 from parallel import ParallelConfig, device_name, distribute, end_process, init_world, peak_memory_gib
-from train import prepare_command, train_step
+from train import prepare_command, seq_len_of, train_step
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,19 @@ class BenchConfig:
     real_data: bool = False  # take batches from data_dir, not random tokens
     profile: bool = False  # write trace.json of 2 more steps, for ui.perfetto.dev or chrome://tracing
     json: str | None = None  # file to write the figures to
+
+    def __post_init__(self):
+        wrong = []
+        if self.bench_steps < 1:
+            wrong.append(f"bench_steps is {self.bench_steps}; it must be at least 1")
+        if self.bench_warmup < 0 or self.bench_seconds < 0:
+            wrong.append(
+                f"bench_warmup is {self.bench_warmup}, bench_seconds {self.bench_seconds}; neither may be negative"
+            )
+        if self.json and not os.path.isdir(os.path.dirname(self.json) or "."):
+            wrong.append(f"json is {self.json}; its folder does not exist: make it first")
+        if wrong:
+            raise ValueError("\n".join(wrong))
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,7 @@ def main(cfg):
         if cfg.model.vocab_size is None:
             vocab_size = vocab_size_of(cfg.data.data_dir, prepare_command(cfg))
             cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
-        seq_len = min(cfg.data.seq_len or cfg.model.block_size, cfg.model.block_size)
+        seq_len = seq_len_of(cfg)
         micro_steps = accumulation_steps(cfg.data, seq_len, world.size)
         with torch.device("meta"):
             model = Transformer(cfg.model)
@@ -94,9 +107,9 @@ def random_batches(cfg, seq_len, micro_steps, world):
 
 def real_batches(cfg, seq_len, micro_steps, world):
     """Yields the micro-batches of a training run, as train.py would see them."""
-    if cfg.data.data_dir is None:
-        raise ValueError("real_data needs data_dir, a folder that prepare.py made")
-    order = TrainOrder(Split(cfg.data.data_dir, "train", cfg.model.vocab_size), seq_len, seed=1337)
+    order = TrainOrder(
+        Split(cfg.data.data_dir, "train", cfg.model.vocab_size, prepare_command(cfg)), seq_len, seed=1337
+    )
     loader = Loader(order, 0, micro_steps, cfg.data.micro_batch_size, world.rank, world.size, world.device)
     while True:
         yield loader.next()[0]

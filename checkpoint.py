@@ -9,7 +9,9 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
+import re
 import shutil
 import warnings
 from dataclasses import asdict, dataclass, fields
@@ -39,15 +41,16 @@ class RunConfig:
             for name in ("save_interval", "keep_checkpoints", "keep_every")
             if getattr(self, name) is not None and getattr(self, name) < 1
         ]
-        if self.seed < 0:
-            wrong.append(f"seed is {self.seed}; it must not be negative")
+        if not 0 <= self.seed < 2**63:
+            wrong.append(f"seed is {self.seed}; it must be at least 0 and below 2**63")
         if wrong:
             raise ValueError("\n".join(wrong))
 
 
 def checkpoints(out_dir):
     """The whole checkpoints of a run, oldest first."""
-    return sorted(Path(out_dir).glob("ckpt/step_*"))
+    found = [path for path in Path(out_dir).glob("ckpt/step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]))  # copies under other names are the user's own
 
 
 def save_checkpoint(out_dir, step, model, optimizer, facts, world):
@@ -80,14 +83,23 @@ def save_checkpoint(out_dir, step, model, optimizer, facts, world):
 def remove_old_checkpoints(out_dir, cfg):
     """Removes all checkpoints but the newest keep_checkpoints, the best by validation loss and every keep_every-th."""
     paths = checkpoints(out_dir)
-    losses = {path: read_manifest(path).get("val_loss") for path in paths}
-    best = min((p for p in paths if losses[p] is not None), key=losses.get, default=None)
+    losses = {path: _val_loss(path) for path in paths}
+    best = min((path for path in paths if losses[path] < math.inf), key=losses.get, default=None)
     for path in paths[: -cfg.keep_checkpoints]:
         if path != best and not (cfg.keep_every and int(path.name[5:]) % cfg.keep_every == 0):
             # Renamed first: a removal that is cut short must not leave half a checkpoint under a whole one's name.
             doomed = path.with_name(f".{path.name}.partial")
             os.replace(path, doomed)
             shutil.rmtree(doomed)
+
+
+def _val_loss(path):
+    """A checkpoint's validation loss; infinite where there is none, or no sound one."""
+    try:
+        loss = read_manifest(path).get("val_loss")
+    except ValueError:  # damaged: a matter for those who want to read it
+        loss = None
+    return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
 def read_manifest(path):
@@ -194,8 +206,21 @@ def tokenizer_of(run_dir):
             f"{run_dir} has no meta.json, so its tokenizer is unknown: its data came from elsewhere; "
             f'write one, such as {{"tokenizer": "gpt2"}}, into {path}'
         )
-    name = json.loads(path.read_text(encoding="utf-8"))["tokenizer"]
-    return str(path.with_name(name)) if name.endswith(".json") else name
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        name, digest = meta["tokenizer"], meta.get("tokenizer_sha256")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} names no tokenizer ({type(error).__name__}); write one, as in {{'tokenizer': 'gpt2'}}"
+        ) from error
+    if not name.endswith(".json"):
+        return name
+    file = path.with_name(name)
+    if digest and not (file.exists() and _sha256(file) == digest):
+        raise ValueError(
+            f"{file} is missing or not the tokenizer that the data was made with; copy it from the data again"
+        )
+    return str(file)
 
 
 @contextlib.contextmanager
@@ -207,7 +232,7 @@ def _quietly():
 
 
 def open_log(out_dir, step):
-    """Opens log.jsonl to go on from a step: without what lies past it, or a last line that was cut short.
+    """Opens log.jsonl to go on from a step: without what lies past it, or a line that was cut short.
 
     A run that starts anew keeps the log that it finds as log_1.jsonl, log_2.jsonl and so on.
     """
@@ -215,12 +240,18 @@ def open_log(out_dir, step):
     if path.exists() and step == 0:
         os.replace(path, next(p for i in itertools.count(1) if not (p := path.with_name(f"log_{i}.jsonl")).exists()))
     elif path.exists():
-        *lines, last = path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
-        lines += [last] if last.endswith("\n") else []
         partial = path.with_name(f".{path.name}")
-        partial.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        partial.write_text("".join(line for line in lines if _step_of(line) <= step), encoding="utf-8")
         os.replace(partial, path)
     return open(path, "a", encoding="utf-8")
+
+
+def _step_of(line):
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _same(path, other):

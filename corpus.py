@@ -187,7 +187,7 @@ def download(url, folder):
                 shutil.copyfileobj(response, file)
                 if getattr(response, "length", None):  # what is still to come of the length that the server promised
                     raise ConnectionError(f"cut short {response.length:,} bytes before its end")
-        except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
+        except (OSError, ValueError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
             raise ValueError(
                 f"{url} could not be fetched ({error}); fetch it by hand and give the file as --input="
             ) from error
@@ -197,12 +197,15 @@ def download(url, folder):
 
 def _split_file(path, separator):
     """The documents of a text file that stand between separators."""
-    rest = b""
+    rest, searched = bytearray(), 0  # grows in place, so that a document without end costs no copies
     with open(path, "rb") as file:
         while block := file.read(PIECE_BYTES):
-            *documents, rest = (rest + block).split(separator)
-            yield from documents
-    yield rest
+            rest += block
+            if rest.find(separator, max(0, searched - len(separator))) >= 0:
+                *documents, rest = rest.split(separator)
+                yield from map(bytes, documents)
+            searched = len(rest)
+    yield bytes(rest)
 
 
 def _parquet_texts(path, field, skipped):

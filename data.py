@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import queue
+import re
 import struct
 import threading
 import time
@@ -46,7 +47,8 @@ def accumulation_steps(cfg, seq_len, ranks):
     at_once = cfg.micro_batch_size * seq_len * ranks
     if cfg.batch_tokens % at_once:
         sequences, rest = divmod(cfg.batch_tokens, seq_len * ranks)
-        fitting = [] if rest else [b for b in range(1, sequences + 1) if sequences % b == 0]
+        upper = min(sequences, 4 * cfg.micro_batch_size, 10_000)
+        fitting = [] if rest else [b for b in range(1, upper + 1) if sequences % b == 0]
         near = sorted(sorted(fitting, key=lambda b: abs(b - cfg.micro_batch_size))[:4])
         remedy = (
             f"micro_batch_size {', '.join(map(str, near))} would fit"
@@ -126,8 +128,8 @@ def open_shard(path):
         )
     if size != start + count * np.dtype(dtype).itemsize:
         raise ValueError(
-            f"{path} is damaged: its header promises {count} tokens, its {size} bytes hold "
-            f"{(size - start) / np.dtype(dtype).itemsize:g}; make the data again with prepare.py"
+            f"{path} is damaged: for the {count} tokens that its header promises it must have "
+            f"{start + count * np.dtype(dtype).itemsize} bytes, and has {size}; make the data again with prepare.py"
         )
     return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(count,)) if count else np.empty(0, dtype)
 
@@ -168,14 +170,17 @@ def _folder(data_dir, make_command):
     if data_dir is None:
         raise ValueError("data_dir is none; set it to a folder that prepare.py made")
     if not Path(data_dir).is_dir():
-        raise ValueError(f"data_dir {data_dir} does not exist; make it: {make_command}")
+        what = "is no folder" if Path(data_dir).exists() else "does not exist"
+        raise ValueError(f"data_dir {data_dir} {what}; make it: {make_command}")
     return Path(data_dir)
 
 
 def _fault(folder, split, paths, meta):
     """What keeps a split from being used, as words that follow the folder's name; None where nothing does."""
+    if any(folder.glob("*.part")):
+        return "holds an unfinished prepare"
     if not paths:
-        return "holds an unfinished prepare" if any(folder.glob("*.bin.part")) else f"holds no {split} tokens"
+        return f"holds no {split} tokens"
     if not meta:
         unfinished = any(_head(path).startswith(MAGIC) for path in paths)
         return "holds shards but no meta.json, which comes last: an unfinished prepare" if unfinished else None
@@ -189,7 +194,8 @@ class Split:
     def __init__(self, data_dir, split, vocab_size, make_command="python prepare.py --help"):
         folder, meta = _folder(data_dir, make_command), read_meta(data_dir)
         self.name, self.vocab_size = split, vocab_size
-        self.paths = sorted(folder.glob(f"*{split}*.bin"))
+        # The split's name as a word: "val" is not in medieval_train.bin.
+        self.paths = sorted(p for p in folder.glob("*.bin") if re.search(rf"(^|[_.-]){split}[_.-]", p.name))
         if fault := _fault(folder, split, self.paths, meta):
             raise ValueError(f"{folder} {fault}; make the data: {make_command}")
         if meta and meta["vocab_size"] > vocab_size:

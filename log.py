@@ -19,7 +19,7 @@ import torch
 import plan
 from checkpoint import keep_source, keep_tokenizer, open_log
 from config import ROOT, as_dict, as_preset
-from parallel import device_name, peak_memory_gib
+from parallel import device_name, peak_memory_gib, reset_peak_memory
 
 
 class Log:
@@ -33,7 +33,10 @@ class Log:
         self.out_dir, self.out_of_time, self.hours_before = Path(cfg.run.out_dir), False, state.hours
         self.flops_per_token = plan.flops_per_token(cfg.model, cfg.data.seq_len)
         self.peak, self.peak_name = plan.peak_flops(world.device, world.precision)
+        reset_peak_memory(world.device)  # of the matmul that measured the peak
         self.file = self.wandb = None
+        self.warned = False
+        self.draws = world.is_main and importlib.util.find_spec("matplotlib") is not None
         if world.is_main:
             changed_files = self._open(state.step)
             self._tell_start(
@@ -49,7 +52,7 @@ class Log:
         if self.file:
             self.file.close()
         if self.wandb:
-            self.wandb.finish(exit_code=1 if error[0] else 0)
+            self.wandb.finish(exit_code=1 if error[0] else 0)  # a second time does nothing
 
     @contextlib.contextmanager
     def paused(self):
@@ -83,6 +86,11 @@ class Log:
             "memory_gib": self.world.worst(peak_memory_gib(self.world.device)),
         }
         self.interval_start, self.interval_step, self.waited = now, state.step, 0.0
+        if not math.isfinite(loss) and not self.warned:
+            self.warned = True
+            self._print(
+                f"the loss of step {state.step} is {loss}; lower learning_rate, or go back to a checkpoint before"
+            )
         self._write(record)
         left = (self.last_step - state.step) * seconds / steps
         self._print(
@@ -101,20 +109,24 @@ class Log:
             text += f"  {record['val_bpb']:.4f} bits per byte"
         self._write(record)
         self._print(text)
-        if self.world.is_main and self.draws:
+        if self.draws:
             draw_curves(self.out_dir)
 
     def end(self, state, reached_target):
         """Tells how the run ended; the last line totals tokens and hours."""
         if not self.world.is_main:
             return
+        if self.wandb:  # which prints a summary of its own
+            self.wandb.finish()
         state.hours = self.hours_before + (time.perf_counter() - self.started) / 3600
         if reached_target:
             how = f"finished, target_loss {self.cfg.train.target_loss} reached"
         elif state.step >= self.last_step:
             how = "finished"
         else:
-            how = f"stopped after max_minutes {self.cfg.train.max_minutes:g}, the same command goes on"
+            how = f"stopped after max_minutes {self.cfg.train.max_minutes:g}"
+            if self.cfg.run.save_interval:
+                how += ", the same command goes on"
         if how.startswith("finished"):
             (self.out_dir / "finished").write_text(f"{how}\n")
         print(
@@ -138,7 +150,6 @@ class Log:
         cfg, world, device = self.cfg, self.world, device_name(self.world.device)
         if state.step:
             print(f"resumed from step {state.step}, after {state.hours:.3f} hours", *changes, sep="\n  ")
-        self.draws = importlib.util.find_spec("matplotlib") is not None
         if not self.draws:
             print("matplotlib is not installed, so there will be no curves.png")
         causal = plan.flops_per_token(cfg.model, cfg.data.seq_len, causal=True)
@@ -171,14 +182,15 @@ class Log:
             "peak_name": self.peak_name,
         })  # fmt: skip
         if cfg.train.wandb:
-            self.wandb = start_wandb(cfg, self.out_dir)
+            self.wandb = start_wandb(cfg, self.out_dir, state.step)
 
     def _step_text(self, state):
         return f"step {state.step:>{len(str(self.last_step))}}/{self.last_step}"
 
     def _write(self, record):
         if self.file:
-            self.file.write(json.dumps(record) + "\n")
+            sound = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+            self.file.write(json.dumps(sound) + "\n")  # JSON has no NaN
             self.file.flush()
         if self.wandb:
             self.wandb.log(record)
@@ -196,7 +208,7 @@ def draw_curves(out_dir):
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, label, style in (("loss", "training", {"linewidth": 1}), ("val_loss", "validation", {"marker": "o"})):
-        points = [(record["step"], record[name]) for record in records if name in record]
+        points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
         if points:
             axes.plot(*zip(*points), label=label, **style)
     axes.set(xlabel="step", ylabel="loss, nats a token", title=out_dir.name)
@@ -206,12 +218,14 @@ def draw_curves(out_dir):
     os.replace(out_dir / ".curves.png", out_dir / "curves.png")
 
 
-def start_wandb(cfg, out_dir):
+def start_wandb(cfg, out_dir, step):
     """A wandb run under the id kept in out_dir; offline, and said so once, where the service is out of reach."""
-    import wandb
-
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("wandb is on, but not installed; pip install wandb, or --wandb=false") from error
     id_file = out_dir / "wandb_id"
-    if not id_file.exists():
+    if step == 0 or not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
     options = {
         "project": cfg.train.wandb_project,
@@ -256,4 +270,4 @@ def _short(count):
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= limit:
             return f"{count / limit:.1f}{unit}"
-    return str(count)
+    return f"{count:.0f}"

@@ -37,12 +37,14 @@ class ModelConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1
         ]
         if not wrong and self.n_embd % self.n_head:
-            near = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
+            near = [h for h in range(1, min(self.n_embd, 4 * self.n_head, 10_000) + 1) if self.n_embd % h == 0]
             near = sorted(sorted(near, key=lambda h: abs(h - self.n_head))[:3])
             wrong.append(
                 f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; "
                 f"n_head {', '.join(map(str, near))} would fit"
             )
+        if self.norm_eps < 0:
+            wrong.append(f"norm_eps is {self.norm_eps}; it must not be negative")
         if not 0 <= self.dropout < 1:
             wrong.append(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         if wrong:

@@ -69,13 +69,15 @@ class World:
 def init_world(cfg):
     """Joins the process group that torchrun's environment names, yields this process's World, leaves the group."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1 and "MASTER_ADDR" not in os.environ:
+        raise ValueError(f"WORLD_SIZE is {size}, but there is no MASTER_ADDR; start several processes with torchrun")
     device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     precision = pick_precision(cfg.precision, device)
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     yield World(rank, size, device, precision)
@@ -138,6 +140,12 @@ def peak_memory_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+def reset_peak_memory(device):
+    """Lets peak_memory_gib start anew, where that can be."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def distribute(model, cfg, world, seed):
     """Turns a model on the meta device into one that trains: weights, compiled blocks, gradients summed over ranks.
 
@@ -167,6 +175,7 @@ def compile_blocks(model, world):
                 stacklevel=2,
             )
         return
+    torch._dynamo.config.suppress_errors = True  # a block that cannot be compiled runs as it is, with torch's warning
     for block in model.blocks:
         block.compile()
 

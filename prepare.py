@@ -13,11 +13,13 @@ import glob
 import itertools
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import shlex
 import shutil
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +62,10 @@ class PrepareConfig:
             wrong.append(f"input {self.input} and dataset {self.dataset} are both set; give one")
         if self.dataset == "fineweb10b" and self.tokenizer != "gpt2":
             wrong.append(f"tokenizer is {self.tokenizer}, but dataset fineweb10b comes in tokens of gpt2; leave it out")
-        if self.doc_separator == "":
-            wrong.append("doc_separator is empty; it must be text, such as --doc_separator='<|endoftext|>', or none")
+        if not 261 <= self.bpe_vocab_size <= 2**24:
+            wrong.append(
+                f"bpe_vocab_size is {self.bpe_vocab_size}; it must be 261 (256 bytes, 5 special tokens) to {2**24}"
+            )
         if wrong:
             raise ValueError("\n".join(wrong))
 
@@ -86,8 +90,8 @@ def main(cfg):
                 f"use another --data_dir, or remove it first"
             )
         return print(f"{folder} is already prepared:\n{summary(meta)}")
-    clear_unfinished(folder)
     corpus = Corpus(cfg.prepare, folder)
+    clear_unfinished(folder)
     tokenizer_name = make_tokenizer(cfg.prepare, corpus, folder)
     meta = {"settings": settings, "command": shlex.join(["python", *sys.argv])}
     meta |= tokenize(corpus, tokenizer_name, cfg.prepare, folder)
@@ -109,7 +113,6 @@ def default_folder(cfg):
 
 def make_tokenizer(cfg, corpus, folder):
     """Learns, copies or checks the tokenizer; returns the name or path to load it by."""
-    folder.mkdir(parents=True, exist_ok=True)
     saved = folder / "tokenizer.json"
     if cfg.tokenizer == "bpe":
         print(f"learning a BPE of {cfg.bpe_vocab_size} ids", flush=True)
@@ -136,18 +139,20 @@ def _texts(corpus):
 
 def tokenize(corpus, tokenizer_name, cfg, folder):
     """Encodes the corpus over several processes and writes its shards; returns what meta.json says of them."""
-    from tqdm import tqdm
-
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ValueError("prepare.py needs tqdm; install it with: pip install tqdm") from error
     tokenizer = load_tokenizer(tokenizer_name)
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     writers = {split: ShardWriter(folder, split, dtype, cfg.shard_tokens) for split in ("train", "val")}
     counts = {split: collections.Counter(documents=0, tokens=0, bytes=0) for split in writers}
     notes = collections.Counter()
-    workers = cfg.workers or os.cpu_count()
+    workers = min(cfg.workers or os.cpu_count(), 4 * os.cpu_count())  # more would only cost memory
     # fork, where it is safe: other ways import torch anew in each process, for seconds.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with (
-        ProcessPoolExecutor(workers, context) as pool,
+        ProcessPoolExecutor(workers, context, _end_with_parent) as pool,
         tqdm(total=corpus.bytes, unit="B", unit_scale=True, disable=None) as progress,
     ):
         pending = collections.deque()  # bounded, so that memory is, whatever the corpus
@@ -193,6 +198,16 @@ def _grouped(pieces):
 _loaded_once = functools.cache(load_tokenizer)  # in each worker
 
 
+def _end_with_parent():
+    """Lets a worker end when its parent does, killed or not; otherwise it would wait for work for ever."""
+
+    def watch():
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _encode(group, tokenizer_name, dtype):
     """[(split, tokens, documents, bytes, pieces with bad UTF-8)] of a group of pieces."""
     tokenizer = _loaded_once(tokenizer_name)
@@ -218,14 +233,22 @@ def _encode(group, tokenizer_name, dtype):
 
 def clear_unfinished(folder):
     """Removes what an interrupted prepare left; refuses a folder with token files of others."""
-    folder.mkdir(parents=True, exist_ok=True)
-    leftovers = [p for p in folder.iterdir() if re.fullmatch(r"(train|val)_\d{6}\.bin\.part", p.name) or is_ours(p)]
+    make_folder(folder)
+    leftovers = [p for p in folder.iterdir() if p.name.endswith(".part") or is_ours(p)]
     if foreign := sorted(p.name for p in folder.glob("*.bin") if p not in leftovers):
         raise ValueError(
             f"{folder} holds token files that are not of prepare.py: {', '.join(foreign[:3])}; use another --data_dir"
         )
     for path in leftovers:
         path.unlink()
+
+
+def make_folder(folder):
+    """Makes the data folder; ValueError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"data_dir {folder} cannot be made ({error.strerror}); use another --data_dir") from error
 
 
 def is_ours(path):
@@ -261,11 +284,15 @@ def summary(meta):
 def fetch_fineweb(cfg, folder):
     """Fetches FineWeb-10B in GPT-2 tokens, as llm.c's shards, from the hub or from a local folder of the same files."""
     names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, 1 + (cfg.max_shards or 103))]
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        if not (folder / name).exists():
-            print(f"fetching {name}", flush=True)
-            _fetch(name, cfg.input, folder)
+    make_folder(folder)
+    if others := [path.name for path in folder.glob("*.bin") if not path.name.startswith("fineweb_")]:
+        raise ValueError(f"{folder} holds other data ({', '.join(others[:3])}); use another --data_dir")
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        (folder / "meta.json.part").touch()  # until meta.json is written, readers take the folder for unfinished
+    for name in missing:
+        print(f"fetching {name}", flush=True)
+        _fetch(name, cfg.input, folder)
     splits = {}
     for path in sorted(folder.glob("fineweb_*_*.bin")):
         split = splits.setdefault("val" if "val" in path.name else "train", {"tokens": 0, "shards": {}})

@@ -66,6 +66,12 @@ def main(cfg):
         f"{run_dir}, step {manifest['step']}, {model.num_params():,} parameters on {device} in {dtype}", file=sys.stderr
     )
 
+    if tokenizer.vocab_size > model.cfg.vocab_size:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model a vocab_size of "
+            f"{model.cfg.vocab_size}; name the tokenizer of its data in {run_dir}/meta.json"
+        )
+
     prompt = read_prompt(cfg.sample.prompt)
     ids = tokenizer.encode(prompt).astype("int64") if prompt else [tokenizer.eot]
     if len(ids) > model.cfg.block_size:
@@ -116,6 +122,7 @@ def draw(logits, cfg, generator):
     """One token (B,) for each row of logits (B, V)."""
     if cfg.temperature == 0:
         return logits.argmax(-1)
+    logits = logits - logits.amax(-1, keepdim=True)  # so that a tiny temperature overflows downwards
     probs = torch.softmax(logits / cfg.temperature, dim=-1)
     if cfg.top_k is not None and cfg.top_k < probs.shape[-1]:
         top = probs.topk(cfg.top_k)  # by index: where tokens are equally likely, still no more than k

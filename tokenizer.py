@@ -75,8 +75,10 @@ def load_tokenizer(name):
         return ByteTokenizer()
     if name.endswith(".json"):
         return TiktokenTokenizer(name, _encoding_from_json(Path(name)))
-    import tiktoken
-
+    try:
+        import tiktoken
+    except ImportError as error:
+        raise ValueError(f"tokenizer {name} needs tiktoken; install it with: pip install tiktoken") from error
     if name not in tiktoken.list_encoding_names():
         raise ValueError(
             f"tokenizer {name!r} is unknown; use byte, bpe, the path of a tokenizer.json, "
@@ -97,8 +99,10 @@ def train_bpe(texts, vocab_size, path):
 
     The file is a tokenizer.json that Hugging Face's libraries read as well. A small corpus may give fewer ids.
     """
-    import tokenizers
-
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ValueError("tokenizer bpe needs tokenizers; install it with: pip install tokenizers") from error
     least = 256 + len(SPECIALS)
     if vocab_size < least:
         raise ValueError(

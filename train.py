@@ -25,7 +25,7 @@ from checkpoint import (
     remove_old_checkpoints,
     save_checkpoint,
 )
-from config import as_dict, run_script
+from config import as_dict, load, run_script
 from data import IGNORE, DataConfig, Loader, Split, TrainOrder, accumulation_steps, eval_batches, vocab_size_of
 from log import Log
 from model import ModelConfig, Transformer
@@ -49,6 +49,8 @@ class TrainConfig:
             for name in ("eval_interval", "log_interval")
             if getattr(self, name) < 1
         ]
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            wrong.append(f"max_minutes is {self.max_minutes}; it must be above 0, or none")
         if wrong:
             raise ValueError("\n".join(wrong))
 
@@ -104,7 +106,7 @@ def main(cfg):
                     with log.paused():
                         state.val_loss = evaluate(model, val_split, cfg.data, world)
                         state.evaluated_at = state.step
-                    log.evaluation(state)
+                        log.evaluation(state)
                 ending = ending or has_reached_target(state, cfg)
                 if cfg.run.save_interval and state.step and (ending or state.step % cfg.run.save_interval == 0):
                     with log.paused():
@@ -170,26 +172,31 @@ def say_finished(cfg, state, world):
 
 def resolve(cfg):
     """The settings with what they leave open filled in: the data's vocabulary, seq_len, out_dir."""
-    vocab_size = cfg.model.vocab_size or vocab_size_of(cfg.data.data_dir, prepare_command(cfg))
     if cfg.run.save_interval and importlib.util.find_spec("safetensors") is None:
         raise ValueError("checkpoints need safetensors: pip install safetensors, or --save_interval=none to go without")
-    seq_len = cfg.data.seq_len or cfg.model.block_size
-    if seq_len > cfg.model.block_size:
-        raise ValueError(f"seq_len {seq_len} is above block_size {cfg.model.block_size}; lower it, or raise block_size")
+    vocab_size = cfg.model.vocab_size or vocab_size_of(cfg.data.data_dir, prepare_command(cfg))
     out_dir = cfg.run.out_dir or f"out/{Path(cfg.presets[-1]).stem if cfg.presets else 'run'}"
     return dataclasses.replace(
         cfg,
         model=dataclasses.replace(cfg.model, vocab_size=vocab_size),
-        data=dataclasses.replace(cfg.data, seq_len=seq_len),
+        data=dataclasses.replace(cfg.data, seq_len=seq_len_of(cfg)),
         run=dataclasses.replace(cfg.run, out_dir=out_dir),
     )
 
 
+def seq_len_of(cfg):
+    """Tokens of a training sequence: seq_len, or block_size where it is none."""
+    seq_len, block_size = cfg.data.seq_len, cfg.model.block_size
+    if seq_len is not None and seq_len > block_size:
+        raise ValueError(f"seq_len {seq_len} is above block_size {block_size}; lower it, or raise block_size")
+    return seq_len or block_size
+
+
 def prepare_command(cfg):
-    """The command that makes the data of these settings: presets say how in prepare.py's settings."""
-    if not cfg.presets:
-        return f"python prepare.py --input=FILES --data_dir={cfg.data.data_dir}"
-    return shlex.join(["python", "prepare.py", *cfg.presets, f"--data_dir={cfg.data.data_dir}"])
+    """The command that makes the data of these settings: the presets', if they name data_dir, or one for own text."""
+    if cfg.presets and load(type(cfg), cfg.presets).data.data_dir == cfg.data.data_dir:
+        return shlex.join(["python", "prepare.py", *cfg.presets])
+    return f"python prepare.py --input=FILES --data_dir={cfg.data.data_dir}"
 
 
 # ---- resume

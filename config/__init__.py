@@ -240,7 +240,7 @@ def _checked(value, type_):
             if value in typing.get_args(kind) and not isinstance(value, bool):
                 return value
         elif kind in (types.NoneType, bool, str):
-            if isinstance(value, kind):
+            if isinstance(value, kind) and value != "":
                 return value
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             if kind is float or value == int(value):
@@ -262,7 +262,7 @@ def _text(value):
 
 def _did_you_mean(name, names):
     known = NANOGPT_NAMES.get(name)
-    close = [known] if known in names else difflib.get_close_matches(name, list(names), 1)
+    close = [known] if known in names else difflib.get_close_matches(name.lower(), list(names), 1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -50,7 +50,7 @@ def test_steps_too_long_to_time_whole_are_timed_in_part_and_say_so(tmp_path, cap
 def test_real_data_is_read_as_training_reads_it(tmp_path):
     data = write_data(tmp_path / "data")
     assert benched(tmp_path, "--real_data", "--vocab_size=none", f"--data_dir={data}")["n_params"] > 0
-    with pytest.raises(ValueError, match="real_data needs data_dir"):
+    with pytest.raises(ValueError, match="data_dir is none; set it"):
         benched(tmp_path, "--real_data")
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -251,3 +252,25 @@ def test_a_run_knows_its_tokenizer(tmp_path):
     assert tokenizer_of(tmp_path) == "gpt2"
     (tmp_path / "meta.json").write_text('{"tokenizer": "tokenizer.json"}')
     assert tokenizer_of(tmp_path) == str(tmp_path / "tokenizer.json")
+
+
+def test_copies_under_other_names_are_no_checkpoints(saved):
+    run_dir, _, _ = saved
+    for name in ("step_best", "step_00000007_backup"):
+        shutil.copytree(run_dir / "ckpt/step_00000007", run_dir / "ckpt" / name)
+    assert [path.name for path in checkpoints(run_dir)] == ["step_00000007"]
+
+
+def test_losses_that_are_no_numbers_and_damaged_manifests_are_never_the_best(tmp_path):
+    assert kept(tmp_path, {1: float("nan"), 2: 2.0, 3: 1.0, 4: 3.0}, keep_checkpoints=1) == [3, 4]
+    damaged = checkpoints(tmp_path)[0]
+    (damaged / "manifest.json").write_text("{")
+    remove_old_checkpoints(tmp_path, RunConfig(keep_checkpoints=1))  # does not stop a run over an old one
+    assert damaged not in checkpoints(tmp_path)
+
+
+def test_a_tokenizer_that_is_not_the_datas_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": "tokenizer.json", "tokenizer_sha256": "0" * 64}))
+    with pytest.raises(ValueError, match="not the tokenizer that the data was made with"):
+        tokenizer_of(tmp_path)

@@ -457,3 +457,17 @@ def test_batch_tokens_that_no_micro_batch_size_divides_name_the_nearest_that_fit
     with pytest.raises(ValueError, match=f"; batch_tokens {fits} would fit"):
         accumulation_steps(DataConfig(batch_tokens=batch_tokens, micro_batch_size=5), 7, 2)
     accumulation_steps(DataConfig(batch_tokens=fits, micro_batch_size=5), 7, 2)
+
+
+def test_split_is_a_word_of_a_files_name_not_a_part_of_one(tmp_path):
+    for name in ("medieval_train_000001.bin", "medieval_val_000000.bin"):
+        header = np.zeros(256, np.int32)
+        header[:3] = 20240520, 1, 50
+        (tmp_path / name).write_bytes(header.tobytes() + np.zeros(50, np.uint16).tobytes())
+    assert [path.name for path in Split(tmp_path, "val", 1000).paths] == ["medieval_val_000000.bin"]
+    assert [path.name for path in Split(tmp_path, "train", 1000).paths] == ["medieval_train_000001.bin"]
+
+
+def test_remedy_for_huge_numbers_comes_at_once():
+    with pytest.raises(ValueError, match="is not a multiple of"):
+        accumulation_steps(DataConfig(batch_tokens=10**15, micro_batch_size=3), 1024, 1)

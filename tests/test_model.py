@@ -378,3 +378,8 @@ def test_tied_head_is_one_parameter_with_the_embedding_and_an_untied_one_is_not(
 def test_impossible_shapes_are_named(wrong, told):
     with pytest.raises(ValueError, match=told):
         replace(SMALL, **wrong)
+
+
+def test_remedy_for_a_huge_width_comes_at_once():
+    with pytest.raises(ValueError, match="n_embd 100000000000 is not a multiple of n_head 3"):
+        ModelConfig(n_embd=10**11, n_head=3)

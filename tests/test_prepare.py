@@ -5,7 +5,10 @@ import functools
 import gzip
 import http.server
 import json
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -392,7 +395,7 @@ def test_damaged_parquet_file_is_named(text_file, tmp_path):
     ("--val_fraction=0", "val_fraction is 0.0; it must be above 0 and below 1"),
     ("--val_fraction=1", "val_fraction is 1.0; it must be above 0 and below 1"),
     ("--shard_tokens=0", "shard_tokens is 0; it must be at least 1"),
-    ("--doc_separator=", "doc_separator is empty"),
+    ("--doc_separator=", "--doc_separator must be text or none"),
     ("--tokenizer=gpt-2", "tokenizer 'gpt-2' is unknown"),
     ("--dataset=shakespeare", "dataset shakespeare are both set; give one"),
 ])  # fmt: skip
@@ -529,3 +532,45 @@ def test_stdlib_files_are_held_out_by_the_hash_of_their_path(stdlib):
         size[split] += len(piece)
     assert size["val"] == sum(path.stat().st_size for path in held_out)
     assert size["train"] + size["val"] == stdlib.bytes
+
+
+def test_fineweb_does_not_go_into_a_folder_of_other_data(tmp_path, text_file):
+    run(tmp_path / "data", f"--input={text_file('a text ' * 99)}")
+    before = read_meta(tmp_path / "data")
+    source = write_fineweb(tmp_path / "hub", 1)
+    with pytest.raises(ValueError, match="holds other data"):
+        run(tmp_path / "data", "--dataset=fineweb10b", f"--input={source}", "--max_shards=1", tokenizer="gpt2")
+    assert read_meta(tmp_path / "data") == before
+
+
+def test_fineweb_cut_short_is_not_taken_for_whole(tmp_path):
+    source = write_fineweb(tmp_path / "hub", 2)
+    refused(tmp_path / "data", "--dataset=fineweb10b", f"--input={source}", "--max_shards=3", tokenizer="gpt2")
+    with pytest.raises(ValueError, match="unfinished prepare"):
+        Split(tmp_path / "data", "train", 50257)
+
+
+def test_fineweb_comes_in_tokens_of_gpt2_alone(tmp_path):
+    assert "comes in tokens of gpt2" in refused(tmp_path / "data", "--dataset=fineweb10b")
+
+
+def test_folder_that_cannot_be_made_is_named(tmp_path, text_file):
+    path = text_file("a text " * 99)
+    assert f"data_dir {path}/data cannot be made" in refused(Path(path) / "data", f"--input={path}")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="children are found through /proc")
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    (tmp_path / "in.txt").write_text("a line of text\n" * 3_000_000)
+    command = [sys.executable, str(ROOT / "prepare.py"), f"--input={tmp_path}/in.txt", "--tokenizer=byte", "--workers=2"]
+    parent = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    deadline, found = time.monotonic() + 30, []
+    while len(found) < 2 and parent.poll() is None and time.monotonic() < deadline:
+        found = children.read_text().split()
+    parent.kill()
+    parent.wait()
+    assert len(found) == 2
+    while any(Path(f"/proc/{child}").exists() for child in found) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{child}").exists() for child in found)

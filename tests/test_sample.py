@@ -222,3 +222,16 @@ def test_a_prompt_file_that_is_no_text_is_refused(run_dir, capsys, tmp_path):
 def test_impossible_requests_are_refused_by_name(args, told, capsys):
     with pytest.raises(ValueError, match=told):
         sampled(capsys, *args)
+
+
+def test_a_tiny_temperature_is_greedy():
+    logits = torch.randn(5, 37, generator=torch.Generator().manual_seed(1))
+    drawn = draw(logits, SampleConfig(temperature=1e-40), torch.Generator().manual_seed(2))
+    assert torch.equal(drawn, logits.argmax(-1))
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path, capsys):
+    data = write_data(tmp_path / "data", tokenizer="byte")
+    run_dir = run(data, tmp_path / "run", max_steps=1)
+    with pytest.raises(ValueError, match="has 261 ids, the model a vocab_size of 37"):
+        sampled(capsys, f"--out_dir={run_dir}")
