@@ -223,14 +223,6 @@ def tokenizer_of(run_dir):
     return str(file)
 
 
-@contextlib.contextmanager
-def _quietly():
-    """Without torch's warning, at each save and load, that one process is one process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        yield
-
-
 def open_log(out_dir, step):
     """Opens log.jsonl to go on from a step: without what lies past it, or a line that was cut short.
 
@@ -245,6 +237,14 @@ def open_log(out_dir, step):
         partial.write_text("".join(line for line in lines if _step_of(line) <= step), encoding="utf-8")
         os.replace(partial, path)
     return open(path, "a", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _quietly():
+    """Without torch's warning, at each save and load, that one process is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _step_of(line):

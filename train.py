@@ -92,7 +92,7 @@ def main(cfg):
         distribute(model, cfg.parallel, world, cfg.run.seed)
         optimizer = build_optimizer(model, cfg.optim)
         scaler = torch.amp.GradScaler(world.device.type, enabled=world.precision == "fp16")
-        settings = as_dict(cfg) | {"data": f"{train_split.fingerprint()}-{val_split.fingerprint()}"}
+        settings = as_dict(cfg) | {"data_fingerprint": f"{train_split.fingerprint()}-{val_split.fingerprint()}"}
         state, changes = resume_or_init(cfg, settings, model, optimizer, scaler, world)
         if state.step and (state.step >= last_step or has_reached_target(state, cfg)):
             return say_finished(cfg, state, world)
@@ -214,7 +214,12 @@ def resume_or_init(cfg, settings, model, optimizer, scaler, world):
             f"resume is never, and {cfg.run.out_dir} has checkpoints; use another --out_dir, or --resume=auto to go on"
         )
     manifest = read_manifest(found[-1])
-    fixed = {field.name for field in dataclasses.fields(ModelConfig)} | {"seq_len", "seed", "optimizer", "data"}
+    fixed = {field.name for field in dataclasses.fields(ModelConfig)} | {
+        "seq_len",
+        "seed",
+        "optimizer",
+        "data_fingerprint",
+    }
     changes = changed_settings(manifest["settings"], settings, fixed)
     load_checkpoint(found[-1], model, optimizer)
     if manifest["scaler"]:

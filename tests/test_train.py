@@ -273,7 +273,7 @@ def test_changes_of_model_data_seed_or_optimizer_are_refused_all_at_once(data_di
     for change in ("n_layer: 3 -> 2", "seed: 1337 -> 5", "optimizer: adamw -> sgd", "seq_len: 7 -> 6", "--out_dir="):
         assert change in str(error.value)
     assert "learning_rate" not in str(error.value)
-    with pytest.raises(ValueError, match="data: .* -> "):
+    with pytest.raises(ValueError, match="data_fingerprint: .* -> "):
         run(write_data(tmp_path / "other", seed=8), out_dir)
     assert before == {p: p.read_bytes() for p in out_dir.rglob("*") if p.is_file()}
 
