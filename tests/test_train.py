@@ -23,7 +23,8 @@ import train
 from checkpoint import checkpoints, load_checkpoint, load_model, newest_checkpoint, read_manifest
 from data import Split, TrainOrder
 from model import ModelConfig, Transformer
-from optim import OptimConfig, lr_at
+from optim import OptimConfig, build_optimizer, lr_at
+from parallel import World
 from ranks import (
     SMALL, copy_run, on_ranks, records, run, settings, start, train_in_child, without_matplotlib, write_data,
 )  # fmt: skip
@@ -560,3 +561,37 @@ def test_kill_9_of_the_command_itself_changes_no_loss(data_dir, tmp_path):
     assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
     train.main(dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, out_dir=str(tmp_path / "whole"))))
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+# ---- fp16's scaler
+
+def test_a_step_with_a_gradient_scaler_is_the_step_without_one():
+    """The path that fp16 takes on CUDA, in float32 on the CPU: scaling by a power of two changes no bit."""
+    weights, norms = [], []
+    for enabled in (True, False):
+        model = Transformer(ModelConfig(vocab_size=37, block_size=11, n_layer=2, n_head=5, n_embd=20))
+        model.init_weights(seed=1)
+        optimizer = build_optimizer(model, OptimConfig(learning_rate=1e-2))
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=enabled)
+        ids = torch.randint(37, (3, 8), generator=torch.Generator().manual_seed(1))
+        for _ in range(3):
+            batches = [(ids[:, :-1], ids[:, 1:])] * 2
+            _, norm = train.train_step(model, optimizer, scaler, batches, 0.5, World(0, 1, torch.device("cpu"), "fp32"))
+        norms.append(norm)
+        weights.append(model.state_dict())
+        json.dumps(scaler.state_dict())  # as the manifest of a checkpoint holds it
+    assert torch.equal(*norms)
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_step_whose_gradient_overflows_is_skipped_and_the_scale_lowered():
+    model = Transformer(ModelConfig(vocab_size=37, block_size=11, n_layer=2, n_head=5, n_embd=20))
+    model.init_weights(seed=1)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    optimizer = build_optimizer(model, OptimConfig(learning_rate=1e-2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=3e38)
+    ids = torch.randint(37, (3, 8), generator=torch.Generator().manual_seed(1))
+    batches = [(ids[:, :-1], ids[:, 1:])] * 2
+    train.train_step(model, optimizer, scaler, batches, 0.5, World(0, 1, torch.device("cpu"), "fp32"))
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert scaler.get_scale() < 3e38
