@@ -55,6 +55,9 @@ class Settings:
     parallel: ParallelConfig
     presets: tuple = ()
 
+    def __post_init__(self):
+        seq_len_of(self)  # raises where it does not fit the model
+
 
 def main(cfg):
     with init_world(cfg.parallel) as world:

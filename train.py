@@ -65,6 +65,9 @@ class Settings:
     train: TrainConfig
     presets: tuple = ()
 
+    def __post_init__(self):
+        seq_len_of(self)  # raises where it does not fit the model
+
 
 @dataclass
 class State:

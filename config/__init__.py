@@ -85,9 +85,14 @@ def load(settings_type, argv):
             sections[section.name] = section.type(**own)
         except ValueError as error:
             errors.append(str(error))
-    if not errors:
-        return settings_type(**sections, presets=tuple(presets))
-    raise ValueError("\n".join(errors))
+    if sections.keys() == {section.name for section in _sections(settings_type)}:
+        try:
+            cfg = settings_type(**sections, presets=tuple(presets))
+        except ValueError as error:  # of settings of several classes together
+            errors.append(str(error))
+    if errors:
+        raise ValueError("\n".join(errors))
+    return cfg
 
 
 def settings_of(settings_type):

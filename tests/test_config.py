@@ -379,3 +379,10 @@ def test_mistake_that_no_file_of_the_project_foresaw_keeps_its_traceback(monkeyp
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--input=x"])
     with pytest.raises(ValueError, match="empty separator"):  # of bytes.split, in a line of corpus.py
         config.run_script(lambda cfg: list(corpus._split_file(__file__, b"")), prepare.Settings, prepare.__doc__)
+
+
+def test_settings_that_do_not_fit_each_other_are_listed_with_the_other_mistakes():
+    with pytest.raises(ValueError) as error:
+        config.load(train.Settings, ["--seq_len=999", "--block_size=128", "--lerning_rate=1"])
+    assert "seq_len 999 is above block_size 128" in str(error.value)
+    assert "--lerning_rate is not a setting" in str(error.value)
