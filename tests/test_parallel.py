@@ -50,7 +50,7 @@ def one_step(micro_batch_size):
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             loss, grad_norm = train_step(model, optimizer, scaler, batches, None, world)
-        reduced = sum(event.count for event in profiler.key_averages() if event.key == "gloo:all_reduce")
+        reduced = sum(event.count for event in profiler.key_averages() if event.key == "c10d::allreduce_")
         grads = {name: before[name] - p.detach() for name, p in model.named_parameters()}
         return loss.item(), grad_norm.item(), grads, reduced
 
