@@ -16,11 +16,11 @@ import torch
 
 import plan
 from config import run_script
-from data import DataConfig, Loader, Split, TrainOrder, accumulation_steps, vocab_size_of
-from model import ModelConfig, Transformer
-from optim import OptimConfig, build_optimizer
-from parallel import ParallelConfig, device_name, distribute, end_process, init_world, peak_memory_gib
-from train import prepare_command, seq_len_of, train_step
+from data import DataConfig, Loader, Split, TrainOrder, accumulation_steps
+from model import ModelConfig
+from optim import OptimConfig
+from parallel import ParallelConfig, device_name, end_process, init_world, peak_memory_gib
+from train import build, model_of, prepare_command, seq_len_of, train_step
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,10 @@ class Settings:
 
 def main(cfg):
     with init_world(cfg.parallel) as world:
-        if cfg.model.vocab_size is None:
-            vocab_size = vocab_size_of(cfg.data.data_dir, prepare_command(cfg))
-            cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
+        cfg = dataclasses.replace(cfg, model=model_of(cfg))
         seq_len = seq_len_of(cfg)
         micro_steps = accumulation_steps(cfg.data, seq_len, world.size)
-        with torch.device("meta"):
-            model = Transformer(cfg.model)
-        distribute(model, cfg.parallel, world, seed=1337)
-        optimizer = build_optimizer(model, cfg.optim)
-        scaler = torch.amp.GradScaler(world.device.type, enabled=world.precision == "fp16")
+        model, optimizer, scaler = build(cfg, world, seed=1337)
         batches = (
             real_batches(cfg, seq_len, micro_steps, world)
             if cfg.bench.real_data
@@ -122,6 +116,7 @@ def real_batches(cfg, seq_len, micro_steps, world):
 
 def measure(cfg, model, seq_len, micro_steps, timed_micro_steps, times, world):
     """The figures of a benchmark; a step's time is the median's."""
+    peak_memory = world.worst(peak_memory_gib(world.device))  # before the matmul that measures an unknown peak
     seconds = statistics.median(times)
     tokens = timed_micro_steps * cfg.data.micro_batch_size * seq_len * world.size
     peak, peak_name = plan.peak_flops(world.device, world.precision)
@@ -147,7 +142,7 @@ def measure(cfg, model, seq_len, micro_steps, timed_micro_steps, times, world):
         "mfu_causal": tokens / seconds * flops[True] / (peak * world.size),
         "peak_tflops": peak / 1e12,
         "peak_name": peak_name,
-        "peak_memory_gib": world.worst(peak_memory_gib(world.device)),
+        "peak_memory_gib": peak_memory,
     }
 
 

@@ -134,6 +134,11 @@ def open_shard(path):
     return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(count,)) if count else np.empty(0, dtype)
 
 
+def is_own_shard(path):
+    """Whether prepare.py wrote a file, by its first bytes."""
+    return _head(path).startswith(MAGIC)
+
+
 def _head(path):
     with open(path, "rb") as file:
         return file.read(1024)
@@ -182,7 +187,7 @@ def _fault(folder, split, paths, meta):
     if not paths:
         return f"holds no {split} tokens"
     if not meta:
-        unfinished = any(_head(path).startswith(MAGIC) for path in paths)
+        unfinished = any(map(is_own_shard, paths))
         return "holds shards but no meta.json, which comes last: an unfinished prepare" if unfinished else None
     odd = sorted({path.name for path in paths} ^ set(meta["splits"][split]["shards"]))
     return f"does not hold the {split} shards of its meta.json: {', '.join(odd)} is missing or extra" if odd else None
@@ -243,15 +248,14 @@ def permute(index, n, key):
     """
     half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
+    factors = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9], dtype=np.uint64)  # odd and well-mixing
     rounds = np.random.SeedSequence(key).generate_state(6, np.uint64)
     out, todo = index.astype(np.uint64), np.ones(len(index), dtype=bool)
     while todo.any():
         left, right = out[todo] >> half, out[todo] & mask
         for round_key in rounds:
-            mixed = (right ^ round_key) * np.uint64(
-                0x9E3779B97F4A7C15
-            )  # 2**64 / golden ratio: an odd, well-mixing factor
-            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (right ^ round_key) * factors[0]
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * factors[1]
             left, right = right, left ^ (mixed >> np.uint64(32)) & mask
         out[todo] = left << half | right
         todo[todo] = out[todo] >= n

@@ -29,8 +29,8 @@ import numpy as np
 
 from config import as_dict, only, run_script
 from corpus import Corpus
-from data import MAGIC, DataConfig, ShardWriter, open_shard, read_meta
-from tokenizer import file_sha256, load_tokenizer, train_bpe
+from data import DataConfig, ShardWriter, is_own_shard, open_shard, read_meta
+from tokenizer import SMALLEST_BPE, file_sha256, load_tokenizer, train_bpe
 
 TASK_BYTES = 1 << 20  # text that goes to a worker at a time
 BPE_BYTES = 200 << 20  # text that a BPE is learnt from, at most
@@ -62,10 +62,8 @@ class PrepareConfig:
             wrong.append(f"input {self.input} and dataset {self.dataset} are both set; give one")
         if self.dataset == "fineweb10b" and self.tokenizer != "gpt2":
             wrong.append(f"tokenizer is {self.tokenizer}, but dataset fineweb10b comes in tokens of gpt2; leave it out")
-        if not 261 <= self.bpe_vocab_size <= 2**24:
-            wrong.append(
-                f"bpe_vocab_size is {self.bpe_vocab_size}; it must be 261 (256 bytes, 5 special tokens) to {2**24}"
-            )
+        if not SMALLEST_BPE <= self.bpe_vocab_size <= 2**24:
+            wrong.append(f"bpe_vocab_size is {self.bpe_vocab_size}; it must be {SMALLEST_BPE} to {2**24}")
         if wrong:
             raise ValueError("\n".join(wrong))
 
@@ -234,7 +232,10 @@ def _encode(group, tokenizer_name, dtype):
 def clear_unfinished(folder):
     """Removes what an interrupted prepare left; refuses a folder with token files of others."""
     make_folder(folder)
-    leftovers = [p for p in folder.iterdir() if p.name.endswith(".part") or is_ours(p)]
+    named = re.compile(r"(train|val)_\d{6}\.bin")
+    leftovers = [
+        p for p in folder.iterdir() if p.name.endswith(".part") or (named.fullmatch(p.name) and is_own_shard(p))
+    ]
     if foreign := sorted(p.name for p in folder.glob("*.bin") if p not in leftovers):
         raise ValueError(
             f"{folder} holds token files that are not of prepare.py: {', '.join(foreign[:3])}; use another --data_dir"
@@ -249,14 +250,6 @@ def make_folder(folder):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"data_dir {folder} cannot be made ({error.strerror}); use another --data_dir") from error
-
-
-def is_ours(path):
-    """Whether a file is a shard of prepare.py, by its name and its first bytes."""
-    if not re.fullmatch(r"(train|val)_\d{6}\.bin", path.name):
-        return False
-    with open(path, "rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
 
 
 def write_meta(folder, meta):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|mask|>", "<|cls|>", "<|sep|>")  # follow the text ids of byte and bpe
+SMALLEST_BPE = 256 + len(SPECIALS)  # ids of a bpe that has learnt nothing
 
 # GPT-2's way of cutting text into words, within which bytes merge; `tokenizers` calls it ByteLevel.
 GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+"""
@@ -103,10 +104,9 @@ def train_bpe(texts, vocab_size, path):
         import tokenizers
     except ImportError as error:
         raise ValueError("tokenizer bpe needs tokenizers; install it with: pip install tokenizers") from error
-    least = 256 + len(SPECIALS)
-    if vocab_size < least:
+    if vocab_size < SMALLEST_BPE:
         raise ValueError(
-            f"bpe_vocab_size is {vocab_size}; it must be at least {least}: 256 bytes and {len(SPECIALS)} special tokens"
+            f"bpe_vocab_size is {vocab_size}; it must be at least {SMALLEST_BPE}: 256 bytes and {len(SPECIALS)} special tokens"
         )
     words = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())

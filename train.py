@@ -25,7 +25,7 @@ from checkpoint import (
     remove_old_checkpoints,
     save_checkpoint,
 )
-from config import as_dict, load, run_script
+from config import as_dict, preset_value, run_script
 from data import IGNORE, DataConfig, Loader, Split, TrainOrder, accumulation_steps, eval_batches, vocab_size_of
 from log import Log
 from model import ModelConfig, Transformer
@@ -90,11 +90,7 @@ def main(cfg):
         micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, world.size)
         last_step = cfg.optim.last_step(cfg.data.batch_tokens)
 
-        with torch.device("meta"):
-            model = Transformer(cfg.model)
-        distribute(model, cfg.parallel, world, cfg.run.seed)
-        optimizer = build_optimizer(model, cfg.optim)
-        scaler = torch.amp.GradScaler(world.device.type, enabled=world.precision == "fp16")
+        model, optimizer, scaler = build(cfg, world, cfg.run.seed)
         settings = as_dict(cfg) | {"data_fingerprint": f"{train_split.fingerprint()}-{val_split.fingerprint()}"}
         state, changes = resume_or_init(cfg, settings, model, optimizer, scaler, world)
         if state.step and (state.step >= last_step or has_reached_target(state, cfg)):
@@ -126,6 +122,15 @@ def main(cfg):
                 log.step(state, loss, grad_norm, optimizer.param_groups[0]["lr"], waited)
             loader.close()
             log.end(state, has_reached_target(state, cfg))
+
+
+def build(cfg, world, seed):
+    """The model, ready to train on this rank, its optimizer, and the gradient scaler, which only fp16 uses."""
+    with torch.device("meta"):
+        model = Transformer(cfg.model)
+    distribute(model, cfg.parallel, world, seed)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=world.precision == "fp16")
+    return model, build_optimizer(model, cfg.optim), scaler
 
 
 def train_step(model, optimizer, scaler, batches, grad_clip, world):
@@ -177,14 +182,19 @@ def resolve(cfg):
     """The settings with what they leave open filled in: the data's vocabulary, seq_len, out_dir."""
     if cfg.run.save_interval and importlib.util.find_spec("safetensors") is None:
         raise ValueError("checkpoints need safetensors: pip install safetensors, or --save_interval=none to go without")
-    vocab_size = cfg.model.vocab_size or vocab_size_of(cfg.data.data_dir, prepare_command(cfg))
     out_dir = cfg.run.out_dir or f"out/{Path(cfg.presets[-1]).stem if cfg.presets else 'run'}"
     return dataclasses.replace(
         cfg,
-        model=dataclasses.replace(cfg.model, vocab_size=vocab_size),
+        model=model_of(cfg),
         data=dataclasses.replace(cfg.data, seq_len=seq_len_of(cfg)),
         run=dataclasses.replace(cfg.run, out_dir=out_dir),
     )
+
+
+def model_of(cfg):
+    """The model's settings, with the data's vocabulary where vocab_size is none."""
+    vocab_size = cfg.model.vocab_size or vocab_size_of(cfg.data.data_dir, prepare_command(cfg))
+    return dataclasses.replace(cfg.model, vocab_size=vocab_size)
 
 
 def seq_len_of(cfg):
@@ -197,7 +207,7 @@ def seq_len_of(cfg):
 
 def prepare_command(cfg):
     """The command that makes the data of these settings: the presets', if they name data_dir, or one for own text."""
-    if cfg.presets and load(type(cfg), cfg.presets).data.data_dir == cfg.data.data_dir:
+    if cfg.presets and preset_value(cfg.presets, "data_dir") == cfg.data.data_dir:
         return shlex.join(["python", "prepare.py", *cfg.presets])
     return f"python prepare.py --input=FILES --data_dir={cfg.data.data_dir}"
 
@@ -217,12 +227,8 @@ def resume_or_init(cfg, settings, model, optimizer, scaler, world):
             f"resume is never, and {cfg.run.out_dir} has checkpoints; use another --out_dir, or --resume=auto to go on"
         )
     manifest = read_manifest(found[-1])
-    fixed = {field.name for field in dataclasses.fields(ModelConfig)} | {
-        "seq_len",
-        "seed",
-        "optimizer",
-        "data_fingerprint",
-    }
+    model_settings = [field.name for field in dataclasses.fields(ModelConfig)]
+    fixed = {"seq_len", "seed", "optimizer", "data_fingerprint", *model_settings}
     changes = changed_settings(manifest["settings"], settings, fixed)
     load_checkpoint(found[-1], model, optimizer)
     if manifest["scaler"]:

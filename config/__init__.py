@@ -95,6 +95,11 @@ def load(settings_type, argv):
     return cfg
 
 
+def preset_value(presets, name):
+    """What preset files by themselves set a name to, the last one first; None where they do not."""
+    return next((names[name] for path in reversed(presets) if name in (names := _run_preset(path, []))), None)
+
+
 def settings_of(settings_type):
     """{name: (section, field)} of every setting that a script takes, in order."""
     found = {}

@@ -386,3 +386,12 @@ def test_settings_that_do_not_fit_each_other_are_listed_with_the_other_mistakes(
         config.load(train.Settings, ["--seq_len=999", "--block_size=128", "--lerning_rate=1"])
     assert "seq_len 999 is above block_size 128" in str(error.value)
     assert "--lerning_rate is not a setting" in str(error.value)
+
+
+def test_preset_that_only_the_command_line_completes_still_names_its_data(tmp_path):
+    preset = tmp_path / "heads.py"
+    preset.write_text("n_head = 5\ndata_dir = 'data/mine'\n")
+    cfg = config.load(train.Settings, [str(preset), "--n_embd=20"])
+    assert train.prepare_command(cfg) == f"python prepare.py {preset}"
+    cfg = config.load(train.Settings, [str(preset), "--n_embd=20", "--data_dir=data/books"])
+    assert train.prepare_command(cfg) == "python prepare.py --input=FILES --data_dir=data/books"
