@@ -136,33 +136,16 @@ def _texts(corpus):
 
 
 def tokenize(corpus, tokenizer_name, cfg, folder):
-    """Encodes the corpus over several processes and writes its shards; returns what meta.json says of them."""
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ValueError("prepare.py needs tqdm; install it with: pip install tqdm") from error
+    """Encodes the corpus and writes its shards; returns what meta.json says of them."""
     tokenizer = load_tokenizer(tokenizer_name)
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     writers = {split: ShardWriter(folder, split, dtype, cfg.shard_tokens) for split in ("train", "val")}
     counts = {split: collections.Counter(documents=0, tokens=0, bytes=0) for split in writers}
     notes = collections.Counter()
-    workers = min(cfg.workers or os.cpu_count(), 4 * os.cpu_count())  # more would only cost memory
-    # fork, where it is safe: other ways import torch anew in each process, for seconds.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with (
-        ProcessPoolExecutor(workers, context, _end_with_parent) as pool,
-        tqdm(total=corpus.bytes, unit="B", unit_scale=True, disable=None) as progress,
-    ):
-        pending = collections.deque()  # bounded, so that memory is, whatever the corpus
-        for group in itertools.chain(_grouped(corpus.pieces()), [None] * (2 * workers + 1)):
-            if group is not None:
-                pending.append(pool.submit(_encode, group, tokenizer_name, dtype))
-            if pending and (group is None or len(pending) > 2 * workers):
-                for split, tokens, n_documents, n_bytes, n_bad in pending.popleft().result():
-                    writers[split].write(tokens)
-                    counts[split].update(documents=n_documents, tokens=len(tokens), bytes=n_bytes)
-                    notes.update({"pieces with bytes that are not UTF-8, replaced by U+FFFD": n_bad} if n_bad else {})
-                    progress.update(n_bytes)
+    for split, tokens, n_documents, n_bytes, n_bad in encoded(corpus, tokenizer_name, dtype, cfg.workers):
+        writers[split].write(tokens)
+        counts[split].update(documents=n_documents, tokens=len(tokens), bytes=n_bytes)
+        notes.update({"pieces with bytes that are not UTF-8, replaced by U+FFFD": n_bad} if n_bad else {})
     for split, count in counts.items():
         if not count["tokens"]:
             raise ValueError(
@@ -178,6 +161,29 @@ def tokenize(corpus, tokenizer_name, cfg, folder):
     if tokenizer_name.endswith(".json"):
         meta |= {"tokenizer": "tokenizer.json", "tokenizer_sha256": file_sha256(tokenizer_name)}
     return meta | {"splits": {split: dict(counts[split]) | {"shards": writers[split].finish()} for split in writers}}
+
+
+def encoded(corpus, tokenizer_name, dtype, workers):
+    """Yields what _encode makes of the corpus, in its order, over several processes and with a progress bar."""
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ValueError("prepare.py needs tqdm; install it with: pip install tqdm") from error
+    workers = min(workers or os.cpu_count(), 4 * os.cpu_count())  # more would only cost memory
+    # fork, where it is safe: other ways import torch anew in each process, for seconds.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with (
+        ProcessPoolExecutor(workers, context, _end_with_parent) as pool,
+        tqdm(total=corpus.bytes, unit="B", unit_scale=True, disable=None) as progress,
+    ):
+        pending = collections.deque()  # bounded, so that memory is, whatever the corpus
+        for group in itertools.chain(_grouped(corpus.pieces()), [None] * (2 * workers + 1)):
+            if group is not None:
+                pending.append(pool.submit(_encode, group, tokenizer_name, dtype))
+            if pending and (group is None or len(pending) > 2 * workers):
+                for result in pending.popleft().result():
+                    yield result
+                    progress.update(result[3])
 
 
 def _grouped(pieces):

@@ -106,7 +106,8 @@ def train_bpe(texts, vocab_size, path):
         raise ValueError("tokenizer bpe needs tokenizers; install it with: pip install tokenizers") from error
     if vocab_size < SMALLEST_BPE:
         raise ValueError(
-            f"bpe_vocab_size is {vocab_size}; it must be at least {SMALLEST_BPE}: 256 bytes and {len(SPECIALS)} special tokens"
+            f"bpe_vocab_size is {vocab_size}; it must be at least {SMALLEST_BPE}: "
+            f"256 bytes and {len(SPECIALS)} special tokens"
         )
     words = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
