@@ -1,9 +1,11 @@
-"""The network: one Transformer that is GPT-2, exactly.
+"""The network: one Transformer that is GPT-2 or BERT, exactly, or a present-day decoder or encoder.
 
 Tensor dimensions, here and everywhere in the project:
     B batch   T tokens of a sequence   C width (n_embd)   H heads   D width of a head   V vocabulary   N rows, B * T
+    K masked positions of a sequence
 """
 
+import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -15,40 +17,84 @@ from torch import nn
 
 IGNORE = -100  # a target that takes no part in the loss
 
+# The non-linearity of each kind of MLP. GPT-2's GELU is the tanh approximation, BERT's (and nanoGPT's) the exact one.
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "swiglu": F.silu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
+    objective: Literal["clm", "mlm"] = "clm"  # clm: the next token, seeing those before; mlm: masked ones, seeing all
     vocab_size: int | None = 50257  # number of token ids, the real one; none: the data's
     block_size: int = 1024  # longest sequence, in tokens
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads
+    n_kv_head: int | None = None  # heads of keys and values, shared by equally many of queries; none: n_head
+    head_dim: int | None = None  # width of a head; none: n_embd / n_head
     n_embd: int = 768  # width of the residual stream
     n_inner: int | None = None  # width of the MLP; none: 4 * n_embd
-    mlp: Literal["gelu_tanh", "gelu"] = "gelu_tanh"  # GPT-2's GELU is the tanh approximation, nanoGPT's the exact one
-    bias: bool = True  # biases in linear layers and norms
+    mlp: Literal["gelu_tanh", "gelu", "swiglu", "relu2"] = "gelu_tanh"  # gelu_tanh is GPT-2's, gelu BERT's
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # kind of norm
+    norm_position: Literal["pre", "post"] = "pre"  # pre: before each branch, GPT-2's; post: after each sum, BERT's
     norm_eps: float = 1e-5  # added to the variance in norms
+    qk_norm: bool = False  # normalise queries and keys, head by head
+    position: Literal["learned", "rope"] = "learned"  # a table of positions, or rotations of queries and keys
+    rope_theta: float = 10_000.0  # base of rope's wavelengths
+    n_token_types: int | None = None  # token types, of which BERT has 2; none: no table of them
+    bias: bool = True  # biases in linear layers and norms
     dropout: float = 0.0  # after the embedding, in attention and after each residual branch
+    label_smoothing: float = 0.0  # share of the target that training spreads over the whole vocabulary
     tie_embeddings: bool = True  # the head's weight is the token embedding
 
     def __post_init__(self):
+        counts = ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "n_inner")
         wrong = [
             f"{name} is {getattr(self, name)}; it must be at least 1"
-            for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_inner")
+            for name in (*counts, "n_token_types")
             if getattr(self, name) is not None and getattr(self, name) < 1
         ]
-        if not wrong and self.n_embd % self.n_head:
-            near = [h for h in range(1, min(self.n_embd, 4 * self.n_head, 10_000) + 1) if self.n_embd % h == 0]
-            near = sorted(sorted(near, key=lambda h: abs(h - self.n_head))[:3])
+        if not wrong and self.head_dim is None and self.n_embd % self.n_head:
             wrong.append(
                 f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; "
-                f"n_head {', '.join(map(str, near))} would fit"
+                f"n_head {_near_divisors(self.n_embd, self.n_head)} would fit"
+            )
+        elif not wrong and self.position == "rope" and self.head_width % 2:
+            wrong.append(f"head_dim is {self.head_width}; rope turns pairs, so it must be even")
+        if not wrong and self.n_head % self.kv_heads:
+            wrong.append(
+                f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}; "
+                f"n_kv_head {_near_divisors(self.n_head, self.n_kv_head)} would fit"
             )
         if self.norm_eps < 0:
             wrong.append(f"norm_eps is {self.norm_eps}; it must not be negative")
-        if not 0 <= self.dropout < 1:
-            wrong.append(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        if self.rope_theta <= 0:
+            wrong.append(f"rope_theta is {self.rope_theta}; it must be above 0")
+        wrong += [
+            f"{name} is {getattr(self, name)}; it must be at least 0 and below 1"
+            for name in ("dropout", "label_smoothing")
+            if not 0 <= getattr(self, name) < 1
+        ]
         if wrong:
             raise ValueError("\n".join(wrong))
+
+    @property
+    def kv_heads(self):
+        """Heads of keys and values."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_width(self):
+        """Width of a head."""
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def inner_width(self):
+        """Width of the MLP."""
+        return self.n_inner or 4 * self.n_embd
 
     @property
     def padded_vocab_size(self):
@@ -56,61 +102,118 @@ class ModelConfig:
         return -(-self.vocab_size // 64) * 64
 
 
+def _near_divisors(number, wanted):
+    """The three divisors of a number nearest to the one wanted, as text."""
+    divisors = [d for d in range(1, min(number, 4 * wanted, 10_000) + 1) if number % d == 0]
+    return ", ".join(map(str, sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:3])))
+
+
+def _norm(cfg, width):
+    if cfg.norm == "rmsnorm":
+        return nn.RMSNorm(width, eps=cfg.norm_eps)
+    return nn.LayerNorm(width, eps=cfg.norm_eps, bias=cfg.bias)
+
+
+def rope_table(positions, head_dim, theta):
+    """Cosines and sines (T, D / 2) of the angles by which rope turns heads at positions (T,); arXiv 2104.09864."""
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
+    angles = positions[:, None] * frequencies  # T D/2
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, rope):
+    """x (B, H, T, D) turned by its positions' angles; the pairs are channels i and i + D / 2, as in Llama."""
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+
+
 class Attention(nn.Module):
-    """Multi-head causal self-attention."""
+    """Multi-head self-attention, causal or to both sides."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.head_dim = cfg.n_embd // cfg.n_head
-        self.dropout = cfg.dropout
+        self.head_width, self.causal, self.dropout = cfg.head_width, cfg.objective == "clm", cfg.dropout
+        queries, keys = cfg.n_head * cfg.head_width, cfg.kv_heads * cfg.head_width
         # Separate matrices: a shard of each is whole heads, and an optimizer that works on matrices sees each one.
-        self.q = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
-        self.k = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
-        self.v = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
-        self.proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+        self.q = nn.Linear(cfg.n_embd, queries, bias=cfg.bias)
+        self.k = nn.Linear(cfg.n_embd, keys, bias=cfg.bias)
+        self.v = nn.Linear(cfg.n_embd, keys, bias=cfg.bias)
+        self.q_norm = _norm(cfg, cfg.head_width) if cfg.qk_norm else None
+        self.k_norm = _norm(cfg, cfg.head_width) if cfg.qk_norm else None
+        self.proj = nn.Linear(queries, cfg.n_embd, bias=cfg.bias)
 
-    def forward(self, x, cache=None):
+    def forward(self, x, rope=None, mask=None, cache=None):
         B, T, _ = x.shape
         # -1 finds the number of heads, which is smaller where they are shared out over devices.
-        q = self.q(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # B H T D
-        k = self.k(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # B H T D
-        v = self.v(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # B H T D
+        q, k, v = (linear(x).view(B, T, -1, self.head_width) for linear in (self.q, self.k, self.v))  # B T H D
+        if self.q_norm is not None:
+            q, k = self.q_norm(q.type_as(x)), self.k_norm(k.type_as(x))  # in the residual stream's precision
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # B H T D
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.append(k, v)  # B H S D, S tokens so far
-        # After the prompt, tokens come one at a time and may look at everything in the cache.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=self.dropout if self.training else 0.0)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            # After the prompt, tokens come one at a time and may look at everything in the cache.
+            is_causal=self.causal and mask is None and T > 1,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # B T C
 
 
 class MLP(nn.Module):
-    """The position-wise network of a block: up, non-linearity, down."""
+    """The position-wise network of a block: up, non-linearity, down; with a gate beside up in swiglu."""
 
     def __init__(self, cfg):
         super().__init__()
-        n_inner = cfg.n_inner or 4 * cfg.n_embd
-        self.approximate = "tanh" if cfg.mlp == "gelu_tanh" else "none"
-        self.up = nn.Linear(cfg.n_embd, n_inner, bias=cfg.bias)
-        self.down = nn.Linear(n_inner, cfg.n_embd, bias=cfg.bias)
+        self.activation = ACTIVATIONS[cfg.mlp]
+        self.gate = nn.Linear(cfg.n_embd, cfg.inner_width, bias=cfg.bias) if cfg.mlp == "swiglu" else None
+        self.up = nn.Linear(cfg.n_embd, cfg.inner_width, bias=cfg.bias)
+        self.down = nn.Linear(cfg.inner_width, cfg.n_embd, bias=cfg.bias)
 
     def forward(self, x):
-        return self.down(F.gelu(self.up(x), approximate=self.approximate))
+        if self.gate is not None:
+            return self.down(self.activation(self.gate(x)) * self.up(x))
+        return self.down(self.activation(self.up(x)))
 
 
 class Block(nn.Module):
-    """A Transformer block with its norms before attention and MLP."""
+    """A Transformer block: attention and MLP, each with a norm and added to the residual stream."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.norm1 = nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps, bias=cfg.bias)
+        self.pre = cfg.norm_position == "pre"
+        self.norm1 = _norm(cfg, cfg.n_embd)
         self.attn = Attention(cfg)
-        self.norm2 = nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps, bias=cfg.bias)
+        self.norm2 = _norm(cfg, cfg.n_embd)
         self.mlp = MLP(cfg)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x, cache=None):
-        x = x + self.dropout(self.attn(self.norm1(x), cache))
-        x = x + self.dropout(self.mlp(self.norm2(x)))
-        return x
+    def forward(self, x, rope=None, mask=None, cache=None):
+        if self.pre:
+            x = x + self.dropout(self.attn(self.norm1(x), rope, mask, cache))
+            return x + self.dropout(self.mlp(self.norm2(x)))
+        x = self.norm1(x + self.dropout(self.attn(x, rope, mask, cache)))
+        return self.norm2(x + self.dropout(self.mlp(x)))
+
+
+class Transform(nn.Module):
+    """What BERT puts between its last block and the head of masked tokens."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.dense = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+        self.activation = ACTIVATIONS[cfg.mlp if cfg.mlp.startswith("gelu") else "gelu"]
+        self.norm = _norm(cfg, cfg.n_embd)
+
+    def forward(self, x):
+        return self.norm(self.activation(self.dense(x)))
 
 
 class Transformer(nn.Module):
@@ -120,12 +223,16 @@ class Transformer(nn.Module):
         """Builds the model where torch's default device says; on the meta device that costs nothing."""
         super().__init__()
         self.cfg = cfg
+        post, masked = cfg.norm_position == "post", cfg.objective == "mlm"
         self.wte = nn.Embedding(cfg.padded_vocab_size, cfg.n_embd)
-        self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd)
+        self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd) if cfg.position == "learned" else None
+        self.wtt = nn.Embedding(cfg.n_token_types, cfg.n_embd) if cfg.n_token_types else None
+        self.norm_e = _norm(cfg, cfg.n_embd) if post else nn.Identity()
         self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.norm_f = nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps, bias=cfg.bias)
-        self.head = nn.Linear(cfg.n_embd, cfg.padded_vocab_size, bias=False)
+        self.norm_f = nn.Identity() if post else _norm(cfg, cfg.n_embd)
+        self.transform = Transform(cfg) if masked else nn.Identity()
+        self.head = nn.Linear(cfg.n_embd, cfg.padded_vocab_size, bias=masked and cfg.bias)
         self.tie_weights()
 
     def tie_weights(self):
@@ -133,11 +240,16 @@ class Transformer(nn.Module):
         if self.cfg.tie_embeddings:
             self.head.weight = self.wte.weight
 
-    def forward(self, ids, targets=None, cache=None):
-        """Logits (B, T, V) of ids (B, T); or, given targets (B, T), the float32 sum of cross-entropies.
+    def forward(
+        self, ids, targets=None, positions=None, attention_mask=None, token_types=None, cache=None, count_correct=False
+    ):
+        """Logits (B, T, V) of ids (B, T); or, given targets (B, T), the float32 sum of their cross-entropies.
 
-        Targets that equal IGNORE count nothing. With a cache, ids continue what it holds and logits are those of the
-        last token alone, (B, 1, V).
+        Targets that equal IGNORE count nothing. With positions (B, K) logits and targets are those of these positions
+        alone, (B, K, V) and (B, K). attention_mask (B, T) is False where a token is padding that none may look at,
+        token_types (B, T) are 0 where not given. With a cache, ids continue what it holds and logits are those of the
+        last token alone, (B, 1, V). count_correct, without gradients, returns beside the loss the number of targets
+        that are the likeliest token.
         """
         T, start = ids.shape[1], 0 if cache is None else cache.length
         if start + T > self.cfg.block_size:
@@ -145,22 +257,43 @@ class Transformer(nn.Module):
                 f"{start + T} tokens do not fit into block_size {self.cfg.block_size}; shorten the sequence"
             )
         assert start == 0 or T == 1, f"{T} tokens behind a cache of {start}: after the prompt they come one at a time"
-        x = self.wte(ids) + self.wpe(torch.arange(start, start + T, device=ids.device))  # B T C
-        x = self.dropout(x)
+        place, rope, mask = torch.arange(start, start + T, device=ids.device), None, None
+        x = self.wte(ids)  # B T C
+        if self.wpe is not None:
+            x = x + self.wpe(place)
+        else:
+            rope = rope_table(place, self.cfg.head_width, self.cfg.rope_theta)
+        if self.wtt is not None:
+            x = x + self.wtt(torch.zeros_like(ids) if token_types is None else token_types)
+        x = self.dropout(self.norm_e(x))
+        if attention_mask is not None:
+            mask = attention_mask[:, None, None, :]  # B 1 1 T
+            mask = mask & (place <= place[:, None]) if self.cfg.objective == "clm" else mask
         for i, block in enumerate(self.blocks):
-            x = block(x, None if cache is None else cache.layers[i])
-        x = self.norm_f(x)
-        if targets is not None:
-            return linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), self.cfg.vocab_size)
-        if cache is not None:
+            x = block(x, rope, mask, None if cache is None else cache.layers[i])
+        if positions is not None:
+            x = x.take_along_dim(positions[..., None], dim=1)  # B K C
+        elif cache is not None:
             x = x[:, -1:]
-        return self.head(x)[..., : self.cfg.vocab_size]
+        x = self.transform(self.norm_f(x))
+        if targets is None:
+            return self.head(x)[..., : self.cfg.vocab_size]
+        return linear_cross_entropy(
+            x.flatten(0, 1),
+            self.head.weight,
+            targets.flatten(),
+            self.cfg.vocab_size,
+            self.head.bias,
+            self.cfg.label_smoothing if self.training else 0.0,
+            count_correct,
+        )
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """GPT-2's initialisation: normal with std 0.02, projections into the residual stream over sqrt(2 n_layer).
+        """Normal weights of std 0.02; before pre-norms, projections into the residual stream over sqrt(2 n_layer).
 
-        Each weight is a function of the seed and its own name, so that sharding, or a layer more, changes no other.
+        The latter is GPT-2's, BERT draws all alike. Each weight is a function of the seed and its own name, so that
+        sharding, or a layer more, changes no other.
         """
         for name, param in self.named_parameters():
             if name.endswith("bias"):
@@ -169,7 +302,7 @@ class Transformer(nn.Module):
                 param.fill_(1.0)
             else:
                 std = 0.02
-                if name.endswith(("attn.proj.weight", "mlp.down.weight")):
+                if self.cfg.norm_position == "pre" and name.endswith(("attn.proj.weight", "mlp.down.weight")):
                     std /= math.sqrt(2 * self.cfg.n_layer)
                 key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8])
                 generator = torch.Generator().manual_seed(key)  # CPU: the same numbers whatever the device
@@ -179,9 +312,9 @@ class Transformer(nn.Module):
 
     def num_params(self):
         """Parameters, without the rows that pad the vocabulary; tied ones count once."""
-        padding = (self.cfg.padded_vocab_size - self.cfg.vocab_size) * self.cfg.n_embd
-        tables = 1 if self.cfg.tie_embeddings else 2
-        return sum(p.numel() for p in self.parameters()) - tables * padding
+        padding = self.cfg.padded_vocab_size - self.cfg.vocab_size
+        padded = {p: p.numel() // len(p) for p in (self.wte.weight, self.head.weight, self.head.bias) if p is not None}
+        return sum(p.numel() for p in self.parameters()) - padding * sum(padded.values())
 
 
 class Cache:
@@ -201,7 +334,7 @@ class Cache:
             return self.k[:, :, :end], self.v[:, :, :end]
 
     def __init__(self, cfg, batch_size, device, dtype):
-        shape = (batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
+        shape = (batch_size, cfg.kv_heads, cfg.block_size, cfg.head_width)
         self.layers = [Cache.Layer(shape, device=device, dtype=dtype) for _ in range(cfg.n_layer)]
 
     @property
@@ -218,59 +351,76 @@ class Cache:
 # ---- the loss
 
 
-def linear_cross_entropy(hidden, weight, targets, vocab_size):
-    """Sum over rows of the cross-entropy of hidden @ weight.T, without ever holding all logits.
+def linear_cross_entropy(hidden, weight, targets, vocab_size, bias=None, label_smoothing=0.0, count_correct=False):
+    """Sum over rows of the cross-entropy of hidden @ weight.T + bias, without ever holding all logits.
 
-    hidden (N, C), weight (padded V, C), targets (N,) with IGNORE for rows that count nothing; the result is a float32
-    scalar. Matmuls run in autocast's dtype where it is on, sums in float32. A chunk of rows at a time goes through
-    logits, loss and gradient, so that memory is that of one chunk and of the two gradients. torch 2.13's function of
-    the same name ignores autocast and was 3.6 times slower than plain cross-entropy on a CPU.
+    hidden (N, C), weight (padded V, C), bias (padded V,), targets (N,) with IGNORE for rows that count nothing; the
+    result is a float32 scalar, and with count_correct, which has no gradients, also the number of rows whose target
+    has the largest logit. Matmuls run in autocast's dtype where it is on, sums in float32. A chunk of rows at a time
+    goes through logits, loss and gradient, so that memory is that of one chunk and of the gradients. torch 2.13's
+    function of the same name ignores autocast and was 3.6 times slower than plain cross-entropy on a CPU.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
+        args = hidden, weight, targets, vocab_size, bias, label_smoothing, dtype
         if torch.is_grad_enabled():
-            return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, dtype)
-        return _loss_and_gradients(hidden, weight, targets, vocab_size, dtype, with_gradients=False)[0]
+            assert not count_correct, "targets are counted in evaluation, without gradients"
+            return _LinearCrossEntropy.apply(*args)
+        loss, n_correct, *_ = _loss_and_gradients(*args, with_gradients=False)
+        return (loss, n_correct) if count_correct else loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients are made in forward, where the logits are at hand: backward only scales them."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, vocab_size, dtype):
-        loss, *gradients = _loss_and_gradients(hidden, weight, targets, vocab_size, dtype, with_gradients=True)
+    def forward(ctx, *args):
+        loss, _, *gradients = _loss_and_gradients(*args, with_gradients=True)
         ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
     def backward(ctx, scale):
-        d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * scale, d_weight * scale, None, None, None
+        d_hidden, d_weight, d_bias = (g if g is None else g * scale for g in ctx.saved_tensors)
+        return d_hidden, d_weight, None, None, d_bias, None, None
 
 
-def _loss_and_gradients(hidden, weight, targets, vocab_size, dtype, with_gradients):
+def _loss_and_gradients(hidden, weight, targets, vocab_size, bias, label_smoothing, dtype, with_gradients):
     h, w = hidden.detach().to(dtype), weight.detach().to(dtype)
     # A GPU wants larger matmuls than a CPU, whose caches hold 512 rows; both about 100 to 800 MB of logits at V 50304.
     rows = max(512 if h.device.type == "cpu" else 4096, 2**23 // w.shape[0])
-    loss = torch.zeros((), device=h.device)
+    loss, n_correct = torch.zeros((), device=h.device), torch.zeros((), device=h.device)
     d_hidden = torch.empty_like(hidden) if with_gradients else None
     d_weight = torch.zeros_like(weight) if with_gradients else None
+    d_bias = torch.zeros_like(bias) if with_gradients and bias is not None else None
     for h_chunk, target, out in zip(
         h.split(rows), targets.split(rows), (d_hidden if with_gradients else h).split(rows)
     ):
         valid = (target != IGNORE)[:, None]
         target = target[:, None].where(valid, 0)
         logits = (h_chunk @ w.T).float()  # N V
+        if bias is not None:
+            logits += bias.detach()
         logits[:, vocab_size:] = -math.inf
         logits -= logits.amax(1, keepdim=True)
-        target_logit = logits.gather(1, target)
+        wanted = logits.gather(1, target)
+        if label_smoothing:
+            wanted = wanted.lerp(logits[:, :vocab_size].mean(1, keepdim=True), label_smoothing)
+        if not with_gradients:
+            n_correct += ((logits.argmax(1, keepdim=True) == target) & valid).sum()
         exp = logits.exp_()
         z = exp.sum(1, keepdim=True)
-        loss += ((z.log() - target_logit) * valid).sum()
+        loss += ((z.log() - wanted) * valid).sum()
         if with_gradients:
-            d_logits = exp.mul_(valid / z)  # softmax, minus 1 at the target, and 0 in rows that count nothing
-            d_logits = d_logits.scatter_add_(1, target, -valid.to(exp)).to(dtype)
+            # softmax, minus 1 at the target (or what smoothing leaves of it), and 0 in rows that count nothing
+            d_logits = exp.mul_(valid / z)
+            d_logits.scatter_add_(1, target, valid * d_logits.new_tensor(label_smoothing - 1))
+            if label_smoothing:
+                d_logits[:, :vocab_size] -= valid * (label_smoothing / vocab_size)
+            if bias is not None:
+                d_bias += d_logits.sum(0)
+            d_logits = d_logits.to(dtype)
             out.copy_(d_logits @ w)
             d_weight += d_logits.T @ h_chunk
-    return loss, d_hidden, d_weight
+    return loss, n_correct, d_hidden, d_weight, d_bias

@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class OptimConfig:
-    optimizer: Literal["adamw", "sgd"] = "adamw"  # AdamW, or SGD with momentum beta1
+    optimizer: Literal["adamw", "muon", "adafactor", "sgd"] = "adamw"  # muon: of blocks' matrices, adamw of the rest
     learning_rate: float = 6e-4  # after warm-up
     min_lr: float = 0.0  # where the schedule ends
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"  # wsd: constant, at the end linear
@@ -19,8 +19,9 @@ class OptimConfig:
     cooldown_steps: int = 0  # last steps of wsd, in which the learning rate falls to min_lr
     lr_decay_steps: int | None = None  # step at which cosine, linear and wsd reach min_lr; none: the last
     weight_decay: float = 0.1  # of matrices and embeddings; biases and norms have none
-    beta1: float = 0.9  # decay of the gradient's mean
-    beta2: float = 0.95  # decay of the squared gradient's mean
+    beta1: float = 0.9  # decay of the gradient's mean in adamw, momentum of sgd
+    beta2: float = 0.95  # decay of the squared gradient's mean in adamw
+    muon_momentum: float = 0.95  # decay of the gradient's mean in muon
     grad_clip: float | None = 1.0  # largest gradient norm; none: no clipping
 
     def __post_init__(self):
@@ -31,7 +32,7 @@ class OptimConfig:
         ]
         wrong += [
             f"{name} is {getattr(self, name)}; it must be at least 0 and below 1"
-            for name in ("beta1", "beta2")
+            for name in ("beta1", "beta2", "muon_momentum")
             if not 0 <= getattr(self, name) < 1
         ]
         wrong += [
@@ -67,6 +68,10 @@ def build_optimizer(model, cfg):
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     if cfg.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
+    elif cfg.optimizer == "muon":
+        optimizer = MuonAndAdamW(model, groups, cfg)
+    elif cfg.optimizer == "adafactor":
+        optimizer = torch.optim.Adafactor(groups, lr=cfg.learning_rate)
     else:
         optimizer = torch.optim.SGD(groups, lr=cfg.learning_rate, momentum=cfg.beta1, fused=True)
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
@@ -74,6 +79,37 @@ def build_optimizer(model, cfg):
         "a parameter is in no optimizer group, or in two"
     )
     return optimizer
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """torch's Muon for the matrices of the blocks, each by itself, and torch's AdamW for all else, as one optimizer.
+
+    One, because a step that the gradient scaler skips must be skipped by both. Muon's updates are scaled to the size of
+    AdamW's (arXiv 2502.16982, section 2.2), so that one learning rate serves.
+    """
+
+    def __init__(self, model, groups, cfg):
+        hidden = {id(p) for p in model.blocks.parameters() if p.dim() == 2}
+        muon = {
+            "params": [p for group in groups for p in group["params"] if id(p) in hidden],
+            "weight_decay": cfg.weight_decay,
+            "momentum": cfg.muon_momentum,
+        }
+        others = [group | {"params": [p for p in group["params"] if id(p) not in hidden]} for group in groups]
+        self.parts = [
+            torch.optim.Muon([muon], lr=cfg.learning_rate, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True),
+        ]
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    @torch.no_grad()
+    def step(self):
+        """One step of both, on the groups and the state of this optimizer."""
+        muon, adamw = self.parts
+        muon.param_groups, adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+        for part in self.parts:
+            part.state = self.state
+            part.step()
 
 
 def set_lr(optimizer, learning_rate):

@@ -1,16 +1,19 @@
 """Text to ids and back.
 
-A tokenizer is named by `byte`, by a tiktoken name such as `gpt2`, or by the path of a tokenizer.json that train_bpe
-made. Text never becomes a special token: "<|endoftext|>" inside a document is encoded as the text it is.
+A tokenizer is named by `byte`, by a tiktoken name such as `gpt2`, or by the path of a file: a tokenizer.json that
+train_bpe made, or BERT's WordPiece as vocab.txt or tokenizer.json. Text never becomes a special token: "<|endoftext|>"
+inside a document is encoded as the text it is.
 """
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|mask|>", "<|cls|>", "<|sep|>")  # follow the text ids of byte and bpe
+BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SMALLEST_BPE = 256 + len(SPECIALS)  # ids of a bpe that has learnt nothing
 
 # GPT-2's way of cutting text into words, within which bytes merge; `tokenizers` calls it ByteLevel.
@@ -20,13 +23,16 @@ GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 class Tokenizer:
     """What all tokenizers share. specials maps the names of special tokens to their ids."""
 
+    space_begins_word = False  # whether a word's first token holds the space before it
+    continuations = ()  # ids of tokens that go on with a word, where the tokenizer knows
+
     def __init__(self, name, vocab_size, specials):
         self.name, self.vocab_size, self.specials = name, vocab_size, specials
 
     @property
     def eot(self):
-        """Id of end-of-text, which follows each document."""
-        return self.specials["<|endoftext|>"]
+        """Id of end-of-text, which follows each document: [SEP] where BERT's tokens are used."""
+        return self.specials["<|endoftext|>"] if "<|endoftext|>" in self.specials else self.specials["[SEP]"]
 
     def decode(self, ids):
         """Text of ids; bytes that are no UTF-8 become U+FFFD."""
@@ -52,6 +58,8 @@ class ByteTokenizer(Tokenizer):
 class TiktokenTokenizer(Tokenizer):
     """Byte-pair encoding by tiktoken."""
 
+    space_begins_word = True
+
     def __init__(self, name, encoding):
         super().__init__(name, encoding.n_vocab, dict(encoding._special_tokens))
         self._encoding = encoding
@@ -70,12 +78,41 @@ class TiktokenTokenizer(Tokenizer):
         return self._encoding.decode_bytes(ids)
 
 
+class WordPieceTokenizer(Tokenizer):
+    """BERT's WordPiece by tokenizers; text in capitals or with accents stays so only where the vocabulary has them."""
+
+    def __init__(self, name, saved):
+        """saved: a tokenizer.json as a dict; its special tokens are kept from matching in text."""
+        import tokenizers
+
+        vocab = saved["model"]["vocab"]
+        super().__init__(name, len(vocab), {special: vocab[special] for special in BERT_SPECIALS})
+        self.continuations = sorted(id_ for token, id_ in vocab.items() if token.startswith("##"))
+        self._saved, self._tokens = saved, {id_: token for token, id_ in vocab.items()}
+        plain = saved | {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        self._wordpiece = tokenizers.Tokenizer.from_str(json.dumps(plain))
+
+    def encode(self, text):
+        """Ids of a text, as a numpy array; a word that no tokens spell is [UNK]."""
+        text = text.encode("utf-8", errors="replace").decode("utf-8")  # tokenizers refuses half a surrogate pair
+        return np.array(self._wordpiece.encode_batch_fast([text])[0].ids, dtype=np.uint32)
+
+    def decode_bytes(self, ids):
+        """UTF-8 bytes of ids: words with a space before each, since WordPiece does not keep which had one."""
+        tokens = [self._tokens[int(i)] for i in ids]
+        return "".join(token[2:] if token.startswith("##") else " " + token for token in tokens).encode()
+
+    def save(self, path):
+        """Writes the tokenizer.json, which Hugging Face's libraries read as well."""
+        Path(path).write_text(json.dumps(self._saved, ensure_ascii=False), encoding="utf-8")
+
+
 def load_tokenizer(name):
-    """The tokenizer of that name: `byte`, a tiktoken name, or the path of a tokenizer.json from train_bpe."""
+    """The tokenizer of that name: `byte`, a tiktoken name, or the path of a tokenizer.json or BERT's vocab.txt."""
     if name == "byte":
         return ByteTokenizer()
-    if name.endswith(".json"):
-        return TiktokenTokenizer(name, _encoding_from_json(Path(name)))
+    if name.endswith((".json", ".txt")):
+        return _tokenizer_of_file(Path(name))
     try:
         import tiktoken
     except ImportError as error:
@@ -83,7 +120,7 @@ def load_tokenizer(name):
     if name not in tiktoken.list_encoding_names():
         raise ValueError(
             f"tokenizer {name!r} is unknown; use byte, bpe, the path of a tokenizer.json, "
-            f"or one of tiktoken's: {', '.join(tiktoken.list_encoding_names())}"
+            f"BERT's vocab.txt, or one of tiktoken's: {', '.join(tiktoken.list_encoding_names())}"
         )
     try:
         return TiktokenTokenizer(name, tiktoken.get_encoding(name))
@@ -131,24 +168,41 @@ def file_sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def _encoding_from_json(path):
+def _tokenizer_of_file(path):
+    try:
+        text = path.read_text(encoding="utf-8")
+        saved = _wordpiece_of_vocab(text.rstrip("\n").split("\n")) if path.suffix == ".txt" else json.loads(text)
+        if saved["model"]["type"] == "WordPiece":
+            return WordPieceTokenizer(str(path), saved)
+        return TiktokenTokenizer(str(path), _encoding_of_bpe(path.name, saved))
+    except ImportError as error:
+        raise ValueError(f"tokenizer {path} needs {error.name}; install it with: pip install {error.name}") from error
+    except Exception as error:  # whatever a damaged file makes json and tokenizers raise, which is plain Exceptions
+        raise ValueError(f"{path} is no readable tokenizer file ({type(error).__name__}: {error})") from error
+
+
+def _wordpiece_of_vocab(tokens):
+    """The tokenizer.json, as a dict, of the lines of BERT's vocab.txt; capitals among them tell that it is cased."""
+    from tokenizers.implementations import BertWordPieceTokenizer
+
+    vocab = {token: id_ for id_, token in enumerate(tokens)}
+    if len(vocab) < len(tokens) or not vocab.keys() >= set(BERT_SPECIALS):
+        raise ValueError(f"a vocabulary has each token once, and {', '.join(BERT_SPECIALS)} among them")
+    is_cased = any(re.fullmatch("(##)?[A-Z]", token) for token in tokens)
+    return json.loads(BertWordPieceTokenizer(vocab, lowercase=not is_cased).to_str())
+
+
+def _encoding_of_bpe(name, saved):
     import tiktoken
 
     byte_of = _byte_of_character()
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        is_ours = saved["model"]["type"] == "BPE" and saved["pre_tokenizer"]["type"] == "ByteLevel"
-        ranks = {bytes(byte_of[c] for c in token): id_ for token, id_ in saved["model"]["vocab"].items()}
-        specials = {token["content"]: token["id"] for token in saved["added_tokens"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no readable tokenizer.json ({type(error).__name__}: {error})") from error
+    is_ours = saved["model"]["type"] == "BPE" and saved["pre_tokenizer"]["type"] == "ByteLevel"
+    ranks = {bytes(byte_of[c] for c in token): id_ for token, id_ in saved["model"]["vocab"].items()}
+    specials = {token["content"]: token["id"] for token in saved["added_tokens"]}
     ids = [*sorted(ranks.values()), *specials.values()]
     if not is_ours or tuple(specials) != SPECIALS or ids != list(range(len(ids))):
-        raise ValueError(
-            f"{path} is not a byte-level BPE made by prepare.py --tokenizer=bpe, "
-            f"the only kind of tokenizer.json read here"
-        )
-    return tiktoken.Encoding(name=path.name, pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=specials)
+        raise ValueError("neither a byte-level BPE made by prepare.py --tokenizer=bpe nor BERT's WordPiece")
+    return tiktoken.Encoding(name=name, pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=specials)
 
 
 def _byte_of_character():
