@@ -12,15 +12,17 @@ import statistics
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 import plan
 from config import run_script
 from data import DataConfig, Loader, Split, TrainOrder, accumulation_steps
 from model import ModelConfig
+from objective import Masked, NextToken, ObjectiveConfig, head_share
 from optim import OptimConfig
 from parallel import ParallelConfig, device_name, end_process, init_world, peak_memory_gib
-from train import build, model_of, prepare_command, seq_len_of, train_step
+from train import build, model_of, prepare_command, seq_len_of, train_step, windows_for
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class BenchConfig:
 class Settings:
     bench: BenchConfig
     model: ModelConfig
+    objective: ObjectiveConfig
     data: DataConfig
     optim: OptimConfig
     parallel: ParallelConfig
@@ -61,14 +64,12 @@ class Settings:
 
 def main(cfg):
     with init_world(cfg.parallel) as world:
-        cfg = dataclasses.replace(cfg, model=model_of(cfg))
         seq_len = seq_len_of(cfg)
+        cfg = dataclasses.replace(cfg, model=model_of(cfg), data=dataclasses.replace(cfg.data, seq_len=seq_len))
         micro_steps = accumulation_steps(cfg.data, seq_len, world.size)
         model, optimizer, scaler = build(cfg, world, seed=1337)
         batches = (
-            real_batches(cfg, seq_len, micro_steps, world)
-            if cfg.bench.real_data
-            else random_batches(cfg, seq_len, micro_steps, world)
+            real_batches(cfg, micro_steps, world) if cfg.bench.real_data else random_batches(cfg, micro_steps, world)
         )
 
         def step(n_micro_steps):
@@ -86,41 +87,49 @@ def main(cfg):
         times = []
         while len(times) < 3 or (len(times) < cfg.bench.bench_steps and sum(times) < cfg.bench.bench_seconds):
             times.append(step(timed_micro_steps))
-        figures = measure(cfg, model, seq_len, micro_steps, timed_micro_steps, times, world)
+        figures = measure(cfg, model, micro_steps, timed_micro_steps, times, world)
         if world.is_main:
             report(figures, cfg.bench.json)
         if cfg.bench.profile:
             write_trace(lambda: step(timed_micro_steps), world)
 
 
-def random_batches(cfg, seq_len, micro_steps, world):
+def random_batches(cfg, micro_steps, world):
     """Yields a step's micro-batches of random tokens, for ever the same ones."""
-    generator = torch.Generator().manual_seed(world.rank)
-    tokens = torch.randint(
-        cfg.model.vocab_size, (micro_steps, cfg.data.micro_batch_size, seq_len + 1), generator=generator
+    vocab_size, seq_len = cfg.model.vocab_size, cfg.data.seq_len
+    specials = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[MASK]": 3}  # any ids will do
+    windows = (
+        Masked(seq_len, cfg.objective.mask_prob, 0, vocab_size, specials)
+        if cfg.model.objective == "mlm"
+        else NextToken(seq_len)
     )
-    step = [(batch[:, :-1], batch[:, 1:]) for batch in tokens.to(world.device)]
+    random = np.random.default_rng(world.rank)
+    shape = (cfg.data.micro_batch_size, windows.stride + windows.extra)
+    batches = [windows.batch(random.integers(vocab_size, size=shape), first=i) for i in range(micro_steps)]
+    step = [tuple(part.to(world.device) for part in batch) for batch in batches]
     while True:
         yield step
 
 
-def real_batches(cfg, seq_len, micro_steps, world):
+def real_batches(cfg, micro_steps, world):
     """Yields the micro-batches of a training run, as train.py would see them."""
-    order = TrainOrder(
-        Split(cfg.data.data_dir, "train", cfg.model.vocab_size, prepare_command(cfg)), seq_len, seed=1337
-    )
-    loader = Loader(order, 0, micro_steps, cfg.data.micro_batch_size, world.rank, world.size, world.device)
+    split = Split(cfg.data.data_dir, "train", cfg.model.vocab_size, prepare_command(cfg))
+    windows = windows_for(cfg, seed=1337)
+    order = TrainOrder(split, windows.stride, seed=1337)
+    loader = Loader(order, windows, 0, micro_steps, cfg.data.micro_batch_size, world)
     while True:
         yield loader.next()[0]
 
 
-def measure(cfg, model, seq_len, micro_steps, timed_micro_steps, times, world):
+def measure(cfg, model, micro_steps, timed_micro_steps, times, world):
     """The figures of a benchmark; a step's time is the median's."""
     peak_memory = world.worst(peak_memory_gib(world.device))  # before the matmul that measures an unknown peak
     seconds = statistics.median(times)
+    seq_len = cfg.data.seq_len
     tokens = timed_micro_steps * cfg.data.micro_batch_size * seq_len * world.size
     peak, peak_name = plan.peak_flops(world.device, world.precision)
-    flops = {causal: plan.flops_per_token(cfg.model, seq_len, causal) for causal in (False, True)}
+    share = head_share(cfg.model.objective, cfg.objective, seq_len)
+    flops = {causal: plan.flops_per_token(cfg.model, seq_len, share, causal) for causal in (False, True)}
     return {
         "device": device_name(world.device),
         "ranks": world.size,

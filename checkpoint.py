@@ -125,7 +125,7 @@ def load_checkpoint(path, model, optimizer=None):
                 f"remove {path} to go back to the checkpoint before"
             )
     wanted, found = asdict(model.cfg), manifest["model"]
-    names = sorted({*found, *wanted} - {"dropout"})  # which has no weights
+    names = sorted({*found, *wanted} - {"dropout", "label_smoothing"})  # which have no weights
     differing = [
         f"{name} {found.get(name)} there, {wanted.get(name)} here"
         for name in names

@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 HEADER = struct.Struct("<8sIIQ")  # magic, version, bytes a token, tokens
 MAGIC, VERSION = b"flatlm\0\0", 1
 LLMC = {20240520: np.uint16, 20240801: np.uint32}  # magic of llm.c's GPT-2 and Llama 3 files, 256 int32 of header
-IGNORE = -100  # the target that torch's losses leave out
 
 
 @dataclass(frozen=True)
@@ -265,18 +263,18 @@ def permute(index, n, key):
 class TrainOrder:
     """Which tokens the sequence of a given number holds: a function of the seed and the data alone.
 
-    An epoch takes each window of seq_len tokens once, in permuted order; windows lie end to end within a shard, from an
-    offset that each epoch draws anew. So sequences_seen is all that a run must remember of its data.
+    An epoch takes each window once, in permuted order; windows, of stride tokens, lie end to end within a shard, from
+    an offset that each epoch draws anew. So sequences_seen is all that a run must remember of its data.
     """
 
-    def __init__(self, split, seq_len, seed):
-        self.split, self.seq_len, self.seed = split, seq_len, seed
+    def __init__(self, split, stride, seed):
+        self.split, self.stride, self.seed = split, stride, seed
         # One window less than fits, so that every offset leaves equally many.
-        self.ends = np.cumsum([max(0, len(shard) // seq_len - 1) for shard in split.shards])
+        self.ends = np.cumsum([max(0, len(shard) // stride - 1) for shard in split.shards])
         self.per_epoch = int(self.ends[-1])
         if self.per_epoch == 0:
             raise ValueError(
-                f"the {split.name} split has no shard of 2 x seq_len {seq_len} tokens (its longest has "
+                f"the {split.name} split has no shard of 2 x {stride} tokens (its longest has "
                 f"{max(map(len, split.shards))}); shorten seq_len or block_size, or add text"
             )
 
@@ -288,10 +286,10 @@ class TrainOrder:
         for epoch in np.unique(epochs):
             here = epochs == epoch
             window[here] = permute(numbers[here] % np.uint64(self.per_epoch), self.per_epoch, (self.seed, int(epoch)))
-            offset[here] = np.random.SeedSequence((self.seed, int(epoch), 1)).generate_state(1)[0] % self.seq_len
+            offset[here] = np.random.SeedSequence((self.seed, int(epoch), 1)).generate_state(1)[0] % self.stride
         shard = np.searchsorted(self.ends, window, side="right")
         first = np.concatenate([[0], self.ends])[shard]
-        return shard, offset + (window - first) * self.seq_len
+        return shard, offset + (window - first) * self.stride
 
 
 class Loader:
@@ -300,22 +298,23 @@ class Loader:
     Micro-step m of rank r takes those of a step's sequences that start at (m * ranks + r) * micro_batch_size.
     """
 
-    def __init__(self, order, seen, micro_steps, micro_batch_size, rank, ranks, device, ahead=3):
-        self._order, self._seen, self._micro_steps, self._micro_batch_size = order, seen, micro_steps, micro_batch_size
-        self._rank, self._ranks, self._device = rank, ranks, torch.device(device)
+    def __init__(self, order, windows, seen, micro_steps, micro_batch_size, world, ahead=3):
+        """world has the rank, the number of ranks as size, and the device."""
+        self._order, self._windows, self._seen = order, windows, seen
+        self._micro_steps, self._micro_batch_size = micro_steps, micro_batch_size
+        self._rank, self._ranks, self._device = world.rank, world.size, world.device
         self._ready, self._stop = queue.Queue(maxsize=ahead), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="loader")
         self._thread.start()
 
     def next(self):
-        """One step's micro-batches, pairs of ids and targets (B, T) on the device, and the seconds waited for them."""
+        """One step's micro-batches, tuples of what the model takes, on the device, and the seconds waited for them."""
         start = time.perf_counter()
         step = self._ready.get()
         waited = time.perf_counter() - start
         if isinstance(step, Exception):
             raise step
-        batches = [batch.to(self._device, non_blocking=True) for batch in step]
-        return [(batch[:, :-1], batch[:, 1:]) for batch in batches], waited
+        return [tuple(part.to(self._device, non_blocking=True) for part in batch) for batch in step], waited
 
     def close(self):
         """Ends the thread."""
@@ -336,50 +335,47 @@ class Loader:
             self._ready.put(error)
 
     def _steps(self):
-        B, T = self._micro_batch_size, self._order.seq_len
-        per_step = B * self._ranks * self._micro_steps
+        B, width = self._micro_batch_size, self._windows.stride + self._windows.extra
+        per_step, pins = B * self._ranks * self._micro_steps, self._device.type == "cuda"
         while True:
             steps = max(1, 4096 // per_step)  # the permutation is cheap by the thousand, dear by the dozen
-            shard, start = self._order.locate(self._seen + np.arange(steps * per_step))
-            mine = (np.arange(steps * per_step) // B) % self._ranks == self._rank
-            where = zip(shard[mine].tolist(), start[mine].tolist())
-            for _ in range(steps):
-                step = []
-                for _ in range(self._micro_steps):
-                    batch = np.empty((B, T + 1), dtype=np.int64)
-                    for row in batch:
-                        self._order.split.copy(*next(where), row)
-                    batch = torch.from_numpy(batch)
-                    step.append(batch.pin_memory() if self._device.type == "cuda" else batch)
-                yield step
+            shards, starts = self._order.locate(self._seen + np.arange(steps * per_step))
+            for step in range(steps):
+                batches = []
+                for micro_step in range(self._micro_steps):
+                    first = step * per_step + (micro_step * self._ranks + self._rank) * B
+                    rows = np.empty((B, width), dtype=np.int64)
+                    for row, shard, start in zip(rows, shards[first : first + B], starts[first : first + B]):
+                        self._order.split.copy(shard, start, row)
+                    batch = self._windows.batch(rows, self._seen + first)
+                    batches.append(tuple(part.pin_memory() for part in batch) if pins else batch)
+                yield batches
             self._seen += steps * per_step
 
 
 # ---- the windows of evaluation
 
 
-def eval_batches(split, seq_len, eval_tokens, batch_size, rank, ranks):
-    """Pairs of ids and targets (B, T) that cover the split's first eval_tokens targets once over all ranks.
+def eval_batches(split, windows, eval_tokens, batch_size, rank, ranks):
+    """Batches, as in training, that cover the split's first eval_tokens tokens once over all ranks.
 
     Windows lie end to end within a shard and their last one may be short; what fills it up, and the rows that give
-    every rank equally many batches, are targets of IGNORE.
+    every rank equally many batches, have no targets.
     """
     if split.tokens < 2:
         raise ValueError(
             f"the {split.name} split has {split.tokens} tokens; evaluation needs at least 2: "
             f"raise --val_fraction of prepare.py"
         )
-    windows, left = [], eval_tokens
+    places, left = [], eval_tokens
     for shard, tokens in enumerate(split.shards):
-        here = min(left, len(tokens) - 1) if len(tokens) else 0  # targets of this shard
-        windows += [(shard, start, min(seq_len, here - start)) for start in range(0, here, seq_len)]
+        here = min(left, max(0, len(tokens) - windows.extra))
+        places += [(shard, start, min(windows.stride, here - start)) for start in range(0, here, windows.stride)]
         left -= here
-    for first in range(0, len(windows), batch_size * ranks):
-        batch = np.zeros((batch_size, seq_len + 1), dtype=np.int64)
-        targets = np.full((batch_size, seq_len), IGNORE, dtype=np.int64)
-        for row, (shard, start, length) in enumerate(
-            windows[first + rank * batch_size : first + (rank + 1) * batch_size]
-        ):
-            split.copy(shard, start, batch[row, : length + 1])
-            targets[row, :length] = batch[row, 1 : length + 1]
-        yield torch.from_numpy(batch[:, :-1]), torch.from_numpy(targets)
+    for first in range(rank * batch_size, len(places) + rank * batch_size, batch_size * ranks):
+        rows = np.zeros((batch_size, windows.stride + windows.extra), dtype=np.int64)
+        lengths = np.zeros(batch_size, dtype=np.int64)
+        for row, (shard, start, length) in enumerate(places[first : first + batch_size]):
+            split.copy(shard, start, rows[row, : length + windows.extra])
+            lengths[row] = length
+        yield windows.batch(rows, first, lengths)

@@ -19,6 +19,7 @@ import torch
 import plan
 from checkpoint import keep_source, keep_tokenizer, open_log
 from config import ROOT, as_dict, as_preset
+from objective import head_share
 from parallel import device_name, peak_memory_gib, reset_peak_memory
 
 
@@ -31,7 +32,8 @@ class Log:
     def __init__(self, cfg, world, model, micro_steps, last_step, bytes_per_token, state, changes):
         self.cfg, self.world, self.last_step, self.bytes_per_token = cfg, world, last_step, bytes_per_token
         self.out_dir, self.out_of_time, self.hours_before = Path(cfg.run.out_dir), False, state.hours
-        self.flops_per_token = plan.flops_per_token(cfg.model, cfg.data.seq_len)
+        self.head_share = head_share(cfg.model.objective, cfg.objective, cfg.data.seq_len)
+        self.flops_per_token = plan.flops_per_token(cfg.model, cfg.data.seq_len, self.head_share)
         self.peak, self.peak_name = plan.peak_flops(world.device, world.precision)
         reset_peak_memory(world.device)  # of the matmul that measured the peak
         self.file = self.wandb = None
@@ -99,12 +101,16 @@ class Log:
             f"  {record['memory_gib']:.1f} GiB  wait {record['data_wait_ms']:.0f} ms  left {_duration(left)}"
         )
 
-    def evaluation(self, state):
+    def evaluation(self, state, figures):
         """Tells of an evaluation and draws the curves anew."""
-        record = {"step": state.step, "val_loss": state.val_loss}
-        perplexity = math.exp(min(state.val_loss, 700))  # beyond that a float has no room
-        text = f"{self._step_text(state)}  val loss {state.val_loss:.4f}  perplexity {perplexity:.5g}"
-        if self.bytes_per_token:
+        record = {"step": state.step, **figures}
+        text = f"{self._step_text(state)}  val loss {state.val_loss:.4f}"
+        if self.cfg.model.objective == "mlm":
+            text += f"  masked accuracy {figures['val_accuracy']:.1%}"
+            text += f" (the commonest token alone {figures['val_accuracy_of_commonest']:.1%})"
+        else:
+            text += f"  perplexity {math.exp(min(state.val_loss, 700)):.5g}"  # beyond that a float has no room
+        if self.bytes_per_token and self.cfg.model.objective == "clm":
             record["val_bpb"] = state.val_loss / math.log(2) / self.bytes_per_token
             text += f"  {record['val_bpb']:.4f} bits per byte"
         self._write(record)
@@ -152,7 +158,7 @@ class Log:
             print(f"resumed from step {state.step}, after {state.hours:.3f} hours", *changes, sep="\n  ")
         if not self.draws:
             print("matplotlib is not installed, so there will be no curves.png")
-        causal = plan.flops_per_token(cfg.model, cfg.data.seq_len, causal=True)
+        causal = plan.flops_per_token(cfg.model, cfg.data.seq_len, self.head_share, causal=True)
         print(
             f"model      {model.num_params():,} parameters, {self.flops_per_token / 1e6:,.1f} MFLOP a token"
             f" by PaLM's count, {causal / 1e6:,.1f} by the causal one"

@@ -1,6 +1,7 @@
-"""How the model runs, not what it computes: processes, precision, compile."""
+"""How the model runs, not what it computes: processes, precision, recomputation, compile."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import resource
@@ -11,12 +12,14 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matmuls; auto: the fastest that the device has
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"  # what backward computes again
     compile: bool | None = None  # torch.compile of the blocks; none: on cuda only
     deterministic: bool = False  # only algorithms that give the same bits each time; the CPU's do so anyway
 
@@ -147,13 +150,15 @@ def reset_peak_memory(device):
 
 
 def distribute(model, cfg, world, seed):
-    """Turns a model on the meta device into one that trains: weights, compiled blocks, gradients summed over ranks.
+    """Turns a model on the meta device into one that trains: weights, recomputed and compiled blocks, synced gradients.
 
     Everything happens in place and adds no wrapper, so that parameters keep their names.
     """
     model.to_empty(device=world.device)
     model.tie_weights()
     model.init_weights(seed)
+    if cfg.activation_checkpointing != "none":
+        recompute_blocks(model, cfg.activation_checkpointing)
     if cfg.compile or (cfg.compile is None and world.device.type == "cuda"):
         compile_blocks(model, world)
     if world.size > 1:
@@ -161,6 +166,29 @@ def distribute(model, cfg, world, seed):
 
         replicate(model, gradient_as_bucket_view=True)
     return model
+
+
+def recompute_blocks(model, kind):
+    """Keeps of each block, for backward, its input alone, or, selective, what its matmuls and attention gave as well.
+
+    The rest is computed again in backward, with the same dropout.
+    """
+    context = {}
+    if kind == "selective":
+        aten = torch.ops.aten
+        kept = [aten.mm.default, aten.addmm.default]
+        # Attention that draws dropout in its kernel must run again: kept, it would not draw, and what is drawn after it
+        # would differ.
+        kept += [] if model.cfg.dropout else [
+            aten._scaled_dot_product_flash_attention_for_cpu.default,
+            aten._scaled_dot_product_flash_attention.default,
+            aten._scaled_dot_product_efficient_attention.default,
+            aten._scaled_dot_product_cudnn_attention.default,
+        ]  # fmt: skip
+        context["context_fn"] = functools.partial(create_selective_checkpoint_contexts, kept)
+    for block in model.blocks:
+        # In place of the method, not around the block: so parameters keep their names.
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **context)
 
 
 def compile_blocks(model, world):

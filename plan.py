@@ -16,21 +16,35 @@ OTHER_PEAK = {"NVL", "LAPTOP", "MAX", "MIG", "TI", "D"}  # words that make a nam
 
 def num_params(cfg):
     """Parameters of a model in closed form, tied ones once, without padding: 124,439,808 for GPT-2 124M."""
-    d, f, biases = cfg.n_embd, cfg.n_inner or 4 * cfg.n_embd, int(cfg.bias)
-    block = 4 * d * d + 2 * d * f + 2 * d + biases * (4 * d + f + d + 2 * d)
-    tables = cfg.vocab_size * d * (1 if cfg.tie_embeddings else 2) + cfg.block_size * d
-    return tables + cfg.n_layer * block + d + biases * d
+    d, biases = cfg.n_embd, int(cfg.bias)
+    q, kv = cfg.n_head * cfg.head_width, cfg.kv_heads * cfg.head_width
+    matrices_up = 2 if cfg.mlp == "swiglu" else 1
+    of_norm = 2 if cfg.norm == "layernorm" and cfg.bias else 1  # vectors of a norm
+    norms = of_norm * 2 * (d + cfg.qk_norm * cfg.head_width)
+    block = _matmul_weights(cfg) + biases * (q + 2 * kv + d + matrices_up * cfg.inner_width + d) + norms
+    tables = cfg.vocab_size * (1 if cfg.tie_embeddings else 2) + (cfg.n_token_types or 0)
+    tables += cfg.block_size if cfg.position == "learned" else 0
+    transform = d * d + biases * (d + cfg.vocab_size) + of_norm * d if cfg.objective == "mlm" else 0
+    return tables * d + cfg.n_layer * block + of_norm * d + transform
 
 
-def flops_per_token(cfg, seq_len, causal=False):
+def flops_per_token(cfg, seq_len, head_share=1.0, causal=False):
     """FLOPs of forward and backward per token: 6 per weight in a matmul, and attention's.
 
     PaLM's convention (arXiv 2204.02311, appendix B) counts the whole seq_len x seq_len attention; causal counts the
-    half that a causal model needs. Recomputation is never counted.
+    half that a causal model needs. head_share is the share of tokens that go through the head, of masked models the
+    masked ones. Recomputation is never counted.
     """
-    d, f = cfg.n_embd, cfg.n_inner or 4 * cfg.n_embd
-    matmul_weights = cfg.n_layer * (4 * d * d + 2 * d * f) + cfg.vocab_size * d
-    return 6 * matmul_weights + (6 if causal else 12) * cfg.n_layer * d * seq_len
+    head = cfg.vocab_size * cfg.n_embd + (cfg.n_embd**2 if cfg.objective == "mlm" else 0)
+    attention = 6 if causal and cfg.objective == "clm" else 12
+    attention *= cfg.n_layer * cfg.n_head * cfg.head_width * seq_len
+    return round(6 * (cfg.n_layer * _matmul_weights(cfg) + head_share * head) + attention)
+
+
+def _matmul_weights(cfg):
+    """Weights in a block's matmuls."""
+    of_attention = 2 * (cfg.n_head + cfg.kv_heads) * cfg.head_width
+    return cfg.n_embd * (of_attention + (3 if cfg.mlp == "swiglu" else 2) * cfg.inner_width)
 
 
 def known_peak(device_name):

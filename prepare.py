@@ -30,7 +30,7 @@ import numpy as np
 from config import as_dict, only, run_script
 from corpus import Corpus
 from data import DataConfig, ShardWriter, is_own_shard, open_shard, read_meta
-from tokenizer import SMALLEST_BPE, file_sha256, load_tokenizer, train_bpe
+from tokenizer import SMALLEST_BPE, WordPieceTokenizer, file_sha256, load_tokenizer, train_bpe
 
 TASK_BYTES = 1 << 20  # text that goes to a worker at a time
 BPE_BYTES = 200 << 20  # text that a BPE is learnt from, at most
@@ -42,7 +42,7 @@ class PrepareConfig:
     input: str | None = None  # files, folder, glob or URL of text; of fineweb10b, a local folder of its shards
     text_field: str = "text"  # field of .jsonl objects, column of .parquet files
     doc_separator: str | None = None  # text between the documents of a .txt file; none: a file is one document
-    tokenizer: str = "gpt2"  # byte, bpe (learnt from this corpus), a tiktoken name, or the path of a tokenizer.json
+    tokenizer: str = "gpt2"  # byte, bpe (learnt from the corpus), a tiktoken name, tokenizer.json, or BERT's vocab.txt
     bpe_vocab_size: int = 4096  # ids of bpe, special tokens included
     val_fraction: float = 0.01  # share of documents in the validation split, by hash; of a single document, its tail
     shard_tokens: int = 100_000_000  # tokens of a shard
@@ -115,13 +115,14 @@ def make_tokenizer(cfg, corpus, folder):
     if cfg.tokenizer == "bpe":
         print(f"learning a BPE of {cfg.bpe_vocab_size} ids", flush=True)
         train_bpe(_texts(corpus), cfg.bpe_vocab_size, saved)
-    elif cfg.tokenizer.endswith(".json"):
-        load_tokenizer(cfg.tokenizer)
-        if not (saved.exists() and saved.samefile(cfg.tokenizer)):
-            shutil.copyfile(cfg.tokenizer, saved)
-    else:
-        load_tokenizer(cfg.tokenizer)
+        return str(saved)
+    tokenizer = load_tokenizer(cfg.tokenizer)
+    if isinstance(tokenizer, WordPieceTokenizer):
+        tokenizer.save(saved)
+    elif not cfg.tokenizer.endswith(".json"):
         return cfg.tokenizer
+    elif not (saved.exists() and saved.samefile(cfg.tokenizer)):
+        shutil.copyfile(cfg.tokenizer, saved)
     return str(saved)
 
 
@@ -158,9 +159,12 @@ def tokenize(corpus, tokenizer_name, cfg, folder):
         "tokenizer": tokenizer_name,
         "notes": notes,
     }
-    if tokenizer_name.endswith(".json"):
+    if tokenizer_name.endswith(".json"):  # wherever it came from, a copy lies beside the shards
         meta |= {"tokenizer": "tokenizer.json", "tokenizer_sha256": file_sha256(tokenizer_name)}
-    return meta | {"splits": {split: dict(counts[split]) | {"shards": writers[split].finish()} for split in writers}}
+    meta["splits"] = {split: dict(counts[split]) | {"shards": writers[split].finish()} for split in writers}
+    if len(tokenizer.continuations):
+        meta["continuations"] = tokenizer.continuations  # what masking whole words needs to know
+    return meta
 
 
 def encoded(corpus, tokenizer_name, dtype, workers):

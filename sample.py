@@ -1,11 +1,14 @@
 """Text out of a trained model.
 
 python sample.py --out_dir=out/quickstart --prompt="def main(" --num_samples=3
+python sample.py --out_dir=out/quickstart_bert --prompt="for i in [MASK](10):"
 python sample.py --out_dir=out/quickstart --prompt=FILE:prompt.txt
 echo "import os" | python sample.py --out_dir=out/quickstart --prompt=-
 """
 
 import codecs
+import math
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -22,11 +25,11 @@ from tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class SampleConfig:
-    prompt: str | None = None  # text to go on from; FILE:path reads it from a file, - from stdin; none: a new document
+    prompt: str | None = None  # text to go on from; FILE:path reads a file, - stdin; a masked model fills its [MASK]s
     num_samples: int = 1  # continuations of the prompt, made in one batch
     max_new_tokens: int = 256  # tokens of each; end-of-text ends it earlier
     temperature: float = 0.8  # divides the logits: below 1 likelier tokens, 0 always the likeliest
-    top_k: int | None = None  # sample from the k likeliest tokens only
+    top_k: int | None = None  # sample from the k likeliest tokens only; of a masked model, show so many (none: 5)
     top_p: float | None = None  # sample from the likeliest tokens that together have this probability
 
     def __post_init__(self):
@@ -73,6 +76,8 @@ def main(cfg):
         )
 
     prompt = read_prompt(cfg.sample.prompt)
+    if model.cfg.objective == "mlm":
+        return print_candidates(model, tokenizer, prompt, cfg.sample.top_k or 5, device)
     ids = tokenizer.encode(prompt).astype("int64") if prompt else [tokenizer.eot]
     if len(ids) > model.cfg.block_size:
         raise ValueError(f"the prompt has {len(ids)} tokens, block_size is {model.cfg.block_size}; shorten it")
@@ -84,6 +89,37 @@ def main(cfg):
     seconds = time.perf_counter() - start
     n_tokens = sum(len(sample) for sample in samples)
     print(f"{n_tokens} tokens in {seconds:.2f} s, {n_tokens / seconds:,.0f} tokens/s", file=sys.stderr)
+
+
+def print_candidates(model, tokenizer, prompt, k, device):
+    """Prints the k likeliest tokens at each [MASK] of a prompt, and the prompt with the likeliest of all filled in."""
+    ids = masked_ids(tokenizer, prompt)
+    if tokenizer.special("mask") not in ids:
+        raise ValueError('a masked model fills in what is masked; write [MASK] where, as in --prompt="import [MASK]"')
+    if len(ids) > model.cfg.block_size:
+        raise ValueError(f"the prompt has {len(ids)} tokens, block_size is {model.cfg.block_size}; shorten it")
+    ids = torch.tensor([ids], device=device)  # 1 T
+    positions = (ids == tokenizer.special("mask")).nonzero()[:, 1][None]  # 1 K
+    with torch.inference_mode():
+        logits = model(ids, positions=positions)[0, :, : tokenizer.vocab_size].float()  # K V
+    logits[:, list(tokenizer.specials.values())] = -math.inf  # never predicted, and so never learnt
+    for number, top in enumerate(zip(*logits.softmax(-1).topk(min(k, logits.shape[-1]))), start=1):
+        print(f"[MASK] {number}" if len(logits) > 1 else "[MASK]")
+        for p, token in zip(*map(torch.Tensor.tolist, top)):
+            print(f"  {p:6.1%}  {tokenizer.decode([token])!r}")
+    ids[0, positions[0]] = logits.argmax(-1)
+    print(tokenizer.decode(ids[0, 1:-1].tolist()))
+
+
+def masked_ids(tokenizer, prompt):
+    """Ids of [CLS] prompt [SEP], in which [MASK] is the special token, under either of its names."""
+    parts = re.split(re.escape("[MASK]") + "|" + re.escape("<|mask|>"), prompt)
+    ids = [tokenizer.special("cls")]
+    for i, part in enumerate(parts):
+        if tokenizer.space_begins_word and i + 1 < len(parts):
+            part = part.removesuffix(" ")  # it belongs to the masked word
+        ids += [*tokenizer.encode(part).tolist(), tokenizer.special("mask")]
+    return [*ids[:-1], tokenizer.special("sep")]
 
 
 def read_prompt(prompt):

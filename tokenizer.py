@@ -31,8 +31,12 @@ class Tokenizer:
 
     @property
     def eot(self):
-        """Id of end-of-text, which follows each document: [SEP] where BERT's tokens are used."""
-        return self.specials["<|endoftext|>"] if "<|endoftext|>" in self.specials else self.specials["[SEP]"]
+        """Id of end-of-text, which follows each document: [SEP] where the special tokens are BERT's."""
+        return self.specials.get("<|endoftext|>", self.specials.get("[SEP]"))
+
+    def special(self, role):
+        """Id of the special token mask, cls, sep or pad, under our name or BERT's."""
+        return self.specials.get(f"<|{role}|>", self.specials.get(f"[{role.upper()}]"))
 
     def decode(self, ids):
         """Text of ids; bytes that are no UTF-8 become U+FFFD."""

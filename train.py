@@ -26,11 +26,15 @@ from checkpoint import (
     save_checkpoint,
 )
 from config import as_dict, preset_value, run_script
-from data import IGNORE, DataConfig, Loader, Split, TrainOrder, accumulation_steps, eval_batches, vocab_size_of
+from data import DataConfig, Loader, Split, TrainOrder, accumulation_steps, eval_batches, read_meta, vocab_size_of
 from log import Log
 from model import ModelConfig, Transformer
+from objective import IGNORE, ObjectiveConfig, windows_of
 from optim import OptimConfig, build_optimizer, lr_at, set_lr
 from parallel import ParallelConfig, distribute, end_process, init_world, seed_step, sync_gradients
+
+
+EVAL_MASK_SEED = 0  # masked evaluation is the same in every run
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class TrainConfig:
 @dataclass(frozen=True)
 class Settings:
     model: ModelConfig
+    objective: ObjectiveConfig
     data: DataConfig
     optim: OptimConfig
     parallel: ParallelConfig
@@ -86,7 +91,8 @@ def main(cfg):
         train_split, val_split = (
             Split(cfg.data.data_dir, name, cfg.model.vocab_size, prepare_command(cfg)) for name in ("train", "val")
         )
-        order = TrainOrder(train_split, cfg.data.seq_len, cfg.run.seed)
+        windows, val_windows = (windows_for(cfg, seed) for seed in (cfg.run.seed, EVAL_MASK_SEED))
+        order = TrainOrder(train_split, windows.stride, cfg.run.seed)
         micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, world.size)
         last_step = cfg.optim.last_step(cfg.data.batch_tokens)
 
@@ -95,17 +101,16 @@ def main(cfg):
         state, changes = resume_or_init(cfg, settings, model, optimizer, scaler, world)
         if state.step and (state.step >= last_step or has_reached_target(state, cfg)):
             return say_finished(cfg, state, world)
-        B = cfg.data.micro_batch_size
-        loader = Loader(order, state.sequences_seen, micro_steps, B, world.rank, world.size, world.device)
+        loader = Loader(order, windows, state.sequences_seen, micro_steps, cfg.data.micro_batch_size, world)
 
         with Log(cfg, world, model, micro_steps, last_step, val_split.bytes_per_token, state, changes) as log:
             while True:
                 ending = state.step >= last_step or log.out_of_time
                 if (ending or state.step % cfg.train.eval_interval == 0) and state.evaluated_at != state.step:
                     with log.paused():
-                        state.val_loss = evaluate(model, val_split, cfg.data, world)
-                        state.evaluated_at = state.step
-                        log.evaluation(state)
+                        figures = evaluate(model, val_split, val_windows, cfg.data, world)
+                        state.val_loss, state.evaluated_at = figures["val_loss"], state.step
+                        log.evaluation(state, figures)
                 ending = ending or has_reached_target(state, cfg)
                 if cfg.run.save_interval and state.step and (ending or state.step % cfg.run.save_interval == 0):
                     with log.paused():
@@ -134,17 +139,17 @@ def build(cfg, world, seed):
 
 
 def train_step(model, optimizer, scaler, batches, grad_clip, world):
-    """One optimizer step over a list of micro-batches (ids, targets).
+    """One optimizer step over a list of micro-batches (ids, targets, ...), what the model's forward takes.
 
     Returns this rank's share of the step's mean loss, to be summed over ranks, and the gradient's norm before clipping.
     Neither waits for the device.
     """
-    n_targets = world.sum(sum((targets != IGNORE).sum() for _, targets in batches))
+    n_targets = world.sum(sum((targets != IGNORE).sum() for _, targets, *_ in batches))
     loss = torch.zeros((), device=world.device)
-    for i, (ids, targets) in enumerate(batches):
+    for i, batch in enumerate(batches):
         sync_gradients(model, i == len(batches) - 1)
         with world.autocast():
-            part = model(ids, targets) / n_targets
+            part = model(*batch) / n_targets
         loss += part.detach()
         scaler.scale(part * world.size).backward()  # gradients are averaged over ranks, the loss is a sum over them
     scaler.unscale_(optimizer)
@@ -156,17 +161,26 @@ def train_step(model, optimizer, scaler, batches, grad_clip, world):
 
 
 @torch.no_grad()
-def evaluate(model, split, cfg, world):
-    """Mean loss over the fixed windows of a split, the same for every batch size and number of ranks."""
+def evaluate(model, split, windows, cfg, world):
+    """Mean loss and accuracy over the fixed windows of a split, the same for every batch size and number of ranks.
+
+    Beside them the accuracy of a guess that always is the targets' commonest token.
+    """
     model.eval()
-    sums = []
-    for ids, targets in eval_batches(split, cfg.seq_len, cfg.eval_tokens, cfg.micro_batch_size, world.rank, world.size):
+    sums, frequencies = torch.zeros(2, dtype=torch.float64), torch.zeros(model.cfg.vocab_size, dtype=torch.int64)
+    for batch in eval_batches(split, windows, cfg.eval_tokens, cfg.micro_batch_size, world.rank, world.size):
         with world.autocast():
-            loss = model(ids.to(world.device), targets.to(world.device))
-        sums.append(torch.stack([loss, (targets != IGNORE).sum().to(loss)]))
-    loss, n_targets = world.sum(torch.stack(sums).cpu().double().sum(0)).tolist()
+            loss_and_correct = model(*(part.to(world.device) for part in batch), count_correct=True)
+        sums += torch.stack(loss_and_correct).cpu()
+        frequencies += torch.bincount(batch[1][batch[1] != IGNORE], minlength=len(frequencies))
     model.train()
-    return loss / n_targets
+    loss, n_correct = world.sum(sums).tolist()
+    n_targets = world.sum(frequencies).sum().item()
+    return {
+        "val_loss": loss / n_targets,
+        "val_accuracy": n_correct / n_targets,
+        "val_accuracy_of_commonest": frequencies.max().item() / n_targets,
+    }
 
 
 def say_finished(cfg, state, world):
@@ -203,6 +217,11 @@ def seq_len_of(cfg):
     if seq_len is not None and seq_len > block_size:
         raise ValueError(f"seq_len {seq_len} is above block_size {block_size}; lower it, or raise block_size")
     return seq_len or block_size
+
+
+def windows_for(cfg, seed):
+    """How windows of the data become batches of the model's objective; the seed draws the masks, if any."""
+    return windows_of(cfg.model.objective, cfg.objective, cfg.data.seq_len, seed, read_meta(cfg.data.data_dir))
 
 
 def prepare_command(cfg):

@@ -125,7 +125,7 @@ def test_command_line_value_becomes(argument, section, value):
     ("--max_steps=inf", "--max_steps must be a whole number, not inf"),
     ("--grad_clip=off", "--grad_clip must be a number or none, not 'off'"),
     ("--wandb=1", "--wandb must be true or false, not '1'"),
-    ("--optimizer=adam", "--optimizer must be one of adamw, sgd"),
+    ("--optimizer=adam", "--optimizer must be one of adamw, muon, adafactor, sgd"),
     ("--n_layer", "--n_layer has no value; settings are written --n_layer=value"),
 ])  # fmt: skip
 def test_wrong_type_on_the_command_line_names_the_expected_one(argument, expected):
@@ -323,7 +323,7 @@ def test_every_setting_is_read_somewhere():
     unread = [name for name in config._settings_everywhere() if (name, False) not in read]
     # what a class turns into something else itself
     assert [name for name in unread if (name, True) not in read] == []
-    assert set(unread) <= {"max_steps", "max_tokens"}
+    assert set(unread) <= {"max_steps", "max_tokens", "n_inner", "n_kv_head", "head_dim"}
 
 
 # ---- the presets of the project

@@ -9,7 +9,6 @@ import torch
 
 from data import (
     HEADER,
-    IGNORE,
     MAGIC,
     DataConfig,
     Loader,
@@ -22,6 +21,8 @@ from data import (
     permute,
     vocab_size_of,
 )
+from objective import IGNORE, NextToken
+from parallel import World
 
 SHARDS = (101, 37, 64, 5)  # tokens; the last is shorter than a window
 T = 7
@@ -75,9 +76,13 @@ def sequences(split, numbers, seq_len=T, seed=1):
     return rows
 
 
+def world(rank=0, ranks=1):
+    return World(rank, ranks, torch.device("cpu"), "fp32")
+
+
 def loaded(split, steps, seen=0, micro_steps=1, micro_batch_size=1, rank=0, ranks=1, seed=1):
     """[step][micro-step] of ids and targets that a loader gives."""
-    loader = Loader(TrainOrder(split, T, seed), seen, micro_steps, micro_batch_size, rank, ranks, "cpu")
+    loader = Loader(TrainOrder(split, T, seed), NextToken(T), seen, micro_steps, micro_batch_size, world(rank, ranks))
     try:
         return [loader.next()[0] for _ in range(steps)]
     finally:
@@ -210,7 +215,7 @@ def test_loader_tells_its_mistakes_where_the_batch_is_asked_for(tmp_path):
 
 
 def test_closed_loader_leaves_no_thread(split):
-    loader = Loader(TrainOrder(split, T, 1), 0, 2, 3, 0, 1, "cpu")
+    loader = Loader(TrainOrder(split, T, 1), NextToken(T), 0, 2, 3, world())
     loader.next()
     loader.close()
     assert not loader._thread.is_alive()
@@ -221,7 +226,7 @@ def test_closed_loader_leaves_no_thread(split):
 def evaluated(split, eval_tokens=10**9, seq_len=T, batch_size=3, rank=0, ranks=1):
     """[(id, target)] of all valid targets, in order, and the number of batches."""
     pairs, n_batches = [], 0
-    for ids, targets in eval_batches(split, seq_len, eval_tokens, batch_size, rank, ranks):
+    for ids, targets in eval_batches(split, NextToken(seq_len), eval_tokens, batch_size, rank, ranks):
         assert ids.shape == targets.shape == (batch_size, seq_len)
         valid = targets != IGNORE
         pairs += zip(ids[valid].tolist(), targets[valid].tolist())
@@ -257,7 +262,7 @@ def test_split_of_one_token_cannot_be_evaluated(tmp_path):
     for name in ("train", "val"):
         write_shards(tmp_path, name, [tokens_of(1)])
     with pytest.raises(ValueError, match="the val split has 1 tokens; evaluation needs at least 2"):
-        list(eval_batches(Split(tmp_path, "val", 1000), T, 99, 3, 0, 1))
+        list(eval_batches(Split(tmp_path, "val", 1000), NextToken(T), 99, 3, 0, 1))
 
 
 # ---- shards on disk
@@ -422,7 +427,7 @@ def test_id_outside_the_vocabulary_of_foreign_files_is_refused_in_evaluation_too
 def test_split_without_a_shard_of_two_windows_cannot_be_trained_on(tmp_path, sizes):
     for name in ("train", "val"):
         write_shards(tmp_path, name, numbered_shards(sizes))
-    with pytest.raises(ValueError, match=r"no shard of 2 x seq_len 7 tokens \(its longest has 13\); shorten seq_len"):
+    with pytest.raises(ValueError, match=r"no shard of 2 x 7 tokens \(its longest has 13\); shorten seq_len"):
         TrainOrder(Split(tmp_path, "train", 1000), T, seed=1)
 
 

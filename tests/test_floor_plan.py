@@ -8,18 +8,19 @@ import pytest
 
 from conftest import ROOT
 
-LIBRARIES = {"model", "tokenizer", "corpus", "data", "optim", "config"}
+LIBRARIES = {"model", "tokenizer", "corpus", "data", "objective", "optim", "config"}
 BELOW_SCRIPTS = LIBRARIES | {"parallel", "checkpoint", "plan"}
 MAY_IMPORT = {
     "model": set(),
     "tokenizer": set(),
     "corpus": set(),
     "data": set(),
+    "objective": set(),
     "optim": set(),
     "parallel": {"model"},
     "checkpoint": {"model"},
     "plan": {"config", "model", "data", "optim", "parallel"},
-    "log": {"config", "parallel", "checkpoint", "plan"},  # what a run tells: the half of train.py that is not the loop
+    "log": {"config", "objective", "parallel", "checkpoint", "plan"},  # what a run tells: the half of train.py that is not the loop
     "prepare": {"config", "corpus", "tokenizer", "data"},
     "train": BELOW_SCRIPTS | {"log"},
     "sample": {"config", "model", "tokenizer", "parallel", "checkpoint"},

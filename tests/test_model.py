@@ -1,5 +1,7 @@
 """The network against transformers, torch's own functions and its definition."""
 
+import hashlib
+import itertools
 import math
 import resource
 from dataclasses import dataclass, replace
@@ -9,11 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import IGNORE, MLP, Cache, ModelConfig, Transformer, linear_cross_entropy
+from model import IGNORE, MLP, Cache, ModelConfig, Transformer, linear_cross_entropy, rope_table, rotate
 from optim import OptimConfig, build_optimizer
 
 B, T, V = 3, 7, 37
 SMALL = ModelConfig(vocab_size=V, block_size=11, n_layer=3, n_head=5, n_embd=20)
+BERT = replace(
+    SMALL, objective="mlm", n_inner=33, mlp="gelu", norm_position="post", norm_eps=1e-12, n_token_types=2
+)  # fmt: skip
+MODERN = replace(
+    SMALL, n_head=6, n_kv_head=2, head_dim=8, n_inner=33, mlp="swiglu", norm="rmsnorm", norm_eps=1e-6, qk_norm=True,
+    position="rope", rope_theta=500.0, bias=False,
+)  # fmt: skip
+KINDS = pytest.mark.parametrize("cfg", [SMALL, BERT, MODERN], ids=["gpt2", "bert", "modern"])
+DECODERS = pytest.mark.parametrize("cfg", [SMALL, MODERN], ids=["gpt2", "modern"])
 
 
 def random_model(cfg=SMALL, seed=1):
@@ -30,6 +41,21 @@ def random_model(cfg=SMALL, seed=1):
 
 def random_ids(seed=2, vocab_size=V, shape=(B, T)):
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def masked_targets(seed=4):
+    """Positions (B, K) with their targets, and the same targets as (B, T); 4, 2 and 3 of K = 4, the rest padding."""
+    ids, g = random_ids(seed), torch.Generator().manual_seed(seed)
+    positions, targets = torch.zeros(B, 4, dtype=torch.long), torch.full((B, 4), IGNORE)
+    dense = torch.full((B, T), IGNORE)
+    for row, count in enumerate((4, 2, 3)):
+        where = torch.randperm(T, generator=g)[:count]
+        positions[row, :count], targets[row, :count] = where, ids[row, where]
+        dense[row, where] = ids[row, where]
+    return positions, targets, dense
+
+
+REAL = torch.arange(T) < torch.tensor([7, 4, 6])[:, None]  # (B, T): sequences of 7, 4 and 6 tokens, padded on the right
 
 
 # ---- GPT-2, exactly
@@ -91,6 +117,165 @@ def test_logits_and_loss_are_transformers_gpt2s(n_inner):
     assert loss.item() == pytest.approx(out.loss.item(), rel=1e-5)
 
 
+def test_a_padded_batch_has_transformers_gpt2s_logits_where_tokens_are_real():
+    model, ids = random_model(), random_ids()
+    theirs = hugging_face_twin(model)
+    with torch.no_grad():
+        logits, out = model(ids, attention_mask=REAL), theirs(ids, attention_mask=REAL.long()).logits
+    torch.testing.assert_close(logits[REAL], out[REAL], rtol=0, atol=1e-4)
+
+
+# ---- BERT, Qwen3 and Llama, exactly
+
+BERT_NAMES = {
+    "bert.embeddings.word_embeddings": "wte",
+    "bert.embeddings.position_embeddings": "wpe",
+    "bert.embeddings.token_type_embeddings": "wtt",
+    "bert.embeddings.LayerNorm": "norm_e",
+    "bert.encoder.layer.{i}.attention.self.query": "blocks.{i}.attn.q",
+    "bert.encoder.layer.{i}.attention.self.key": "blocks.{i}.attn.k",
+    "bert.encoder.layer.{i}.attention.self.value": "blocks.{i}.attn.v",
+    "bert.encoder.layer.{i}.attention.output.dense": "blocks.{i}.attn.proj",
+    "bert.encoder.layer.{i}.attention.output.LayerNorm": "blocks.{i}.norm1",
+    "bert.encoder.layer.{i}.intermediate.dense": "blocks.{i}.mlp.up",
+    "bert.encoder.layer.{i}.output.dense": "blocks.{i}.mlp.down",
+    "bert.encoder.layer.{i}.output.LayerNorm": "blocks.{i}.norm2",
+    "cls.predictions.transform.dense": "transform.dense",
+    "cls.predictions.transform.LayerNorm": "transform.norm",
+    "cls.predictions.decoder": "head",
+}
+LLAMA_NAMES = {
+    "model.embed_tokens": "wte",
+    "model.layers.{i}.input_layernorm": "blocks.{i}.norm1",
+    "model.layers.{i}.self_attn.q_proj": "blocks.{i}.attn.q",
+    "model.layers.{i}.self_attn.k_proj": "blocks.{i}.attn.k",
+    "model.layers.{i}.self_attn.v_proj": "blocks.{i}.attn.v",
+    "model.layers.{i}.self_attn.o_proj": "blocks.{i}.attn.proj",
+    "model.layers.{i}.post_attention_layernorm": "blocks.{i}.norm2",
+    "model.layers.{i}.mlp.gate_proj": "blocks.{i}.mlp.gate",
+    "model.layers.{i}.mlp.up_proj": "blocks.{i}.mlp.up",
+    "model.layers.{i}.mlp.down_proj": "blocks.{i}.mlp.down",
+    "model.norm": "norm_f",
+    "lm_head": "head",
+}
+QWEN3_NAMES = LLAMA_NAMES | {
+    "model.layers.{i}.self_attn.q_norm": "blocks.{i}.attn.q_norm",
+    "model.layers.{i}.self_attn.k_norm": "blocks.{i}.attn.k_norm",
+}
+
+
+def twin(model, theirs, names):
+    """transformers' model `theirs` with our model's weights, by a table of their modules' names and ours."""
+    ours, state, used = model.state_dict(), {}, set()
+    for their_name, our_name in names.items():
+        for i in range(model.cfg.n_layer if "{i}" in their_name else 1):
+            for kind in ("weight", "bias"):
+                source, target = f"{our_name}.{kind}".format(i=i), f"{their_name}.{kind}".format(i=i)
+                if source in ours:
+                    used.add(source)
+                    state[target] = ours[source][: V if our_name in ("wte", "head") else None]
+    if "cls.predictions.bias" in theirs.state_dict():  # the decoder's, by another name
+        state["cls.predictions.bias"] = state["cls.predictions.decoder.bias"]
+    assert used == ours.keys()
+    theirs.load_state_dict(state)
+    return theirs.eval()
+
+
+def bert_twin(model):
+    from transformers import BertConfig, BertForMaskedLM
+
+    cfg = model.cfg
+    theirs = BertForMaskedLM(BertConfig(
+        vocab_size=V, hidden_size=cfg.n_embd, num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
+        intermediate_size=cfg.inner_width, hidden_act="gelu", hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, max_position_embeddings=cfg.block_size, type_vocab_size=2,
+        layer_norm_eps=cfg.norm_eps, tie_word_embeddings=cfg.tie_embeddings, attn_implementation="eager",
+    ))  # fmt: skip
+    return twin(model, theirs, BERT_NAMES)
+
+
+def llama_twin(model):
+    """Llama with our model's weights, or Qwen3, which is Llama with norms of queries and keys."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    cfg = model.cfg
+    shape = dict(
+        vocab_size=V, hidden_size=cfg.n_embd, num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
+        num_key_value_heads=cfg.kv_heads, head_dim=cfg.head_width, intermediate_size=cfg.inner_width,
+        max_position_embeddings=cfg.block_size, rms_norm_eps=cfg.norm_eps, tie_word_embeddings=cfg.tie_embeddings,
+        attention_bias=cfg.bias, rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
+        attn_implementation="eager",
+    )  # fmt: skip
+    if cfg.qk_norm:
+        return twin(model, Qwen3ForCausalLM(Qwen3Config(**shape)), QWEN3_NAMES)
+    return twin(model, LlamaForCausalLM(LlamaConfig(**shape, mlp_bias=cfg.bias)), LLAMA_NAMES)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("typed", [True, False], ids=["types", "no types"])
+def test_a_padded_batch_has_transformers_berts_logits_where_tokens_are_real(typed, tied):
+    model, ids = random_model(replace(BERT, tie_embeddings=tied)), random_ids()
+    theirs = bert_twin(model)
+    types = random_ids(3, 2) if typed else None
+    with torch.no_grad():
+        logits = model(ids, attention_mask=REAL, token_types=types)
+        out = theirs(ids, attention_mask=REAL.long(), token_type_ids=types).logits
+    assert logits.shape == out.shape == (B, T, V)
+    torch.testing.assert_close(logits[REAL], out[REAL], rtol=0, atol=1e-4)
+    assert out[REAL].std() > 1
+
+
+def test_masked_loss_is_transformers_berts_whether_targets_are_dense_or_sparse():
+    model, ids, types = random_model(BERT), random_ids(), random_ids(3, 2)
+    positions, targets, dense = masked_targets()
+    batch = dict(ids=ids, token_types=types, attention_mask=torch.ones(B, T, dtype=torch.bool))
+    with torch.no_grad():
+        theirs = bert_twin(model)(ids, token_type_ids=types, labels=dense).loss.item()
+        assert model(targets=dense, **batch).item() / 9 == pytest.approx(theirs, rel=1e-5)
+        assert model(targets=targets, positions=positions, **batch).item() / 9 == pytest.approx(theirs, rel=1e-5)
+    assert theirs > 1
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("changes", [
+    {}, {"bias": True}, {"qk_norm": False, "n_embd": 24}, {"qk_norm": False, "n_embd": 24, "bias": True},
+    {"qk_norm": False, "n_head": 5, "n_kv_head": None, "head_dim": None},
+], ids=["qwen3", "qwen3, biases", "llama", "llama, biases", "llama, heads all alike"])  # fmt: skip
+def test_logits_and_loss_are_transformers_qwen3s_and_llamas(changes, tied):
+    model, ids = random_model(replace(MODERN, tie_embeddings=tied, **changes)), random_ids()
+    if model.cfg.qk_norm:
+        for block in model.blocks:  # Qwen3 has biases in attention alone
+            block.mlp.gate.bias = block.mlp.up.bias = block.mlp.down.bias = None
+    theirs = llama_twin(model)
+    with torch.no_grad():
+        out = theirs(ids, labels=ids)
+        torch.testing.assert_close(model(ids), out.logits, rtol=0, atol=1e-4)
+        loss = model(ids[:, :-1], targets=ids[:, 1:]) / (B * (T - 1))
+        for mask in (REAL, REAL.flip(1)):  # padding on the right and on the left
+            logits, padded = model(ids, attention_mask=mask), theirs(ids, attention_mask=mask.long()).logits
+            torch.testing.assert_close(logits[mask], padded[mask], rtol=0, atol=1e-4)
+    assert out.logits.std() > 1
+    assert loss.item() == pytest.approx(out.loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("layers, heads, width, count", [(12, 12, 768, 109_514_298), (24, 16, 1024, 335_174_458)],
+                         ids=["base", "large"])  # fmt: skip
+def test_bert_sizes_count_as_transformers_do(layers, heads, width, count):
+    from transformers import BertConfig, BertForMaskedLM
+
+    with torch.device("meta"):
+        ours = Transformer(replace(
+            BERT, vocab_size=30_522, block_size=512, n_layer=layers, n_head=heads, n_embd=width, n_inner=None
+        ))  # fmt: skip
+        theirs = BertForMaskedLM(BertConfig(
+            num_hidden_layers=layers, num_attention_heads=heads, hidden_size=width, intermediate_size=4 * width
+        ))  # fmt: skip
+    assert theirs.cls.predictions.decoder.weight is theirs.bert.embeddings.word_embeddings.weight  # and counts once
+    assert ours.num_params() == sum(p.numel() for p in theirs.parameters()) == count
+
+
+# ---- the MLP
+
 @pytest.mark.parametrize("name, approximate", [("gelu_tanh", "tanh"), ("gelu", "none")])
 def test_both_gelus_are_torchs(name, approximate):
     mlp, x = MLP(replace(SMALL, mlp=name)), 3 * torch.randn(B, T, 20)
@@ -105,6 +290,20 @@ def test_exact_gelu_is_the_erf_form():
     with torch.no_grad():
         mlp.up.weight.fill_(1.0), mlp.down.weight.fill_(1.0)
         torch.testing.assert_close(mlp(x[:, None])[:, 0], x * 0.5 * (1 + torch.erf(x / math.sqrt(2))))
+
+
+def test_swiglu_is_a_sigmoid_gated_product():
+    """arXiv 2002.05202: (x sigmoid(x)) of one projection times another; here with biases."""
+    mlp, x = MLP(replace(SMALL, mlp="swiglu", n_inner=33)), 3 * torch.randn(B, T, 20)
+    a, b = x @ mlp.gate.weight.T + mlp.gate.bias, x @ mlp.up.weight.T + mlp.up.bias
+    torch.testing.assert_close(mlp(x), (a / (1 + (-a).exp()) * b) @ mlp.down.weight.T + mlp.down.bias)
+
+
+def test_relu2_squares_what_is_above_zero():
+    mlp, x = MLP(replace(SMALL, mlp="relu2")), 3 * torch.randn(B, T, 20)
+    a = x @ mlp.up.weight.T + mlp.up.bias
+    torch.testing.assert_close(mlp(x), (a * a * (a > 0)) @ mlp.down.weight.T + mlp.down.bias)
+    assert mlp.gate is None and 0.2 < (a > 0).float().mean() < 0.8
 
 
 def test_model_without_biases_has_none():
@@ -128,8 +327,18 @@ def loss_inputs(rows=1200, vocab_size=LARGE_V, width=20):
     return hidden, weight.requires_grad_(), targets
 
 
-def plain_loss(hidden, weight, targets, vocab_size):
-    return F.cross_entropy(hidden @ weight[:vocab_size].T, targets, ignore_index=IGNORE, reduction="sum")
+def random_bias(vocab_size=LARGE_V):
+    """A bias of the head, of the size of the logits; its padding must not count."""
+    bias = 4 * torch.randn(-(-vocab_size // 64) * 64, generator=torch.Generator().manual_seed(4))
+    bias[vocab_size:] = 9.0
+    return bias.requires_grad_()
+
+
+def plain_loss(hidden, weight, targets, vocab_size, bias=None, label_smoothing=0.0):
+    logits = F.linear(hidden, weight[:vocab_size], None if bias is None else bias[:vocab_size])
+    return F.cross_entropy(
+        logits, targets, ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing
+    )  # fmt: skip
 
 
 def worst_error(ours, theirs):
@@ -156,6 +365,36 @@ def test_chunked_loss_and_gradients_are_plain_cross_entropys(rows, vocab_size):
         assert linear_cross_entropy(hidden, weight, targets, vocab_size).item() == ours.item()
 
 
+@pytest.mark.parametrize("rows, vocab_size", [(1200, LARGE_V), (B * T, V)])
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+def test_bias_and_label_smoothing_are_torchs_in_loss_and_gradients(smoothing, biased, rows, vocab_size):
+    hidden, weight, targets = loss_inputs(rows, vocab_size)
+    bias = random_bias(vocab_size) if biased else None
+    wanted = [hidden, weight, bias] if biased else [hidden, weight]
+    exact = [tensor.double() for tensor in wanted]  # torch's own gradients of smoothed targets are 4e-5 off in float32
+    theirs = plain_loss(*exact[:2], targets, vocab_size, *exact[2:], label_smoothing=smoothing)
+    ours = linear_cross_entropy(hidden, weight, targets, vocab_size, bias, smoothing)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    our_gradients = torch.autograd.grad(ours / 7, wanted)
+    for our_gradient, their_gradient in zip(our_gradients, torch.autograd.grad(theirs / 7, wanted)):
+        assert worst_error(our_gradient, their_gradient) < 1e-5
+    assert all(gradient[vocab_size:].eq(0).all() for gradient in our_gradients[1:])
+    assert our_gradients[0][targets == IGNORE].eq(0).all()
+    with torch.no_grad():
+        assert linear_cross_entropy(hidden, weight, targets, vocab_size, bias, smoothing).item() == ours.item()
+
+
+@pytest.mark.parametrize("cfg", [SMALL, BERT], ids=["clm", "mlm"])
+def test_label_smoothing_is_for_training_alone(cfg):
+    model, ids, targets = random_model(replace(cfg, label_smoothing=0.2)), random_ids(), random_ids(3)
+    with torch.no_grad():
+        logits = model(ids).flatten(0, 1)
+        for training, smoothing in ((True, 0.2), (False, 0.0)):
+            theirs = F.cross_entropy(logits, targets.flatten(), reduction="sum", label_smoothing=smoothing).item()
+            assert model.train(training)(ids, targets=targets).item() == pytest.approx(theirs, rel=1e-5)
+
+
 def test_loss_of_ignored_targets_alone_is_zero():
     hidden, weight, targets = loss_inputs(B * T, V)
     loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, IGNORE), V)
@@ -169,20 +408,102 @@ def test_loss_survives_logits_that_overflow_exp():
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5) and math.isfinite(ours.item())
 
 
-def test_loss_in_bf16_is_close_and_sums_in_float32():
+@pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
+def test_loss_in_bf16_is_close_and_sums_in_float32(biased):
     """torch's own, in bf16, sums in bf16 and is 15 % off; rounding each logit costs 0.4 % at most."""
     hidden, weight, targets = loss_inputs()
-    theirs = plain_loss(hidden, weight, targets, LARGE_V)
-    their_gradients = torch.autograd.grad(theirs, (hidden, weight))
+    bias = random_bias() if biased else None
+    wanted = [hidden, weight, bias] if biased else [hidden, weight]
+    theirs = plain_loss(hidden, weight, targets, LARGE_V, bias)
+    their_gradients = torch.autograd.grad(theirs, wanted)
     with torch.autocast("cpu", torch.bfloat16):
-        ours = linear_cross_entropy(hidden, weight, targets, LARGE_V)
-    our_gradients = torch.autograd.grad(ours, (hidden, weight))
+        ours = linear_cross_entropy(hidden, weight, targets, LARGE_V, bias)
+    our_gradients = torch.autograd.grad(ours, wanted)
     assert ours.dtype == torch.float32
     assert ours.item() == pytest.approx(theirs.item(), rel=2e-3)
     assert ours.item() != pytest.approx(theirs.item(), rel=1e-9)  # or autocast would have been ignored
     for ours, theirs in zip(our_gradients, their_gradients):
         assert ours.dtype == torch.float32
         assert ((ours - theirs).norm() / theirs.norm()).item() < 0.02
+
+
+def test_correct_targets_are_those_with_the_largest_logit_and_the_loss_beside_them_is_the_same():
+    hidden, weight, targets = loss_inputs()
+    bias = random_bias()
+    with torch.no_grad():
+        likeliest = F.linear(hidden, weight[:LARGE_V], bias[:LARGE_V]).argmax(1)
+        targets[1::4] = likeliest[1::4]  # 300 rows, some of them where targets were ignored
+        valid = targets != IGNORE
+        wanted = (likeliest == targets)[valid].sum().item()
+        loss, correct = linear_cross_entropy(hidden, weight, targets, LARGE_V, bias, count_correct=True)
+        assert loss.item() == linear_cross_entropy(hidden, weight, targets, LARGE_V, bias).item()
+    assert correct.item() == wanted and 300 <= wanted < valid.sum()
+
+
+def test_an_ignored_target_is_never_correct():
+    hidden, weight, targets = loss_inputs(B * T, V)
+    for likely in (0, V - 1):
+        bias = torch.zeros(64)
+        bias[likely] = 1000.0  # so that this token is the likeliest everywhere
+        targets[:] = IGNORE
+        with torch.no_grad():
+            assert linear_cross_entropy(hidden, weight, targets, V, bias, count_correct=True)[1].item() == 0
+            targets[3], targets[4] = likely, 5
+            assert linear_cross_entropy(hidden, weight, targets, V, bias, count_correct=True)[1].item() == 1
+
+
+@KINDS
+def test_a_model_counts_the_targets_that_its_logits_rank_first(cfg):
+    model, ids = random_model(cfg).eval(), random_ids()
+    positions, _, _ = masked_targets()
+    with torch.no_grad():
+        for where in (None, positions):
+            logits = model(ids, positions=where)
+            targets = torch.where(random_ids(5, 2, logits.shape[:2]) == 1, logits.argmax(-1), 3)
+            targets[1] = IGNORE
+            loss, correct = model(ids, targets=targets, positions=where, count_correct=True)
+            wanted = (logits.argmax(-1) == targets).sum().item()
+            assert correct.item() == wanted and 0 < wanted < 2 * targets.shape[1]
+            assert loss.item() == model(ids, targets=targets, positions=where).item()
+
+
+def test_targets_are_counted_without_gradients_alone():
+    with pytest.raises(AssertionError, match="without gradients"):
+        random_model()(random_ids(), targets=random_ids(), count_correct=True)
+
+
+def loss_and_gradients(model, *args, **kwargs):
+    model.zero_grad()
+    loss = model(*args, **kwargs)
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@KINDS
+def test_a_sparse_head_gives_the_dense_ones_loss_and_gradients(cfg, smoothing):
+    model, ids = random_model(replace(cfg, label_smoothing=smoothing)), random_ids()
+    positions, targets, dense = masked_targets()
+    loss, gradients = loss_and_gradients(model, ids, targets=dense)
+    sparse_loss, sparse_gradients = loss_and_gradients(model, ids, targets=targets, positions=positions)
+    assert sparse_loss == pytest.approx(loss, rel=1e-5) and loss > 1
+    largest = max(gradient.abs().max().item() for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        assert (sparse_gradients[name] - gradient).abs().max().item() < 1e-5 * largest, name
+    with torch.no_grad():
+        rows = model(ids).take_along_dim(positions[..., None], dim=1)
+        torch.testing.assert_close(model(ids, positions=positions), rows, rtol=0, atol=1e-5)
+
+
+def test_padding_of_positions_adds_nothing():
+    model, ids = random_model(BERT), random_ids()
+    positions, targets, _ = masked_targets()
+    loss, gradients = loss_and_gradients(model, ids, targets=targets, positions=positions)
+    wider, ignored = F.pad(positions, (0, 5)), F.pad(targets, (0, 5), value=IGNORE)
+    wider_loss, wider_gradients = loss_and_gradients(model, ids, targets=ignored, positions=wider)
+    assert wider_loss == pytest.approx(loss, rel=1e-6)
+    for name, gradient in gradients.items():
+        assert worst_error(wider_gradients[name], gradient) < 1e-5 or "attn.k.bias" in name, name  # which has none
 
 
 class LargestTensor(TorchDispatchMode):
@@ -241,6 +562,27 @@ def test_padding_rows_take_no_part_and_stay_zero(tied):
         assert model(ids, targets=ids).item() == before
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor", "sgd"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_padding_rows_stay_zero_with_a_bias_and_label_smoothing_too(tied, optimizer):
+    model, ids = Transformer(replace(BERT, tie_embeddings=tied, label_smoothing=0.1)), random_ids()
+    model.init_weights(seed=1)
+    positions, targets, _ = masked_targets()
+    padded = [model.wte.weight, model.head.weight, model.head.bias]
+    optimizer = build_optimizer(model, OptimConfig(optimizer=optimizer, learning_rate=0.1))
+    for _ in range(3):
+        model(ids, targets=targets, positions=positions).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(p[V:].eq(0).all() for p in padded)
+    assert model.head.weight[:V].ne(0).all() and model.head.bias[:V].ne(0).all()
+    with torch.no_grad():
+        before = model(ids, targets=targets, positions=positions).item()
+        for p in padded:
+            p[V:] = 50.0
+        assert model(ids, targets=targets, positions=positions).item() == before
+
+
 def test_gpt2s_vocabulary_is_padded_to_50304():
     assert ModelConfig().padded_vocab_size == 50304
     assert ModelConfig(vocab_size=64).padded_vocab_size == 64
@@ -248,9 +590,10 @@ def test_gpt2s_vocabulary_is_padded_to_50304():
 
 # ---- attention
 
+@DECODERS
 @pytest.mark.parametrize("t", [0, 3, 6])
-def test_logits_never_depend_on_later_tokens(t):
-    model, ids = random_model(), random_ids()
+def test_logits_never_depend_on_later_tokens(t, cfg):
+    model, ids = random_model(cfg), random_ids()
     other = ids.clone()
     other[:, t] = (ids[:, t] + 1) % V
     with torch.no_grad():
@@ -259,9 +602,58 @@ def test_logits_never_depend_on_later_tokens(t):
     assert (before[:, t:] - after[:, t:]).abs().amax(-1).gt(1e-3).all()  # they do depend on this one and earlier ones
 
 
+@pytest.mark.parametrize("t", [0, 3, 6])
+@pytest.mark.parametrize("cfg", [BERT, replace(MODERN, objective="mlm")], ids=["bert", "modern"])
+def test_logits_of_an_encoder_depend_on_every_token(cfg, t):
+    model, ids = random_model(cfg), random_ids()
+    other = ids.clone()
+    other[:, t] = (ids[:, t] + 1) % V
+    with torch.no_grad():
+        assert (model(ids) - model(other)).abs().amax(-1).gt(1e-3).all()
+
+
+@pytest.mark.parametrize("cfg", [SMALL, BERT, MODERN, replace(MODERN, objective="mlm")],
+                         ids=["gpt2", "bert", "modern", "modern encoder"])  # fmt: skip
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_masked_padding_never_influences_other_tokens(side, cfg):
+    model, ids, real = random_model(cfg), random_ids(), REAL if side == "right" else REAL.flip(1)
+    other = ids.where(real, (ids + 1) % V)
+    with torch.no_grad():
+        before, after = model(ids, attention_mask=real), model(other, attention_mask=real)
+        assert torch.equal(before[real], after[real])
+        if cfg.objective == "mlm" or side == "left":  # else padding is later, and of no influence anyway
+            moved = (model(ids) - model(other)).abs().amax(-1) > 1e-3
+            assert moved[real & ~real.all(1, keepdim=True)].all()
+        everything = torch.ones(B, T, dtype=torch.bool)
+        torch.testing.assert_close(model(ids, attention_mask=everything), model(ids), rtol=0, atol=1e-4)
+    assert before[real].isfinite().all()
+
+
+@pytest.mark.parametrize("cfg", [BERT, MODERN], ids=["bert", "modern"])
+def test_a_token_that_may_look_at_nothing_spoils_no_gradient(cfg):
+    model, ids = random_model(cfg), random_ids()
+    real = REAL.flip(1).clone()
+    real[1] = False  # a sequence of padding alone
+    _, gradients = loss_and_gradients(model, ids, targets=ids.where(real, IGNORE), attention_mask=real)
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("cfg", [SMALL, BERT, MODERN], ids=["gpt2", "bert", "modern"])
+def test_dropout_of_attention_spares_evaluation_and_acts_in_training(cfg):
+    model, ids = random_model(replace(cfg, dropout=0.5)), random_ids()
+    model.dropout.p = 0.0
+    for block in model.blocks:
+        block.dropout.p = 0.0
+    with torch.no_grad():
+        assert not torch.equal(model(ids, attention_mask=REAL), model(ids, attention_mask=REAL))
+        logits = model.eval()(ids, attention_mask=REAL)
+        assert torch.equal(logits, random_model(cfg)(ids, attention_mask=REAL))
+
+
+@DECODERS
 @pytest.mark.parametrize("prompt", [1, 4, 11])
-def test_cached_logits_are_the_uncached_ones(prompt):
-    model, ids = random_model(), random_ids(shape=(B, 11))
+def test_cached_logits_are_the_uncached_ones(prompt, cfg):
+    model, ids = random_model(cfg), random_ids(shape=(B, 11))
     with torch.no_grad():
         whole = model(ids)
         cache = Cache(model.cfg, B, "cpu", torch.float32)
@@ -271,6 +663,90 @@ def test_cached_logits_are_the_uncached_ones(prompt):
             steps += [model(ids[:, i : i + 1], cache=cache) for i in range(prompt, 11)]
             torch.testing.assert_close(torch.cat(steps, dim=1), whole[:, prompt - 1 :], rtol=0, atol=1e-4)
         assert cache.length == 11
+    heads, width = (2, 8) if cfg is MODERN else (5, 4)  # of keys and values
+    assert {layer.k.shape for layer in cache.layers} == {layer.v.shape for layer in cache.layers}
+    assert cache.layers[0].k.shape == (B, heads, 11, width)
+
+
+def test_a_models_attention_has_as_many_heads_as_it_says():
+    attn = Transformer(MODERN).blocks[0].attn
+    assert {name: tuple(p.shape) for name, p in attn.named_parameters()} == {
+        "q.weight": (48, 20), "k.weight": (16, 20), "v.weight": (16, 20), "proj.weight": (20, 48),
+        "q_norm.weight": (8,), "k_norm.weight": (8,),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [SMALL, MODERN], ids=["learned", "rope"])
+def test_grouped_heads_share_keys_and_values_with_their_neighbours(shape):
+    """6 heads over 2 are 6 heads over 6 whose keys and values repeat, three after three."""
+    grouped = replace(shape, n_head=6, n_kv_head=2, head_dim=8)
+    few, many = random_model(grouped), random_model(replace(grouped, n_kv_head=6))
+    state = few.state_dict()
+    for name, p in state.items():
+        if ".attn.k." in name or ".attn.v." in name:
+            state[name] = p.unflatten(0, (2, 8)).repeat_interleave(3, dim=0).flatten(0, 1)
+    many.load_state_dict(state)
+    with torch.no_grad():
+        torch.testing.assert_close(few(random_ids()), many(random_ids()), rtol=0, atol=1e-4)
+
+
+# ---- rope
+
+def heads(seed, shape=(B, 6, T, 8)):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_rope_is_transformers():
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    q, k, place = heads(1), heads(2, (B, 2, T, 8)), torch.arange(3, 3 + T)
+    theirs = LlamaRotaryEmbedding(LlamaConfig(
+        hidden_size=48, num_attention_heads=6, head_dim=8, rope_parameters={"rope_type": "default", "rope_theta": 77.0}
+    ))  # fmt: skip
+    their_q, their_k = apply_rotary_pos_emb(q, k, *theirs(q, place.expand(B, T)))
+    rope = rope_table(place, 8, 77.0)
+    torch.testing.assert_close(rotate(q, rope), their_q, rtol=0, atol=1e-5)
+    torch.testing.assert_close(rotate(k, rope), their_k, rtol=0, atol=1e-5)
+
+
+def test_products_of_queries_and_keys_depend_on_distances_alone():
+    q, k = heads(1), heads(2)
+    near, far, wrong = (rope_table(torch.arange(T) * stride + start, 8, 77.0) for stride, start in
+                        ((1, 0), (1, 19), (2, 0)))  # fmt: skip
+    products = rotate(q, near) @ rotate(k, near).mT
+    torch.testing.assert_close(rotate(q, far) @ rotate(k, far).mT, products, rtol=0, atol=1e-4)
+    assert not torch.allclose(rotate(q, wrong) @ rotate(k, wrong).mT, products, atol=0.1)
+
+
+def test_rope_turns_but_never_stretches_and_leaves_the_first_position():
+    x = heads(1)
+    turned = rotate(x, rope_table(torch.arange(T), 8, 77.0))
+    assert torch.equal(turned[:, :, 0], x[:, :, 0])
+    assert not torch.isclose(turned, x)[:, :, 1:].all(-1).any()
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+    half = rotate(x.bfloat16(), rope_table(torch.arange(T), 8, 77.0))
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), turned, rtol=0, atol=0.05)
+
+
+def test_ropes_wavelengths_grow_from_two_pi_by_its_base():
+    cos, sin = rope_table(torch.arange(1, 2), 8, 10_000.0)
+    for i, angle in enumerate((1, 0.1, 0.01, 0.001)):
+        assert cos[0, i].item() == pytest.approx(math.cos(angle), rel=1e-6)
+        assert sin[0, i].item() == pytest.approx(math.sin(angle), rel=1e-5)
+
+
+def test_norms_of_queries_and_keys_make_their_scale_irrelevant():
+    model, ids = random_model(replace(MODERN, norm_eps=0.0)), random_ids()
+    with torch.no_grad():
+        before = model(ids)
+        for block in model.blocks:
+            block.attn.q.weight *= 7.0
+            block.attn.k.weight *= 0.3
+        torch.testing.assert_close(model(ids), before, rtol=0, atol=1e-3)
+        model.blocks[0].attn.q_norm.weight *= 2.0
+        assert not torch.allclose(model(ids), before, atol=0.1)
 
 
 def test_several_tokens_behind_cached_ones_are_refused_not_wrong():
@@ -328,6 +804,58 @@ def test_initial_weights_are_gpt2s():
             assert abs(drawn.mean().item()) < 0.02 * std, name
 
 
+@pytest.mark.parametrize("cfg", [BERT, replace(MODERN, norm_position="post", bias=True)], ids=["bert", "modern"])
+def test_initial_weights_of_post_norm_models_are_berts(cfg):
+    """Google's BERT draws every matrix and table at 0.02, from a normal that is cut off, which ours is not."""
+    weights = initial(replace(
+        cfg, objective="mlm", vocab_size=1000, block_size=300, n_embd=240, n_inner=None, head_dim=48, n_token_types=20,
+        tie_embeddings=False,
+    ))  # fmt: skip
+    assert ("blocks.2.attn.q_norm.weight" in weights) == cfg.qk_norm
+    for name, w in weights.items():
+        if name.endswith("bias"):
+            assert w.eq(0).all(), name
+        elif "norm" in name:
+            assert w.eq(1).all(), name
+        else:
+            assert w[:1000].std().item() == pytest.approx(0.02, rel=0.04), name
+    assert all(weights[name][1000:].eq(0).all() for name in ("wte.weight", "head.weight", "head.bias"))
+    assert len(weights["wte.weight"]) == len(weights["head.weight"]) == len(weights["head.bias"]) == 1024
+
+
+@pytest.mark.parametrize("cfg", [MODERN, replace(MODERN, objective="mlm", mlp="relu2", bias=True)])
+def test_initial_weights_of_pre_norm_models_shrink_those_that_write_to_the_residual_stream(cfg):
+    weights = initial(replace(cfg, vocab_size=1000, n_embd=240, n_inner=500, head_dim=48))
+    drawn = {name: w for name, w in weights.items() if not name.endswith("bias") and "norm" not in name}
+    for name, w in drawn.items():
+        std = 0.02 / math.sqrt(6) if name.endswith(RESIDUAL) else 0.02
+        assert w[:1000].std().item() == pytest.approx(std, rel=0.02), name
+    assert all(w.eq(1).all() for name, w in weights.items() if "norm" in name and name.endswith("weight"))
+
+
+def test_initial_weights_of_a_seed_are_what_they_always_were():
+    """Runs are repeatable over versions of this code: three numbers each, written down when GPT-2 was all there was."""
+    weights = initial(replace(SMALL, bias=False))
+    for name, numbers in {
+        "wte.weight": (0.0223431699, -0.0265895836, 0.0309317540),
+        "blocks.2.attn.k.weight": (-9.40897e-06, 0.0427144766, 0.0071378849),
+        "blocks.0.mlp.down.weight": (0.00072415679, -0.01049968135, -0.00115501601),
+    }.items():
+        last = weights[name][V - 1] if name == "wte.weight" else weights[name].flatten()
+        assert last[[0, 1, -1]].tolist() == pytest.approx(numbers, rel=1e-4), name
+
+
+@KINDS
+def test_each_initial_weight_is_drawn_from_its_own_generator(cfg):
+    for name, w in initial(cfg, seed=5).items():
+        if not name.endswith("bias") and "norm" not in name:
+            key = int.from_bytes(hashlib.sha256(f"5:{name}".encode()).digest()[:8], "big")
+            rows = V if name == "wte.weight" else len(w)
+            drawn = torch.randn(rows, w.shape[1], generator=torch.Generator().manual_seed(key))
+            shrunk = cfg.norm_position == "pre" and name.endswith(RESIDUAL)
+            assert torch.equal(w[:rows], drawn * (0.02 / math.sqrt(6) if shrunk else 0.02)), name
+
+
 def test_a_layer_more_changes_no_other_weight():
     three, four = initial(), initial(replace(SMALL, n_layer=4))
     assert set(three) < set(four)
@@ -374,7 +902,17 @@ def test_tied_head_is_one_parameter_with_the_embedding_and_an_untied_one_is_not(
 @pytest.mark.parametrize("wrong, told", [
     ({"n_embd": 20, "n_head": 3}, "n_embd 20 is not a multiple of n_head 3; n_head 1, 2, 4 would fit"),
     ({"n_layer": 0}, "n_layer is 0"), ({"vocab_size": -1}, "vocab_size is -1"), ({"dropout": 1.0}, "dropout is 1.0"),
-])
+    ({"n_kv_head": 0}, "n_kv_head is 0; it must be at least 1"), ({"head_dim": 0}, "head_dim is 0"),
+    ({"n_inner": 0}, "n_inner is 0"), ({"n_token_types": 0}, "n_token_types is 0"), ({"n_head": 0}, "n_head is 0"),
+    ({"n_embd": 24, "n_head": 6, "n_kv_head": 4}, "n_head 6 is not a multiple of n_kv_head 4; n_kv_head .*3.* fit"),
+    ({"n_kv_head": 10}, "n_head 5 is not a multiple of n_kv_head 10; n_kv_head 1, 5 would fit"),
+    ({"n_embd": 15, "position": "rope"}, "head_dim is 3; rope turns pairs"),
+    ({"head_dim": 7, "position": "rope"}, "head_dim is 7; rope turns pairs"),
+    ({"label_smoothing": 1.0}, "label_smoothing is 1.0; it must be at least 0 and below 1"),
+    ({"label_smoothing": -0.1}, "label_smoothing is -0.1"), ({"norm_eps": -1e-5}, "norm_eps is -1e-05"),
+    ({"rope_theta": 0.0}, "rope_theta is 0.0; it must be above 0"),
+    ({"n_layer": 0, "dropout": 2.0}, "(?s)n_layer is 0.*dropout is 2.0"),
+])  # fmt: skip
 def test_impossible_shapes_are_named(wrong, told):
     with pytest.raises(ValueError, match=told):
         replace(SMALL, **wrong)
@@ -383,3 +921,69 @@ def test_impossible_shapes_are_named(wrong, told):
 def test_remedy_for_a_huge_width_comes_at_once():
     with pytest.raises(ValueError, match="n_embd 100000000000 is not a multiple of n_head 3"):
         ModelConfig(n_embd=10**11, n_head=3)
+
+
+@pytest.mark.parametrize("right", [
+    {"head_dim": 7}, {"n_embd": 15}, {"n_kv_head": 1}, {"n_kv_head": 5}, {"n_embd": 21, "head_dim": 4},
+    {"position": "rope"}, {"label_smoothing": 0.0}, {"norm_eps": 0.0},
+])  # fmt: skip
+def test_unusual_shapes_that_are_possible_are_accepted(right):
+    assert Transformer(replace(SMALL, **right))(random_ids()).shape == (B, T, V)
+
+
+# ---- all of it together
+
+def has_no_gradient(name, cfg):
+    """Whether a parameter cannot influence the loss: a shift of all keys alike shifts all scores of a query alike."""
+    unplaced = cfg.position == "learned" and name.endswith(("attn.k.bias", "attn.k_norm.bias"))
+    return unplaced and not (cfg.qk_norm and name.endswith("attn.k.bias"))
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_every_combination_of_options_trains_every_parameter(objective, bf16):
+    ids, types = random_ids(), random_ids(3, 2)
+    positions, targets, _ = masked_targets()
+    masked = {"positions": positions, "targets": targets, "attention_mask": REAL, "token_types": types}
+    batch = masked if objective == "mlm" else {"targets": random_ids(4)}
+    for norm, where, position, mlp, qk_norm, bias in itertools.product(
+        ("layernorm", "rmsnorm"), ("pre", "post"), ("learned", "rope"), ("gelu", "gelu_tanh", "swiglu", "relu2"),
+        (True, False), (True, False),
+    ):  # fmt: skip
+        cfg = replace(
+            SMALL, n_layer=2, n_head=4, n_kv_head=2, head_dim=6, n_embd=10, n_inner=14, objective=objective, norm=norm,
+            norm_position=where, position=position, mlp=mlp, qk_norm=qk_norm, bias=bias,
+            n_token_types=2 if objective == "mlm" else None,
+        )  # fmt: skip
+        model = random_model(cfg)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(ids, **batch)
+        loss.backward()
+        assert loss.dtype == torch.float32 and loss.isfinite(), cfg
+        largest = max(p.grad.abs().max().item() for p in model.parameters())
+        for name, p in model.named_parameters():
+            size = p.grad.abs().max().item()
+            assert p.grad.dtype == torch.float32 and p.grad.isfinite().all(), (name, cfg)
+            if not has_no_gradient(name, cfg):
+                assert size > 1e-6 * largest, (name, cfg)
+            elif not bf16:
+                assert size < 1e-6 * largest, (name, cfg)
+
+
+def test_token_types_that_do_not_occur_get_no_gradient():
+    model, ids = random_model(BERT), random_ids()
+    _, gradients = loss_and_gradients(model, ids, targets=ids)
+    assert gradients["wtt.weight"][1].eq(0).all() and gradients["wtt.weight"][0].ne(0).any()
+    _, gradients = loss_and_gradients(model, ids, targets=ids, token_types=torch.ones_like(ids))
+    assert gradients["wtt.weight"][0].eq(0).all() and gradients["wtt.weight"][1].ne(0).any()
+
+
+@KINDS
+def test_bf16_logits_are_close(cfg):
+    model, ids = random_model(cfg), random_ids()
+    with torch.no_grad():
+        exact = model(ids)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(ids)
+    assert logits.dtype == torch.bfloat16
+    assert ((logits - exact).norm() / exact.norm()).item() < 0.05

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data import IGNORE, DataConfig, Split
+from data import DataConfig, Split
 from model import ModelConfig, Transformer
+from objective import IGNORE, NextToken
 from optim import OptimConfig, build_optimizer
 from parallel import ParallelConfig, distribute, init_world, pick_device, pick_precision, seed_step
 from ranks import on_ranks, run, write_data
@@ -117,7 +118,7 @@ def evaluated(data_dir, micro_batch_size):
         model = build(world, replace(SMALL, dropout=0.5))
         cfg = DataConfig(data_dir=data_dir, seq_len=T, micro_batch_size=micro_batch_size, eval_tokens=1000)
         states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-        loss = evaluate(model, Split(data_dir, "val", 37), cfg, world)
+        loss = evaluate(model, Split(data_dir, "val", 37), NextToken(T), cfg, world)["val_loss"]
         assert torch.equal(states[0], torch.get_rng_state()), "evaluation drew from torch's random state"
         assert states[1:] == (np.random.get_state()[1].tolist(), random.getstate())
         assert model.training

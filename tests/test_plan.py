@@ -47,7 +47,7 @@ def test_flops_are_what_torch_counts_in_forward_and_backward(changes):
 def test_causal_count_halves_attention_alone():
     cfg = ModelConfig()
     without_attention = plan.flops_per_token(cfg, seq_len=0)
-    full, causal = (plan.flops_per_token(cfg, 1024, causal) - without_attention for causal in (False, True))
+    full, causal = (plan.flops_per_token(cfg, 1024, causal=causal) - without_attention for causal in (False, True))
     assert full == 2 * causal == 12 * 12 * 768 * 1024  # PaLM's 12 L H Q T
 
 

@@ -426,7 +426,7 @@ BAD_DATA = {
     "missing shard": (lambda f: write_data(f).joinpath("train_000001.bin").unlink(), "train_000001.bin is missing"),
     "ids past the vocabulary": (with_large_ids, r"holds the token id \d+, but vocab_size is 37"),
     "larger vocabulary": (lambda f: write_data(f, vocab_size=50), "vocab_size is 37.*vocabulary of 50; set vocab_size"),
-    "short train": (lambda f: write_data(f, train_tokens=13), "no shard of 2 x seq_len 7 tokens.*shorten seq_len"),
+    "short train": (lambda f: write_data(f, train_tokens=13), "no shard of 2 x 7 tokens.*shorten seq_len"),
     "short val": (lambda f: write_data(f, val_tokens=1), "val split has 1 tokens.*val_fraction"),
 }
 BAD_SETTINGS = {

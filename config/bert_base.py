@@ -1,0 +1,49 @@
+# BERT base, uncased: the model of google-research/bert (arXiv 1810.04805) and the masked half of its recipe. It needs
+# BERT's vocab.txt (in any bert-base-uncased folder) and your text; BERT's own was Wikipedia and books, 3.3 B words.
+#
+#   python prepare.py config/bert_base.py --input='wikipedia/*.jsonl' --tokenizer=vocab.txt
+#
+# BERT read sequences of 128 tokens for nine tenths of its steps, then of 512, 256 sequences a step. Phase 1, below, is
+# the preset as it is; phase 2 starts from its weights, with the learning rate that is left of BERT's linear decay:
+#
+#   torchrun --nproc_per_node=8 train.py config/bert_base.py
+#   torchrun --nproc_per_node=8 train.py config/bert_base.py --seq_len=512 --batch_tokens=131072 \
+#       --micro_batch_size=8 --init_from=out/bert_base --out_dir=out/bert_base_512 \
+#       --max_steps=100000 --lr_decay_steps=none --learning_rate=1e-5 --warmup_steps=1000
+#
+# What differs from Google's code: no next-sentence task; AdamW corrects the bias of its means, which theirs does not;
+# masks are drawn anew each time a sequence is seen, where theirs are drawn ten times beforehand.
+
+objective = "mlm"
+vocab_size = 30_522
+block_size = 512
+n_layer = 12
+n_head = 12
+n_embd = 768
+n_inner = 3072
+mlp = "gelu"
+norm_position = "post"
+norm_eps = 1e-12
+n_token_types = 2
+dropout = 0.1
+
+tokenizer = "vocab.txt"
+data_dir = "data/bert"
+seq_len = 128
+mask_prob = 0.15
+batch_tokens = 256 * 128
+micro_batch_size = 32
+eval_tokens = 1_048_576
+
+max_steps = 900_000
+lr_decay_steps = 1_000_000
+learning_rate = 1e-4
+warmup_steps = 10_000
+schedule = "linear"
+weight_decay = 0.01
+beta1 = 0.9
+beta2 = 0.999
+grad_clip = 1.0
+
+eval_interval = 5000
+save_interval = 5000

@@ -1,0 +1,18 @@
+# A present-day encoder: the blocks of modern_124m.py with attention to both sides, trained on masked tokens as BERT is,
+# with 30 % of them masked (arXiv 2202.08005) and sequences of 1024. Masks need a tokenizer that has a mask token: bpe
+# is learnt from your text.
+#
+#   python prepare.py config/modern_bert.py --input='wikipedia/*.jsonl'
+#   torchrun --nproc_per_node=8 train.py config/modern_bert.py
+
+from config.modern_124m import *
+
+objective = "mlm"
+vocab_size = None  # the data's
+n_kv_head = 12
+
+dataset = None
+tokenizer = "bpe"
+bpe_vocab_size = 32_768
+data_dir = "data/modern_bert"
+mask_prob = 0.3

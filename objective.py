@@ -1,0 +1,125 @@
+"""Windows of tokens to what a model learns from: the next token, or masked ones."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+IGNORE = -100  # a target that takes no part in the loss
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    mask_prob: float = 0.15  # mlm: share of a sequence's tokens to predict
+    whole_word_masking: bool = False  # mlm: mask whole words, where the tokenizer knows them, as WordPiece does
+
+    def __post_init__(self):
+        if not 0 < self.mask_prob < 1:
+            raise ValueError(f"mask_prob is {self.mask_prob}; it must be above 0 and below 1")
+
+
+def windows_of(objective, cfg, seq_len, seed, meta):
+    """How windows of tokens become batches of an objective, clm or mlm; meta: what meta.json says of the data."""
+    if objective == "clm":
+        return NextToken(seq_len)
+    if not meta:
+        raise ValueError("mlm needs to know the special tokens of its data, which has no meta.json; use prepare.py")
+    if cfg.whole_word_masking and not meta.get("continuations"):
+        raise ValueError(
+            f"whole_word_masking is on, but the data's tokenizer {meta.get('tokenizer')} does not tell where words "
+            f"start; leave it off, or make the data with --tokenizer=vocab.txt, BERT's"
+        )
+    continuations = meta["continuations"] if cfg.whole_word_masking else ()
+    return Masked(seq_len, cfg.mask_prob, seed, meta["vocab_size"], meta["specials"], continuations)
+
+
+class NextToken:
+    """Windows whose every token's target is the one that follows: `stride` tokens each, and `extra` ones read."""
+
+    def __init__(self, seq_len):
+        self.stride, self.extra = seq_len, 1
+
+    def batch(self, rows, first, lengths=None):
+        """(ids, targets), both (B, T), of windows (B, T + 1); what lies beyond lengths (B,) is no target."""
+        ids, targets = rows[:, :-1], rows[:, 1:]
+        if lengths is not None:
+            targets = np.where(np.arange(self.stride) < lengths[:, None], targets, IGNORE)
+        return torch.from_numpy(ids).contiguous(), torch.from_numpy(targets).contiguous()
+
+
+class Masked:
+    """Windows that become [CLS] tokens [SEP], of which round(mask_prob * T) are to be predicted (BERT, section 3.1).
+
+    Of these 80 % are masked, 10 % become a random token and 10 % stay as they are; special tokens are neither predicted
+    nor drawn, and ends of documents become [SEP]. What happens to a sequence is a function of the seed and its number
+    alone. Given the ids that continue words, whole words are masked; the last is cut where it exceeds the number.
+    """
+
+    extra = 0
+
+    def __init__(self, seq_len, mask_prob, seed, vocab_size, specials, continuations=()):
+        """specials: {name: id} of the tokenizer, which has a mask, cls, sep and pad token by either's usual name."""
+        if seq_len < 3:
+            raise ValueError(f"seq_len is {seq_len}; masked training needs at least 3: [CLS], a token and [SEP]")
+        self.stride, self.mask_prob = seq_len - 2, mask_prob
+        self.mask, self.cls, self.sep, self.pad = (special_id(specials, role) for role in ("mask", "cls", "sep", "pad"))
+        self.eot = specials.get("<|endoftext|>", self.sep)
+        self.is_special = np.isin(np.arange(vocab_size), list(specials.values()))
+        self.continues = np.isin(np.arange(vocab_size), continuations)
+        self.drawn = np.flatnonzero(~self.is_special)  # what a token may be replaced by
+        self.key = np.random.SeedSequence((seed, 2)).generate_state(2, np.uint64)
+
+    def batch(self, rows, first, lengths=None):
+        """(ids (B, T), targets (B, K), positions (B, K)) of windows (B, T - 2) of the sequences from number first on.
+
+        Windows may hold fewer tokens, by lengths (B,); a fourth part is then attention_mask (B, T), False where a
+        sequence has ended.
+        """
+        B, T, place = len(rows), self.stride + 2, np.arange(self.stride + 2)
+        ids = np.empty((B, T), dtype=np.int64)
+        ids[:, 0], ids[:, 1:-1], ids[:, -1] = self.cls, rows, self.sep
+        ids[ids == self.eot] = self.sep
+        lengths = np.full(B, self.stride) if lengths is None else lengths
+        end = lengths[:, None] + 1  # where [SEP] stands
+        if is_short := (lengths < self.stride).any():
+            ids = np.where(place < end, ids, np.where(place == end, self.sep, self.pad))
+        # Philox gives 4 numbers a count, which is one token's share: so each sequence has counts of its own.
+        random = np.random.Philox(key=self.key, counter=first * T).random_raw(4 * B * T).reshape(B, T, 4)
+        K = n_masked(T, self.mask_prob)
+        positions = self._order(random[..., 0], ids).argsort(axis=1, kind="stable")[:, :K]  # B K
+        old, action, drawn = (np.take_along_axis(a, positions, 1) for a in (ids, random[..., 1], random[..., 2]))
+        wanted = np.array([[n_masked(length + 2, self.mask_prob)] for length in lengths])  # B 1
+        predicted = ~self.is_special[old] & (np.arange(K) < wanted)  # B K
+        share, drawn = action / 2.0**64, self.drawn[drawn % np.uint64(len(self.drawn))]
+        new = np.where(share < 0.8, self.mask, np.where(share < 0.9, drawn, old))
+        np.put_along_axis(ids, positions, np.where(predicted, new, old), 1)
+        batch = ids, np.where(predicted, old, IGNORE), positions
+        return tuple(torch.from_numpy(part) for part in (batch + (place <= end,) if is_short else batch))
+
+    def _order(self, random, ids):
+        """What positions are sorted by: a random number for each, or for each word; special tokens come last."""
+        if self.continues.any():
+            start = np.where(self.continues[ids], 0, np.arange(ids.shape[1]))
+            random = np.take_along_axis(random, np.maximum.accumulate(start, axis=1), 1)
+        return np.where(self.is_special[ids], np.iinfo(np.uint64).max, random)
+
+
+def n_masked(seq_len, mask_prob):
+    """How many tokens of a sequence are to be predicted, of seq_len with [CLS] and [SEP]."""
+    return max(1, round(mask_prob * seq_len))
+
+
+def head_share(objective, cfg, seq_len):
+    """Share of a sequence's tokens that go through the model's head: of a masked model those to predict alone."""
+    return n_masked(seq_len, cfg.mask_prob) / seq_len if objective == "mlm" else 1.0
+
+
+def special_id(specials, role):
+    """The id of a special token by its role, mask, cls, sep or pad, under either of its usual names."""
+    for name in (f"<|{role}|>", f"[{role.upper()}]"):
+        if name in specials:
+            return specials[name]
+    raise ValueError(
+        f"masked models need a {role} token, and the tokenizer has only {', '.join(specials)}; "
+        f"make the data with --tokenizer=bpe, byte or BERT's vocab.txt"
+    )
