@@ -213,7 +213,7 @@ class Transform(nn.Module):
         self.norm = _norm(cfg, cfg.n_embd)
 
     def forward(self, x):
-        return self.norm(self.activation(self.dense(x)))
+        return self.norm(self.activation(self.dense(x)).type_as(x))  # in the residual stream's precision
 
 
 class Transformer(nn.Module):

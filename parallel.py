@@ -186,9 +186,12 @@ def recompute_blocks(model, kind):
             aten._scaled_dot_product_cudnn_attention.default,
         ]  # fmt: skip
         context["context_fn"] = functools.partial(create_selective_checkpoint_contexts, kept)
+
+    def recomputed(forward):
+        return lambda *args: checkpoint(forward, *args, use_reentrant=False, **context)  # a partial would not compile
+
     for block in model.blocks:
-        # In place of the method, not around the block: so parameters keep their names.
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **context)
+        block.forward = recomputed(block.forward)  # not a module around the block, so that parameters keep their names
 
 
 def compile_blocks(model, world):

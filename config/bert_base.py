@@ -1,7 +1,7 @@
 # BERT base, uncased: the model of google-research/bert (arXiv 1810.04805) and the masked half of its recipe. It needs
-# BERT's vocab.txt (in any bert-base-uncased folder) and your text; BERT's own was Wikipedia and books, 3.3 B words.
+# BERT's vocab.txt (in any bert-base-uncased folder) and your text; BERT's was Wikipedia and books, 3.3 B words.
 #
-#   python prepare.py config/bert_base.py --input='wikipedia/*.jsonl' --tokenizer=vocab.txt
+#   python prepare.py config/bert_base.py
 #
 # BERT read sequences of 128 tokens for nine tenths of its steps, then of 512, 256 sequences a step. Phase 1, below, is
 # the preset as it is; phase 2 starts from its weights, with the learning rate that is left of BERT's linear decay:
@@ -27,6 +27,7 @@ norm_eps = 1e-12
 n_token_types = 2
 dropout = 0.1
 
+input = "wikipedia/*.jsonl"
 tokenizer = "vocab.txt"
 data_dir = "data/bert"
 seq_len = 128

@@ -2,7 +2,7 @@
 # with 30 % of them masked (arXiv 2202.08005) and sequences of 1024. Masks need a tokenizer that has a mask token: bpe
 # is learnt from your text.
 #
-#   python prepare.py config/modern_bert.py --input='wikipedia/*.jsonl'
+#   python prepare.py config/modern_bert.py
 #   torchrun --nproc_per_node=8 train.py config/modern_bert.py
 
 from config.modern_124m import *
@@ -12,6 +12,7 @@ vocab_size = None  # the data's
 n_kv_head = 12
 
 dataset = None
+input = "wikipedia/*.jsonl"
 tokenizer = "bpe"
 bpe_vocab_size = 32_768
 data_dir = "data/modern_bert"

