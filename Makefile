@@ -1,16 +1,23 @@
 # make         sets up, prepares the quickstart's text, trains its model in about 3 minutes, prints samples
+# make bert    the same for a masked model: trains it in about 3 minutes, prints what it fills a gap with
 # make test    sets up and runs the tests; make test-slow runs the long ones
 # make setup   creates .venv and installs what requirements.txt pins
 
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: quickstart setup test test-slow clean
+.PHONY: quickstart bert setup test test-slow clean
 quickstart: setup
 	$(RUN) prepare.py config/quickstart.py
 	$(RUN) train.py config/quickstart.py
 	$(RUN) sample.py config/quickstart.py --prompt="def main(" --num_samples=3 --max_new_tokens=128
 	@echo "loss curves: out/quickstart/curves.png   checkpoints: out/quickstart/ckpt/"
+
+bert: setup
+	$(RUN) prepare.py config/quickstart_bert.py
+	$(RUN) train.py config/quickstart_bert.py
+	$(RUN) sample.py --out_dir=out/quickstart_bert --prompt="for i in [MASK](10):"
+	@echo "loss curves: out/quickstart_bert/curves.png   checkpoints: out/quickstart_bert/ckpt/"
 
 setup: .venv/installed
 
@@ -33,4 +40,4 @@ test-slow: .venv/installed-test
 	$(RUN) -m pytest -q -m slow
 
 clean:
-	rm -rf .venv data/quickstart out/quickstart
+	rm -rf .venv data/quickstart out/quickstart out/quickstart_bert

@@ -135,6 +135,7 @@ def measure(cfg, model, micro_steps, timed_micro_steps, times, world):
         "ranks": world.size,
         "torch": torch.__version__,
         "precision": world.precision,
+        "objective": cfg.model.objective,
         "n_params": model.num_params(),
         "micro_batch_size": cfg.data.micro_batch_size,
         "seq_len": seq_len,
@@ -175,10 +176,11 @@ def report(figures, json_path):
         f"mfu        {f['mfu']:.2%} of {f['peak_tflops']:.4g} TFLOP/s a device ({f['peak_name']}), "
         f"at {f['flops_per_token'] / 1e6:,.1f} MFLOP a token (PaLM's count)"
     )
-    print(
-        f"           {f['mfu_causal']:.2%} at {f['flops_per_token_causal'] / 1e6:,.1f} MFLOP a token "
-        f"(causal attention counted as half)"
-    )
+    if f["objective"] == "clm":
+        print(
+            f"           {f['mfu_causal']:.2%} at {f['flops_per_token_causal'] / 1e6:,.1f} MFLOP a token "
+            f"(causal attention counted as half)"
+        )
     print(f"memory     {f['peak_memory_gib']:.2f} GiB at the peak, on the fullest device", flush=True)
     if json_path:
         with open(json_path, "w", encoding="utf-8") as file:

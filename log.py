@@ -161,7 +161,7 @@ class Log:
         causal = plan.flops_per_token(cfg.model, cfg.data.seq_len, self.head_share, causal=True)
         print(
             f"model      {model.num_params():,} parameters, {self.flops_per_token / 1e6:,.1f} MFLOP a token"
-            f" by PaLM's count, {causal / 1e6:,.1f} by the causal one"
+            f" by PaLM's count" + (f", {causal / 1e6:,.1f} by the causal one" if cfg.model.objective == "clm" else "")
         )
         print(
             f"a step     {cfg.data.batch_tokens:,} tokens = {micro_steps} micro-steps x {world.size} ranks"

@@ -15,11 +15,14 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 
+Recomputed = Literal["none", "full", "selective"]
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matmuls; auto: the fastest that the device has
-    activation_checkpointing: Literal["none", "full", "selective"] = "none"  # what backward computes again
+    activation_checkpointing: Recomputed = "none"  # full: backward computes blocks again; selective: but not matmuls
     compile: bool | None = None  # torch.compile of the blocks; none: on cuda only
     deterministic: bool = False  # only algorithms that give the same bits each time; the CPU's do so anyway
 

@@ -91,6 +91,7 @@ def main(cfg):
     print(f"{n_tokens} tokens in {seconds:.2f} s, {n_tokens / seconds:,.0f} tokens/s", file=sys.stderr)
 
 
+@torch.inference_mode()
 def print_candidates(model, tokenizer, prompt, k, device):
     """Prints the k likeliest tokens at each [MASK] of a prompt, and the prompt with the likeliest of all filled in."""
     ids = masked_ids(tokenizer, prompt)
@@ -100,8 +101,7 @@ def print_candidates(model, tokenizer, prompt, k, device):
         raise ValueError(f"the prompt has {len(ids)} tokens, block_size is {model.cfg.block_size}; shorten it")
     ids = torch.tensor([ids], device=device)  # 1 T
     positions = (ids == tokenizer.special("mask")).nonzero()[:, 1][None]  # 1 K
-    with torch.inference_mode():
-        logits = model(ids, positions=positions)[0, :, : tokenizer.vocab_size].float()  # K V
+    logits = model(ids, positions=positions)[0, :, : tokenizer.vocab_size].float()  # K V
     logits[:, list(tokenizer.specials.values())] = -math.inf  # never predicted, and so never learnt
     for number, top in enumerate(zip(*logits.softmax(-1).topk(min(k, logits.shape[-1]))), start=1):
         print(f"[MASK] {number}" if len(logits) > 1 else "[MASK]")

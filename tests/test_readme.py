@@ -1,5 +1,6 @@
 """Every command of the README runs as it stands there, cut down to seconds by settings put behind it."""
 
+import json
 import os
 import re
 import shlex
@@ -14,14 +15,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = [
     line.partition("#")[0].strip()
-    for block in re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    for block in re.findall(r"^```\w*\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     for line in block.splitlines()
     if re.match(r"(make|python3?|pip|source|torchrun|echo) ?", line)
 ]
 SET_UP = ("python3 -m venv", "source ", "pip install")  # what made the environment that this test runs in
 
 # What makes a command small. The data of config/quickstart.py is real, so its vocabulary is left alone.
-TINY_MODEL = "--n_layer=2 --n_embd=32 --n_head=2 --block_size=32 --device=cpu"
+TINY_MODEL = "--n_layer=2 --n_embd=32 --n_head=2 --n_inner=48 --block_size=32 --seq_len=32 --device=cpu"
 TINY_STEP = f"{TINY_MODEL} --batch_tokens=128 --micro_batch_size=2 --precision=fp32"
 TINY = {
     "train.py": f"{TINY_STEP} --max_steps=3 --eval_tokens=256 --save_interval=2",
@@ -33,11 +34,16 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """An empty folder with what the commands take for granted: text of one's own, FineWeb's first shards."""
+    """An empty folder with what the commands take for granted: one's own text, BERT's vocabulary, FineWeb's shards."""
     folder = tmp_path_factory.mktemp("stranger")
     (folder / "books").mkdir()
     for i in range(7):
         (folder / "books" / f"{i}.txt").write_text(f"Chapter {i}. " + "It was a dark and stormy night. " * 50)
+    (folder / "wikipedia").mkdir()
+    articles = [json.dumps({"text": f"Paris {i} is the capital of France. " * 20}) for i in range(300)]
+    (folder / "wikipedia" / "0.jsonl").write_text("\n".join(articles))
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] paris is the capital of france . ##1 ##2 0 1 2 3 4 5 6 7 8 9".split()
+    (folder / "vocab.txt").write_text("\n".join(words))
     (folder / "fineweb").mkdir()
     for name in ("fineweb_val_000000.bin", "fineweb_train_000001.bin"):
         header = np.zeros(256, np.int32)
@@ -73,15 +79,16 @@ def test_readme_command_runs(command, folder):
 
 
 def test_the_readme_leads_with_make_and_make_test():
-    assert COMMANDS[:2] == ["make", "make test"]
+    assert COMMANDS[:3] == ["make", "make test", "make bert"]
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not on this machine")
-def test_make_runs_the_commands_that_the_readme_shows_beside_it():
-    planned = subprocess.run(["make", "-n", "-B"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    shown = [c.removeprefix("python ") for c in COMMANDS[2:7] if c.startswith("python ")]
-    assert shown, "the README no longer shows the plain way"
-    positions = [planned.find(c.split(" --")[0]) for c in shown]
+@pytest.mark.parametrize("target, run", [("quickstart", "quickstart"), ("bert", "quickstart_bert")])
+def test_make_runs_the_commands_that_the_readme_shows_beside_it(target, run):
+    planned = subprocess.run(["make", "-n", "-B", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = [c.removeprefix("python ") for c in COMMANDS if re.match(rf"python .*(config|out)/{run}(\.py| |$)", c)][:3]
+    assert [c.split()[0] for c in shown] == ["prepare.py", "train.py", "sample.py"], "the README shows no plain way"
+    positions = [planned.find(c.split(" --prompt")[0]) for c in shown]
     assert -1 not in positions and positions == sorted(positions), f"{shown} in this order is not in:\n{planned}"
 
 
