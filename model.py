@@ -247,8 +247,8 @@ class Transformer(nn.Module):
 
         Targets that equal IGNORE count nothing. With positions (B, K) logits and targets are those of these positions
         alone, (B, K, V) and (B, K). attention_mask (B, T) is False where a token is padding that none may look at,
-        token_types (B, T) are 0 where not given. With a cache, ids continue what it holds and logits are those of the
-        last token alone, (B, 1, V). count_correct, without gradients, returns beside the loss the number of targets
+        token_types (B, T) are 0 where not given. With a cache, ids continue what it holds, attention_mask is of all
+        tokens so far, and logits are those of the last token alone, (B, 1, V). count_correct, without gradients, returns beside the loss the number of targets
         that are the likeliest token.
         """
         T, start = ids.shape[1], 0 if cache is None else cache.length
@@ -267,7 +267,7 @@ class Transformer(nn.Module):
             x = x + self.wtt(torch.zeros_like(ids) if token_types is None else token_types)
         x = self.dropout(self.norm_e(x))
         if attention_mask is not None:
-            mask = attention_mask[:, None, None, :]  # B 1 1 T
+            mask = attention_mask.bool()[:, None, None, :]  # B 1 1 T
             mask = mask & (place <= place[:, None]) if self.cfg.objective == "clm" else mask
         for i, block in enumerate(self.blocks):
             x = block(x, rope, mask, None if cache is None else cache.layers[i])

@@ -103,8 +103,9 @@ class MuonAndAdamW(torch.optim.Optimizer):
         super().__init__([group for part in self.parts for group in part.param_groups], {})
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
         """One step of both, on the groups and the state of this optimizer."""
+        assert closure is None, "the gradients are there already"  # torch itself passes a closure of None
         muon, adamw = self.parts
         muon.param_groups, adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
         for part in self.parts:

@@ -106,6 +106,10 @@ class WordPieceTokenizer(Tokenizer):
         tokens = [self._tokens[int(i)] for i in ids]
         return "".join(token[2:] if token.startswith("##") else " " + token for token in tokens).encode()
 
+    def decode(self, ids):
+        """Text of ids, words with single blanks between them."""
+        return super().decode(ids).removeprefix(" ")
+
     def save(self, path):
         """Writes the tokenizer.json, which Hugging Face's libraries read as well."""
         Path(path).write_text(json.dumps(self._saved, ensure_ascii=False), encoding="utf-8")

@@ -28,16 +28,25 @@ SMALL = {
 }  # fmt: skip
 
 
-def write_data(folder, train_tokens=2000, val_tokens=300, vocab_size=37, tokenizer="byte", shard_tokens=900, seed=0):
-    """A data folder as prepare.py leaves it, of random tokens that follow a pattern which can be learned."""
+def write_data(
+    folder, train_tokens=2000, val_tokens=300, vocab_size=37, tokenizer="byte", shard_tokens=900, seed=0, specials=None
+):
+    """A data folder as prepare.py leaves it, of random tokens that follow a pattern which can be learned.
+
+    specials, the vocabulary's last ids by name, are for masked training: every 29th token then ends a document.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     random, splits = np.random.default_rng(seed), {}
     for split, n in (("train", train_tokens), ("val", val_tokens)):
         writer = ShardWriter(folder, split, np.uint16, shard_tokens)
-        writer.write((np.cumsum(random.integers(0, 3, n)) % vocab_size).astype(np.uint16))
+        tokens = np.cumsum(random.integers(0, 3, n)) % (vocab_size - len(specials or ()))
+        if specials:
+            tokens[28::29] = specials["<|endoftext|>"]
+        writer.write(tokens.astype(np.uint16))
         splits[split] = {"shards": writer.finish(), "tokens": n, "bytes": 2 * n}
-    write_meta(folder, {"vocab_size": vocab_size, "tokenizer": tokenizer, "splits": splits})
+    meta = {"vocab_size": vocab_size, "tokenizer": tokenizer, "splits": splits}
+    write_meta(folder, meta | ({"specials": specials} if specials else {}))
     return folder
 
 

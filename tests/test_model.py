@@ -17,10 +17,10 @@ from optim import OptimConfig, build_optimizer
 B, T, V = 3, 7, 37
 SMALL = ModelConfig(vocab_size=V, block_size=11, n_layer=3, n_head=5, n_embd=20)
 BERT = replace(
-    SMALL, objective="mlm", n_inner=33, mlp="gelu", norm_position="post", norm_eps=1e-12, n_token_types=2
+    SMALL, objective="mlm", n_inner=33, mlp="gelu", norm_position="post", norm_eps=1e-3, n_token_types=2
 )  # fmt: skip
 MODERN = replace(
-    SMALL, n_head=6, n_kv_head=2, head_dim=8, n_inner=33, mlp="swiglu", norm="rmsnorm", norm_eps=1e-6, qk_norm=True,
+    SMALL, n_head=6, n_kv_head=2, head_dim=8, n_inner=33, mlp="swiglu", norm="rmsnorm", norm_eps=1e-3, qk_norm=True,
     position="rope", rope_theta=500.0, bias=False,
 )  # fmt: skip
 KINDS = pytest.mark.parametrize("cfg", [SMALL, BERT, MODERN], ids=["gpt2", "bert", "modern"])
@@ -639,16 +639,25 @@ def test_a_token_that_may_look_at_nothing_spoils_no_gradient(cfg):
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
-@pytest.mark.parametrize("cfg", [SMALL, BERT, MODERN], ids=["gpt2", "bert", "modern"])
-def test_dropout_of_attention_spares_evaluation_and_acts_in_training(cfg):
+@pytest.mark.parametrize("place", ["embedding", "attention", "attention's branch", "mlp's branch"])
+@KINDS
+def test_dropout_acts_in_each_of_its_places_in_training_and_in_none_in_evaluation(cfg, place):
     model, ids = random_model(replace(cfg, dropout=0.5)), random_ids()
-    model.dropout.p = 0.0
-    for block in model.blocks:
-        block.dropout.p = 0.0
     with torch.no_grad():
+        if place != "embedding":
+            model.dropout.p = 0.0
+        for block in model.blocks:
+            if place != "attention":
+                block.attn.dropout = 0.0
+            if "branch" not in place:
+                block.dropout.p = 0.0
+            silent = {"attention's branch": block.mlp.down, "mlp's branch": block.attn.proj}.get(place)
+            if silent is not None:  # the other branch adds nothing, with dropout or without
+                for p in silent.parameters():
+                    p.zero_()
         assert not torch.equal(model(ids, attention_mask=REAL), model(ids, attention_mask=REAL))
-        logits = model.eval()(ids, attention_mask=REAL)
-        assert torch.equal(logits, random_model(cfg)(ids, attention_mask=REAL))
+        model.eval()
+        assert torch.equal(model(ids, attention_mask=REAL), model(ids, attention_mask=REAL))
 
 
 @DECODERS
