@@ -245,11 +245,12 @@ class Transformer(nn.Module):
     ):
         """Logits (B, T, V) of ids (B, T); or, given targets (B, T), the float32 sum of their cross-entropies.
 
-        Targets that equal IGNORE count nothing. With positions (B, K) logits and targets are those of these positions
-        alone, (B, K, V) and (B, K). attention_mask (B, T) is False where a token is padding that none may look at,
-        token_types (B, T) are 0 where not given. With a cache, ids continue what it holds, attention_mask is of all
-        tokens so far, and logits are those of the last token alone, (B, 1, V). count_correct, without gradients, returns beside the loss the number of targets
-        that are the likeliest token.
+        Targets that equal IGNORE count nothing. With positions (B, K) logits and targets are those of these
+        positions alone, (B, K, V) and (B, K). attention_mask (B, T) is False where a token is padding that none
+        may look at, token_types (B, T) are 0 where not given. With a cache, ids continue what it holds,
+        attention_mask is of all tokens so far, and logits are those of the last token alone, (B, 1, V).
+        count_correct, without gradients, returns beside the loss the number of targets that are the likeliest
+        token.
         """
         T, start = ids.shape[1], 0 if cache is None else cache.length
         if start + T > self.cfg.block_size:

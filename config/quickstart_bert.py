@@ -8,7 +8,7 @@
 from config.quickstart import *
 
 objective = "mlm"
-mask_prob = 0.15
+mask_prob = 0.3  # more to learn from each token than 0.15
 mlp = "swiglu"
 n_inner = 704
 norm = "rmsnorm"
@@ -17,4 +17,7 @@ qk_norm = True
 position = "rope"
 bias = False
 optimizer = "muon"
-learning_rate = 4e-3
+learning_rate = 8e-3
+max_steps = 1000
+eval_interval = 250
+save_interval = 500

@@ -33,15 +33,17 @@ def write_data(
 ):
     """A data folder as prepare.py leaves it, of random tokens that follow a pattern which can be learned.
 
-    specials, the vocabulary's last ids by name, are for masked training: every 29th token then ends a document.
+    specials, the vocabulary's last ids by name, are for masked training: tokens then repeat, eight times on average,
+    and every 29th ends a document.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     random, splits = np.random.default_rng(seed), {}
     for split, n in (("train", train_tokens), ("val", val_tokens)):
         writer = ShardWriter(folder, split, np.uint16, shard_tokens)
-        tokens = np.cumsum(random.integers(0, 3, n)) % (vocab_size - len(specials or ()))
+        tokens = np.cumsum(random.integers(0, 3, n)) % vocab_size
         if specials:
+            tokens = np.cumsum(random.integers(0, 8, n) == 0) % (vocab_size - len(specials))
             tokens[28::29] = specials["<|endoftext|>"]
         writer.write(tokens.astype(np.uint16))
         splits[split] = {"shards": writer.finish(), "tokens": n, "bytes": 2 * n}

@@ -440,7 +440,7 @@ BYTE = {"vocab_size": V, "specials": OURS, "tokenizer": "byte"}
 REFUSED = {
     "no meta.json": ({}, {}, 20, "mlm needs to know the special tokens.* no meta.json; use prepare.py"),
     "gpt2": (GPT2, {}, 20, r"need a mask token.* only <\|endoftext\|>; make the data with --tokenizer=bpe, byte or"),
-    "no words": (BYTE, {"whole_word_masking": True}, 20, "whole_word_masking is on, .* byte does not tell.*leave it off"),
+    "no words": (BYTE, {"whole_word_masking": True}, 20, "whole_word_masking is on, .* byte does not tell.*leave it"),
     "seq_len 2": (META, {}, 2, r"seq_len is 2; .* at least 3: \[CLS\], a token and \[SEP\]"),
 }  # fmt: skip
 

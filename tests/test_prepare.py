@@ -20,6 +20,7 @@ import tokenizers
 import config
 import corpus
 import prepare
+from checkpoint import keep_tokenizer, tokenizer_of
 from conftest import ROOT
 from data import HEADER, Split, open_shard, read_meta
 from tokenizer import SPECIALS, load_tokenizer
@@ -297,6 +298,85 @@ def test_meta_says_what_a_reader_must_know(tmp_path):
     assert again["tokenizer_sha256"] == bpe["tokenizer_sha256"]
     assert (tmp_path / "again/tokenizer.json").read_bytes() == (tmp_path / "bpe/tokenizer.json").read_bytes()
     assert np.array_equal(tokens_of(tmp_path / "again", "train"), tokens_of(tmp_path / "bpe", "train"))
+
+
+VOCAB = [
+    "[PAD]", "the", "quick", "[UNK]", "brown", "##s", "[CLS]", "fox", "[SEP]", "jump", "##ed", "[MASK]", "over", ".", "a",
+]  # fmt: skip
+SENTENCES = ["the quick brown fox jumps over foxs. " * (1 + i % 4) + "a the " * (i % 3) + f"a.{i}" for i in range(25)]
+
+
+def test_documents_in_wordpiece_end_in_sep_and_meta_tells_what_masking_needs(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
+    write_txt(tmp_path / "in", SENTENCES)
+    folder, vocab = tmp_path / "data", str(tmp_path / "vocab.txt")
+    meta = run(folder, f"--input={tmp_path / 'in'}", "--val_fraction=0.3", tokenizer=vocab)
+    specials = {"[PAD]": 0, "[UNK]": 3, "[CLS]": 6, "[SEP]": 8, "[MASK]": 11}
+    assert (meta["vocab_size"], meta["specials"], meta["continuations"]) == (15, specials, [5, 10])
+    assert meta["tokenizer"] == "tokenizer.json" and meta["settings"]["tokenizer"] == vocab
+    tokenizer, n_documents = load_tokenizer(vocab), 0
+    expected = {tuple(tokenizer.encode(text).tolist()) for text in SENTENCES}
+    assert tuple(VOCAB.index(token) for token in "the quick brown fox jump ##s over".split()) == min(expected, key=len)[:7]
+    for split in ("train", "val"):
+        tokens = tokens_of(folder, split)
+        ends = np.flatnonzero(tokens == 8)
+        documents = [tuple(part[:-1].tolist()) for part in np.split(tokens, ends + 1)[:-1]]
+        assert ends[-1] == len(tokens) - 1 and set(documents) <= expected
+        assert meta["splits"][split]["documents"] == len(documents)
+        n_documents += len(documents)
+    assert n_documents == 25
+
+
+def test_a_run_loads_the_wordpiece_of_its_data_when_vocab_txt_is_gone(tmp_path):
+    vocab = tmp_path / "vocab.txt"
+    vocab.write_text("\n".join(VOCAB))
+    write_txt(tmp_path / "in", SENTENCES)
+    folder, again = tmp_path / "data", tmp_path / "again"
+    first = run(folder, f"--input={tmp_path / 'in'}", tokenizer=str(vocab))
+    expected = load_tokenizer(str(vocab)).encode("the foxs jumped").tolist()
+    vocab.unlink()
+    (tmp_path / "run").mkdir()
+    keep_tokenizer(folder, tmp_path / "run")
+    for where in (folder, tmp_path / "run"):
+        assert load_tokenizer(tokenizer_of(where)).encode("the foxs jumped").tolist() == expected
+    second = run(again, f"--input={tmp_path / 'in'}", tokenizer=str(folder / "tokenizer.json"))
+    for name in ("vocab_size", "specials", "continuations", "splits"):
+        assert second[name] == first[name]
+    assert np.array_equal(tokens_of(again, "train"), tokens_of(folder, "train"))
+    with pytest.raises(ValueError, match="vocab.txt is no readable tokenizer file"):
+        run(tmp_path / "other", f"--input={tmp_path / 'in'}", tokenizer=str(vocab))
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", pytest.param("gpt2", marks=needs_gpt2), "vocab.txt"])
+def test_a_tokenizer_that_an_interrupted_prepare_left_is_not_taken_for_another(tmp_path, monkeypatch, tokenizer):
+    write_txt(tmp_path / "in", SENTENCES)
+    folder, source = tmp_path / "data", f"--input={tmp_path / 'in'}"
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(prepare, "tokenize", interrupted)
+        run(folder, source, "--bpe_vocab_size=300", tokenizer="bpe")
+    left = (folder / "tokenizer.json").read_bytes()
+    if tokenizer == "vocab.txt":
+        (tmp_path / "vocab.txt").write_text("\n".join(VOCAB))
+        tokenizer = str(tmp_path / "vocab.txt")
+    meta = run(folder, source, tokenizer=tokenizer)
+    used = load_tokenizer(tokenizer)
+    assert (meta["vocab_size"], meta["specials"]) == (used.vocab_size, used.specials)
+    assert meta["tokenizer"] == (tokenizer if used.name in ("byte", "gpt2") else "tokenizer.json")
+    assert ("continuations" in meta) == ("vocab" in tokenizer)
+    (tmp_path / "run").mkdir()
+    keep_tokenizer(folder, tmp_path / "run")
+    loaded = load_tokenizer(tokenizer_of(tmp_path / "run"))
+    assert loaded.encode("the quick fox").tolist() == used.encode("the quick fox").tolist()
+    assert loaded.encode("the quick fox").tolist() != load_tokenizer_of(left, tmp_path).encode("the quick fox").tolist()
+
+
+def load_tokenizer_of(content, folder):
+    (folder / "left.json").write_bytes(content)
+    return load_tokenizer(str(folder / "left.json"))
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, np.uint16), (65_537, np.uint32)])

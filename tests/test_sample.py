@@ -1,6 +1,8 @@
 """Generation against a model that is asked anew for each token; sampling against probabilities worked out by hand."""
 
+import ast
 import io
+import re
 import shutil
 from dataclasses import replace
 
@@ -11,8 +13,8 @@ import config
 import sample
 from model import ModelConfig, Transformer
 from ranks import run, write_data
-from sample import SampleConfig, draw, generate, stream
-from tokenizer import load_tokenizer
+from sample import SampleConfig, draw, generate, masked_ids, print_candidates, stream
+from tokenizer import SPECIALS, load_tokenizer, train_bpe
 
 V = 37
 SMALL = ModelConfig(vocab_size=V, block_size=11, n_layer=3, n_head=5, n_embd=20)
@@ -234,4 +236,119 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path, capsys):
     data = write_data(tmp_path / "data", tokenizer="byte")
     run_dir = run(data, tmp_path / "run", max_steps=1)
     with pytest.raises(ValueError, match="has 261 ids, the model a vocab_size of 37"):
+        sampled(capsys, f"--out_dir={run_dir}")
+
+
+# ---- masked models
+
+VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "import", "os", "##path", "as", "a", ",", "numpy", "in", "for"]
+
+
+@pytest.fixture(scope="module", params=["byte", "bpe", "wordpiece"])
+def with_mask(request, tmp_path_factory):
+    """A tokenizer that has a mask token."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    if request.param == "byte":
+        return BYTE
+    if request.param == "bpe":
+        train_bpe(["import os as o, for a in import os.path, import numpy as np"] * 5, 290, folder / "tokenizer.json")
+        return load_tokenizer(str(folder / "tokenizer.json"))
+    (folder / "vocab.txt").write_text("\n".join(VOCAB))
+    return load_tokenizer(str(folder / "vocab.txt"))
+
+
+@pytest.mark.parametrize("name", ["[MASK]", "<|mask|>"])
+def test_a_prompt_is_framed_and_its_masks_are_special_under_both_names(with_mask, name):
+    cls, sep, mask = (with_mask.special(role) for role in ("cls", "sep", "mask"))
+
+    def text(part):
+        return with_mask.encode(part).tolist()
+
+    before = text("import") if with_mask.space_begins_word else text("import ")
+    assert masked_ids(with_mask, f"import {name} as a") == [cls, *before, mask, *text(" as a"), sep]
+    assert masked_ids(with_mask, f"{name}os{name}{name},") == [cls, mask, *text("os"), mask, mask, *text(","), sep]
+    assert masked_ids(with_mask, name) == [cls, mask, sep]
+    assert masked_ids(with_mask, "os") == [cls, *text("os"), sep]
+    assert masked_ids(with_mask, f"a\n{name} ") == [cls, *text("a\n"), mask, *text(" "), sep]
+
+
+def test_the_space_before_a_mask_goes_into_the_word_of_bpe_and_stands_alone_in_bytes(with_mask):
+    space = with_mask.encode("a ").tolist()[len(with_mask.encode("a")) :]
+    assert with_mask.name == "byte" or space != [32]
+    ids = masked_ids(with_mask, "a [MASK] [MASK]")
+    between = ids[ids.index(with_mask.special("mask")) + 1 : -2]
+    assert between == ([32] if with_mask.name == "byte" else [])
+
+
+def masked_model(tokenizer, block_size=23):
+    """A model of wide random weights with more ids than its tokenizer."""
+    torch.manual_seed(5)
+    model = Transformer(replace(SMALL, objective="mlm", vocab_size=tokenizer.vocab_size + 9, block_size=block_size))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.5)
+    return model.eval()
+
+
+def expected_candidates(model, tokenizer, prompt):
+    """For each mask, (probability, token) of all that can stand there, likeliest first, from the whole logits."""
+    ids = torch.tensor(masked_ids(tokenizer, prompt))
+    with torch.no_grad():
+        logits = model(ids[None])[0].double()
+    ordinary = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.specials.values()]
+    out = []
+    for place in (ids == tokenizer.special("mask")).nonzero()[:, 0]:
+        probs = logits[place, ordinary].exp() / logits[place, ordinary].exp().sum()
+        out.append(sorted(((p.item(), i) for p, i in zip(probs, ordinary)), reverse=True))
+    return ids.tolist(), out
+
+
+@pytest.mark.parametrize("prompt", ["import [MASK] as a", "for [MASK] in a, [MASK]"])
+@pytest.mark.parametrize("k", [1, 5])
+def test_candidates_are_the_likeliest_of_the_models_own_softmax_without_special_tokens(with_mask, prompt, k, capsys):
+    model = masked_model(with_mask)
+    print_candidates(model, with_mask, prompt, k, "cpu")
+    *lines, filled = capsys.readouterr().out.split("\n")[:-1]
+    ids, expected = expected_candidates(model, with_mask, prompt)
+    assert max(probs[0][0] for probs in expected) > 0.02  # so that what is printed differs
+    for number, candidates in enumerate(expected, start=1):
+        head, *rest = lines[: k + 1]
+        lines = lines[k + 1 :]
+        assert head == (f"[MASK] {number}" if len(expected) > 1 else "[MASK]")
+        found = [re.fullmatch(r" +([0-9.]+)%  ('.*'|\".*\")", line).groups() for line in rest]
+        assert [text for _, text in found] == [repr(with_mask.decode([token])) for _, token in candidates[:k]]
+        percents = [float(percent) for percent, _ in found]
+        assert percents == pytest.approx([100 * p for p, _ in candidates[:k]], abs=0.0501)
+        assert percents == sorted(percents, reverse=True)
+        ids[ids.index(with_mask.special("mask"))] = candidates[0][1]
+    assert lines == [] and filled == with_mask.decode(ids[1:-1])
+
+
+def test_more_candidates_than_there_are_tokens_are_not_asked_for(with_mask, capsys):
+    print_candidates(masked_model(with_mask), with_mask, "[MASK]", 10_000, "cpu")
+    assert capsys.readouterr().out.count("%  ") >= with_mask.vocab_size - len(with_mask.specials)
+
+
+def test_a_masked_models_prompt_without_a_mask_or_too_long_is_refused_with_the_remedy(with_mask, capsys):
+    for prompt in ("import os", "", "[mask] MASK"):
+        with pytest.raises(ValueError, match=r"fills in what is masked; write \[MASK\] where, as in --prompt="):
+            print_candidates(masked_model(with_mask), with_mask, prompt, 5, "cpu")
+    print_candidates(masked_model(with_mask), with_mask, "[MASK]" * 21, 5, "cpu")
+    with pytest.raises(ValueError, match="prompt has 24 tokens, block_size is 23; shorten it"):
+        print_candidates(masked_model(with_mask), with_mask, "[MASK]" * 22, 5, "cpu")
+
+
+def test_a_trained_masked_run_is_sampled_from_its_folder_alone(tmp_path, capsys):
+    ids = {name: 256 + i for i, name in enumerate(SPECIALS)}
+    data = write_data(tmp_path / "data", vocab_size=261, specials=ids)
+    run_dir = run(data, tmp_path / "run", vocab_size=None, objective="mlm", max_steps=3, log_interval=3)
+    shutil.rmtree(data)
+    capsys.readouterr()
+    args = f"--out_dir={run_dir}", "--prompt=ab[MASK]d[MASK]"
+    shown = re.fullmatch(r"\[MASK\] 1\n(( .*\n){5})\[MASK\] 2\n(( .*\n){5})(.*)\n", sampled(capsys, *args), re.DOTALL)
+    likeliest = [ast.literal_eval(shown[i].split("%", 1)[1].split("\n")[0].strip()) for i in (1, 3)]
+    assert shown[5] == f"ab{likeliest[0]}d{likeliest[1]}"
+    assert sampled(capsys, *args, "--top_k=2", "--seed=7").count("%  ") == 4
+    assert sampled(capsys, *args, "--precision=bf16").count("%  ") == 10
+    with pytest.raises(ValueError, match=r"write \[MASK\] where"):
         sampled(capsys, f"--out_dir={run_dir}")

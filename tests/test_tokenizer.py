@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import socket
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import tiktoken
 import tokenizers
 
 from conftest import ROOT
-from tokenizer import SPECIALS, ByteTokenizer, file_sha256, load_tokenizer, train_bpe
+from tokenizer import BERT_SPECIALS, SPECIALS, ByteTokenizer, file_sha256, load_tokenizer, train_bpe
 
+BERT_VOCAB = Path(ROOT).parent / "shared/data/bert_uncased_vocab.txt"
 GPT2_FILES = Path(ROOT).parent / "shared/data/tiktoken_cache"
 CORPUS = [Path(ROOT / name).read_text() for name in ("tokenizer.py", "data.py")] 
 CORPUS += ["ünïcödé 日本語 日本語 日本語 🙂🙂🙂 we'll they're I've I'd it's I'm don't 'llama " * 7]
@@ -204,11 +206,247 @@ def test_bpe_smaller_than_its_bytes_is_refused(tmp_path, vocab_size):
         train_bpe(["ab"], vocab_size, tmp_path / "t.json")
 
 
+# ---- WordPiece
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+CASED = [
+    "[PAD]", "[unused1]", *LETTERS, "[UNK]", "[CLS]", *LETTERS.upper(), *(f"##{c}" for c in LETTERS), "the", "The",
+    "self", "##ing", "##ed", "quick", "Quick", "encode", "##code", "en", "##er", "##or", "to", "token", "##ize",
+    "##izer", "é", "日", "[MASK]", *".,:;()[]=+-*/'_<>|\"", *"0123456789", *(f"##{c}" for c in "0123456789"), "[SEP]",
+    "return",
+]  # fmt: skip
+
+
+def vocab_file(folder, tokens=CASED, newline="\n", end=True):
+    """A vocab.txt of these tokens."""
+    path = folder / "vocab.txt"
+    path.write_bytes((newline.join(tokens) + newline * end).encode())
+    return str(path)
+
+
+@pytest.fixture(scope="module", params=["uncased", "cased"])
+def wordpiece_file(request, tmp_path_factory):
+    """BERT's own uncased vocabulary, which has accents taken off, and a small cased one."""
+    if request.param == "cased":
+        return vocab_file(tmp_path_factory.mktemp("cased"))
+    if not BERT_VOCAB.exists():
+        pytest.skip(f"{BERT_VOCAB} is absent")
+    return str(BERT_VOCAB)
+
+
+@pytest.fixture(scope="module")
+def wordpiece(wordpiece_file):
+    return load_tokenizer(wordpiece_file)
+
+
+def lines_of(path):
+    return Path(path).read_text(encoding="utf-8").splitlines()
+
+
+@pytest.fixture(scope="module")
+def bert_tokenizer(wordpiece_file):
+    """Hugging Face's, which takes special tokens in text for text if asked to."""
+    from transformers import BertTokenizer
+
+    vocab = {token: i for i, token in enumerate(lines_of(wordpiece_file))}
+    theirs = BertTokenizer(vocab=vocab, do_lower_case="uncased" in wordpiece_file)
+    return lambda text: theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def test_wordpiece_ids_equal_hugging_faces(wordpiece, bert_tokenizer):
+    for text in HOSTILE + CORPUS + random_texts(300, seed=3):
+        ids = wordpiece.encode(text)
+        assert isinstance(ids, np.ndarray) and ids.dtype.kind == "u" and ids.ndim == 1
+        assert ids.tolist() == bert_tokenizer(text), text[:50]
+
+
+def test_wordpiece_treats_every_kind_of_character_as_hugging_face_does(wordpiece, bert_tokenizer):
+    for start in range(0, 0x3000, 16):
+        text = " ".join(f"a{chr(c)}b {chr(c)}{chr(c)} x" for c in range(start, start + 16))
+        assert wordpiece.encode(text).tolist() == bert_tokenizer(text), hex(start)
+    others = [chr(c) for c in range(0x3000, 0x110000, 997) if not 0xD800 <= c < 0xE000]
+    assert wordpiece.encode(" ".join(others)).tolist() == bert_tokenizer(" ".join(others))
+
+
+def longest_matches(word, ids):
+    """WordPiece by its definition: the longest token each time; None where none fits."""
+    out, rest = [], word
+    while rest:
+        prefix = "##" if out else ""
+        size = next((n for n in range(len(rest), 0, -1) if prefix + rest[:n] in ids), None)
+        if size is None:
+            return None
+        out.append(ids[prefix + rest[:size]])
+        rest = rest[size:]
+    return out
+
+
+def test_wordpiece_takes_the_longest_token_each_time(wordpiece, wordpiece_file):
+    ids = {token: i for i, token in enumerate(lines_of(wordpiece_file))}
+    words = ["tokenizers", "thequicked", "enencoder", "q" * 99, *re.findall("[a-z]+|[0-9]+", "".join(CORPUS))]
+    for word in words:
+        expected = longest_matches(word, ids) or [ids["[UNK]"]]
+        assert wordpiece.encode(word).tolist() == expected, word
+    assert len(words) > 300
+    text = " ".join(words)
+    expected = sum((longest_matches(word, ids) or [ids["[UNK]"]] for word in words), [])
+    assert wordpiece.encode(text).tolist() == expected
+
+
+def test_wordpiece_knows_its_special_tokens_and_what_continues_words(wordpiece, wordpiece_file):
+    tokens = lines_of(wordpiece_file)
+    assert wordpiece.vocab_size == len(tokens)
+    assert wordpiece.specials == {name: tokens.index(name) for name in BERT_SPECIALS}
+    assert wordpiece.eot == tokens.index("[SEP]")
+    roles = {role: wordpiece.special(role) for role in ("mask", "cls", "sep", "pad")}
+    assert roles == {role: tokens.index(f"[{role.upper()}]") for role in roles}
+    assert list(wordpiece.continuations) == [i for i, token in enumerate(tokens) if token[:2] == "##"]
+    json.dumps([wordpiece.continuations, wordpiece.specials])  # meta.json holds them
+
+
+def test_wordpiece_text_never_becomes_a_special_token_but_unk(wordpiece):
+    kept = {id_ for name, id_ in wordpiece.specials.items() if name != "[UNK]"}
+    for text in HOSTILE + [f"{name}{name} {name}" for name in (*BERT_SPECIALS, *SPECIALS)]:
+        assert kept.isdisjoint(wordpiece.encode(text).tolist()), text
+    ids = wordpiece.encode("the [UNK] the").tolist()
+    assert len(ids) > 3 and ids[0] == ids[-1]  # brackets and a word
+
+
+def test_wordpiece_words_that_no_tokens_spell_are_unk(wordpiece):
+    unk = wordpiece.specials["[UNK]"]
+    assert wordpiece.encode("the \U00010348x the").tolist() == [*wordpiece.encode("the"), unk, *wordpiece.encode("the")]
+    assert wordpiece.encode("a" * 101).tolist() == [unk]  # BERT's bound
+    assert wordpiece.encode("").tolist() == []
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udc80b", "\ud83d the"])
+def test_wordpiece_takes_half_a_surrogate_pair_for_a_question_mark(wordpiece, text):
+    marked = "".join("?" if "\ud800" <= c <= "\udfff" else c for c in text)
+    assert wordpiece.encode(text).tolist() == wordpiece.encode(marked).tolist()
+
+
+def test_wordpiece_decodes_to_words_with_blanks_between(wordpiece):
+    text = "the quick tokenizer encode s returned 123"
+    ids = wordpiece.encode(text)
+    assert len(ids) > 7 and wordpiece.decode(ids) == wordpiece.decode(ids.tolist()) == text
+    assert wordpiece.decode(wordpiece.encode("the (the)  the\n")) == "the ( the ) the"
+    special = [wordpiece.special("cls"), *ids.tolist(), wordpiece.special("mask"), wordpiece.eot]
+    assert wordpiece.decode(special) == f"[CLS] {text} [MASK] [SEP]"
+    assert wordpiece.decode([]) == ""
+
+
+def test_capitals_in_the_vocabulary_tell_that_it_is_cased(tmp_path):
+    cased = load_tokenizer(vocab_file(tmp_path))
+    assert cased.encode("The the Quick é").tolist() == [CASED.index(word) for word in ("The", "the", "Quick", "é")]
+    assert cased.encode("THE").tolist() == [cased.specials["[UNK]"]]  # no ##H
+    without = [token for token in CASED if token in BERT_SPECIALS or token == token.lower()]
+    uncased = load_tokenizer(vocab_file(tmp_path, without))
+    the, e = without.index("the"), without.index("e")
+    assert uncased.encode("The THE the é É").tolist() == [the, the, the, e, e]
+    only_inside = load_tokenizer(vocab_file(tmp_path, [*without, "##H"]))  # a capital that continues words
+    assert only_inside.encode("The é").tolist() == [only_inside.specials["[UNK]"], without.index("é")]
+
+
+def test_saved_wordpiece_gives_the_same_ids(wordpiece, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    wordpiece.save(path)
+    again = load_tokenizer(str(path))
+    assert (again.vocab_size, again.specials) == (wordpiece.vocab_size, wordpiece.specials)
+    assert list(again.continuations) == list(wordpiece.continuations)
+    for text in HOSTILE + CORPUS + random_texts(50, seed=4):
+        assert again.encode(text).tolist() == wordpiece.encode(text).tolist()
+    again.save(tmp_path / "twice.json")
+    assert json.loads((tmp_path / "twice.json").read_text()) == json.loads(path.read_text())
+
+
+def test_hugging_face_reads_the_saved_wordpiece_and_frames_its_ids(wordpiece, tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    wordpiece.save(tmp_path / "tokenizer.json")
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    for text in ("the quick tokenizer", "(The) self.encode", ""):
+        ids = wordpiece.encode(text).tolist()
+        assert theirs(text)["input_ids"] == [wordpiece.special("cls"), *ids, wordpiece.special("sep")]
+    assert theirs("[MASK]")["input_ids"][1:-1] == [wordpiece.special("mask")]
+
+
+def test_what_else_a_tokenizer_json_asks_for_changes_no_plain_ids(wordpiece, tmp_path):
+    """Added tokens would match in text, truncation and padding would cut and fill, a template would frame."""
+    wordpiece.save(tmp_path / "plain.json")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "plain.json"))
+    theirs.enable_truncation(4)
+    theirs.enable_padding(length=9, pad_id=wordpiece.special("pad"))
+    theirs.add_tokens(["the quick"])
+    framing = [(name, wordpiece.specials[name]) for name in ("[CLS]", "[SEP]")]
+    theirs.post_processor = tokenizers.processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=framing)
+    theirs.save(str(tmp_path / "more.json"))
+    assert len(theirs.encode("the quick").ids) == 9
+    more = load_tokenizer(str(tmp_path / "more.json"))
+    for text in ("the quick", "[MASK] the [SEP]", "", CORPUS[0]):
+        assert more.encode(text).tolist() == wordpiece.encode(text).tolist()
+    assert more.vocab_size == wordpiece.vocab_size
+
+
+def test_ends_of_lines_of_vocab_txt_do_not_matter(tmp_path):
+    first = load_tokenizer(vocab_file(tmp_path))
+    for newline, end in (("\r\n", True), ("\r\n", False), ("\n", False)):
+        other = load_tokenizer(vocab_file(tmp_path, newline=newline, end=end))
+        assert (other.vocab_size, other.specials) == (first.vocab_size, first.specials)
+        assert other.encode(CORPUS[0]).tolist() == first.encode(CORPUS[0]).tolist()
+
+
+def test_only_newlines_end_a_line_of_vocab_txt(tmp_path):
+    odd = ["\u2028", "a\u00a0b", "\x0b", "\x85"]  # which end lines or part words elsewhere
+    tokenizer = load_tokenizer(vocab_file(tmp_path, [*odd, *CASED]))
+    assert tokenizer.vocab_size == 4 + len(CASED)
+    assert tokenizer.encode("the").tolist() == [4 + CASED.index("the")]
+
+
+@pytest.mark.parametrize("tokens", [
+    [*CASED, "the"], [token for token in CASED if token != "[MASK]"], [token for token in CASED if token != "[UNK]"],
+    [token.lower() for token in CASED], [], [""], ["the", "quick"],
+], ids=["twice", "no mask", "no unk", "lower", "empty", "blank", "no special"])  # fmt: skip
+def test_damaged_vocab_txt_is_refused_by_name(tmp_path, tokens):
+    path = vocab_file(tmp_path, tokens, end=bool(tokens))
+    with pytest.raises(ValueError, match="vocab.txt is no readable tokenizer file") as caught:
+        load_tokenizer(path)
+    assert "\n" not in str(caught.value) and "each token once, and [PAD], [UNK]" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"[PAD]\n\xff\xfe\n[MASK]\n", "\n".join(CASED).encode("utf-16")])
+def test_vocab_txt_that_is_no_utf8_is_refused_by_name(tmp_path, content):
+    (tmp_path / "vocab.txt").write_bytes(content)
+    with pytest.raises(ValueError, match="vocab.txt is no readable tokenizer file"):
+        load_tokenizer(str(tmp_path / "vocab.txt"))
+
+
+@pytest.mark.parametrize("damage", [
+    lambda vocab: vocab.pop("[CLS]"), lambda vocab: vocab.clear(), lambda vocab: vocab.update(the=-1),
+    lambda vocab: vocab.update(the="x"), lambda vocab: vocab.update(the=999), lambda vocab: vocab.update(the=2),
+], ids=["no cls", "empty", "negative", "word", "gap", "id twice"])  # fmt: skip
+def test_damaged_tokenizer_json_of_wordpiece_is_refused_by_name(tmp_path, damage):
+    load_tokenizer(vocab_file(tmp_path)).save(tmp_path / "broken.json")
+    saved = json.loads((tmp_path / "broken.json").read_text())
+    damage(saved["model"]["vocab"])
+    (tmp_path / "broken.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="broken.json is no readable tokenizer file") as caught:
+        load_tokenizer(str(tmp_path / "broken.json"))
+    assert "\n" not in str(caught.value)
+
+
+def test_our_other_tokenizers_have_special_tokens_by_role_too(tokenizer):
+    expected = {name[2:-2]: id_ for name, id_ in tokenizer.specials.items()}
+    for role in ("mask", "cls", "sep", "pad"):
+        assert tokenizer.special(role) == expected.get(role)
+    assert len(tokenizer.continuations) == 0
+
+
 # ---- names and files that are wrong
 
 @pytest.mark.parametrize("name", ["gpt-2", "bytes", "", "bpe", "tokenizer.model"])
 def test_unknown_name_lists_the_known_ones(name):
-    with pytest.raises(ValueError, match="is unknown; use byte, bpe, the path of a tokenizer.json, BERT.s vocab.txt, .*gpt2"):
+    told = "is unknown; use byte, bpe, the path of a tokenizer.json, BERT.s vocab.txt, .*gpt2"
+    with pytest.raises(ValueError, match=told):
         load_tokenizer(name)
 
 
