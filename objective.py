@@ -75,14 +75,9 @@ class Masked:
         Windows may hold fewer tokens, by lengths (B,); a fourth part is then attention_mask (B, T), False where a
         sequence has ended.
         """
-        B, T, place = len(rows), self.stride + 2, np.arange(self.stride + 2)
-        ids = np.empty((B, T), dtype=np.int64)
-        ids[:, 0], ids[:, 1:-1], ids[:, -1] = self.cls, rows, self.sep
-        ids[ids == self.eot] = self.sep
+        B, T = len(rows), self.stride + 2
         lengths = np.full(B, self.stride) if lengths is None else lengths
-        end = lengths[:, None] + 1  # where [SEP] stands
-        if is_short := (lengths < self.stride).any():
-            ids = np.where(place < end, ids, np.where(place == end, self.sep, self.pad))
+        ids, attention_mask = self._framed(rows, lengths)
         # Philox gives 4 numbers a count, which is one token's share: so each sequence has counts of its own.
         random = np.random.Philox(key=self.key, counter=first * T).random_raw(4 * B * T).reshape(B, T, 4)
         K = n_masked(T, self.mask_prob)
@@ -94,7 +89,15 @@ class Masked:
         new = np.where(share < 0.8, self.mask, np.where(share < 0.9, drawn, old))
         np.put_along_axis(ids, positions, np.where(predicted, new, old), 1)
         batch = ids, np.where(predicted, old, IGNORE), positions
-        return tuple(torch.from_numpy(part) for part in (batch + (place <= end,) if is_short else batch))
+        return tuple(map(torch.from_numpy, batch if attention_mask.all() else (*batch, attention_mask)))
+
+    def _framed(self, rows, lengths):
+        """[CLS] tokens [SEP] and padding, (B, T), and where there is none of the latter."""
+        place, end = np.arange(self.stride + 2), lengths[:, None] + 1  # end: where [SEP] stands
+        ids = np.pad(rows, ((0, 0), (1, 1)), constant_values=self.cls)
+        ids[ids == self.eot] = self.sep
+        ids = np.where(place < end, ids, np.where(place == end, self.sep, self.pad))
+        return ids, place <= end
 
     def _order(self, random, ids):
         """What positions are sorted by: a random number for each, or for each word; special tokens come last."""

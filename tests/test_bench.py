@@ -2,13 +2,19 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
 import bench
 import config
 import plan
+import train
+from data import Split, TrainOrder
 from model import ModelConfig
+from objective import IGNORE, Masked
 from ranks import write_data
+from tokenizer import SPECIALS
 
 SMALL = [
     "--vocab_size=37", "--block_size=11", "--n_layer=3", "--n_head=5", "--n_embd=20", "--seq_len=7",
@@ -17,8 +23,12 @@ SMALL = [
 ]  # fmt: skip
 
 
+MASKED = ["config/quickstart_bert.py", "--n_inner=33", "--head_dim=6", "--mask_prob=0.3"]
+
+
 def benched(tmp_path, *args):
-    bench.main(config.load(bench.Settings, [*SMALL, f"--json={tmp_path / 'b.json'}", *args]))
+    presets, args = [a for a in args if a[:2] != "--"], [a for a in args if a[:2] == "--"]
+    bench.main(config.load(bench.Settings, [*presets, *SMALL, f"--json={tmp_path / 'b.json'}", *args]))
     return json.loads((tmp_path / "b.json").read_text())
 
 
@@ -52,6 +62,39 @@ def test_real_data_is_read_as_training_reads_it(tmp_path):
     assert benched(tmp_path, "--real_data", "--vocab_size=none", f"--data_dir={data}")["n_params"] > 0
     with pytest.raises(ValueError, match="data_dir is none; set it"):
         benched(tmp_path, "--real_data")
+
+
+@pytest.mark.parametrize("real_data", [False, True])
+def test_a_masked_preset_is_timed_with_the_head_at_masked_places_alone(real_data, tmp_path, capsys, monkeypatch):
+    batches = []
+
+    def train_step(model, optimizer, scaler, step, *args):
+        batches.append(step)
+        return train.train_step(model, optimizer, scaler, step, *args)
+
+    monkeypatch.setattr(bench, "train_step", train_step)
+    specials = {name: 32 + i for i, name in enumerate(SPECIALS)}
+    data = write_data(tmp_path / "data", specials=specials)
+    args = ["--real_data", "--vocab_size=none", f"--data_dir={data}"] if real_data else []
+    f = benched(tmp_path, *MASKED, *args)
+    cfg = ModelConfig(
+        objective="mlm", vocab_size=37, block_size=11, n_layer=3, n_head=5, n_embd=20, head_dim=6, n_inner=33,
+        mlp="swiglu", norm="rmsnorm", qk_norm=True, position="rope", bias=False,
+    )  # fmt: skip
+    assert f["n_params"] == plan.num_params(cfg) and (f["steps"], f["micro_steps"]) == (5, 3)
+    assert f["flops_per_token"] == f["flops_per_token_causal"] == plan.flops_per_token(cfg, 7, 2 / 7)
+    assert f["tokens_per_s"] * f["step_ms"] / 1e3 == pytest.approx(63) and f["mfu"] > 0
+    for step in batches[2:]:  # past the warm-up
+        assert [[part.shape for part in batch] for batch in step] == [[(3, 7), (3, 2), (3, 2)]] * 3
+        assert sum((targets != IGNORE).sum() for _, targets, _ in step) > 12  # of 18; some rows hold special tokens
+    assert len({batch[0].numpy().tobytes() for batch in batches[-1]}) == 3
+    assert "causal" not in capsys.readouterr().out
+    if real_data:  # the first are those of a training run
+        split = Split(data, "train", 37)
+        places = zip(*TrainOrder(split, 5, 1337).locate([0, 1, 2]))
+        rows = np.stack([split.shards[shard][start : start + 5] for shard, start in places]).astype(np.int64)
+        expected = Masked(7, 0.3, 1337, 37, specials).batch(rows, 0)
+        assert all(torch.equal(part, other) for part, other in zip(batches[0][0], expected, strict=True))
 
 
 def test_profile_writes_a_trace_of_the_steps(tmp_path, monkeypatch):

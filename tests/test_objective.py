@@ -503,7 +503,7 @@ def test_evaluation_has_the_same_sequences_with_the_same_masks_on_any_ranks(spli
     of_ranks = [evaluated(split, 0, 500, batch_size, rank, size) for rank in range(size)]
     together = [sequence[:2] for sequences, _ in of_ranks for sequence in sequences]
     expected = [sequence[:2] for sequence in evaluated(split, 0, 500, 4)[0]]
-    assert len(expected) == len(set(expected)) and sorted(together) == sorted(expected)
+    assert len(set(expected)) > 60 and sorted(together) == sorted(expected)
     assert len({n_batches for _, n_batches in of_ranks}) == 1  # ranks that reduce together must meet equally often
 
 

@@ -1,7 +1,10 @@
 """One process, accumulation and ranks compute the same; precision, devices and compile are picked or refused."""
 
+import collections
+import functools
 import random
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,26 +12,45 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from data import DataConfig, Split
 from model import ModelConfig, Transformer
-from objective import IGNORE, NextToken
+from objective import IGNORE, Masked, NextToken
 from optim import OptimConfig, build_optimizer
-from parallel import ParallelConfig, distribute, init_world, pick_device, pick_precision, seed_step
+from parallel import ParallelConfig, World, distribute, init_world, pick_device, pick_precision, seed_step
 from ranks import on_ranks, run, write_data
+from tokenizer import SPECIALS
 from train import evaluate, train_step
 
 SMALL = ModelConfig(vocab_size=37, block_size=11, n_layer=3, n_head=5, n_embd=20)
+MODELS = {
+    "gpt": SMALL,
+    "bert": replace(SMALL, objective="mlm", norm_position="post", n_token_types=2, mlp="gelu"),
+    "modern": replace(SMALL, objective="mlm", n_kv_head=1, norm="rmsnorm", position="rope", mlp="swiglu", qk_norm=True,
+                      bias=False),
+}  # fmt: skip
 SEQUENCES, T = 12, 7
+SPECIAL_IDS = {name: 32 + i for i, name in enumerate(SPECIALS)}
 
 
-def uneven_batch():
-    """Twelve sequences, four of them without a target: however they are shared out, one rank has fewer targets."""
+def uneven_batch(name="gpt"):
+    """Twelve sequences, four of them without a target: however they are shared out, one rank has fewer targets.
+
+    Of masked models, with positions, sequences of several lengths, and token types.
+    """
     g = torch.Generator().manual_seed(5)
     ids, targets = torch.randint(37, (2, SEQUENCES, T), generator=g)
     targets[[0, 2, 4, 6]] = IGNORE
     targets[1, :5] = IGNORE
-    return ids, targets
+    if name == "gpt":
+        return ids, targets
+    positions = torch.stack([torch.randperm(4, generator=g)[:3] for _ in range(SEQUENCES)])
+    attention_mask = torch.arange(T) < torch.randint(4, T + 1, (SEQUENCES, 1), generator=g)
+    types = (torch.arange(T) > 2).long().expand(SEQUENCES, T) if name == "bert" else None
+    return ids, targets[:, 4:].contiguous(), positions, attention_mask, *([types] if name == "bert" else [])
 
 
 def build(world, cfg=SMALL, **parallel):
@@ -37,46 +59,65 @@ def build(world, cfg=SMALL, **parallel):
     return distribute(model, ParallelConfig(device="cpu", precision="fp32", **parallel), world, seed=1)
 
 
-def one_step(micro_batch_size):
-    """(this rank's share of the loss, gradient norm, gradients, all-reduces) of train_step on the uneven batch.
+def one_step(name, micro_batch_size, count=False):
+    """(this rank's share of the loss, gradient norm, gradients, all-reduces if to be counted) of train_step.
 
-    SGD at rate 1 takes the gradient off the weights, which shows what it was.
+    It is on the uneven batch. SGD at rate 1 takes the gradient off the weights, which shows what it was.
     """
     with init_world(ParallelConfig(device="cpu", precision="fp32")) as world:
-        model = build(world)
+        model = build(world, MODELS[name])
         optimizer = build_optimizer(model, OptimConfig(optimizer="sgd", learning_rate=1.0, beta1=0.0, weight_decay=0.0))
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        parts = [part.split(micro_batch_size) for part in uneven_batch()]
+        parts = [part.split(micro_batch_size) for part in uneven_batch(name)]
         batches = list(zip(*parts))[world.rank :: world.size]
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) if count else nullcontext()
+        with profile as profiler:
             loss, grad_norm = train_step(model, optimizer, scaler, batches, None, world)
-        reduced = sum(event.count for event in profiler.key_averages() if event.key == "c10d::allreduce_")
+        events = profiler.key_averages() if count else ()
+        reduced = sum(event.count for event in events if event.key == "c10d::allreduce_")
         grads = {name: before[name] - p.detach() for name, p in model.named_parameters()}
         return loss.item(), grad_norm.item(), grads, reduced
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"), val_tokens=100)
+STEPS = [("gpt", 6), ("gpt", 3), ("gpt", 1), ("bert", 3), ("bert", 1), ("modern", 3)]
+COUNTED = [("gpt", 6), ("gpt", 1), ("bert", 3)]
+EVALUATIONS = [("gpt", 1), ("gpt", 3), ("bert", 1), ("bert", 3), ("modern", 4)]
 
 
 @pytest.fixture(scope="module")
-def two_ranks(data_dir):
+def data_dirs(tmp_path_factory):
+    """Data of each model, its name as a word of the folder's."""
+    masked = str(write_data(tmp_path_factory.mktemp("masked"), val_tokens=192, specials=SPECIAL_IDS))
+    return {
+        "gpt": str(write_data(tmp_path_factory.mktemp("data"), val_tokens=100)), "bert": masked, "modern": masked,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data_dir(data_dirs):
+    return data_dirs["gpt"]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(data_dirs):
     """What two ranks answer, in one launch: {case: [answer by rank]}."""
-    cases = {f"step{size}": (one_step, size) for size in (6, 3, 1)}
-    cases |= {f"eval{size}": (evaluated, str(data_dir), size) for size in (1, 3)}
+    cases = {("step", *args): (one_step, *args, args in COUNTED) for args in STEPS}
+    cases |= {("eval", name, size): (evaluated, name, data_dirs[name], size) for name, size in EVALUATIONS}
     cases["dropout"] = (dropout_losses,)
     return dict(zip(cases, on_ranks(2, *cases.values())))
 
 
-@pytest.fixture(scope="module")
-def plain():
-    """Loss and gradients by plain autograd on torch's own cross-entropy, without train_step."""
-    model = Transformer(SMALL)
+@functools.cache
+def plain(name):
+    """Loss and gradients by plain autograd on torch's own cross-entropy of whole logits, without train_step."""
+    model = Transformer(MODELS[name])
     model.init_weights(seed=1)
-    ids, targets = uneven_batch()
-    loss = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+    ids, targets, *rest = uneven_batch(name)
+    logits = model(ids, **dict(zip(("attention_mask", "token_types"), rest[1:])))  # B T V
+    if rest:
+        logits = torch.stack([row[places] for row, places in zip(logits, rest[0])])  # B K V
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}
 
@@ -88,18 +129,20 @@ def check_step(loss, grads, plain):
         assert (grads[name] - g).abs().max() < 1e-4 * largest, name
 
 
-@pytest.mark.parametrize("micro_batch_size", [12, 3, 1])
-def test_accumulation_gives_the_loss_and_gradients_of_one_batch(micro_batch_size, plain):
-    loss, grad_norm, grads, _ = one_step(micro_batch_size)
-    check_step(loss, grads, plain)
-    norm = torch.stack([g.norm() for g in plain[1].values()]).norm().item()
+@pytest.mark.parametrize(("name", "micro_batch_size"), [
+    ("gpt", 12), ("gpt", 3), ("gpt", 1), ("bert", 12), ("bert", 5), ("modern", 12), ("modern", 1),
+])  # fmt: skip
+def test_accumulation_gives_the_loss_and_gradients_of_one_batch(name, micro_batch_size):
+    loss, grad_norm, grads, _ = one_step(name, micro_batch_size)
+    check_step(loss, grads, plain(name))
+    norm = torch.stack([g.norm() for g in plain(name)[1].values()]).norm().item()
     assert grad_norm == pytest.approx(norm, rel=1e-4)
 
 
-@pytest.mark.parametrize("case", ["step6", "step3", "step1"])
-def test_two_ranks_give_the_loss_and_gradients_of_one_process(case, two_ranks, plain):
-    (loss_0, norm_0, grads_0, _), (loss_1, norm_1, grads_1, _) = two_ranks[case]
-    check_step(loss_0 + loss_1, grads_0, plain)
+@pytest.mark.parametrize("case", STEPS, ids=str)
+def test_two_ranks_give_the_loss_and_gradients_of_one_process(case, two_ranks):
+    (loss_0, norm_0, grads_0, _), (loss_1, norm_1, grads_1, _) = two_ranks["step", *case]
+    check_step(loss_0 + loss_1, grads_0, plain(case[0]))
     assert loss_0 != pytest.approx(loss_1, rel=0.1)  # the targets are spread unevenly indeed
     assert norm_0 == norm_1
     assert all(torch.equal(grads_0[name], grads_1[name]) for name in grads_0)
@@ -107,47 +150,96 @@ def test_two_ranks_give_the_loss_and_gradients_of_one_process(case, two_ranks, p
 
 def test_gradients_are_synchronised_once_a_step(two_ranks):
     """As many collectives in six micro-steps as in one: the count of targets and the gradient's one bucket."""
-    counts = {case: two_ranks[case][0][3] for case in ("step6", "step3", "step1")}
-    assert counts == {"step6": 2, "step3": 2, "step1": 2}
+    assert {case: two_ranks["step", *case][0][3] for case in COUNTED} == dict.fromkeys(COUNTED, 2)
 
 
 # ---- evaluation
 
-def evaluated(data_dir, micro_batch_size):
+def windows_of_model(name):
+    return NextToken(T) if name == "gpt" else Masked(T, 0.3, 0, 37, SPECIAL_IDS)
+
+
+def echo(model):
+    """Makes a model say again what it sees, so that some of its answers are right."""
+    with torch.no_grad():
+        model.wte.weight.mul_(50)
+        if model.cfg.objective == "mlm":
+            model.transform.dense.weight.copy_(torch.eye(20))
+    return model
+
+
+def evaluated(name, data_dir, micro_batch_size):
+    """What evaluate says."""
     with init_world(ParallelConfig(device="cpu", precision="fp32")) as world:
-        model = build(world, replace(SMALL, dropout=0.5))
+        model = echo(build(world, replace(MODELS[name], dropout=0.5)))
         cfg = DataConfig(data_dir=data_dir, seq_len=T, micro_batch_size=micro_batch_size, eval_tokens=1000)
         states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-        loss = evaluate(model, Split(data_dir, "val", 37), NextToken(T), cfg, world)["val_loss"]
+        figures = evaluate(model, Split(data_dir, "val", 37), windows_of_model(name), cfg, world)
         assert torch.equal(states[0], torch.get_rng_state()), "evaluation drew from torch's random state"
         assert states[1:] == (np.random.get_state()[1].tolist(), random.getstate())
         assert model.training
-        return loss
+        return figures
 
 
 @pytest.fixture(scope="module")
-def val_loss(data_dir):
-    """Mean cross-entropy over windows end to end, the last one short, one at a time."""
-    model = Transformer(SMALL)
-    model.init_weights(seed=1)
-    tokens = torch.from_numpy(Split(data_dir, "val", 37).shards[0].astype(np.int64))
-    with torch.no_grad():
-        losses = [F.cross_entropy(model(w[None, :-1])[0], w[1:], reduction="none")
-                  for w in (tokens[i : i + T + 1] for i in range(0, len(tokens) - 1, T))]
-    losses = torch.cat(losses)
-    assert len(losses) == 99
-    return losses.double().mean().item()
+def plainly_evaluated(data_dirs):
+    """The same by torch's own cross-entropy and argmax, over windows end to end, the last one short, one at a time."""
+    def figures(name):
+        model = Transformer(MODELS[name])
+        model.init_weights(seed=1)
+        echo(model)
+        windows, losses, right, all_targets = windows_of_model(name), [], [], []
+        tokens = Split(data_dirs[name], "val", 37).shards[0].astype(np.int64)
+        for number, start in enumerate(range(0, len(tokens) - windows.extra, windows.stride)):
+            row = tokens[start : start + windows.stride + windows.extra]
+            if name == "gpt":
+                ids, targets, places = torch.from_numpy(row[:-1]), torch.from_numpy(row[1:]), slice(None)
+            else:
+                filled, length = np.zeros((1, windows.stride), dtype=np.int64), len(row)
+                filled[0, :length] = row
+                ids, targets, places, *_ = (part[0] for part in windows.batch(filled, number, np.array([length])))
+                ids, targets, places = ids[: length + 2], targets[targets != IGNORE], places[targets != IGNORE]
+            with torch.no_grad():
+                logits = model(ids[None])[0, places]
+            losses.append(F.cross_entropy(logits, targets, reduction="none").double())
+            right.append(logits.argmax(-1) == targets)
+            all_targets += targets.tolist()
+        return {
+            "val_loss": torch.cat(losses).mean().item(),
+            "val_accuracy": torch.cat(right).double().mean().item(),
+            "val_accuracy_of_commonest": collections.Counter(all_targets).most_common(1)[0][1] / len(all_targets),
+        }, len(all_targets)
+
+    return functools.cache(figures)
 
 
+@pytest.mark.parametrize(("name", "n_targets"), [("gpt", 99), ("bert", 38 * 2 + 1), ("modern", 38 * 2 + 1)])
+def test_the_plain_evaluation_is_of_every_target_and_tells_right_from_wrong(name, n_targets, plainly_evaluated):
+    figures, counted = plainly_evaluated(name)
+    assert counted == n_targets
+    assert 0.02 < figures["val_accuracy"] < 0.9 and figures["val_accuracy"] != figures["val_accuracy_of_commonest"]
+
+
+def check_evaluation(figures, expected):
+    assert figures.keys() == expected.keys()
+    assert figures["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-6)
+    for name in ("val_accuracy", "val_accuracy_of_commonest"):
+        assert figures[name] == pytest.approx(expected[name], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("micro_batch_size", [1, 4, 32])
-def test_evaluation_is_the_mean_over_the_split_at_every_batch_size(micro_batch_size, data_dir, val_loss):
-    assert evaluated(str(data_dir), micro_batch_size) == pytest.approx(val_loss, rel=1e-6)
+def test_evaluation_is_the_mean_over_the_split_at_every_batch_size(
+    name, micro_batch_size, data_dirs, plainly_evaluated
+):
+    check_evaluation(evaluated(name, data_dirs[name], micro_batch_size), plainly_evaluated(name)[0])
 
 
-@pytest.mark.parametrize("case", ["eval1", "eval3"])
-def test_evaluation_is_the_same_on_two_ranks(case, two_ranks, val_loss):
-    """15 windows: neither batch size shares them out evenly."""
-    assert two_ranks[case] == pytest.approx([val_loss] * 2, rel=1e-6)
+@pytest.mark.parametrize("case", EVALUATIONS, ids=str)
+def test_evaluation_is_the_same_on_two_ranks(case, two_ranks, plainly_evaluated):
+    """15 windows, or 39: no batch size shares them out evenly."""
+    for figures in two_ranks["eval", *case]:
+        check_evaluation(figures, plainly_evaluated(case[0])[0])
 
 
 # ---- dropout
@@ -166,6 +258,84 @@ def test_dropout_differs_between_ranks_and_steps_and_replays(two_ranks):
     (a4, a5, a4_again), (b4, b5, b4_again) = two_ranks["dropout"]
     assert (a4, b4) == (a4_again, b4_again)
     assert len({a4, a5, b4, b5}) == 4
+
+
+# ---- recomputation
+
+ONE = World(0, 1, torch.device("cpu"), "fp32")
+
+
+def recomputed(name, kind, precision="fp32", dropout=0.0):
+    """(loss, gradients) of one forward and backward, with a kind of recomputation."""
+    world = replace(ONE, precision=precision)
+    model = build(world, replace(MODELS[name], dropout=dropout), activation_checkpointing=kind)
+    torch.manual_seed(3)
+    with world.autocast():
+        loss = model(*uneven_batch(name))
+    state = torch.get_rng_state()
+    loss.backward()
+    assert torch.equal(torch.get_rng_state(), state), "backward moved the random state on"
+    assert list(model.state_dict()) == list(Transformer(MODELS[name]).state_dict())
+    return loss, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_recomputation_changes_no_bit_of_loss_and_gradients(name, precision, dropout):
+    loss, grads = recomputed(name, "none", precision, dropout)
+    for kind in ("full", "selective"):
+        other, other_grads = recomputed(name, kind, precision, dropout)
+        assert torch.equal(loss, other) and grads.keys() == other_grads.keys()
+        assert all(torch.equal(grads[name], other_grads[name]) for name in grads)
+    assert dropout == 0 or loss != recomputed(name, "none", precision)[0]  # or nothing was dropped
+
+
+class Storages(TorchDispatchMode):
+    """Remembers, weakly, the storage of all that is computed; of a model's parameters, nothing."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.seen, self.known = {}, {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
+                reference = StorageWeakRef(tensor.untyped_storage())
+                self.seen[reference.cdata] = reference, tensor.untyped_storage().nbytes()
+        return out
+
+    def alive(self):
+        """Bytes of those that something still holds."""
+        return sum(n_bytes for reference, n_bytes in self.seen.values() if not reference.expired())
+
+
+def kept_for_backward(name, kind, n_layer, dropout=0.0):
+    """Bytes that forward leaves behind for backward."""
+    cfg = replace(MODELS[name], n_layer=n_layer, dropout=dropout)
+    model, batch = build(ONE, cfg, activation_checkpointing=kind), uneven_batch(name)
+    with Storages(model) as storages:
+        loss = model(*batch)
+    bytes_kept = storages.alive()
+    assert loss.requires_grad
+    return bytes_kept
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("name", MODELS)
+def test_recomputation_keeps_of_each_block_what_it_says(name, dropout):
+    """Full: its input alone. Selective: beside it what matmuls gave, and, where it need not drop, attention."""
+    kept = {kind: kept_for_backward(name, kind, 3, dropout) - kept_for_backward(name, kind, 2, dropout)
+            for kind in ("none", "selective", "full")}  # fmt: skip
+    assert kept["full"] < kept["selective"] < kept["none"]
+    cfg = MODELS[name]
+    keys_and_values, ups = 2 * cfg.kv_heads * cfg.head_width, 2 if cfg.mlp == "swiglu" else 1
+    matmuls = 3 * cfg.n_embd + keys_and_values + ups * cfg.inner_width  # queries, proj and down are n_embd wide
+    attention = 0 if dropout else cfg.n_embd + cfg.n_head  # and the logarithm of each softmax's sum
+    numbers = SEQUENCES * T * 4
+    assert kept["full"] == numbers * cfg.n_embd
+    assert kept["selective"] == numbers * (cfg.n_embd + matmuls + attention)
 
 
 # ---- what is picked
@@ -211,7 +381,7 @@ def test_compile_that_fails_gives_one_warning_and_trains(data_dir, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same_loss_and_gradients(plain):
+def test_compiled_blocks_give_the_same_loss_and_gradients():
     ids, targets = uneven_batch()
     with init_world(ParallelConfig(device="cpu", precision="fp32")) as world, warnings.catch_warnings():
         warnings.filterwarnings("error", "torch.compile does not work")
@@ -219,4 +389,24 @@ def test_compiled_blocks_give_the_same_loss_and_gradients(plain):
         loss = model(ids, targets) / (targets != IGNORE).sum()
         loss.backward()
     assert all(block._compiled_call_impl is not None for block in model.blocks)
-    check_step(loss.item(), {name: p.grad for name, p in model.named_parameters()}, plain)
+    check_step(loss.item(), {name: p.grad for name, p in model.named_parameters()}, plain("gpt"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "selective"])
+def test_compiled_blocks_that_are_recomputed_are_compiled_indeed(kind):
+    """Blocks that compile does not take run as they are, without an error: so torch's own counts are asked."""
+    torch._dynamo.reset()
+    counts = torch._dynamo.utils.counters
+    counts.clear()
+    with init_world(ParallelConfig(device="cpu", precision="fp32")) as world, warnings.catch_warnings():
+        warnings.filterwarnings("error", "torch.compile does not work")
+        model, batch = build(world, MODELS["bert"], compile=True, activation_checkpointing=kind), uneven_batch("bert")
+        before = dict(counts["stats"])  # of the function that distribute tries
+        loss = model(*batch) / (batch[1] != IGNORE).sum()
+        loss.backward()
+    for count in ("unique_graphs", "calls_captured"):
+        assert counts["stats"][count] > before[count], count
+    assert counts["frames"]["ok"] == counts["frames"]["total"] and not counts["graph_break"]
+    assert all(block._compiled_call_impl is not None for block in model.blocks)
+    check_step(loss.item(), {name: p.grad for name, p in model.named_parameters()}, plain("bert"))

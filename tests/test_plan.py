@@ -5,15 +5,36 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import config
 import plan
+import train
 from model import ModelConfig, Transformer
+from objective import ObjectiveConfig, head_share
 
 ODD = [
     {},
     {"bias": False},
     {"tie_embeddings": False},
     {"n_inner": 33, "bias": False, "tie_embeddings": False},
-]
+    {"n_head": 6, "n_kv_head": 2, "head_dim": 3},  # queries 18 wide, keys and values 6, the stream 20
+    {"n_kv_head": 1, "bias": False},
+    {"head_dim": 7},
+    {"mlp": "swiglu"},
+    {"mlp": "swiglu", "n_inner": 33, "bias": False},
+    {"mlp": "relu2"},
+    {"qk_norm": True},
+    {"qk_norm": True, "norm": "rmsnorm", "head_dim": 6},
+    {"norm": "rmsnorm"},
+    {"position": "rope"},
+    {"n_token_types": 3},
+    {"norm_position": "post"},
+    {"objective": "mlm"},
+    {"objective": "mlm", "bias": False, "tie_embeddings": False},
+    {"objective": "mlm", "tie_embeddings": False, "norm": "rmsnorm"},
+    {"objective": "mlm", "norm_position": "post", "n_token_types": 2, "mlp": "gelu", "norm_eps": 1e-12},  # BERT
+    {"n_head": 6, "n_kv_head": 3, "head_dim": 4, "n_inner": 33, "mlp": "swiglu", "norm": "rmsnorm", "qk_norm": True,
+     "position": "rope", "bias": False, "objective": "mlm"},
+]  # fmt: skip
 GPT2 = {  # layers, heads, width: parameters, as Hugging Face's checkpoints count them
     (12, 12, 768): 124_439_808,
     (24, 16, 1024): 354_823_168,
@@ -22,9 +43,14 @@ GPT2 = {  # layers, heads, width: parameters, as Hugging Face's checkpoints coun
 }
 
 
-@pytest.mark.parametrize("changes", ODD)
+def odd(changes, vocab_size=37):
+    sizes = {"vocab_size": vocab_size, "block_size": 11, "n_layer": 3, "n_head": 5, "n_embd": 20}
+    return ModelConfig(**sizes | changes)
+
+
+@pytest.mark.parametrize("changes", ODD, ids=str)
 def test_closed_form_of_parameters_is_the_models_count(changes):
-    cfg = ModelConfig(vocab_size=37, block_size=11, n_layer=3, n_head=5, n_embd=20, **changes)
+    cfg = odd(changes)
     assert plan.num_params(cfg) == Transformer(cfg).num_params()
 
 
@@ -34,14 +60,44 @@ def test_closed_form_of_parameters_is_gpt2s(shape, count):
     assert plan.num_params(ModelConfig(n_layer=layers, n_head=heads, n_embd=width)) == count
 
 
-@pytest.mark.parametrize("changes", ODD)
+@pytest.mark.parametrize(("preset", "count"), [("bert_base", 109_514_298), ("bert_large", 335_174_458)])
+def test_closed_form_of_parameters_is_berts(preset, count):
+    """As Hugging Face counts BertForMaskedLM of bert-base-uncased and bert-large-uncased."""
+    assert plan.num_params(config.load(train.Settings, [f"config/{preset}.py"]).model) == count
+
+
+MODERN = {"norm": "rmsnorm", "mlp": "swiglu", "position": "rope", "bias": False}
+
+
+@pytest.mark.parametrize(("changes", "count"), [
+    ({"vocab_size": 151_936, "n_layer": 28, "n_embd": 1024, "n_head": 16, "n_kv_head": 8, "head_dim": 128,
+      "n_inner": 3072, "qk_norm": True}, 596_049_920),
+    ({"vocab_size": 32_000, "n_layer": 22, "n_embd": 2048, "n_head": 32, "n_kv_head": 4, "n_inner": 5632,
+      "tie_embeddings": False}, 1_100_048_384),
+], ids=["Qwen3-0.6B", "TinyLlama-1.1B"])  # fmt: skip
+def test_closed_form_of_parameters_is_that_of_published_decoders(changes, count):
+    assert plan.num_params(ModelConfig(**MODERN, **changes)) == count
+
+
+@pytest.mark.parametrize("changes", ODD, ids=str)
 def test_flops_are_what_torch_counts_in_forward_and_backward(changes):
     """Exactly: the vocabulary needs no padding, and attention's math kernel does both its matmuls whole."""
-    cfg = ModelConfig(vocab_size=64, block_size=11, n_layer=3, n_head=5, n_embd=20, **changes)
-    model, ids = Transformer(cfg), torch.zeros(3, 7, dtype=torch.long)
+    cfg, ids = odd(changes, vocab_size=64), torch.zeros(3, 7, dtype=torch.long)
+    model = Transformer(cfg)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(ids, targets=ids).backward()
     assert counter.get_total_flops() == plan.flops_per_token(cfg, seq_len=7) * ids.numel()
+
+
+@pytest.mark.parametrize("changes", [changes for changes in ODD if "objective" in changes], ids=str)
+@pytest.mark.parametrize(("seq_len", "number"), [(8, 2), (8, 1), (10, 5)])
+def test_flops_of_a_masked_model_are_what_torch_counts_with_the_head_at_masked_places_alone(changes, seq_len, number):
+    cfg, ids = odd(changes, vocab_size=64), torch.zeros(3, seq_len, dtype=torch.long)
+    share = head_share("mlm", ObjectiveConfig(mask_prob=number / seq_len), seq_len)
+    targets = positions = torch.arange(number).expand(3, number)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        Transformer(cfg)(ids, targets, positions).backward()
+    assert counter.get_total_flops() == plan.flops_per_token(cfg, seq_len, share) * ids.numel()
 
 
 def test_causal_count_halves_attention_alone():
@@ -49,6 +105,18 @@ def test_causal_count_halves_attention_alone():
     without_attention = plan.flops_per_token(cfg, seq_len=0)
     full, causal = (plan.flops_per_token(cfg, 1024, causal=causal) - without_attention for causal in (False, True))
     assert full == 2 * causal == 12 * 12 * 768 * 1024  # PaLM's 12 L H Q T
+
+
+def test_causal_count_does_not_halve_the_attention_of_a_model_that_looks_to_both_sides():
+    cfg = ModelConfig(objective="mlm")
+    assert plan.flops_per_token(cfg, 1024, 0.15, causal=True) == plan.flops_per_token(cfg, 1024, 0.15, causal=False)
+
+
+def test_causal_count_halves_attention_as_wide_as_its_queries():
+    """Whose width is not the stream's, and whose keys are fewer."""
+    cfg = ModelConfig(n_head=6, n_kv_head=2, head_dim=50, n_embd=99)
+    saved = plan.flops_per_token(cfg, 1024) - plan.flops_per_token(cfg, 1024, causal=True)
+    assert saved == 6 * 12 * 6 * 50 * 1024
 
 
 def test_gpt2_124m_needs_6_flops_a_weight_and_attention():

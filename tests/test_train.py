@@ -19,22 +19,33 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import config
+import plan
 import train
 from checkpoint import checkpoints, load_checkpoint, load_model, newest_checkpoint, read_manifest
 from data import Split, TrainOrder
 from model import ModelConfig, Transformer
 from optim import OptimConfig, build_optimizer, lr_at
+from objective import IGNORE, Masked
 from parallel import World
 from ranks import (
     SMALL, copy_run, on_ranks, records, run, settings, start, train_in_child, without_matplotlib, write_data,
 )  # fmt: skip
+from tokenizer import SPECIALS
 
 ROOT = Path(train.__file__).parent
+MASKED = {"objective": "mlm", "mask_prob": 0.3}
+SPECIAL_IDS = {name: 32 + i for i, name in enumerate(SPECIALS)}  # the last of 37, as the byte tokenizer has them
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def masked_dir(tmp_path_factory):
+    """Data for masked training, in which tokens repeat."""
+    return write_data(tmp_path_factory.mktemp("masked"), specials=SPECIAL_IDS)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +59,20 @@ def four(data_dir, tmp_path_factory):
     """The first four steps of the same run; to be copied, then taken up again."""
     with without_matplotlib():
         return run(data_dir, tmp_path_factory.mktemp("four"), max_steps=4)
+
+
+@pytest.fixture(scope="module")
+def masked_nine(masked_dir, tmp_path_factory):
+    """A masked run of nine steps; not to be written to."""
+    with without_matplotlib():
+        return run(masked_dir, tmp_path_factory.mktemp("masked_nine"), **MASKED)
+
+
+@pytest.fixture(scope="module")
+def masked_four(masked_dir, tmp_path_factory):
+    """The first four steps of the same run; to be copied, then taken up again."""
+    with without_matplotlib():
+        return run(masked_dir, tmp_path_factory.mktemp("masked_four"), max_steps=4, **MASKED)
 
 
 @pytest.fixture
@@ -128,6 +153,15 @@ def test_evaluation_comes_first_each_interval_and_last_and_changes_nothing(data_
     assert_same_run(tmp_path, nine)
 
 
+def test_recomputation_in_backward_changes_no_loss_not_even_with_dropout(masked_dir, tmp_path, no_curves):
+    changes = MASKED | {"dropout": 0.3, "norm_position": "post", "n_token_types": 2}
+    plain = run(masked_dir, tmp_path / "plain", **changes)
+    for kind in ("full", "selective"):
+        recomputed = run(masked_dir, tmp_path / kind, **changes, activation_checkpointing=kind)
+        assert_same_run(plain, recomputed)
+        assert records(plain, "val_loss") == records(recomputed, "val_loss")
+
+
 def test_max_tokens_ends_a_run(data_dir, tmp_path, nine, no_curves):
     run(data_dir, tmp_path, max_tokens=9 * 42 - 1, max_steps=5)
     assert records(tmp_path) == records(nine)
@@ -165,14 +199,116 @@ def test_console_lines_are_aligned_and_fit_120_columns_even_of_a_long_run(data_d
     assert len({line.find(" loss ") for line in steps}) == 1
 
 
+# ---- masked training
+
+def test_a_masked_run_learns_and_tells_its_accuracy_beside_that_of_the_commonest_token(tmp_path, capsys, no_curves):
+    """The token before or behind is the masked one in 7 of 8 cases; each of 32 is about as common as the others."""
+    data_dir = write_data(tmp_path / "data", specials=SPECIAL_IDS, val_tokens=2000)
+    sizes = {"n_layer": 1, "batch_tokens": 84, "micro_batch_size": 12, "eval_tokens": 2000}
+    out_dir = run(data_dir, tmp_path / "run", **MASKED, **sizes, max_steps=150, lr_decay_steps="none", log_interval=50,
+                  eval_interval=150)  # fmt: skip
+    loss, accuracy, commonest = (records(out_dir, f"val_{name}") for name in
+                                 ("loss", "accuracy", "accuracy_of_commonest"))  # fmt: skip
+    assert loss[0] == pytest.approx(math.log(37), abs=0.15) and loss[150] < 0.75 * loss[0]
+    assert accuracy[0] < 1.5 * commonest[0] and 2 * commonest[150] < accuracy[150]
+    assert 1 / 32 < commonest[0] == commonest[150] < 0.08
+    lines = [line for line in capsys.readouterr().out.splitlines() if "val loss" in line and line.startswith("step ")]
+    for step, line in zip((0, 150), lines, strict=True):
+        assert f"val loss {loss[step]:.4f}  masked accuracy {accuracy[step]:.1%} " in line and len(line) <= 120
+        assert f"(the commonest token alone {commonest[step]:.1%})" in line and "perplexity" not in line
+    assert "val_bpb" not in (out_dir / "log.jsonl").read_text()  # a masked loss codes no text
+
+
+def test_the_first_masked_loss_is_that_of_the_first_sequences(masked_nine, masked_dir):
+    """Put together apart from train.py: where the windows lie, and what Masked makes of them."""
+    model = Transformer(ModelConfig(objective="mlm", **{name: SMALL[name] for name in
+                                                        ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")}))
+    model.init_weights(seed=1337)
+    split = Split(masked_dir, "train", 37)
+    places = zip(*TrainOrder(split, 5, 1337).locate(list(range(6))))  # 5 tokens between [CLS] and [SEP]
+    rows = np.stack([split.shards[shard][at : at + 5] for shard, at in places]).astype(np.int64)
+    ids, targets, positions = Masked(7, 0.3, 1337, 37, SPECIAL_IDS).batch(rows, 0)
+    with torch.no_grad():
+        logits = torch.stack([row[place] for row, place in zip(model(ids), positions)])
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+    assert records(masked_nine)[1] == pytest.approx(loss, rel=1e-6)
+
+
+def test_mfu_of_a_masked_run_counts_the_head_at_masked_places_alone(masked_nine):
+    start, *lines = [json.loads(line) for line in (masked_nine / "log.jsonl").read_text().splitlines()]
+    cfg = load_model(masked_nine, "cpu")[0].cfg
+    for line in lines:
+        if "mfu" in line:
+            flops = line["mfu"] * start["peak_flops"] / line["tokens_per_s"]
+            assert flops == pytest.approx(plan.flops_per_token(cfg, 7, 2 / 7), rel=1e-9)
+
+
+def test_a_killed_masked_run_goes_on_as_if_nothing_had_been(masked_dir, tmp_path, no_curves):
+    changes = MASKED | {"max_steps": 20, "save_interval": 4, "eval_interval": 7, "lr_decay_steps": "none"}
+    process, _ = start(train_in_child, settings(masked_dir, tmp_path / "killed", **changes))
+    assert kill_when(process, lambda: logged(tmp_path / "killed") >= 10)
+    assert logged(tmp_path / "killed") < 20
+    run(masked_dir, tmp_path / "killed", **changes)
+    run(masked_dir, tmp_path / "whole", **changes)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    for name in ("val_loss", "val_accuracy", "val_accuracy_of_commonest"):
+        assert records(tmp_path / "whole", name) == records(tmp_path / "killed", name)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 6])
+def test_a_change_of_micro_batch_changes_no_masked_loss(
+    micro_batch_size, masked_dir, masked_four, masked_nine, tmp_path, no_curves
+):
+    out_dir = run(masked_dir, copy_run(masked_four, tmp_path / "run"), micro_batch_size=micro_batch_size, **MASKED)
+    assert list(records(out_dir).values()) == pytest.approx(list(records(masked_nine).values()), rel=1e-5)
+    for name in ("val_loss", "val_accuracy", "val_accuracy_of_commonest"):
+        assert records(out_dir, name)[9] == pytest.approx(records(masked_nine, name)[9], rel=1e-5)
+
+
+def test_a_masked_run_goes_on_on_two_ranks(masked_dir, masked_four, masked_nine, tmp_path):
+    out_dir = copy_run(masked_four, tmp_path / "run")
+    on_ranks(2, (train.main, settings(masked_dir, out_dir, **MASKED)))
+    assert list(records(out_dir).values()) == pytest.approx(list(records(masked_nine).values()), rel=1e-5)
+    assert records(out_dir, "val_loss")[9] == pytest.approx(records(masked_nine, "val_loss")[9], rel=1e-5)
+    assert records(out_dir, "val_accuracy")[9] == records(masked_nine, "val_accuracy")[9]
+
+
+def test_masked_evaluation_does_not_depend_on_a_runs_seed(masked_dir, masked_four, tmp_path, no_curves):
+    """A run of another seed that starts from the same weights has other masks in training alone."""
+    out_dir = run(masked_dir, tmp_path, init_from=masked_four, seed=5, max_steps=1, **MASKED)
+    for name in ("val_loss", "val_accuracy"):
+        assert records(out_dir, name)[0] == records(masked_four, name)[4]
+
+
+def test_a_run_does_not_go_on_with_another_objective(masked_dir, masked_four, tmp_path, no_curves):
+    out_dir = copy_run(masked_four, tmp_path / "run")
+    before = {p: p.read_bytes() for p in out_dir.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match="another model, data, objective, .* here objective: mlm -> clm; use the old"):
+        run(masked_dir, out_dir, objective="clm")
+    assert before == {p: p.read_bytes() for p in out_dir.rglob("*") if p.is_file()}
+
+
+def test_a_step_without_a_target_leaves_sound_weights():
+    """A masked batch may hold special tokens alone, as where a vocabulary knows none of a text's words."""
+    model = Transformer(ModelConfig(objective="mlm", vocab_size=37, block_size=11, n_layer=1, n_head=5, n_embd=20))
+    model.init_weights(seed=1)
+    world, positions = World(0, 1, torch.device("cpu"), "fp32"), torch.tensor([[1, 2]])
+    optimizer = build_optimizer(model, OptimConfig())
+    batch = torch.full((1, 7), 36), torch.full((1, 2), IGNORE), positions
+    loss, _ = train.train_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), [batch], 1.0, world)
+    assert loss == 0 and all(torch.isfinite(p).all() for p in model.parameters())
+
+
 # ---- going on
 
 @pytest.mark.parametrize("changes", [
-    {}, {"precision": "bf16"}, {"dropout": 0.1}, {"optimizer": "sgd"},
-    {"grad_clip": "none", "tie_embeddings": False, "bias": False},
+    {}, {"precision": "bf16"}, {"dropout": 0.1}, {"optimizer": "sgd"}, {"optimizer": "muon"},
+    {"optimizer": "adafactor"}, {"grad_clip": "none", "tie_embeddings": False, "bias": False},
+    MASKED | {"dropout": 0.1},
 ], ids=str)  # fmt: skip
-def test_resumed_run_equals_uninterrupted_run(changes, data_dir, tmp_path, no_curves):
+def test_resumed_run_equals_uninterrupted_run(changes, data_dir, masked_dir, tmp_path, no_curves):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
+    data_dir = masked_dir if "objective" in changes else data_dir
     run(data_dir, whole, **changes)
     for max_steps in (2, 6, 9):
         run(data_dir, parts, max_steps=max_steps, **changes)
@@ -462,6 +598,21 @@ def test_bad_data_is_refused_with_value_rule_and_remedy(case, tmp_path, no_curve
 def test_bad_settings_are_refused_with_value_rule_and_remedy(case, data_dir, tmp_path, no_curves):
     changes, told = BAD_SETTINGS[case]
     refused(told, **{"data_dir": data_dir, "out_dir": tmp_path / "run"} | changes)
+
+
+def test_data_and_settings_that_cannot_be_masked_are_refused(data_dir, masked_dir, tmp_path, no_curves):
+    raw, unmasked = tmp_path / "raw", write_data(tmp_path / "unmasked", specials={"<|endoftext|>": 36})
+    raw.mkdir()
+    for split in ("train", "val"):
+        np.concatenate(Split(data_dir, split, 37).shards).tofile(raw / f"{split}.bin")
+    refused("mlm needs to know the special tokens of its data.*use prepare.py", raw, tmp_path / "run", **MASKED)
+    refused("need a mask token, .* has only <.endoftext.>; make the data", unmasked, tmp_path / "run", **MASKED)
+    words = MASKED | {"whole_word_masking": True}
+    refused("whole_word_masking is on, but .* leave it off, or", masked_dir, tmp_path / "run", **words)
+    short = {"seq_len": 2, "batch_tokens": 12}
+    refused("seq_len is 2; masked training needs at least 3", masked_dir, tmp_path / "run", **MASKED, **short)
+    refused("mask_prob is 1.0; it must be above 0 and below 1", masked_dir, tmp_path / "run", objective="mlm",
+            mask_prob=1)  # fmt: skip
 
 
 def test_foreign_folders_are_refused_as_init_from(data_dir, four, tmp_path, no_curves):
