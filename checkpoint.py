@@ -124,12 +124,11 @@ def load_checkpoint(path, model, optimizer=None):
                 f"{file} is missing or damaged: its checksum is not the manifest's; "
                 f"remove {path} to go back to the checkpoint before"
             )
-    wanted, found = asdict(model.cfg), manifest["model"]
-    names = sorted({*found, *wanted} - {"dropout", "label_smoothing"})  # which have no weights
+    wanted, found = asdict(model.cfg), asdict(_model_config(path, manifest))
     differing = [
-        f"{name} {found.get(name)} there, {wanted.get(name)} here"
-        for name in names
-        if found.get(name) != wanted.get(name)
+        f"{name} {found[name]} there, {wanted[name]} here"
+        for name in sorted(wanted.keys() - {"dropout", "label_smoothing"})  # which have no weights
+        if found[name] != wanted[name]
     ]
     if differing:
         raise ValueError(f"{path} is of another model: {', '.join(differing)}; give the same settings")
@@ -151,17 +150,21 @@ def load_model(run_dir, device):
     """The model of a run's newest checkpoint, ready to evaluate, and the checkpoint's manifest."""
     path = newest_checkpoint(run_dir)
     manifest = read_manifest(path)
-    known = {field.name for field in fields(ModelConfig)}
-    if unknown := set(manifest["model"]) - known:
-        raise ValueError(
-            f"{path} is of a model with settings that this code does not know: {', '.join(sorted(unknown))}"
-        )
     with torch.device("meta"):
-        model = Transformer(ModelConfig(**manifest["model"]))
+        model = Transformer(_model_config(path, manifest))
     model.to_empty(device=device)
     model.tie_weights()
     load_checkpoint(path, model)
     return model.eval(), manifest
+
+
+def _model_config(path, manifest):
+    """The settings of a checkpoint's model; those that are younger than it have their defaults."""
+    if unknown := manifest["model"].keys() - {field.name for field in fields(ModelConfig)}:
+        raise ValueError(
+            f"{path} is of a model with settings that this code does not know: {', '.join(sorted(unknown))}"
+        )
+    return ModelConfig(**manifest["model"])
 
 
 def changed_settings(old, new, fixed):

@@ -30,7 +30,7 @@ def windows_of(objective, cfg, seq_len, seed, meta):
             f"start; leave it off, or make the data with --tokenizer=vocab.txt, BERT's"
         )
     continuations = meta["continuations"] if cfg.whole_word_masking else ()
-    return Masked(seq_len, cfg.mask_prob, seed, meta["vocab_size"], meta["specials"], continuations)
+    return Masked(seq_len, cfg.mask_prob, seed, meta["vocab_size"], meta.get("specials", {}), continuations)
 
 
 class NextToken:
@@ -123,6 +123,6 @@ def special_id(specials, role):
         if name in specials:
             return specials[name]
     raise ValueError(
-        f"masked models need a {role} token, and the tokenizer has only {', '.join(specials)}; "
+        f"masked models need a {role} token, and the data's tokenizer has only {', '.join(specials) or 'none'}; "
         f"make the data with --tokenizer=bpe, byte or BERT's vocab.txt"
     )

@@ -106,7 +106,8 @@ def print_candidates(model, tokenizer, prompt, k, device):
     for number, top in enumerate(zip(*logits.softmax(-1).topk(min(k, logits.shape[-1]))), start=1):
         print(f"[MASK] {number}" if len(logits) > 1 else "[MASK]")
         for p, token in zip(*map(torch.Tensor.tolist, top)):
-            print(f"  {p:6.1%}  {tokenizer.decode([token])!r}")
+            text = "##" * (token in tokenizer.continuations) + tokenizer.decode([token])
+            print(f"  {p:6.1%}  {text!r}")
     ids[0, positions[0]] = logits.argmax(-1)
     print(tokenizer.decode(ids[0, 1:-1].tolist()))
 

@@ -90,6 +90,8 @@ class WordPieceTokenizer(Tokenizer):
         import tokenizers
 
         vocab = saved["model"]["vocab"]
+        if sorted(vocab.values()) != list(range(len(vocab))) or saved["model"]["unk_token"] != "[UNK]":
+            raise ValueError("its ids are not 0, 1, 2 and so on, or its unk_token is not [UNK]")
         super().__init__(name, len(vocab), {special: vocab[special] for special in BERT_SPECIALS})
         self.continuations = sorted(id_ for token, id_ in vocab.items() if token.startswith("##"))
         self._saved, self._tokens = saved, {id_: token for token, id_ in vocab.items()}

@@ -145,6 +145,7 @@ def train_step(model, optimizer, scaler, batches, grad_clip, world):
     Neither waits for the device.
     """
     n_targets = world.sum(sum((targets != IGNORE).sum() for _, targets, *_ in batches))
+    n_targets = n_targets.clamp(min=1)  # a batch of special tokens alone has nothing to predict
     loss = torch.zeros((), device=world.device)
     for i, batch in enumerate(batches):
         sync_gradients(model, i == len(batches) - 1)
@@ -176,6 +177,11 @@ def evaluate(model, split, windows, cfg, world):
     model.train()
     loss, n_correct = world.sum(sums).tolist()
     n_targets = world.sum(frequencies).sum().item()
+    if n_targets == 0:
+        raise ValueError(
+            f"the first eval_tokens {cfg.eval_tokens} of the {split.name} split hold nothing to predict, only special "
+            f"tokens; raise eval_tokens, or the text's share by --val_fraction of prepare.py"
+        )
     return {
         "val_loss": loss / n_targets,
         "val_accuracy": n_correct / n_targets,
@@ -246,8 +252,8 @@ def resume_or_init(cfg, settings, model, optimizer, scaler, world):
             f"resume is never, and {cfg.run.out_dir} has checkpoints; use another --out_dir, or --resume=auto to go on"
         )
     manifest = read_manifest(found[-1])
-    model_settings = [field.name for field in dataclasses.fields(ModelConfig)]
-    fixed = {"seq_len", "seed", "optimizer", "data_fingerprint", *model_settings}
+    fixed = {field.name for owner in (ModelConfig, ObjectiveConfig) for field in dataclasses.fields(owner)}
+    fixed |= {"seq_len", "seed", "optimizer", "data_fingerprint"}
     changes = changed_settings(manifest["settings"], settings, fixed)
     load_checkpoint(found[-1], model, optimizer)
     if manifest["scaler"]:

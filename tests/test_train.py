@@ -283,7 +283,7 @@ def test_masked_evaluation_does_not_depend_on_a_runs_seed(masked_dir, masked_fou
 def test_a_run_does_not_go_on_with_another_objective(masked_dir, masked_four, tmp_path, no_curves):
     out_dir = copy_run(masked_four, tmp_path / "run")
     before = {p: p.read_bytes() for p in out_dir.rglob("*") if p.is_file()}
-    with pytest.raises(ValueError, match="another model, data, objective, .* here objective: mlm -> clm; use the old"):
+    with pytest.raises(ValueError, match="another model, data, objective, .* here objective: mlm -> clm; mask_prob: 0.3 -> 0.15; use"):
         run(masked_dir, out_dir, objective="clm")
     assert before == {p: p.read_bytes() for p in out_dir.rglob("*") if p.is_file()}
 
