@@ -19,7 +19,7 @@ import plan
 from config import run_script
 from data import DataConfig, Loader, Split, TrainOrder, accumulation_steps
 from model import ModelConfig
-from objective import Masked, NextToken, ObjectiveConfig, head_share
+from objective import ObjectiveConfig, head_share, windows_of
 from optim import OptimConfig
 from parallel import ParallelConfig, device_name, end_process, init_world, peak_memory_gib
 from train import build, model_of, prepare_command, seq_len_of, train_step, windows_for
@@ -96,13 +96,10 @@ def main(cfg):
 
 def random_batches(cfg, micro_steps, world):
     """Yields a step's micro-batches of random tokens, for ever the same ones."""
-    vocab_size, seq_len = cfg.model.vocab_size, cfg.data.seq_len
+    vocab_size = cfg.model.vocab_size
     specials = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[MASK]": 3}  # any ids will do
-    windows = (
-        Masked(seq_len, cfg.objective.mask_prob, 0, vocab_size, specials)
-        if cfg.model.objective == "mlm"
-        else NextToken(seq_len)
-    )
+    meta = {"vocab_size": vocab_size, "specials": specials, "continuations": range(4, vocab_size, 3)}
+    windows = windows_of(cfg.model.objective, cfg.objective, cfg.data.seq_len, 0, meta)
     random = np.random.default_rng(world.rank)
     shape = (cfg.data.micro_batch_size, windows.stride + windows.extra)
     batches = [windows.batch(random.integers(vocab_size, size=shape), first=i) for i in range(micro_steps)]

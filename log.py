@@ -110,6 +110,7 @@ class Log:
             text += f" (the commonest token alone {figures['val_accuracy_of_commonest']:.1%})"
         else:
             text += f"  perplexity {math.exp(min(state.val_loss, 700)):.5g}"  # beyond that a float has no room
+            text += f"  accuracy {figures['val_accuracy']:.1%}"
         if self.bytes_per_token and self.cfg.model.objective == "clm":
             record["val_bpb"] = state.val_loss / math.log(2) / self.bytes_per_token
             text += f"  {record['val_bpb']:.4f} bits per byte"

@@ -148,7 +148,7 @@ class Attention(nn.Module):
         # -1 finds the number of heads, which is smaller where they are shared out over devices.
         q, k, v = (linear(x).view(B, T, -1, self.head_width) for linear in (self.q, self.k, self.v))  # B T H D
         if self.q_norm is not None:
-            q, k = self.q_norm(q.type_as(x)), self.k_norm(k.type_as(x))  # in the residual stream's precision
+            q, k = self.q_norm(q.type_as(x)), self.k_norm(k.type_as(x))  # norms of bf16 by float32 weights are slow
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # B H T D
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
@@ -213,7 +213,7 @@ class Transform(nn.Module):
         self.norm = _norm(cfg, cfg.n_embd)
 
     def forward(self, x):
-        return self.norm(self.activation(self.dense(x)).type_as(x))  # in the residual stream's precision
+        return self.norm(self.activation(self.dense(x)).type_as(x))  # the norm, too, in float32 under autocast
 
 
 class Transformer(nn.Module):
@@ -258,15 +258,9 @@ class Transformer(nn.Module):
                 f"{start + T} tokens do not fit into block_size {self.cfg.block_size}; shorten the sequence"
             )
         assert start == 0 or T == 1, f"{T} tokens behind a cache of {start}: after the prompt they come one at a time"
-        place, rope, mask = torch.arange(start, start + T, device=ids.device), None, None
-        x = self.wte(ids)  # B T C
-        if self.wpe is not None:
-            x = x + self.wpe(place)
-        else:
-            rope = rope_table(place, self.cfg.head_width, self.cfg.rope_theta)
-        if self.wtt is not None:
-            x = x + self.wtt(torch.zeros_like(ids) if token_types is None else token_types)
-        x = self.dropout(self.norm_e(x))
+        place, mask = torch.arange(start, start + T, device=ids.device), None
+        x = self.embed(ids, place, token_types)  # B T C
+        rope = rope_table(place, self.cfg.head_width, self.cfg.rope_theta) if self.wpe is None else None
         if attention_mask is not None:
             mask = attention_mask.bool()[:, None, None, :]  # B 1 1 T
             mask = mask & (place <= place[:, None]) if self.cfg.objective == "clm" else mask
@@ -289,12 +283,21 @@ class Transformer(nn.Module):
             count_correct,
         )
 
+    def embed(self, ids, place, token_types=None):
+        """What the first block sees (B, T, C): the sum of the embeddings of tokens, positions and token types."""
+        x = self.wte(ids)
+        if self.wpe is not None:
+            x = x + self.wpe(place)
+        if self.wtt is not None:
+            x = x + self.wtt(torch.zeros_like(ids) if token_types is None else token_types)
+        return self.dropout(self.norm_e(x))
+
     @torch.no_grad()
     def init_weights(self, seed):
-        """Normal weights of std 0.02; before pre-norms, projections into the residual stream over sqrt(2 n_layer).
+        """Normal weights of std 0.02, where norms come first less for projections into the residual stream.
 
-        The latter is GPT-2's, BERT draws all alike. Each weight is a function of the seed and its own name, so that
-        sharding, or a layer more, changes no other.
+        The latter, over sqrt(2 n_layer), is GPT-2's way; BERT draws all alike. Each weight is a function of the
+        seed and its own name, so that sharding, or a layer more, changes no other.
         """
         for name, param in self.named_parameters():
             if name.endswith("bias"):

@@ -11,7 +11,7 @@ IGNORE = -100  # a target that takes no part in the loss
 @dataclass(frozen=True)
 class ObjectiveConfig:
     mask_prob: float = 0.15  # mlm: share of a sequence's tokens to predict
-    whole_word_masking: bool = False  # mlm: mask whole words, where the tokenizer knows them, as WordPiece does
+    whole_word_masking: bool = False  # mlm: mask whole words; of the tokenizers WordPiece alone knows them
 
     def __post_init__(self):
         if not 0 < self.mask_prob < 1:
@@ -26,8 +26,8 @@ def windows_of(objective, cfg, seq_len, seed, meta):
         raise ValueError("mlm needs to know the special tokens of its data, which has no meta.json; use prepare.py")
     if cfg.whole_word_masking and not meta.get("continuations"):
         raise ValueError(
-            f"whole_word_masking is on, but the data's tokenizer {meta.get('tokenizer')} does not tell where words "
-            f"start; leave it off, or make the data with --tokenizer=vocab.txt, BERT's"
+            f"whole_word_masking is on, but the tokenizer of the data, {meta.get('tokenizer')}, does not tell where "
+            f"words start, as only WordPiece does; leave it off, or make the data with --tokenizer=vocab.txt, BERT's"
         )
     continuations = meta["continuations"] if cfg.whole_word_masking else ()
     return Masked(seq_len, cfg.mask_prob, seed, meta["vocab_size"], meta.get("specials", {}), continuations)
@@ -61,12 +61,21 @@ class Masked:
         """specials: {name: id} of the tokenizer, which has a mask, cls, sep and pad token by either's usual name."""
         if seq_len < 3:
             raise ValueError(f"seq_len is {seq_len}; masked training needs at least 3: [CLS], a token and [SEP]")
+        if (count := n_masked(seq_len, mask_prob)) > seq_len - 2:
+            raise ValueError(
+                f"mask_prob {mask_prob} of seq_len {seq_len} is {count} tokens, and between [CLS] and [SEP] are only "
+                f"{seq_len - 2}; lower mask_prob"
+            )
         self.stride, self.mask_prob = seq_len - 2, mask_prob
         self.mask, self.cls, self.sep, self.pad = (special_id(specials, role) for role in ("mask", "cls", "sep", "pad"))
         self.eot = specials.get("<|endoftext|>", self.sep)
         self.is_special = np.isin(np.arange(vocab_size), list(specials.values()))
         self.continues = np.isin(np.arange(vocab_size), continuations)
-        self.drawn = np.flatnonzero(~self.is_special)  # what a token may be replaced by
+        self.replacements = np.flatnonzero(~self.is_special)
+        if not len(self.replacements):
+            raise ValueError(
+                f"vocab_size is {vocab_size}, special tokens alone; masked training needs others to predict"
+            )
         self.key = np.random.SeedSequence((seed, 2)).generate_state(2, np.uint64)
 
     def batch(self, rows, first, lengths=None):
@@ -85,8 +94,8 @@ class Masked:
         old, action, drawn = (np.take_along_axis(a, positions, 1) for a in (ids, random[..., 1], random[..., 2]))
         wanted = np.array([[n_masked(length + 2, self.mask_prob)] for length in lengths])  # B 1
         predicted = ~self.is_special[old] & (np.arange(K) < wanted)  # B K
-        share, drawn = action / 2.0**64, self.drawn[drawn % np.uint64(len(self.drawn))]
-        new = np.where(share < 0.8, self.mask, np.where(share < 0.9, drawn, old))
+        share, other = action / 2.0**64, self.replacements[drawn % np.uint64(len(self.replacements))]
+        new = np.where(share < 0.8, self.mask, np.where(share < 0.9, other, old))
         np.put_along_axis(ids, positions, np.where(predicted, new, old), 1)
         batch = ids, np.where(predicted, old, IGNORE), positions
         return tuple(map(torch.from_numpy, batch if attention_mask.all() else (*batch, attention_mask)))

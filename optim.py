@@ -9,8 +9,8 @@ import torch
 
 @dataclass(frozen=True)
 class OptimConfig:
-    optimizer: Literal["adamw", "muon", "adafactor", "sgd"] = "adamw"  # muon: of blocks' matrices, adamw of the rest
-    learning_rate: float = 6e-4  # after warm-up
+    optimizer: Literal["adamw", "muon", "adafactor", "sgd"] = "adamw"  # muon: of blocks' matrices, adamw of all else
+    learning_rate: float = 6e-4  # after warm-up; of adafactor, relative to the size of the weights
     min_lr: float = 0.0  # where the schedule ends
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"  # wsd: constant, at the end linear
     max_steps: int = 19_073  # optimizer steps of the run

@@ -265,7 +265,8 @@ def make_folder(folder):
 def write_meta(folder, meta):
     """Writes meta.json, last and whole: data without it is unfinished."""
     partial = folder / "meta.json.part"
-    partial.write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in meta.items()]
+    partial.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     os.replace(partial, folder / "meta.json")
 
 

@@ -19,17 +19,18 @@ import torch
 from checkpoint import RunConfig, load_model, tokenizer_of
 from config import only, run_script
 from model import Cache
+from objective import special_id
 from parallel import ParallelConfig, pick_device, pick_precision
 from tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    prompt: str | None = None  # text to go on from; FILE:path reads a file, - stdin; a masked model fills its [MASK]s
+    prompt: str | None = None  # text to go on from, or whose [MASK]s to fill; FILE:path reads a file, - stdin
     num_samples: int = 1  # continuations of the prompt, made in one batch
     max_new_tokens: int = 256  # tokens of each; end-of-text ends it earlier
     temperature: float = 0.8  # divides the logits: below 1 likelier tokens, 0 always the likeliest
-    top_k: int | None = None  # sample from the k likeliest tokens only; of a masked model, show so many (none: 5)
+    top_k: int | None = None  # sample from the k likeliest tokens only; of a [MASK], show k of them (none: 5)
     top_p: float | None = None  # sample from the likeliest tokens that together have this probability
 
     def __post_init__(self):
@@ -93,21 +94,24 @@ def main(cfg):
 
 @torch.inference_mode()
 def print_candidates(model, tokenizer, prompt, k, device):
-    """Prints the k likeliest tokens at each [MASK] of a prompt, and the prompt with the likeliest of all filled in."""
-    ids = masked_ids(tokenizer, prompt)
-    if tokenizer.special("mask") not in ids:
+    """Prints the k likeliest tokens at each [MASK] of a prompt, and the prompt with the likeliest of all filled in.
+
+    Nothing is drawn: num_samples, temperature and the like are for continuations.
+    """
+    ids, mask = masked_ids(tokenizer, prompt), special_id(tokenizer.specials, "mask")
+    if mask not in ids:
         raise ValueError('a masked model fills in what is masked; write [MASK] where, as in --prompt="import [MASK]"')
     if len(ids) > model.cfg.block_size:
         raise ValueError(f"the prompt has {len(ids)} tokens, block_size is {model.cfg.block_size}; shorten it")
     ids = torch.tensor([ids], device=device)  # 1 T
-    positions = (ids == tokenizer.special("mask")).nonzero()[:, 1][None]  # 1 K
+    positions = (ids == mask).nonzero()[:, 1][None]  # 1 K
     logits = model(ids, positions=positions)[0, :, : tokenizer.vocab_size].float()  # K V
     logits[:, list(tokenizer.specials.values())] = -math.inf  # never predicted, and so never learnt
-    for number, top in enumerate(zip(*logits.softmax(-1).topk(min(k, logits.shape[-1]))), start=1):
+    k = min(k, tokenizer.vocab_size - len(tokenizer.specials))
+    for number, top in enumerate(zip(*logits.softmax(-1).topk(k)), start=1):
         print(f"[MASK] {number}" if len(logits) > 1 else "[MASK]")
         for p, token in zip(*map(torch.Tensor.tolist, top)):
-            text = "##" * (token in tokenizer.continuations) + tokenizer.decode([token])
-            print(f"  {p:6.1%}  {text!r}")
+            print(f"  {p:6.1%}  {tokenizer.decode([token])!r}")
     ids[0, positions[0]] = logits.argmax(-1)
     print(tokenizer.decode(ids[0, 1:-1].tolist()))
 
@@ -115,12 +119,13 @@ def print_candidates(model, tokenizer, prompt, k, device):
 def masked_ids(tokenizer, prompt):
     """Ids of [CLS] prompt [SEP], in which [MASK] is the special token, under either of its names."""
     parts = re.split(re.escape("[MASK]") + "|" + re.escape("<|mask|>"), prompt)
-    ids = [tokenizer.special("cls")]
+    cls, sep, mask = (special_id(tokenizer.specials, role) for role in ("cls", "sep", "mask"))
+    ids = [cls]
     for i, part in enumerate(parts):
         if tokenizer.space_begins_word and i + 1 < len(parts):
             part = part.removesuffix(" ")  # it belongs to the masked word
-        ids += [*tokenizer.encode(part).tolist(), tokenizer.special("mask")]
-    return [*ids[:-1], tokenizer.special("sep")]
+        ids += [*tokenizer.encode(part).tolist(), mask]
+    return [*ids[:-1], sep]
 
 
 def read_prompt(prompt):

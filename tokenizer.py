@@ -5,6 +5,7 @@ train_bpe made, or BERT's WordPiece as vocab.txt or tokenizer.json. Text never b
 inside a document is encoded as the text it is.
 """
 
+import collections
 import hashlib
 import json
 import re
@@ -33,10 +34,6 @@ class Tokenizer:
     def eot(self):
         """Id of end-of-text, which follows each document: [SEP] where the special tokens are BERT's."""
         return self.specials.get("<|endoftext|>", self.specials.get("[SEP]"))
-
-    def special(self, role):
-        """Id of the special token mask, cls, sep or pad, under our name or BERT's."""
-        return self.specials.get(f"<|{role}|>", self.specials.get(f"[{role.upper()}]"))
 
     def decode(self, ids):
         """Text of ids; bytes that are no UTF-8 become U+FFFD."""
@@ -89,9 +86,14 @@ class WordPieceTokenizer(Tokenizer):
         """saved: a tokenizer.json as a dict; its special tokens are kept from matching in text."""
         import tokenizers
 
-        vocab = saved["model"]["vocab"]
-        if sorted(vocab.values()) != list(range(len(vocab))) or saved["model"]["unk_token"] != "[UNK]":
-            raise ValueError("its ids are not 0, 1, 2 and so on, or its unk_token is not [UNK]")
+        model, vocab = saved["model"], saved["model"]["vocab"]
+        if missing := [special for special in BERT_SPECIALS if special not in vocab]:
+            raise ValueError(f"its vocabulary lacks {', '.join(missing)}")
+        if sorted(vocab.values()) != list(range(len(vocab))):
+            raise ValueError("its ids are not 0, 1, 2 and so on, each once")
+        how = saved["pre_tokenizer"]["type"], model["unk_token"], model["continuing_subword_prefix"]
+        if how != ("BertPreTokenizer", "[UNK]", "##"):  # which cuts "[MASK]" in text into what is no special token
+            raise ValueError(f"it is built of {', '.join(how)}, where BERT's has BertPreTokenizer, [UNK], ##")
         super().__init__(name, len(vocab), {special: vocab[special] for special in BERT_SPECIALS})
         self.continuations = sorted(id_ for token, id_ in vocab.items() if token.startswith("##"))
         self._saved, self._tokens = saved, {id_: token for token, id_ in vocab.items()}
@@ -107,10 +109,6 @@ class WordPieceTokenizer(Tokenizer):
         """UTF-8 bytes of ids: words with a space before each, since WordPiece does not keep which had one."""
         tokens = [self._tokens[int(i)] for i in ids]
         return "".join(token[2:] if token.startswith("##") else " " + token for token in tokens).encode()
-
-    def decode(self, ids):
-        """Text of ids, words with single blanks between them."""
-        return super().decode(ids).removeprefix(" ")
 
     def save(self, path):
         """Writes the tokenizer.json, which Hugging Face's libraries read as well."""
@@ -180,7 +178,7 @@ def file_sha256(path):
 
 def _tokenizer_of_file(path):
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         saved = _wordpiece_of_vocab(text.rstrip("\n").split("\n")) if path.suffix == ".txt" else json.loads(text)
         if saved["model"]["type"] == "WordPiece":
             return WordPieceTokenizer(str(path), saved)
@@ -196,8 +194,9 @@ def _wordpiece_of_vocab(tokens):
     from tokenizers.implementations import BertWordPieceTokenizer
 
     vocab = {token: id_ for id_, token in enumerate(tokens)}
-    if len(vocab) < len(tokens) or not vocab.keys() >= set(BERT_SPECIALS):
-        raise ValueError(f"a vocabulary has each token once, and {', '.join(BERT_SPECIALS)} among them")
+    if len(vocab) < len(tokens):
+        token, times = collections.Counter(tokens).most_common(1)[0]
+        raise ValueError(f"it has {token!r} {times} times")
     is_cased = any(re.fullmatch("(##)?[A-Z]", token) for token in tokens)
     return json.loads(BertWordPieceTokenizer(vocab, lowercase=not is_cased).to_str())
 

@@ -10,7 +10,7 @@
 from config.gpt2_124m import *
 
 n_kv_head = 4
-n_inner = 2048  # three matrices, together as large as GPT-2's two
+n_inner = 2432  # makes up for what grouped heads and rope save: 124.7 M parameters
 mlp = "swiglu"
 norm = "rmsnorm"
 norm_eps = 1e-6

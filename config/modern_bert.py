@@ -9,7 +9,8 @@ from config.modern_124m import *
 
 objective = "mlm"
 vocab_size = None  # the data's
-n_kv_head = 12
+n_kv_head = 12  # sharing saves a cache, which an encoder has not
+n_inner = 2048
 
 dataset = None
 input = "wikipedia/*.jsonl"

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "log": {"config", "objective", "parallel", "checkpoint", "plan"},  # what a run tells: the half of train.py that is not the loop
     "prepare": {"config", "corpus", "tokenizer", "data"},
     "train": BELOW_SCRIPTS | {"log"},
-    "sample": {"config", "model", "tokenizer", "parallel", "checkpoint"},
+    "sample": {"config", "model", "tokenizer", "objective", "parallel", "checkpoint"},
     "bench": BELOW_SCRIPTS | {"train"},  # a benchmark must time the code that trains
     "convert": {"config", "model", "tokenizer", "checkpoint"},
 }

@@ -997,3 +997,25 @@ def test_bf16_logits_are_close(cfg):
             logits = model(ids)
     assert logits.dtype == torch.bfloat16
     assert ((logits - exact).norm() / exact.norm()).item() < 0.05
+
+
+# ---- precision
+
+@pytest.mark.parametrize("cfg", [BERT, replace(MODERN, objective="mlm")], ids=["bert", "modern"])
+def test_norms_see_float32_under_autocast(cfg):
+    """bf16 by float32 weights would leave torch's fused kernel, and round what goes on."""
+    model, seen = random_model(cfg), {}
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
+            module.register_forward_hook(lambda _, args, out, name=name: seen.update({name: args[0].dtype}))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(random_ids(), random_ids()).backward()
+    assert len(seen) > 6 and set(seen.values()) == {torch.float32}, seen
+
+
+@pytest.mark.parametrize("mlp, approximate", [("gelu", "none"), ("gelu_tanh", "tanh"), ("swiglu", "none")])
+def test_the_transform_before_berts_head_has_the_mlps_gelu(mlp, approximate):
+    model, x = random_model(replace(SMALL, objective="mlm", mlp=mlp)), torch.randn(B, T, 20)
+    transform = model.transform
+    expected = transform.norm(F.gelu(transform.dense(x), approximate=approximate))
+    torch.testing.assert_close(transform(x), expected)

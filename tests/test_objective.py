@@ -109,10 +109,12 @@ def test_of_each_sequence_mask_prob_times_its_length_tokens_are_predicted(seq_le
     assert head_share("mlm", cfg, seq_len) * seq_len == pytest.approx(number) and head_share("clm", cfg, seq_len) == 1
 
 
-def test_more_than_there_are_cannot_be_predicted():
-    ids, targets, positions = numpy_batch(masked(7, 0.99), rows_of(31, 7))
+def test_all_between_the_frame_may_be_predicted_and_no_more():
+    ids, targets, positions = numpy_batch(masked(7, 0.7), rows_of(31, 7))
     assert np.array_equal(hits(ids, targets, positions)[:, 1:-1], np.ones((31, 5), bool))
     assert ((targets != IGNORE).sum(1) == 5).all()
+    with pytest.raises(ValueError, match="mask_prob 0.8 of seq_len 7 is 6 tokens, .* only 5; lower mask_prob"):
+        masked(7, 0.8)
 
 
 def test_next_tokens_are_the_targets_of_unmasked_training():
@@ -440,7 +442,7 @@ BYTE = {"vocab_size": V, "specials": OURS, "tokenizer": "byte"}
 REFUSED = {
     "no meta.json": ({}, {}, 20, "mlm needs to know the special tokens.* no meta.json; use prepare.py"),
     "gpt2": (GPT2, {}, 20, r"need a mask token.* only <\|endoftext\|>; make the data with --tokenizer=bpe, byte or"),
-    "no words": (BYTE, {"whole_word_masking": True}, 20, "whole_word_masking is on, .* byte does not tell.*leave it"),
+    "no words": (BYTE, {"whole_word_masking": True}, 20, "whole_word_masking is on, .* byte, does not tell.*leave it"),
     "seq_len 2": (META, {}, 2, r"seq_len is 2; .* at least 3: \[CLS\], a token and \[SEP\]"),
 }  # fmt: skip
 

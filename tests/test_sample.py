@@ -12,6 +12,7 @@ import torch
 import config
 import sample
 from model import ModelConfig, Transformer
+from objective import special_id
 from ranks import run, write_data
 from sample import SampleConfig, draw, generate, masked_ids, print_candidates, stream
 from tokenizer import SPECIALS, load_tokenizer, train_bpe
@@ -259,7 +260,7 @@ def with_mask(request, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["[MASK]", "<|mask|>"])
 def test_a_prompt_is_framed_and_its_masks_are_special_under_both_names(with_mask, name):
-    cls, sep, mask = (with_mask.special(role) for role in ("cls", "sep", "mask"))
+    cls, sep, mask = (special_id(with_mask.specials, role) for role in ("cls", "sep", "mask"))
 
     def text(part):
         return with_mask.encode(part).tolist()
@@ -276,7 +277,7 @@ def test_the_space_before_a_mask_goes_into_the_word_of_bpe_and_stands_alone_in_b
     space = with_mask.encode("a ").tolist()[len(with_mask.encode("a")) :]
     assert with_mask.name == "byte" or space != [32]
     ids = masked_ids(with_mask, "a [MASK] [MASK]")
-    between = ids[ids.index(with_mask.special("mask")) + 1 : -2]
+    between = ids[ids.index(special_id(with_mask.specials, "mask")) + 1 : -2]
     assert between == ([32] if with_mask.name == "byte" else [])
 
 
@@ -297,7 +298,7 @@ def expected_candidates(model, tokenizer, prompt):
         logits = model(ids[None])[0].double()
     ordinary = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.specials.values()]
     out = []
-    for place in (ids == tokenizer.special("mask")).nonzero()[:, 0]:
+    for place in (ids == special_id(tokenizer.specials, "mask")).nonzero()[:, 0]:
         probs = logits[place, ordinary].exp() / logits[place, ordinary].exp().sum()
         out.append(sorted(((p.item(), i) for p, i in zip(probs, ordinary)), reverse=True))
     return ids.tolist(), out
@@ -320,7 +321,7 @@ def test_candidates_are_the_likeliest_of_the_models_own_softmax_without_special_
         percents = [float(percent) for percent, _ in found]
         assert percents == pytest.approx([100 * p for p, _ in candidates[:k]], abs=0.0501)
         assert percents == sorted(percents, reverse=True)
-        ids[ids.index(with_mask.special("mask"))] = candidates[0][1]
+        ids[ids.index(special_id(with_mask.specials, "mask"))] = candidates[0][1]
     assert lines == [] and filled == with_mask.decode(ids[1:-1])
 
 

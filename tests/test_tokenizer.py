@@ -12,6 +12,7 @@ import tiktoken
 import tokenizers
 
 from conftest import ROOT
+from objective import special_id
 from tokenizer import BERT_SPECIALS, SPECIALS, ByteTokenizer, file_sha256, load_tokenizer, train_bpe
 
 BERT_VOCAB = Path(ROOT).parent / "shared/data/bert_uncased_vocab.txt"
@@ -298,7 +299,7 @@ def test_wordpiece_knows_its_special_tokens_and_what_continues_words(wordpiece, 
     assert wordpiece.vocab_size == len(tokens)
     assert wordpiece.specials == {name: tokens.index(name) for name in BERT_SPECIALS}
     assert wordpiece.eot == tokens.index("[SEP]")
-    roles = {role: wordpiece.special(role) for role in ("mask", "cls", "sep", "pad")}
+    roles = {role: special_id(wordpiece.specials, role) for role in ("mask", "cls", "sep", "pad")}
     assert roles == {role: tokens.index(f"[{role.upper()}]") for role in roles}
     assert list(wordpiece.continuations) == [i for i, token in enumerate(tokens) if token[:2] == "##"]
     json.dumps([wordpiece.continuations, wordpiece.specials])  # meta.json holds them
@@ -328,10 +329,10 @@ def test_wordpiece_takes_half_a_surrogate_pair_for_a_question_mark(wordpiece, te
 def test_wordpiece_decodes_to_words_with_blanks_between(wordpiece):
     text = "the quick tokenizer encode s returned 123"
     ids = wordpiece.encode(text)
-    assert len(ids) > 7 and wordpiece.decode(ids) == wordpiece.decode(ids.tolist()) == text
-    assert wordpiece.decode(wordpiece.encode("the (the)  the\n")) == "the ( the ) the"
-    special = [wordpiece.special("cls"), *ids.tolist(), wordpiece.special("mask"), wordpiece.eot]
-    assert wordpiece.decode(special) == f"[CLS] {text} [MASK] [SEP]"
+    assert len(ids) > 7 and wordpiece.decode(ids) == wordpiece.decode(ids.tolist()) == f" {text}"
+    assert wordpiece.decode(wordpiece.encode("the (the)  the\n")) == " the ( the ) the"
+    special = [special_id(wordpiece.specials, "cls"), *ids.tolist(), special_id(wordpiece.specials, "mask"), wordpiece.eot]
+    assert wordpiece.decode(special) == f" [CLS] {text} [MASK] [SEP]"
     assert wordpiece.decode([]) == ""
 
 
@@ -366,8 +367,8 @@ def test_hugging_face_reads_the_saved_wordpiece_and_frames_its_ids(wordpiece, tm
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     for text in ("the quick tokenizer", "(The) self.encode", ""):
         ids = wordpiece.encode(text).tolist()
-        assert theirs(text)["input_ids"] == [wordpiece.special("cls"), *ids, wordpiece.special("sep")]
-    assert theirs("[MASK]")["input_ids"][1:-1] == [wordpiece.special("mask")]
+        assert theirs(text)["input_ids"] == [special_id(wordpiece.specials, "cls"), *ids, special_id(wordpiece.specials, "sep")]
+    assert theirs("[MASK]")["input_ids"][1:-1] == [special_id(wordpiece.specials, "mask")]
 
 
 def test_what_else_a_tokenizer_json_asks_for_changes_no_plain_ids(wordpiece, tmp_path):
@@ -375,7 +376,7 @@ def test_what_else_a_tokenizer_json_asks_for_changes_no_plain_ids(wordpiece, tmp
     wordpiece.save(tmp_path / "plain.json")
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "plain.json"))
     theirs.enable_truncation(4)
-    theirs.enable_padding(length=9, pad_id=wordpiece.special("pad"))
+    theirs.enable_padding(length=9, pad_id=special_id(wordpiece.specials, "pad"))
     theirs.add_tokens(["the quick"])
     framing = [(name, wordpiece.specials[name]) for name in ("[CLS]", "[SEP]")]
     theirs.post_processor = tokenizers.processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=framing)
@@ -410,7 +411,7 @@ def test_damaged_vocab_txt_is_refused_by_name(tmp_path, tokens):
     path = vocab_file(tmp_path, tokens, end=bool(tokens))
     with pytest.raises(ValueError, match="vocab.txt is no readable tokenizer file") as caught:
         load_tokenizer(path)
-    assert "\n" not in str(caught.value) and "each token once, and [PAD], [UNK]" in str(caught.value)
+    assert "\n" not in str(caught.value) and re.search("times|lacks|not found in the vocabulary", str(caught.value))
 
 
 @pytest.mark.parametrize("content", [b"[PAD]\n\xff\xfe\n[MASK]\n", "\n".join(CASED).encode("utf-16")])
@@ -437,8 +438,27 @@ def test_damaged_tokenizer_json_of_wordpiece_is_refused_by_name(tmp_path, damage
 def test_our_other_tokenizers_have_special_tokens_by_role_too(tokenizer):
     expected = {name[2:-2]: id_ for name, id_ in tokenizer.specials.items()}
     for role in ("mask", "cls", "sep", "pad"):
-        assert tokenizer.special(role) == expected.get(role)
+        if role in expected:
+            assert special_id(tokenizer.specials, role) == expected[role]
+        else:
+            with pytest.raises(ValueError, match=f"need a {role} token"):
+                special_id(tokenizer.specials, role)
     assert len(tokenizer.continuations) == 0
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"pre_tokenizer": {"type": "WhitespaceSplit"}}, "WhitespaceSplit"),  # which would let [MASK] in text through
+    ({"model": {"unk_token": "<unk>"}}, "<unk>"),
+    ({"model": {"continuing_subword_prefix": "@@"}}, "@@"),
+], ids=["words", "unknown", "prefix"])  # fmt: skip
+def test_wordpiece_that_is_not_built_as_berts_is_refused(tmp_path, change, told):
+    load_tokenizer(vocab_file(tmp_path)).save(tmp_path / "other.json")
+    saved = json.loads((tmp_path / "other.json").read_text())
+    for name, value in change.items():
+        saved[name] |= value
+    (tmp_path / "other.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=f"other.json is no readable.*built of .*{told}.*where BERT's"):
+        load_tokenizer(str(tmp_path / "other.json"))
 
 
 # ---- names and files that are wrong
