@@ -79,10 +79,8 @@ def main(cfg):
     prompt = read_prompt(cfg.sample.prompt)
     if model.cfg.objective == "mlm":
         return print_candidates(model, tokenizer, prompt, cfg.sample.top_k or 5, device)
-    ids = tokenizer.encode(prompt).astype("int64") if prompt else [tokenizer.eot]
-    if len(ids) > model.cfg.block_size:
-        raise ValueError(f"the prompt has {len(ids)} tokens, block_size is {model.cfg.block_size}; shorten it")
-    ids = torch.tensor(ids, device=device).repeat(cfg.sample.num_samples, 1)  # B T
+    ids = tokenizer.encode(prompt).tolist() if prompt else [tokenizer.eot]
+    ids = as_batch(ids, model, device).repeat(cfg.sample.num_samples, 1)  # B T
     start = time.perf_counter()
     samples = stream(
         generate(model, ids, cfg.sample, cfg.run.seed, tokenizer.vocab_size), tokenizer, prompt, cfg.sample.num_samples
@@ -101,9 +99,7 @@ def print_candidates(model, tokenizer, prompt, k, device):
     ids, mask = masked_ids(tokenizer, prompt), special_id(tokenizer.specials, "mask")
     if mask not in ids:
         raise ValueError('a masked model fills in what is masked; write [MASK] where, as in --prompt="import [MASK]"')
-    if len(ids) > model.cfg.block_size:
-        raise ValueError(f"the prompt has {len(ids)} tokens, block_size is {model.cfg.block_size}; shorten it")
-    ids = torch.tensor([ids], device=device)  # 1 T
+    ids = as_batch(ids, model, device)  # 1 T
     positions = (ids == mask).nonzero()[:, 1][None]  # 1 K
     logits = model(ids, positions=positions)[0, :, : tokenizer.vocab_size].float()  # K V
     logits[:, list(tokenizer.specials.values())] = -math.inf  # never predicted, and so never learnt
@@ -126,6 +122,13 @@ def masked_ids(tokenizer, prompt):
             part = part.removesuffix(" ")  # it belongs to the masked word
         ids += [*tokenizer.encode(part).tolist(), mask]
     return [*ids[:-1], sep]
+
+
+def as_batch(ids, model, device):
+    """A prompt's ids as a batch of one, (1, T); ValueError where the model cannot hold them."""
+    if len(ids) > model.cfg.block_size:
+        raise ValueError(f"the prompt has {len(ids)} tokens, block_size is {model.cfg.block_size}; shorten it")
+    return torch.tensor([ids], device=device)
 
 
 def read_prompt(prompt):

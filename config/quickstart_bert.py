@@ -5,18 +5,13 @@
 #   python train.py config/quickstart_bert.py
 #   python sample.py config/quickstart_bert.py --prompt="for i in [MASK](10):"
 
+from config.modern_bert import *
 from config.quickstart import *
 
-objective = "mlm"
-mask_prob = 0.3  # more to learn from each token than 0.15
-mlp = "swiglu"
+input = None  # the quickstart's dataset instead
+n_kv_head = None
 n_inner = 704
-norm = "rmsnorm"
-norm_eps = 1e-6
-qk_norm = True
-position = "rope"
-bias = False
-optimizer = "muon"
+
 learning_rate = 8e-3
 max_steps = 900
 eval_interval = 225

@@ -191,6 +191,19 @@ def test_muons_update_is_its_formula_and_size_for_each_matrix_alone():
             assert ((update - wanted).norm() / wanted.norm()).item() < 0.025, (step, name)
 
 
+def check_steps_equal(model, optimizer, alone):
+    """Steps the optimizer, and beside it each parameter's twin by an optimizer of its own: {name: (twin, its own)}."""
+    for step, lr in RATES:
+        random_gradients(model, step)
+        set_lr(optimizer, lr)
+        optimizer.step()
+        for name, (twin, its_own) in alone.items():
+            twin.grad = model.get_parameter(name).grad
+            set_lr(its_own, lr)
+            its_own.step()
+            assert torch.equal(model.get_parameter(name), twin), (step, name)
+
+
 @SHAPES
 def test_muon_and_adamw_are_to_the_bit_torchs_run_on_each_parameter_alone(shape):
     cfg = OptimConfig(optimizer="muon", beta1=0.8, beta2=0.9, muon_momentum=0.7, weight_decay=0.3)
@@ -205,15 +218,7 @@ def test_muon_and_adamw_are_to_the_bit_torchs_run_on_each_parameter_alone(shape)
             decay = 0.3 if p.dim() == 2 else 0.0
             its_own = torch.optim.AdamW([twin], betas=(0.8, 0.9), weight_decay=decay, fused=True)
         alone[name] = twin, its_own
-    for step, lr in RATES:
-        random_gradients(model, step)
-        set_lr(optimizer, lr)
-        optimizer.step()
-        for name, (twin, its_own) in alone.items():
-            twin.grad = model.get_parameter(name).grad
-            set_lr(its_own, lr)
-            its_own.step()
-            assert torch.equal(model.get_parameter(name), twin), (step, name)
+    check_steps_equal(model, optimizer, alone)
 
 
 def test_muons_updates_have_the_size_of_adamws():
@@ -345,15 +350,7 @@ def test_adafactor_is_to_the_bit_torchs_run_on_each_parameter_alone_and_decays_m
         p.data.add_(0.1)
         twin = torch.nn.Parameter(p.detach().clone())
         alone[name] = twin, torch.optim.Adafactor([twin], weight_decay=0.3 if p.dim() == 2 else 0.0)
-    for step, lr in RATES:
-        random_gradients(model, step)
-        set_lr(optimizer, lr)
-        optimizer.step()
-        for name, (twin, its_own) in alone.items():
-            twin.grad = model.get_parameter(name).grad
-            set_lr(its_own, lr)
-            its_own.step()
-            assert torch.equal(model.get_parameter(name), twin), (step, name)
+    check_steps_equal(model, optimizer, alone)
 
 
 def test_adafactors_first_step_follows_its_paper():
