@@ -57,14 +57,15 @@ class ModelConfig:
             for name in (*counts, "n_token_types")
             if getattr(self, name) is not None and getattr(self, name) < 1
         ]
-        if not wrong and self.head_dim is None and self.n_embd % self.n_head:
+        counts_are_sound = not wrong
+        if counts_are_sound and self.head_dim is None and self.n_embd % self.n_head:
             wrong.append(
                 f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; "
                 f"n_head {_near_divisors(self.n_embd, self.n_head)} would fit"
             )
-        elif not wrong and self.position == "rope" and self.head_width % 2:
+        elif counts_are_sound and self.position == "rope" and self.head_width % 2:
             wrong.append(f"head_dim is {self.head_width}; rope turns pairs, so it must be even")
-        if not wrong and self.n_head % self.kv_heads:
+        if counts_are_sound and self.n_head % self.kv_heads:
             wrong.append(
                 f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}; "
                 f"n_kv_head {_near_divisors(self.n_head, self.n_kv_head)} would fit"

@@ -1023,3 +1023,9 @@ def test_the_transform_before_berts_head_has_the_mlps_gelu(mlp, approximate):
     transform = model.transform
     expected = transform.norm(F.gelu(transform.dense(x), approximate=approximate))
     torch.testing.assert_close(transform(x), expected)
+
+
+def test_two_mistakes_in_heads_are_named_together():
+    with pytest.raises(ValueError) as error:
+        ModelConfig(n_head=4, n_kv_head=3, head_dim=7, position="rope")
+    assert [line.split(" is ")[0] for line in str(error.value).split("\n")] == ["head_dim", "n_head 4"]
