@@ -82,35 +82,65 @@ def build_optimizer(model, cfg):
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """torch's Muon for the matrices of the blocks, each by itself, and torch's AdamW for all else, as one optimizer.
+    """Muon for the matrices of the blocks, each by itself, and torch's AdamW for all else, as one optimizer.
 
     One, because a step that the gradient scaler skips must be skipped by both. Muon's updates are scaled to the size of
-    AdamW's (arXiv 2502.16982, section 2.2), so that one learning rate serves.
+    AdamW's (arXiv 2502.16982, section 2.2), so that one learning rate serves. torch's own Muon gives the same bits, but
+    takes one matrix at a time: 2 to 5 times as long.
     """
 
     def __init__(self, model, groups, cfg):
         hidden = {id(p) for p in model.blocks.parameters() if p.dim() == 2}
         muon = {
             "params": [p for group in groups for p in group["params"] if id(p) in hidden],
+            "lr": cfg.learning_rate,
             "weight_decay": cfg.weight_decay,
             "momentum": cfg.muon_momentum,
         }
         others = [group | {"params": [p for p in group["params"] if id(p) not in hidden]} for group in groups]
-        self.parts = [
-            torch.optim.Muon([muon], lr=cfg.learning_rate, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True),
-        ]
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self.adamw = torch.optim.AdamW(others, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
+        super().__init__([muon, *self.adamw.param_groups], {})
 
     @torch.no_grad()
     def step(self, closure=None):
         """One step of both, on the groups and the state of this optimizer."""
         assert closure is None, "the gradients are there already"  # torch itself passes a closure of None
-        muon, adamw = self.parts
-        muon.param_groups, adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
-        for part in self.parts:
-            part.state = self.state
-            part.step()
+        self.adamw.param_groups, self.adamw.state = self.param_groups[1:], self.state
+        self.adamw.step()
+        group = self.param_groups[0]
+        stacks = {}
+        for p in group["params"]:
+            if p.grad is not None:
+                stacks.setdefault(tuple(sorted(p.shape)), []).append(p)
+        for (rows, columns), params in stacks.items():
+            n = max(1, 2**26 // (rows * columns))  # 128 MiB in bf16
+            for i in range(0, len(params), n):
+                self._muon_step(params[i : i + n], rows, columns, group)
+
+    def _muon_step(self, params, rows, columns, group):
+        """Muon's step for matrices of rows x columns, rows <= columns, or lying the other way."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        grads, averages = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
+        updates = torch._foreach_lerp(grads, averages, group["momentum"])  # Nesterov's
+        updates = orthogonalize(torch.stack([u if len(u) == rows else u.T for u in updates]).bfloat16())
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        for p, u in zip(params, updates):
+            p.add_(u if len(p) == rows else u.T, alpha=-group["lr"] * 0.2 * math.sqrt(columns))
+
+
+def orthogonalize(x):
+    """Matrices x (n, rows, columns), rows <= columns, with their singular values brought to about 1.
+
+    Five Newton-Schulz steps of Keller Jordan's quintic, https://kellerjordan.github.io/posts/muon/.
+    """
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x
 
 
 def set_lr(optimizer, learning_rate):

@@ -158,7 +158,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else(shape, tied):
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(p)] for p in muon["params"]} == {name for name in names.values() if HIDDEN.fullmatch(name)}
     assert len(muon["params"]) == 3 * (7 if shape is MODERN else 6)
-    assert muon["momentum"] == 0.7 and muon["nesterov"] and "betas" not in muon
+    assert muon["momentum"] == 0.7 and "betas" not in muon
     assert all(group["betas"] == (0.8, 0.9) for group in others)
     left = {names[id(p)] for group in others for p in group["params"]}
     assert {"wte.weight"} < left and left.isdisjoint(names[id(p)] for p in muon["params"])
