@@ -60,10 +60,11 @@ def main(cfg):
     if run_dir is None:
         raise ValueError("out_dir is none; name the folder of a trained run, as in --out_dir=out/quickstart")
     device = pick_device(cfg.parallel.device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-        pick_precision(cfg.parallel.precision, device)
-    ]
     model, manifest = load_model(run_dir, device)
+    precision = pick_precision(cfg.parallel.precision, device)
+    if cfg.parallel.precision == "auto" and device.type == "cpu" and model.num_params() < 2**24:
+        precision = "fp32"  # bf16 halves the weights to read, but its kernels take longer to start
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     model.to(dtype)  # not autocast, which would cast each weight anew for each token
     tokenizer = load_tokenizer(tokenizer_of(run_dir))
     print(
@@ -176,7 +177,10 @@ def draw(logits, cfg, generator):
         ordered, order = (probs / probs.sum(-1, keepdim=True)).sort(-1, descending=True)
         beyond = ordered.cumsum(-1) - ordered >= cfg.top_p  # what comes before already has top_p
         probs = torch.zeros_like(probs).scatter(-1, order, ordered.where(~beyond, 0.0))
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+    # Where a uniform number falls among the sums so far: multinomial draws one for each token of the vocabulary.
+    sums = probs.double().cumsum(-1)
+    drawn = torch.rand(len(sums), 1, dtype=torch.double, device=sums.device, generator=generator) * sums[:, -1:]
+    return torch.searchsorted(sums, drawn, right=True)[:, 0]
 
 
 def stream(steps, tokenizer, prompt, num_samples):

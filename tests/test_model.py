@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import IGNORE, MLP, Cache, ModelConfig, Transformer, linear_cross_entropy, rope_table, rotate
+from model import IGNORE, MLP, Cache, ModelConfig, Transformer, attend, linear_cross_entropy, rope_table, rotate
 from optim import OptimConfig, build_optimizer
 
 B, T, V = 3, 7, 37
@@ -700,6 +700,64 @@ def test_grouped_heads_share_keys_and_values_with_their_neighbours(shape):
         torch.testing.assert_close(few(random_ids()), many(random_ids()), rtol=0, atol=1e-4)
 
 
+# ---- attention
+
+REAL_KEYS = torch.arange(T).lt(torch.tensor([[T], [5], [1]]))[:, None, None, :]  # B 1 1 T
+MASKS = {"none": None, "padding": REAL_KEYS, "padding, causal": REAL_KEYS & torch.ones(T, T).tril().bool()}
+
+
+def attention_by_its_formula(q, k, v, mask, causal):
+    """arXiv 1706.03762, equation 1, in float64, a query at a time."""
+    q, k, v = (x.double().repeat_interleave(6 // x.shape[1], dim=1) for x in (q, k, v))
+    rows = []
+    for t in range(T):
+        seen = torch.ones(B, 1, T, dtype=torch.bool) if mask is None else mask[:, :, min(t, mask.shape[2] - 1)].clone()
+        if causal:
+            seen[..., t + 1 :] = False
+        scores = (q[:, :, t, None] * k).sum(-1) / math.sqrt(8)
+        weights = scores.exp() * seen
+        rows.append((weights[..., None] * v).sum(2) / weights.sum(-1, keepdim=True))
+    return torch.stack(rows, dim=2)
+
+
+@pytest.mark.parametrize("kv_heads", [6, 2])
+@pytest.mark.parametrize(
+    "mask, causal", [("none", False), ("none", True), ("padding", False), ("padding, causal", False)]
+)
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_attention_and_its_gradients_are_the_formula(dtype, atol, mask, causal, kv_heads):
+    q, k, v = (heads(seed, shape).to(dtype).requires_grad_() for seed, shape in
+               ((1, (B, 6, T, 8)), (2, (B, kv_heads, T, 8)), (3, (B, kv_heads, T, 8))))  # fmt: skip
+    ours = attend(q, k, v, MASKS[mask], causal)
+    theirs = attention_by_its_formula(q, k, v, MASKS[mask], causal)
+    assert ours.dtype == dtype and ours.shape == q.shape
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=atol)
+    up = heads(4).to(dtype)
+    our_grads, their_grads = (torch.autograd.grad(y, (q, k, v), up.type_as(y)) for y in (ours, theirs))
+    for our_grad, their_grad in zip(our_grads, their_grads):
+        assert (our_grad - their_grad).norm() < atol * their_grad.norm()
+
+
+@pytest.mark.parametrize("length, by_matmuls", [(512, True), (513, False)])
+def test_attention_in_bf16_is_by_matmuls_up_to_512_tokens_and_both_ways_agree(length, by_matmuls):
+    q, k, v = (heads(seed, (1, 2, length, 8)).bfloat16() for seed in (1, 2, 3))
+    with torch.profiler.profile() as profiler:
+        ours = attend(q, k, v, causal=True)
+    names = {event.name for event in profiler.events()}
+    assert ("aten::baddbmm" in names) == by_matmuls and ("aten::scaled_dot_product_attention" in names) != by_matmuls
+    theirs = F.scaled_dot_product_attention(*(x.float() for x in (q, k, v)), is_causal=True)
+    torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=0.02)
+
+
+def test_attention_by_matmuls_drops_weights_as_the_kernels_do():
+    """Of uniform weights over ones, a share of 0.5 stays, at twice the size."""
+    torch.manual_seed(1)
+    q, v = torch.zeros(4, 6, 64, 8).bfloat16(), torch.ones(4, 6, 64, 8).bfloat16()
+    dropped = attend(q, q, v, dropout=0.5).float()
+    assert dropped.mean().item() == pytest.approx(1.0, abs=0.02)  # of 1,536 sums, each with a deviation of 1 / 8
+    assert 0.1 < dropped[..., 0].std().item() < 0.15
+
+
 # ---- rope
 
 def heads(seed, shape=(B, 6, T, 8)):
@@ -735,16 +793,16 @@ def test_rope_turns_but_never_stretches_and_leaves_the_first_position():
     assert torch.equal(turned[:, :, 0], x[:, :, 0])
     assert not torch.isclose(turned, x)[:, :, 1:].all(-1).any()
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
-    half = rotate(x.bfloat16(), rope_table(torch.arange(T), 8, 77.0))
-    assert half.dtype == torch.bfloat16
-    torch.testing.assert_close(half.float(), turned, rtol=0, atol=0.05)
+    of_half = rotate(x.bfloat16(), rope_table(torch.arange(T), 8, 77.0))
+    assert of_half.dtype == torch.float32
+    torch.testing.assert_close(of_half, rotate(x.bfloat16().float(), rope_table(torch.arange(T), 8, 77.0)))
 
 
 def test_ropes_wavelengths_grow_from_two_pi_by_its_base():
     cos, sin = rope_table(torch.arange(1, 2), 8, 10_000.0)
     for i, angle in enumerate((1, 0.1, 0.01, 0.001)):
-        assert cos[0, i].item() == pytest.approx(math.cos(angle), rel=1e-6)
-        assert sin[0, i].item() == pytest.approx(math.sin(angle), rel=1e-5)
+        assert cos[0, i].item() == cos[0, 4 + i].item() == pytest.approx(math.cos(angle), rel=1e-6)
+        assert sin[0, 4 + i].item() == -sin[0, i].item() == pytest.approx(math.sin(angle), rel=1e-5)
 
 
 def test_norms_of_queries_and_keys_make_their_scale_irrelevant():
