@@ -6,6 +6,7 @@ uint32, which are memory-mapped. nanoGPT's raw train.bin and llm.c's and modded-
 
 import hashlib
 import json
+import mmap
 import os
 import queue
 import re
@@ -225,6 +226,12 @@ class Split:
             )
         return digest.hexdigest()[:16]
 
+    def release_pages(self):
+        """Gives back the memory of pages read so far; what the system caches of the files stays there."""
+        for shard in self.shards:
+            if len(shard):
+                shard._mmap.madvise(mmap.MADV_DONTNEED)
+
     def copy(self, shard, start, row):
         """Fills row with the tokens of a shard from start on."""
         row[:] = self.shards[shard][start : start + len(row)]
@@ -351,6 +358,7 @@ class Loader:
                     batches.append(tuple(part.pin_memory() for part in batch) if pins else batch)
                 yield batches
             self._seen += steps * per_step
+            self._order.split.release_pages()  # else the process grows to the size of the data
 
 
 # ---- the windows of evaluation

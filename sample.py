@@ -61,10 +61,7 @@ def main(cfg):
         raise ValueError("out_dir is none; name the folder of a trained run, as in --out_dir=out/quickstart")
     device = pick_device(cfg.parallel.device)
     model, manifest = load_model(run_dir, device)
-    precision = pick_precision(cfg.parallel.precision, device)
-    if cfg.parallel.precision == "auto" and device.type == "cpu" and model.num_params() < 2**24:
-        precision = "fp32"  # bf16 halves the weights to read, but its kernels take longer to start
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    dtype = generation_dtype(cfg.parallel.precision, device, model.num_params())
     model.to(dtype)  # not autocast, which would cast each weight anew for each token
     tokenizer = load_tokenizer(tokenizer_of(run_dir))
     print(
@@ -89,6 +86,16 @@ def main(cfg):
     seconds = time.perf_counter() - start
     n_tokens = sum(len(sample) for sample in samples)
     print(f"{n_tokens} tokens in {seconds:.2f} s, {n_tokens / seconds:,.0f} tokens/s", file=sys.stderr)
+
+
+def generation_dtype(precision, device, n_params):
+    """The type of weights to generate with; auto is the device's fastest, but float32 for small models on a CPU.
+
+    bf16 halves what must be read for each token, but its kernels take longer to start.
+    """
+    if precision == "auto" and device.type == "cpu" and n_params < 2**24:
+        precision = "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[pick_precision(precision, device)]
 
 
 @torch.inference_mode()

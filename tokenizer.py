@@ -67,9 +67,10 @@ class TiktokenTokenizer(Tokenizer):
 
     def encode(self, text):
         """Ids of a text, as a numpy array."""
-        text = text.encode("utf-8", errors="replace").decode("utf-8")  # tiktoken refuses half a surrogate pair
         try:
             return self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
+        except UnicodeEncodeError:  # half a surrogate pair
+            return self.encode(text.encode("utf-8", errors="replace").decode("utf-8"))
         except ValueError:  # its regex gives up on a million blanks in a row (openai/tiktoken issue 245); cut them
             half = len(text) // 2
             return np.concatenate([self.encode(text[:half]), self.encode(text[half:])])

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -476,3 +477,28 @@ def test_split_is_a_word_of_a_files_name_not_a_part_of_one(tmp_path):
 def test_remedy_for_huge_numbers_comes_at_once():
     with pytest.raises(ValueError, match="is not a multiple of"):
         accumulation_steps(DataConfig(batch_tokens=10**15, micro_batch_size=3), 1024, 1)
+
+
+def file_pages_mib():
+    """What of this process's memory is pages of files."""
+    return int(Path("/proc/self/status").read_text().split("RssFile:")[1].split()[0]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory by kind is told by Linux")
+def test_a_process_does_not_grow_to_the_size_of_the_data_it_reads(tmp_path):
+    """64 MiB of data, read through by the loader; without the release all of it would stay."""
+    shards = [np.zeros(2**24, np.uint16), np.zeros(2**24, np.uint16), np.zeros(0, np.uint16)]
+    write_shards(tmp_path / "data", "train", shards)
+    split, seq_len = Split(tmp_path / "data", "train", 1000), 1024
+    before, most = file_pages_mib(), 0
+    loader = Loader(TrainOrder(split, seq_len, 1), NextToken(seq_len), 0, 1, 64, world())
+    for _ in range(2**25 // seq_len // 64):
+        loader.next()
+        most = max(most, file_pages_mib() - before)
+    loader.close()
+    assert most < 40
+    for shard in split.shards:
+        shard.sum()  # reads all of it
+    assert file_pages_mib() - before > 60
+    split.release_pages()
+    assert file_pages_mib() - before < 8
