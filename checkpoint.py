@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from model import ModelConfig, Transformer
 
@@ -55,6 +53,8 @@ def checkpoints(out_dir):
 
 def save_checkpoint(out_dir, step, model, optimizer, facts, world):
     """Writes checkpoint `step`: beside its place, synced, then renamed. facts: what JSON can hold, for the manifest."""
+    import torch.distributed.checkpoint as dcp  # here, since it takes half a second
+
     final = Path(out_dir) / "ckpt" / f"step_{step:08d}"
     partial = final.with_name(f".{final.name}.partial")
     if final.exists():
@@ -116,6 +116,8 @@ def read_manifest(path):
 
 def load_checkpoint(path, model, optimizer=None):
     """Reads model and, if given, optimizer from a checkpoint in place, on any number of ranks; returns the manifest."""
+    import torch.distributed.checkpoint as dcp
+
     manifest = read_manifest(path)
     for name in sorted({*manifest["files"], *(file.name for file in Path(path).glob("*.safetensors"))}):
         file = Path(path) / name
@@ -265,6 +267,8 @@ def _tensors(model, optimizer):
     """{name: tensor} of all that a checkpoint holds; to load is to write into these very tensors."""
     tensors = {f"model.{name}": param.detach() for name, param in model.named_parameters()}  # tied ones once
     if optimizer is not None:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
         # This also makes the state of an optimizer that has not stepped yet.
         state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
         tensors |= {f"optimizer.{name}": value for name, value in state.items() if isinstance(value, torch.Tensor)}

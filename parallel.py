@@ -96,16 +96,15 @@ def init_world(cfg):
 
 
 def end_process():
-    """Ends a process that was part of a process group, without the interpreter's own shutdown.
+    """Ends the process without the interpreter's own shutdown, which takes torch half a second, or never succeeds.
 
-    gloo's event thread may still drop the last collective's tensor, for which it needs the interpreter's lock.
-    DTensor's caches keep that thread alive past destroy_process_group, and C++ then aborts with "terminate called
-    without an active exception". Can go when torch joins the thread.
+    The latter where gloo's event thread still drops the last collective's tensor, for which it needs the interpreter's
+    lock: DTensor's caches keep that thread alive past destroy_process_group, and C++ then aborts with "terminate called
+    without an active exception".
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        os._exit(0)
+    os._exit(0)
 
 
 def keep_freed_memory():

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import IGNORE, MLP, Cache, ModelConfig, Transformer, attend, linear_cross_entropy, rope_table, rotate
+from model import (
+    IGNORE, MLP, Cache, Linear, ModelConfig, Transformer, attend, linear_cross_entropy, rope_table, rotate,
+)  # fmt: skip
 from optim import OptimConfig, build_optimizer
 
 B, T, V = 3, 7, 37
@@ -756,6 +758,19 @@ def test_attention_by_matmuls_drops_weights_as_the_kernels_do():
     dropped = attend(q, q, v, dropout=0.5).float()
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.02)  # of 1,536 sums, each with a deviation of 1 / 8
     assert 0.1 < dropped[..., 0].std().item() < 0.15
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 8), (4, 4), (17, 1), (5,)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_of_few_rows_in_bf16_is_torchs(shape, bias):
+    torch.manual_seed(1)
+    layer, x = Linear(96, 40, bias=bias).bfloat16(), torch.randn(*shape, 96).bfloat16()
+    theirs = F.linear(x, layer.weight, layer.bias)
+    with torch.no_grad():
+        ours = layer(x)
+    assert ours.shape == theirs.shape == (*shape, 40) and ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+    assert layer(x).requires_grad
 
 
 # ---- rope

@@ -1,8 +1,12 @@
 """One process, accumulation and ranks compute the same; precision, devices and compile are picked or refused."""
 
 import collections
+import ctypes
 import functools
+import os
 import random
+import subprocess
+import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
@@ -25,6 +29,7 @@ from ranks import on_ranks, run, write_data
 from tokenizer import SPECIALS
 from train import evaluate, train_step
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = ModelConfig(vocab_size=37, block_size=11, n_layer=3, n_head=5, n_embd=20)
 MODELS = {
     "gpt": SMALL,
@@ -410,3 +415,27 @@ def test_compiled_blocks_that_are_recomputed_are_compiled_indeed(kind):
     assert counts["frames"]["ok"] == counts["frames"]["total"] and not counts["graph_break"]
     assert all(block._compiled_call_impl is not None for block in model.blocks)
     check_step(loss.item(), {name: p.grad for name, p in model.named_parameters()}, plain("bert"))
+
+
+FAULTS = """
+import resource
+import torch
+from parallel import ParallelConfig, init_world
+
+with init_world(ParallelConfig(device="cpu")):
+    faults = []
+    for _ in range(4):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)  # 64 MiB, freed at once
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(faults[-1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+@pytest.mark.parametrize("environment, kept", [({}, True), ({"MALLOC_ARENA_MAX": "3"}, False)])
+def test_freed_memory_is_kept_for_the_next_tensor_unless_the_environment_tunes_it(environment, kept):
+    command = [sys.executable, "-c", FAULTS]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | environment
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (int(done.stdout) < 100) == kept

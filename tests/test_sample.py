@@ -12,9 +12,10 @@ import torch
 import config
 import sample
 from model import ModelConfig, Transformer
+from parallel import pick_precision
 from objective import special_id
 from ranks import run, write_data
-from sample import SampleConfig, draw, generate, masked_ids, print_candidates, stream
+from sample import SampleConfig, draw, generate, generation_dtype, masked_ids, print_candidates, stream
 from tokenizer import SPECIALS, load_tokenizer, train_bpe
 
 V = 37
@@ -215,6 +216,18 @@ def test_a_prompt_file_that_is_no_text_is_refused(run_dir, capsys, tmp_path):
         sampled(capsys, f"--out_dir={run_dir}", f"--prompt=FILE:{tmp_path / 'bad'}")
     with pytest.raises(ValueError, match="No such file"):
         sampled(capsys, f"--out_dir={run_dir}", f"--prompt=FILE:{tmp_path / 'gone'}")
+
+
+@pytest.mark.parametrize("precision, device, n_params, dtype", [
+    ("auto", "cpu", 2**24 - 1, torch.float32),
+    ("auto", "cpu", 2**24, torch.bfloat16 if pick_precision("auto", torch.device("cpu")) == "bf16" else torch.float32),
+    ("bf16", "cpu", 1, torch.bfloat16),
+    ("fp16", "cuda", 1, torch.float16),
+])  # fmt: skip
+def test_small_models_generate_in_float32_on_a_cpu_unless_told_otherwise(precision, device, n_params, dtype):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    assert generation_dtype(precision, torch.device(device), n_params) == dtype
 
 
 @pytest.mark.parametrize("args, told", [

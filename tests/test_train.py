@@ -33,6 +33,7 @@ from ranks import (
 from tokenizer import SPECIALS
 
 ROOT = Path(train.__file__).parent
+SHAKESPEARE = ROOT.parent / "shared/data/tinyshakespeare.txt"
 MASKED = {"objective": "mlm", "mask_prob": 0.3}
 SPECIAL_IDS = {name: 32 + i for i, name in enumerate(SPECIALS)}  # the last of 37, as the byte tokenizer has them
 
@@ -746,3 +747,16 @@ def test_a_step_whose_gradient_overflows_is_skipped_and_the_scale_lowered():
     train.train_step(model, optimizer, scaler, batches, 0.5, World(0, 1, torch.device("cpu"), "fp32"))
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert scaler.get_scale() < 3e38
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHAKESPEARE.exists(), reason="tinyshakespeare.txt is absent")
+def test_speedrun_cpu_reaches_the_loss_of_nanogpts_documented_run(tmp_path):
+    def command(*arguments):
+        subprocess.run([sys.executable, *arguments, f"--data_dir={tmp_path}/data"], cwd=ROOT, check=True)
+
+    command("prepare.py", f"--input={SHAKESPEARE}", "--tokenizer=byte", "--val_fraction=0.1")
+    command("train.py", "config/speedrun_cpu.py", "--target_loss=1.898", f"--out_dir={tmp_path}/run")
+    evaluations = records(tmp_path / "run", "val_loss")
+    assert list(evaluations) == [0, 100] and evaluations[100] <= 1.898
+    assert "target_loss 1.898 reached" in (tmp_path / "run" / "finished").read_text()
