@@ -184,10 +184,10 @@ def draw(logits, cfg, generator):
         ordered, order = (probs / probs.sum(-1, keepdim=True)).sort(-1, descending=True)
         beyond = ordered.cumsum(-1) - ordered >= cfg.top_p  # what comes before already has top_p
         probs = torch.zeros_like(probs).scatter(-1, order, ordered.where(~beyond, 0.0))
-    # Where a uniform number falls among the sums so far: multinomial draws one for each token of the vocabulary.
-    sums = probs.double().cumsum(-1)
-    drawn = torch.rand(len(sums), 1, dtype=torch.double, device=sums.device, generator=generator) * sums[:, -1:]
-    return torch.searchsorted(sums, drawn, right=True)[:, 0]
+    # The token in whose part of the whole a uniform number falls; multinomial draws a number for each token there is.
+    sums = probs.cumsum(-1)
+    drawn = (1 - torch.rand(len(sums), 1, device=sums.device, generator=generator)) * sums[:, -1:]  # above 0
+    return torch.searchsorted(sums, drawn)[:, 0]
 
 
 def stream(steps, tokenizer, prompt, num_samples):
