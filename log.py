@@ -116,7 +116,7 @@ class Log:
             text += f"  {record['val_bpb']:.4f} bits per byte"
         self._write(record)
         self._print(text)
-        if self.draws and state.step:  # before, there is no curve
+        if self.draws and state.step:  # a single point is no curve
             draw_curves(self.out_dir)
 
     def end(self, state, reached_target):

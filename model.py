@@ -120,12 +120,12 @@ def _norm(cfg, width):
 
 
 class Linear(nn.Linear):
-    """torch's, which in bf16 on a CPU multiplies the few rows of generation the other way round, twice as fast (2.13)."""
+    """torch's, but in bf16 on a CPU it multiplies generation's few rows the other way round, twice as fast (2.13)."""
 
     def forward(self, x):
-        few_rows = x.numel() <= 16 * x.shape[-1]
+        few_rows = 0 < x.numel() <= 16 * x.shape[-1]
         if few_rows and self.weight.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.is_grad_enabled():
-            rows = x.flatten(0, -2)
+            rows = x.reshape(-1, x.shape[-1])
             y = self.weight @ rows[0] if len(rows) == 1 else (self.weight @ rows.T).T
             y = y.view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
@@ -151,14 +151,16 @@ def attend(q, k, v, mask=None, causal=False, dropout=0.0):
     """softmax(q k' / sqrt(D)) v of q (B, H, T, D) and of k and v (B, H, S, D), or fewer heads, shared by queries'.
 
     mask (B, 1, 1 or T, S) is True where a query may look. torch's kernel, except for training on a CPU in bf16 with
-    sequences up to 512: there its gradients take 4 to 9 times as long as by matmuls (2.13).
+    sequences up to 512: there it takes, gradients included, 1.7 to 5 times as long as matmuls do (2.13). These round
+    the scores to bf16, which the kernel does not.
     """
     (B, H, T, D), S = q.shape, k.shape[2]
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not (1 < T and S <= 512):
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or S > 512 or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=k.shape[1] != H)
     q, k, v = (x[:, :, None].expand(-1, -1, H // x.shape[1], -1, -1).flatten(0, 2) for x in (q, k, v))  # B*H S D
     mask = torch.ones(T, S, dtype=torch.bool).tril() if causal else mask
-    bias = q.new_zeros(1) if mask is None else q.new_zeros(1).where(mask, -math.inf)
+    # Not -inf, of which a query that may look nowhere would get NaN.
+    bias = q.new_zeros(1) if mask is None else q.new_zeros(1).where(mask, torch.finfo(q.dtype).min)
     bias = bias.expand(B, H, -1, -1).flatten(0, 1) if bias.dim() == 4 else bias
     weights = torch.baddbmm(bias, q, k.mT, alpha=D**-0.5).softmax(-1)
     return (F.dropout(weights, dropout) @ v).view(B, H, T, D)
@@ -405,7 +407,7 @@ def linear_cross_entropy(hidden, weight, targets, vocab_size, bias=None, label_s
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradients are made in forward, where the logits are at hand: backward only scales them."""
+    """Gradients are made in forward, where the logits are at hand: backward only scales them, in place, so once."""
 
     @staticmethod
     def forward(ctx, *args):
@@ -429,9 +431,10 @@ def _loss_and_gradients(hidden, weight, targets, vocab_size, bias, label_smoothi
     d_hidden = torch.empty_like(hidden) if with_gradients else None
     d_weight = torch.zeros_like(weight) if with_gradients else None
     d_bias = torch.zeros_like(bias) if with_gradients and bias is not None else None
+    buffer = h.new_empty(min(rows, len(h)), len(w))  # one for all chunks
     for start in range(0, len(h), rows):
         h_chunk, target = h[start : start + rows], targets[start : start + rows, None]
-        logits = h_chunk @ w.T  # N V
+        logits = torch.mm(h_chunk, w.T, out=buffer[: len(h_chunk)])  # N V
         for few_logits, few_targets in zip(logits.split(few_rows), target.split(few_rows)):
             valid = few_targets != IGNORE
             few_targets = few_targets.where(valid, 0)
@@ -451,7 +454,7 @@ def _loss_and_gradients(hidden, weight, targets, vocab_size, bias, label_smoothi
             if with_gradients:
                 # softmax, minus 1 at the target (or what smoothing leaves of it), and 0 in rows that count nothing
                 d_logits = exp.mul_(valid / z)
-                d_logits.scatter_add_(1, few_targets, valid * d_logits.new_tensor(label_smoothing - 1))
+                d_logits.scatter_add_(1, few_targets, valid * (label_smoothing - 1.0))
                 if label_smoothing:
                     d_logits[:, :vocab_size] -= valid * (label_smoothing / vocab_size)
                 if bias is not None:
@@ -459,5 +462,6 @@ def _loss_and_gradients(hidden, weight, targets, vocab_size, bias, label_smoothi
                 few_logits.copy_(d_logits)
         if with_gradients:
             d_hidden[start : start + rows] = logits @ w  # what were logits are their gradients now
-            d_weight += logits.T @ h_chunk
+            for part, more in zip(d_weight.split(4096), (logits.T @ h_chunk).split(4096)):
+                part += more  # by parts, since a CPU makes a float32 copy of what it adds
     return loss, n_correct, d_hidden, d_weight, d_bias

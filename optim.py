@@ -7,6 +7,9 @@ from typing import Literal
 import torch
 
 
+STACK = 2**26  # numbers that Muon orthogonalises at a time, 128 MiB
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     optimizer: Literal["adamw", "muon", "adafactor", "sgd"] = "adamw"  # muon: of blocks' matrices, adamw of all else
@@ -85,8 +88,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
     """Muon for the matrices of the blocks, each by itself, and torch's AdamW for all else, as one optimizer.
 
     One, because a step that the gradient scaler skips must be skipped by both. Muon's updates are scaled to the size of
-    AdamW's (arXiv 2502.16982, section 2.2), so that one learning rate serves. torch's own Muon gives the same bits, but
-    takes one matrix at a time: 2 to 5 times as long.
+    AdamW's (arXiv 2502.16982, section 2.2), so that one learning rate serves. torch's own Muon gives the same up to
+    bf16's rounding, but takes one matrix at a time: 1.3 to 3 times as long on a CPU.
     """
 
     def __init__(self, model, groups, cfg):
@@ -113,7 +116,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
             if p.grad is not None:
                 stacks.setdefault(tuple(sorted(p.shape)), []).append(p)
         for (rows, columns), params in stacks.items():
-            n = max(1, 2**26 // (rows * columns))  # 128 MiB in bf16
+            n = max(1, STACK // (rows * columns))
             for i in range(0, len(params), n):
                 self._muon_step(params[i : i + n], rows, columns, group)
 
@@ -125,7 +128,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         grads, averages = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, averages, group["momentum"])  # Nesterov's
-        updates = orthogonalize(torch.stack([u if len(u) == rows else u.T for u in updates]).bfloat16())
+        updates = orthogonalize(torch.stack([(u if len(u) == rows else u.T).bfloat16() for u in updates]))
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         for p, u in zip(params, updates):
             p.add_(u if len(p) == rows else u.T, alpha=-group["lr"] * 0.2 * math.sqrt(columns))

@@ -186,6 +186,8 @@ def draw(logits, cfg, generator):
         probs = torch.zeros_like(probs).scatter(-1, order, ordered.where(~beyond, 0.0))
     # The token in whose part of the whole a uniform number falls; multinomial draws a number for each token there is.
     sums = probs.cumsum(-1)
+    if not sums[:, -1].isfinite().all():
+        raise ValueError("the model's logits are not finite; take an earlier checkpoint, or train at a lower rate")
     drawn = (1 - torch.rand(len(sums), 1, device=sums.device, generator=generator)) * sums[:, -1:]  # above 0
     return torch.searchsorted(sums, drawn)[:, 0]
 

@@ -742,7 +742,10 @@ def test_attention_and_its_gradients_are_the_formula(dtype, atol, mask, causal, 
 
 @pytest.mark.parametrize("length, by_matmuls", [(512, True), (513, False)])
 def test_attention_in_bf16_is_by_matmuls_up_to_512_tokens_and_both_ways_agree(length, by_matmuls):
-    q, k, v = (heads(seed, (1, 2, length, 8)).bfloat16() for seed in (1, 2, 3))
+    q, k, v = (heads(seed, (1, 2, length, 8)).bfloat16().requires_grad_() for seed in (1, 2, 3))
+    with torch.no_grad(), torch.profiler.profile() as profiler:
+        attend(q, k, v, causal=True)
+    assert "aten::baddbmm" not in {event.name for event in profiler.events()}  # forward alone torch's kernel is faster
     with torch.profiler.profile() as profiler:
         ours = attend(q, k, v, causal=True)
     names = {event.name for event in profiler.events()}
@@ -760,7 +763,7 @@ def test_attention_by_matmuls_drops_weights_as_the_kernels_do():
     assert 0.1 < dropped[..., 0].std().item() < 0.15
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 8), (4, 4), (17, 1), (5,)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 8), (4, 4), (17, 1), (5,), (), (0, 3)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_linear_layer_of_few_rows_in_bf16_is_torchs(shape, bias):
     torch.manual_seed(1)
@@ -771,6 +774,27 @@ def test_a_linear_layer_of_few_rows_in_bf16_is_torchs(shape, bias):
     assert ours.shape == theirs.shape == (*shape, 40) and ours.dtype == torch.bfloat16
     torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
     assert layer(x).requires_grad
+
+
+@pytest.mark.parametrize("rows, the_other_way", [(1, "aten::mv"), (16, "aten::mm"), (17, None)])
+def test_a_linear_layer_of_few_rows_in_bf16_multiplies_the_other_way_round(rows, the_other_way):
+    with torch.no_grad(), torch.profiler.profile() as profiler:
+        Linear(96, 40, bias=False).bfloat16()(torch.ones(rows, 96).bfloat16())
+    names = {event.name for event in profiler.events()}
+    assert ("aten::linear" in names) == (the_other_way is None) and (the_other_way or "aten::linear") in names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_query_that_may_look_nowhere_spoils_no_other(dtype):
+    """As those of padding on the left: what they find is anything, but never NaN."""
+    q, k, v = (heads(seed).to(dtype).requires_grad_() for seed in (1, 2, 3))
+    mask = REAL_KEYS.flip(3) & torch.ones(T, T).tril().bool()
+    found = attend(q, k, v, mask)
+    assert not mask[2, 0, 0].any() and found.isfinite().all()
+    real = mask.any(-1)[:, 0]  # B T
+    theirs = torch.stack([attention_by_its_formula(q, k, v, mask, False)[b, :, real[b]].mean() for b in range(B)])
+    ours = torch.stack([found[b, :, real[b]].double().mean() for b in range(B)])
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.01)
 
 
 # ---- rope

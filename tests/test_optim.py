@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import checkpoint
+import optim
 from model import ModelConfig, Transformer
 from optim import OptimConfig, build_optimizer, lr_at, set_lr
 
@@ -205,7 +206,10 @@ def check_steps_equal(model, optimizer, alone):
 
 
 @SHAPES
-def test_muon_and_adamw_are_to_the_bit_torchs_run_on_each_parameter_alone(shape):
+@pytest.mark.parametrize("stack", [1, 2**26])
+def test_muon_and_adamw_are_to_the_bit_torchs_run_on_each_parameter_alone(shape, stack, monkeypatch):
+    """At this size; that of larger matrices is rounded in another order."""
+    monkeypatch.setattr(optim, "STACK", stack)
     cfg = OptimConfig(optimizer="muon", beta1=0.8, beta2=0.9, muon_momentum=0.7, weight_decay=0.3)
     model, _ = with_gradients(shape=shape)
     optimizer, alone = build_optimizer(model, cfg), {}

@@ -424,7 +424,7 @@ from parallel import ParallelConfig, init_world
 
 with init_world(ParallelConfig(device="cpu")):
     faults = []
-    for _ in range(4):
+    for _ in range(30):  # the heap has grown to what it needs by then
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(2**24)  # 64 MiB, freed at once
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -438,4 +438,4 @@ def test_freed_memory_is_kept_for_the_next_tensor_unless_the_environment_tunes_i
     command = [sys.executable, "-c", FAULTS]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | environment
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert (int(done.stdout) < 100) == kept
+    assert (int(done.stdout) < 10) == kept

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -216,6 +217,14 @@ def test_a_prompt_file_that_is_no_text_is_refused(run_dir, capsys, tmp_path):
         sampled(capsys, f"--out_dir={run_dir}", f"--prompt=FILE:{tmp_path / 'bad'}")
     with pytest.raises(ValueError, match="No such file"):
         sampled(capsys, f"--out_dir={run_dir}", f"--prompt=FILE:{tmp_path / 'gone'}")
+
+
+@pytest.mark.parametrize("logit", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_told_not_drawn_from(logit):
+    logits = torch.zeros(2, V)
+    logits[1, 3] = logit
+    with pytest.raises(ValueError, match="not finite; take an earlier checkpoint"):
+        draw(logits, SampleConfig(), torch.Generator())
 
 
 @pytest.mark.parametrize("precision, device, n_params, dtype", [
