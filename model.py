@@ -423,8 +423,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _loss_and_gradients(hidden, weight, targets, vocab_size, bias, label_smoothing, dtype, with_gradients):
     h, w = hidden.detach().to(dtype), weight.detach().to(dtype)
-    # A chunk's logits are 100 MB in bf16 at V 50304 on a CPU; a GPU wants larger matmuls.
-    rows = max(1024 if h.device.type == "cpu" else 4096, 2**23 // w.shape[0])
+    # At V 50304 a chunk's logits are 50 MB in bf16, as are the copies that matmuls make; a GPU wants larger ones.
+    rows = max(512 if h.device.type == "cpu" else 4096, 2**23 // w.shape[0])
     # On a CPU the passes over logits go by few rows at a time, which stay in its caches.
     few_rows = max(1, 2**20 // w.shape[0]) if h.device.type == "cpu" else rows
     loss, n_correct = torch.zeros((), device=h.device), torch.zeros((), device=h.device)
