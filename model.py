@@ -427,6 +427,7 @@ def _loss_and_gradients(hidden, weight, targets, vocab_size, bias, label_smoothi
     rows = max(512 if h.device.type == "cpu" else 4096, 2**23 // w.shape[0])
     # On a CPU the passes over logits go by few rows at a time, which stay in its caches.
     few_rows = max(1, 2**20 // w.shape[0]) if h.device.type == "cpu" else rows
+    columns = 4096 if h.device.type == "cpu" else len(w)  # whose gradients it adds at a time, by way of copies
     loss, n_correct = torch.zeros((), device=h.device), torch.zeros((), device=h.device)
     d_hidden = torch.empty_like(hidden) if with_gradients else None
     d_weight = torch.zeros_like(weight) if with_gradients else None
@@ -462,6 +463,6 @@ def _loss_and_gradients(hidden, weight, targets, vocab_size, bias, label_smoothi
                 few_logits.copy_(d_logits)
         if with_gradients:
             d_hidden[start : start + rows] = logits @ w  # what were logits are their gradients now
-            for part, more in zip(d_weight.split(4096), (logits.T @ h_chunk).split(4096)):
-                part += more  # by parts, since a CPU makes a float32 copy of what it adds
+            for d_part, part in zip(d_weight.split(columns), logits.split(columns, dim=1)):
+                d_part += part.T @ h_chunk
     return loss, n_correct, d_hidden, d_weight, d_bias
