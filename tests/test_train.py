@@ -749,6 +749,13 @@ def test_a_step_whose_gradient_overflows_is_skipped_and_the_scale_lowered():
     assert scaler.get_scale() < 3e38
 
 
+def test_importing_the_script_leaves_out_what_is_slow_and_may_not_be_needed():
+    """Of checkpoints, curves and logs; importing torch is what --help waits for."""
+    code = "import sys, train; print(*{'torch.distributed.checkpoint', 'matplotlib', 'wandb'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="tinyshakespeare.txt is absent")
 def test_speedrun_cpu_reaches_the_loss_of_nanogpts_documented_run(tmp_path):
