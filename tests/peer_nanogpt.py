@@ -229,9 +229,8 @@ def compare_time_to_loss(theirs, folder, seeds, text):
     row(f"time to a loss of 1.898, tiny Shakespeare, {seeds} seeds", "s", *zip(*pairs), more_is_better=False)
     slowest = max(seconds for _, seconds in pairs)
     print(f"| its slowest seed | | {slowest:.2f} s | {min(t / o for t, o in pairs):.2f} |")
-    print(
-        f"| validation loss at the end, the worst seed | {in_own_process(their_loss, theirs):.4f} | {max(losses):.4f} | |"
-    )
+    loss = in_own_process(their_loss, theirs)
+    print(f"| validation loss at the end, the worst seed | {loss:.4f} | {max(losses):.4f} | |")
 
 
 # ---- generation
