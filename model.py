@@ -423,16 +423,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _loss_and_gradients(hidden, weight, targets, vocab_size, bias, label_smoothing, dtype, with_gradients):
     h, w = hidden.detach().to(dtype), weight.detach().to(dtype)
-    # At V 50304 a chunk's logits are 50 MB in bf16, as are the copies that matmuls make; a GPU wants larger ones.
-    rows = max(512 if h.device.type == "cpu" else 4096, 2**23 // w.shape[0])
-    # On a CPU the passes over logits go by few rows at a time, which stay in its caches.
-    few_rows = max(1, 2**20 // w.shape[0]) if h.device.type == "cpu" else rows
-    columns = 4096 if h.device.type == "cpu" else len(w)  # whose gradients it adds at a time, by way of copies
+    # Rows of a chunk, rows that the passes over its logits take at a time, and columns whose gradients are added at a
+    # time. On a CPU the first bound memory, 50 MB in bf16 at V 50304, and the others what it copies and must cache.
+    V = len(w)
+    if h.device.type == "cpu":
+        rows, few_rows, columns = max(512, 2**23 // V), max(1, 2**20 // V), 4096
+    else:
+        rows, few_rows, columns = max(4096, 2**23 // V), max(4096, 2**23 // V), V
     loss, n_correct = torch.zeros((), device=h.device), torch.zeros((), device=h.device)
     d_hidden = torch.empty_like(hidden) if with_gradients else None
     d_weight = torch.zeros_like(weight) if with_gradients else None
     d_bias = torch.zeros_like(bias) if with_gradients and bias is not None else None
-    buffer = h.new_empty(min(rows, len(h)), len(w))  # one for all chunks
+    buffer = h.new_empty(min(rows, len(h)), V)  # one for all chunks
     for start in range(0, len(h), rows):
         h_chunk, target = h[start : start + rows], targets[start : start + rows, None]
         logits = torch.mm(h_chunk, w.T, out=buffer[: len(h_chunk)])  # N V
