@@ -66,7 +66,7 @@ def main(cfg):
     with init_world(cfg.parallel) as world:
         seq_len = seq_len_of(cfg)
         cfg = dataclasses.replace(cfg, model=model_of(cfg), data=dataclasses.replace(cfg.data, seq_len=seq_len))
-        micro_steps = accumulation_steps(cfg.data, seq_len, world.size)
+        micro_steps = accumulation_steps(cfg.data, seq_len, world.data_ranks)
         model, optimizer, scaler = build(cfg, world, seed=1337)
         batches = (
             real_batches(cfg, micro_steps, world) if cfg.bench.real_data else random_batches(cfg, micro_steps, world)
@@ -100,7 +100,7 @@ def random_batches(cfg, micro_steps, world):
     specials = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[MASK]": 3}  # any ids will do
     meta = {"vocab_size": vocab_size, "specials": specials, "continuations": range(4, vocab_size, 3)}
     windows = windows_of(cfg.model.objective, cfg.objective, cfg.data.seq_len, 0, meta)
-    random = np.random.default_rng(world.rank)
+    random = np.random.default_rng(world.data_rank)
     shape = (cfg.data.micro_batch_size, windows.stride + windows.extra)
     batches = [windows.batch(random.integers(vocab_size, size=shape), first=i) for i in range(micro_steps)]
     step = [tuple(part.to(world.device) for part in batch) for batch in batches]
@@ -123,13 +123,14 @@ def measure(cfg, model, micro_steps, timed_micro_steps, times, world):
     peak_memory = world.worst(peak_memory_gib(world.device))  # before the matmul that measures an unknown peak
     seconds = statistics.median(times)
     seq_len = cfg.data.seq_len
-    tokens = timed_micro_steps * cfg.data.micro_batch_size * seq_len * world.size
+    tokens = timed_micro_steps * cfg.data.micro_batch_size * seq_len * world.data_ranks
     peak, peak_name = plan.peak_flops(world.device, world.precision)
     share = head_share(cfg.model.objective, cfg.objective, seq_len)
     flops = {causal: plan.flops_per_token(cfg.model, seq_len, share, causal) for causal in (False, True)}
     return {
         "device": device_name(world.device),
         "ranks": world.size,
+        "data_ranks": world.data_ranks,
         "torch": torch.__version__,
         "precision": world.precision,
         "objective": cfg.model.objective,
@@ -167,7 +168,7 @@ def report(figures, json_path):
         f"step       {f['step_ms']:,.1f} ms, the median of {f['steps']} (min {f['step_ms_min']:,.1f}, "
         f"max {f['step_ms_max']:,.1f}), of {f['micro_steps']} micro-steps{of_training}"
     )
-    print(f"           x {f['ranks']} ranks x {f['micro_batch_size']} sequences x {f['seq_len']} tokens")
+    print(f"           x {f['data_ranks']} ranks x {f['micro_batch_size']} sequences x {f['seq_len']} tokens")
     print(f"speed      {f['tokens_per_s']:,.0f} tokens/s")
     print(
         f"mfu        {f['mfu']:.2%} of {f['peak_tflops']:.4g} TFLOP/s a device ({f['peak_name']}), "

@@ -12,7 +12,9 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
+import time
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -49,6 +51,29 @@ def checkpoints(out_dir):
     """The whole checkpoints of a run, oldest first."""
     found = [path for path in Path(out_dir).glob("ckpt/step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
     return sorted(found, key=lambda path: int(path.name[5:]))  # copies under other names are the user's own
+
+
+def check_shared(out_dir, world, patience=30):
+    """ValueError, on all ranks, where out_dir is not one folder that all of them see within `patience` seconds."""
+    if world.size == 1:
+        return
+    token = int(world.worst(secrets.randbelow(2**24) if world.is_main else 0))
+    file = Path(out_dir) / f".seen_by_all_ranks_{token}"
+    if world.is_main:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        file.touch()
+    world.barrier()
+    deadline = time.monotonic() + patience  # a network's file system may show it late
+    while not (seen := file.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    some_miss_it = world.worst(not seen)
+    if world.is_main:
+        file.unlink()
+    if some_miss_it:
+        raise ValueError(
+            f"out_dir {out_dir} is not one folder for all {world.size} ranks: what rank 0 writes there, others do not "
+            f"see; put it on a disk that all machines share"
+        )
 
 
 def save_checkpoint(out_dir, step, model, optimizer, facts, world):

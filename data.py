@@ -306,10 +306,10 @@ class Loader:
     """
 
     def __init__(self, order, windows, seen, micro_steps, micro_batch_size, world, ahead=3):
-        """world has the rank, the number of ranks as size, and the device."""
+        """world has data_rank, which part of the data this is, data_ranks, how many there are, and the device."""
         self._order, self._windows, self._seen = order, windows, seen
         self._micro_steps, self._micro_batch_size = micro_steps, micro_batch_size
-        self._rank, self._ranks, self._device = world.rank, world.size, world.device
+        self._rank, self._ranks, self._device = world.data_rank, world.data_ranks, world.device
         self._ready, self._stop = queue.Queue(maxsize=ahead), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="loader")
         self._thread.start()

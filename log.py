@@ -29,20 +29,21 @@ class Log:
     out_of_time says whether max_minutes are over, as of the last line.
     """
 
-    def __init__(self, cfg, world, model, micro_steps, last_step, bytes_per_token, state, changes):
+    def __init__(self, cfg, world, model, optimizer, micro_steps, last_step, bytes_per_token, state, changes):
         self.cfg, self.world, self.last_step, self.bytes_per_token = cfg, world, last_step, bytes_per_token
         self.out_dir, self.out_of_time, self.hours_before = Path(cfg.run.out_dir), False, state.hours
         self.head_share = head_share(cfg.model.objective, cfg.objective, cfg.data.seq_len)
         self.flops_per_token = plan.flops_per_token(cfg.model, cfg.data.seq_len, self.head_share)
         self.peak, self.peak_name = plan.peak_flops(world.device, world.precision)
         reset_peak_memory(world.device)  # of the matmul that measured the peak
+        held = [world.worst(figure) for figure in plan.held(optimizer)]
         self.file = self.wandb = None
         self.warned = False
         self.draws = world.is_main and importlib.util.find_spec("matplotlib") is not None
         if world.is_main:
             changed_files = self._open(state.step)
             self._tell_start(
-                model, micro_steps, state, changes + [f"changed source file: {name}" for name in changed_files]
+                model, held, micro_steps, state, changes + [f"changed source file: {name}" for name in changed_files]
             )
         self.started = self.interval_start = time.perf_counter()
         self.interval_step, self.waited = state.step, 0.0
@@ -153,7 +154,7 @@ class Log:
         except OSError as error:
             raise ValueError(f"out_dir {self.out_dir} cannot be written to ({error}); use another --out_dir") from error
 
-    def _tell_start(self, model, micro_steps, state, changes):
+    def _tell_start(self, model, held, micro_steps, state, changes):
         cfg, world, device = self.cfg, self.world, device_name(self.world.device)
         if state.step:
             print(f"resumed from step {state.step}, after {state.hours:.3f} hours", *changes, sep="\n  ")
@@ -165,8 +166,13 @@ class Log:
             f" by PaLM's count" + (f", {causal / 1e6:,.1f} by the causal one" if cfg.model.objective == "clm" else "")
         )
         print(
-            f"a step     {cfg.data.batch_tokens:,} tokens = {micro_steps} micro-steps x {world.size} ranks"
+            f"a step     {cfg.data.batch_tokens:,} tokens = {micro_steps} micro-steps x {world.data_ranks} ranks"
             f" x {cfg.data.micro_batch_size} sequences x {cfg.data.seq_len} tokens"
+        )
+        copies, shards, tp = (1, 1, 1) if world.mesh is None else world.mesh.shape
+        print(
+            f"layout     {copies} x {shards} x {tp} ranks: copies of the model x shards of a copy x tensor parallel\n"
+            f"a rank     {held[0]:,.0f} parameters, {held[1] / 2**20:,.1f} MiB with gradients and optimizer state"
         )
         print(
             f"the run    {self.last_step:,} steps, {self.last_step * cfg.data.batch_tokens:,} tokens, in {self.out_dir}"

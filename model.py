@@ -116,7 +116,15 @@ def _dropout(cfg):
 def _norm(cfg, width):
     if cfg.norm == "rmsnorm":
         return nn.RMSNorm(width, eps=cfg.norm_eps)
-    return nn.LayerNorm(width, eps=cfg.norm_eps, bias=cfg.bias)
+    return LayerNorm(width, eps=cfg.norm_eps, bias=cfg.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, but for weights in another dtype than x's as well, which its autocast of CPUs does not cast (2.13)."""
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.type_as(x)
+        return F.layer_norm(x, self.normalized_shape, self.weight.type_as(x), bias, self.eps)
 
 
 class Linear(nn.Linear):
@@ -304,7 +312,7 @@ class Transformer(nn.Module):
         x = self.transform(self.norm_f(x))
         if targets is None:
             return self.head(x)[..., : self.cfg.vocab_size]
-        return linear_cross_entropy(
+        return self.cross_entropy(
             x.flatten(0, 1),
             self.head.weight,
             targets.flatten(),
@@ -313,6 +321,10 @@ class Transformer(nn.Module):
             self.cfg.label_smoothing if self.training else 0.0,
             count_correct,
         )
+
+    def cross_entropy(self, *args):
+        """The loss; a method, so that a model whose vocabulary is sharded can have another in its place."""
+        return linear_cross_entropy(*args)
 
     def embed(self, ids, place, token_types=None):
         """What the first block sees (B, T, C): the sum of the embeddings of tokens, positions and token types."""
@@ -324,17 +336,18 @@ class Transformer(nn.Module):
         return self.dropout(self.norm_e(x))
 
     @torch.no_grad()
-    def init_weights(self, seed):
+    def init_weights(self, seed, fill=torch.Tensor.copy_):
         """Normal weights of std 0.02, where norms come first less for projections into the residual stream.
 
         The latter, over sqrt(2 n_layer), is GPT-2's way; BERT draws all alike. Each weight is a function of the
-        seed and its own name, so that sharding, or a layer more, changes no other.
+        seed and its own name, so that sharding, or a layer more, changes no other. fill(param, weight) takes the whole
+        weight, on the CPU, into the parameter.
         """
         for name, param in self.named_parameters():
             if name.endswith("bias"):
-                param.zero_()
+                weight = torch.zeros(param.shape)
             elif "norm" in name:
-                param.fill_(1.0)
+                weight = torch.ones(param.shape)
             else:
                 std = 0.02
                 if self.cfg.norm_position == "pre" and name.endswith(("attn.proj.weight", "mlp.down.weight")):
@@ -342,8 +355,9 @@ class Transformer(nn.Module):
                 key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8])
                 generator = torch.Generator().manual_seed(key)  # CPU: the same numbers whatever the device
                 rows = self.cfg.vocab_size if name in ("wte.weight", "head.weight") else param.shape[0]
-                param.zero_()  # rows that pad the vocabulary stay zero
-                param[:rows] = torch.randn(rows, *param.shape[1:], generator=generator).mul_(std)
+                weight = torch.zeros(param.shape)  # rows that pad the vocabulary stay zero
+                weight[:rows] = torch.randn(rows, *param.shape[1:], generator=generator).mul_(std)
+            fill(param, weight)
 
     def num_params(self):
         """Parameters, without the rows that pad the vocabulary; tied ones count once."""
@@ -386,7 +400,9 @@ class Cache:
 # ---- the loss
 
 
-def linear_cross_entropy(hidden, weight, targets, vocab_size, bias=None, label_smoothing=0.0, count_correct=False):
+def linear_cross_entropy(
+    hidden, weight, targets, vocab_size, bias=None, label_smoothing=0.0, count_correct=False, shard=None
+):
     """Sum over rows of the cross-entropy of hidden @ weight.T + bias, without ever holding all logits.
 
     hidden (N, C), weight (padded V, C), bias (padded V,), targets (N,) with IGNORE for rows that count nothing; the
@@ -394,16 +410,24 @@ def linear_cross_entropy(hidden, weight, targets, vocab_size, bias=None, label_s
     has the largest logit. Matmuls run in autocast's dtype where it is on, sums in float32. A chunk of rows at a time
     goes through logits, loss and gradient, so that memory is that of one chunk and of the gradients. torch 2.13's
     function of the same name ignores autocast and was 3.6 times slower than plain cross-entropy on a CPU.
+
+    shard, where weight and bias are some rows of the vocabulary's: (id of the first, reduce), where
+    reduce(tensor, "sum", "max" or "min") is that over all shards. hidden and the results are then the same on each.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        args = hidden, weight, targets, vocab_size, bias, label_smoothing, dtype
+        args = hidden, weight, targets, vocab_size, bias, label_smoothing, shard or (0, _alone), dtype
         if torch.is_grad_enabled():
             assert not count_correct, "targets are counted in evaluation, without gradients"
             return _LinearCrossEntropy.apply(*args)
         loss, n_correct, *_ = _loss_and_gradients(*args, with_gradients=False)
         return (loss, n_correct) if count_correct else loss
+
+
+def _alone(tensor, op):
+    """The reduction of one shard."""
+    return tensor
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -418,14 +442,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale):
         d_hidden, d_weight, d_bias = (g if g is None else g.mul_(scale) for g in ctx.saved_tensors)
-        return d_hidden, d_weight, None, None, d_bias, None, None
+        return d_hidden, d_weight, None, None, d_bias, None, None, None
 
 
-def _loss_and_gradients(hidden, weight, targets, vocab_size, bias, label_smoothing, dtype, with_gradients):
+def _loss_and_gradients(hidden, weight, targets, vocab_size, bias, label_smoothing, shard, dtype, with_gradients):
+    first, reduce = shard
     h, w = hidden.detach().to(dtype), weight.detach().to(dtype)
     # Rows of a chunk, rows that the passes over its logits take at a time, and columns whose gradients are added at a
     # time. On a CPU the first bound memory, 50 MB in bf16 at V 50304, and the others what it copies and must cache.
     V = len(w)
+    n_ids = max(0, min(V, vocab_size - first))  # rows that do not pad the vocabulary
     if h.device.type == "cpu":
         rows, few_rows, columns = max(512, 2**23 // V), max(1, 2**20 // V), 4096
     else:
@@ -440,26 +466,31 @@ def _loss_and_gradients(hidden, weight, targets, vocab_size, bias, label_smoothi
         logits = torch.mm(h_chunk, w.T, out=buffer[: len(h_chunk)])  # N V
         for few_logits, few_targets in zip(logits.split(few_rows), target.split(few_rows)):
             valid = few_targets != IGNORE
-            few_targets = few_targets.where(valid, 0)
+            column = few_targets - first
+            here = valid & (0 <= column) & (column < V)  # the target is of this shard
+            column = column.where(here, 0)
             x = few_logits.float()
             if bias is not None:
                 x += bias.detach()
-            x[:, vocab_size:] = -math.inf
-            x -= x.amax(1, keepdim=True)
-            wanted = x.gather(1, few_targets)
+            x[:, n_ids:] = -math.inf
+            x -= reduce(x.amax(1, keepdim=True), "max")
+            wanted = reduce(x.gather(1, column).where(here, 0), "sum")
             if label_smoothing:
-                wanted = wanted.lerp(x[:, :vocab_size].mean(1, keepdim=True), label_smoothing)
+                mean = reduce(x[:, :n_ids].sum(1, keepdim=True), "sum") / vocab_size
+                wanted = wanted.lerp(mean, label_smoothing)
             if not with_gradients:
-                n_correct += ((x.argmax(1, keepdim=True) == few_targets) & valid).sum()
+                likeliest = x.argmax(1, keepdim=True)  # the first of several
+                likeliest = reduce((likeliest + first).where(x.gather(1, likeliest) == 0, vocab_size), "min")
+                n_correct += ((likeliest == few_targets) & valid).sum()
             exp = x.exp_()
-            z = exp.sum(1, keepdim=True)
+            z = reduce(exp.sum(1, keepdim=True), "sum")
             loss += ((z.log() - wanted) * valid).sum()
             if with_gradients:
                 # softmax, minus 1 at the target (or what smoothing leaves of it), and 0 in rows that count nothing
                 d_logits = exp.mul_(valid / z)
-                d_logits.scatter_add_(1, few_targets, valid * (label_smoothing - 1.0))
+                d_logits.scatter_add_(1, column, here * (label_smoothing - 1.0))
                 if label_smoothing:
-                    d_logits[:, :vocab_size] -= valid * (label_smoothing / vocab_size)
+                    d_logits[:, :n_ids] -= valid * (label_smoothing / vocab_size)
                 if bias is not None:
                     d_bias += d_logits.sum(0)
                 few_logits.copy_(d_logits)
@@ -467,4 +498,6 @@ def _loss_and_gradients(hidden, weight, targets, vocab_size, bias, label_smoothi
             d_hidden[start : start + rows] = logits @ w  # what were logits are their gradients now
             for d_part, part in zip(d_weight.split(columns), logits.split(columns, dim=1)):
                 d_part += part.T @ h_chunk
+    if with_gradients:
+        d_hidden = reduce(d_hidden, "sum")
     return loss, n_correct, d_hidden, d_weight, d_bias

@@ -64,24 +64,83 @@ def lr_at(step, cfg, last_step):
     return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * left[cfg.schedule]
 
 
-def build_optimizer(model, cfg):
-    """The optimizer, with every parameter in exactly one group: matrices and embeddings decay, vectors do not."""
+def on_whole_matrices(function, matrices):
+    """What function makes of a stack of matrices, matrix by matrix, where one process has them whole."""
+    return function(torch.stack(matrices)).unbind()
+
+
+def build_optimizer(model, cfg, on_whole_matrices=on_whole_matrices, ranks=1):
+    """The optimizer, with every parameter in exactly one group: matrices and embeddings decay, vectors do not.
+
+    Of a model that is sharded over ranks, on_whole_matrices is what shares out work on whole matrices.
+    """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     if cfg.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
     elif cfg.optimizer == "muon":
-        optimizer = MuonAndAdamW(model, groups, cfg)
+        optimizer = MuonAndAdamW(model, groups, cfg, on_whole_matrices, ranks)
     elif cfg.optimizer == "adafactor":
-        optimizer = torch.optim.Adafactor(groups, lr=cfg.learning_rate)
+        optimizer = Adafactor(groups, {"lr": cfg.learning_rate})
     else:
-        optimizer = torch.optim.SGD(groups, lr=cfg.learning_rate, momentum=cfg.beta1, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=cfg.learning_rate, momentum=cfg.beta1)
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters()), (
         "a parameter is in no optimizer group, or in two"
     )
     return optimizer
+
+
+class Adafactor(torch.optim.Optimizer):
+    """Adafactor (arXiv 1804.04235), of a matrix's squared gradients the means of rows and columns alone.
+
+    The same as torch's, which fails on sharded parameters: sums here, norms there.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._step_of(p, self.state[p], group["lr"], group["weight_decay"])
+
+    def _step_of(self, p, state, lr, weight_decay):
+        square, eps = p.grad.square(), torch.finfo(p.dtype).eps
+        means = {"variance": square}
+        if p.dim() > 1:
+            means = {"row_var": _mean(square, dim=1), "col_var": _mean(square, dim=0)}
+        if not state:
+            state["step"] = torch.zeros(())
+            state |= {name: torch.zeros_like(mean) for name, mean in means.items()}
+        state["step"] += 1
+        step = state["step"].item()
+        for name, mean in means.items():
+            state[name].lerp_(mean, step**-0.8)
+        if p.dim() > 1:
+            estimate = state["row_var"] / _mean(state["row_var"], dim=0).clamp(min=eps) * state["col_var"]
+        else:
+            estimate = state["variance"]
+        update = p.grad * estimate.clamp(min=eps * eps).rsqrt()
+        size = min(lr, step**-0.5) * _rms(p).clamp(min=1e-3) / _rms(update).clamp(min=1.0)
+        p.mul_(1 - lr * weight_decay).sub_(update * size)
+
+
+def _mean(x, dim):
+    """Mean over a dimension, or a tuple of them, which are kept; of a sharded tensor that of all shards together."""
+    total = x.sum(dim, keepdim=True)
+    mean = total * (total.numel() / x.numel())
+    if hasattr(mean, "placements"):
+        from torch.distributed.tensor import Replicate
+
+        mean = mean.redistribute(placements=[Replicate() if p.is_partial() else p for p in mean.placements])
+    return mean
+
+
+def _rms(x):
+    """Root of the mean of squares."""
+    return _mean(x.square(), tuple(range(x.dim()))).sqrt()
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
@@ -92,7 +151,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
     bf16's rounding, but takes one matrix at a time: 1.3 to 3 times as long on a CPU.
     """
 
-    def __init__(self, model, groups, cfg):
+    def __init__(self, model, groups, cfg, on_whole_matrices, ranks):
+        self.on_whole_matrices, self.ranks = on_whole_matrices, ranks
         hidden = {id(p) for p in model.blocks.parameters() if p.dim() == 2}
         muon = {
             "params": [p for group in groups for p in group["params"] if id(p) in hidden],
@@ -114,31 +174,39 @@ class MuonAndAdamW(torch.optim.Optimizer):
         stacks = {}
         for p in group["params"]:
             if p.grad is not None:
-                stacks.setdefault(tuple(sorted(p.shape)), []).append(p)
-        for (rows, columns), params in stacks.items():
-            n = max(1, STACK // (rows * columns))
+                stacks.setdefault((p.shape, getattr(p, "placements", None)), []).append(p)
+        for (shape, _), params in stacks.items():
+            n = self.ranks * max(1, STACK // shape.numel())
             for i in range(0, len(params), n):
-                self._muon_step(params[i : i + n], rows, columns, group)
+                self._muon_step(params[i : i + n], group)
 
-    def _muon_step(self, params, rows, columns, group):
-        """Muon's step for matrices of rows x columns, rows <= columns, or lying the other way."""
+    def _muon_step(self, params, group):
+        """Muon's step for matrices of one shape, sharded alike if they are."""
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         grads, averages = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, averages, group["momentum"])  # Nesterov's
-        updates = orthogonalize(torch.stack([(u if len(u) == rows else u.T).bfloat16() for u in updates]))
+        updates = self.on_whole_matrices(orthogonalize, [u.bfloat16() for u in updates])
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        step = -group["lr"] * 0.2 * math.sqrt(max(params[0].shape))
         for p, u in zip(params, updates):
-            p.add_(u if len(p) == rows else u.T, alpha=-group["lr"] * 0.2 * math.sqrt(columns))
+            _local(p).add_(u, alpha=step)
+
+
+def _local(tensor):
+    """This rank's part of a tensor that may be sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def orthogonalize(x):
-    """Matrices x (n, rows, columns), rows <= columns, with their singular values brought to about 1.
+    """Matrices x (n, rows, columns) with their singular values brought to about 1.
 
     Five Newton-Schulz steps of Keller Jordan's quintic, https://kellerjordan.github.io/posts/muon/.
     """
+    if x.shape[1] > x.shape[2]:
+        return orthogonalize(x.mT).mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT

@@ -1,4 +1,7 @@
-"""How the model runs, not what it computes: processes, precision, recomputation, compile."""
+"""How the model runs, not what it computes: processes, precision, recomputation, compile.
+
+What of a model each of several processes holds is in shard.py.
+"""
 
 import contextlib
 import ctypes
@@ -13,6 +16,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 
@@ -23,19 +27,67 @@ Recomputed = Literal["none", "full", "selective"]
 class ParallelConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matmuls; auto: the fastest that the device has
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # ddp: each rank has the whole model; fsdp: its share of weights and state
+    shard_size: int | None = None  # fsdp: ranks that share one copy of the model, a node's, say; none: all
+    reshard: bool = True  # fsdp: gather a block's weights again for backward; false: keep them, 2 bytes a parameter
+    accumulate: Literal["sharded", "whole"] = "sharded"  # fsdp, gradients; whole: sent once a step, 4 bytes a weight
+    tp: int = 1  # ranks that share each layer: heads, columns of the MLP, rows of the vocabulary
+    grad_compression: Literal["bf16", "powersgd"] | None = None  # ddp: what of gradients is sent; none: all, in float32
     activation_checkpointing: Recomputed = "none"  # full: backward computes blocks again; selective: but not matmuls
     compile: bool | None = None  # torch.compile of the blocks; none: on cuda only
     deterministic: bool = False  # only algorithms that give the same bits each time; the CPU's do so anyway
 
+    def __post_init__(self):
+        wrong = [
+            f"{name} is {getattr(self, name)}; it must be at least 1"
+            for name in ("tp", "shard_size")
+            if getattr(self, name) is not None and getattr(self, name) < 1
+        ]
+        if self.shard_size and self.strategy == "ddp":
+            wrong.append(f"shard_size is {self.shard_size} and strategy ddp, which shards nothing; use --strategy=fsdp")
+        if self.grad_compression and (self.strategy == "fsdp" or self.tp > 1):
+            wrong.append(
+                f"grad_compression is {self.grad_compression}, which is of ddp alone, not of strategy {self.strategy} "
+                f"with tp {self.tp}; use --strategy=ddp --tp=1, or --grad_compression=none"
+            )
+        if wrong:
+            raise ValueError("\n".join(wrong))
+
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, each with a device; one process unless torchrun started more."""
+    """The processes of a run, each with a device; one process unless torchrun started more.
+
+    Their mesh is (replicate, shard, tp): tp neighbours share layers and read the same data, `shard` of these groups
+    share one copy of the model, and copies are replicated. data_group are the ranks that read different data.
+    """
 
     rank: int
     size: int
     device: torch.device
     precision: str
+    mesh: DeviceMesh | None = None
+    data_group: dist.ProcessGroup | None = None
+
+    @property
+    def tp(self):
+        """Ranks that share each layer."""
+        return 1 if self.mesh is None else self.mesh["tp"].size()
+
+    @property
+    def data_rank(self):
+        """Which part of the data this rank reads."""
+        return self.rank // self.tp
+
+    @property
+    def data_ranks(self):
+        """Parts that the data is read in."""
+        return self.size // self.tp
+
+    @property
+    def dtype(self):
+        """What matmuls compute in."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.precision]
 
     @property
     def is_main(self):
@@ -43,16 +95,16 @@ class World:
         return self.rank == 0
 
     def sum(self, tensor):
-        """The sum of a tensor over all ranks."""
+        """The sum of a tensor over the ranks that read different data."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.data_group)
         return tensor
 
     def worst(self, value):
         """The largest of a number over all ranks."""
         if self.size == 1:
             return value
-        tensor = torch.tensor(float(value), device=self.device)
+        tensor = torch.tensor(float(value), dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.item()
 
@@ -61,6 +113,17 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def on_whole_matrices(self, function, matrices):
+        """What function makes of a stack of matrices, matrix by matrix; if they are sharded, this rank's parts of it.
+
+        Ranks share out the work. matrices: a list, all of one shape and sharded alike.
+        """
+        if self.mesh is None:
+            return function(torch.stack(matrices)).unbind()
+        from shard import on_whole_matrices
+
+        return on_whole_matrices(function, matrices, self.mesh)
+
     def synchronize(self):
         """Waits until the device has done what it was given."""
         if self.device.type == "cuda":
@@ -68,8 +131,7 @@ class World:
 
     def autocast(self):
         """A context in which matmuls run in the run's precision."""
-        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
-        return torch.autocast(self.device.type, dtypes[self.precision], enabled=self.precision != "fp32")
+        return torch.autocast(self.device.type, self.dtype, enabled=self.precision != "fp32")
 
 
 @contextlib.contextmanager
@@ -78,6 +140,7 @@ def init_world(cfg):
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size > 1 and "MASTER_ADDR" not in os.environ:
         raise ValueError(f"WORLD_SIZE is {size}, but there is no MASTER_ADDR; start several processes with torchrun")
+    mesh_shape = shape_of_mesh(cfg, size)
     device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -87,12 +150,48 @@ def init_world(cfg):
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)
+    mesh = data_group = None
     if size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    yield World(rank, size, device, precision)
+        mesh = init_device_mesh(device.type, mesh_shape, mesh_dim_names=("replicate", "shard", "tp"))
+        data_group = mesh["replicate", "shard"]._flatten("data").get_group()
+        mesh["shard", "tp"]._flatten("model")  # by which a sharded norm is summed at once
+    yield World(rank, size, device, precision, mesh, data_group)
     if size > 1:  # not after an error: the other ranks may never come here
         dist.barrier()
         dist.destroy_process_group()
+
+
+def shape_of_mesh(cfg, size):
+    """(copies of the model, ranks that share a copy, ranks that share each layer) of so many processes."""
+    if size % cfg.tp:
+        raise ValueError(
+            f"{size} processes are not a multiple of tp {cfg.tp}; start them with torchrun --nproc_per_node={cfg.tp}, "
+            f"or a multiple of it"
+        )
+    data_ranks = size // cfg.tp
+    shard = 1 if cfg.strategy == "ddp" else cfg.shard_size or data_ranks
+    if data_ranks % shard:
+        raise ValueError(
+            f"shard_size {shard} does not divide the {data_ranks} ranks that read different data ({size} processes / "
+            f"tp {cfg.tp}); lower it, or set it to none for all"
+        )
+    return data_ranks // shard, shard, cfg.tp
+
+
+def check_tensor_parallel(cfg, seq_len, tp):
+    """ValueError where tensor parallelism over tp ranks would cut through what must stay whole."""
+    sizes = {
+        "n_head": cfg.n_head,
+        "n_kv_head": cfg.kv_heads,
+        "n_inner": cfg.inner_width,
+        "seq_len": seq_len,
+        "vocab_size, padded,": cfg.padded_vocab_size,
+    }
+    wrong = [f"{name} {size} is not a multiple of tp {tp}" for name, size in sizes.items() if size % tp]
+    if wrong:
+        fitting = [str(n) for n in range(1, tp) if not any(size % n for size in sizes.values())]
+        raise ValueError(f"{', '.join(wrong)}; tp {', '.join(fitting)} would fit")
 
 
 def end_process():
@@ -168,22 +267,45 @@ def reset_peak_memory(device):
 
 
 def distribute(model, cfg, world, seed):
-    """Turns a model on the meta device into one that trains: weights, recomputed and compiled blocks, synced gradients.
+    """Turns a model on the meta device into one that trains: sharded, recomputed and compiled, with weights.
 
     Everything happens in place and adds no wrapper, so that parameters keep their names.
     """
-    model.to_empty(device=world.device)
-    model.tie_weights()
-    model.init_weights(seed)
+    is_sharded = world.size > 1 and (cfg.strategy == "fsdp" or cfg.tp > 1)
+    if is_sharded:
+        import shard
+    if cfg.tp > 1:
+        shard.shard_tensors(model, world.mesh["tp"])
     if cfg.activation_checkpointing != "none":
         recompute_blocks(model, cfg.activation_checkpointing)
     if cfg.compile or (cfg.compile is None and world.device.type == "cuda"):
         compile_blocks(model, world)
-    if world.size > 1:
-        from torch.distributed._composable.replicate import replicate  # DDP without a wrapper module
-
-        replicate(model, gradient_as_bucket_view=True)
+    if is_sharded:  # under tensor parallelism also with ddp, as one copy a rank: DDP itself takes no DTensors
+        shard.fully_shard_model(model, cfg, world)
+    model.to_empty(device=world.device)
+    model.tie_weights()
+    model.init_weights(seed, shard.fill) if is_sharded else model.init_weights(seed)
+    if world.size > 1 and not is_sharded:
+        replicate_model(model, cfg.grad_compression)
     return model
+
+
+def replicate_model(model, compression):
+    """Sums gradients over ranks that each have the whole model."""
+    from torch.distributed._composable.replicate import replicate  # DDP without a wrapper module
+
+    replicate(model, gradient_as_bucket_view=True)
+    if compression == "bf16":
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+        # Not the hook itself: torch, by its name, wants NCCL for it, but gloo sums bf16 as well.
+        model.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
+    elif compression == "powersgd":
+        from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+
+        model.register_comm_hook(
+            PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=10), powerSGD_hook
+        )
 
 
 def recompute_blocks(model, kind):
@@ -229,10 +351,24 @@ def compile_blocks(model, world):
         block.compile()
 
 
-def sync_gradients(model, wanted):
-    """Whether the next backward sums gradients over ranks: wanted on the last micro-step of a step alone."""
-    if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(wanted)
+def sync_gradients(model, last):
+    """Makes the next backward sum gradients over ranks, or not: on the last micro-step of a step alone.
+
+    FSDP, unless it accumulates whole gradients, sums over the ranks of a copy at every micro-step, over copies on the
+    last.
+    """
+    if hasattr(model, "set_requires_all_reduce"):  # FSDP
+        model.set_requires_gradient_sync(last or model.accumulates_sharded)
+        model.set_requires_all_reduce(last)
+    elif hasattr(model, "set_requires_gradient_sync"):  # DDP
+        model.set_requires_gradient_sync(last)
+
+
+def reshard(model):
+    """Gives back gathered weights, as backward does: after forwards alone, since only shards are saved and stepped."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
 
 
 def seed_step(seed, step, rank):

@@ -47,6 +47,19 @@ def _matmul_weights(cfg):
     return cfg.n_embd * (of_attention + (3 if cfg.mlp == "swiglu" else 2) * cfg.inner_width)
 
 
+def held(optimizer):
+    """(parameters, bytes of them, their gradients and the optimizer's state) that this rank holds, all in float32.
+
+    Adafactor's state, one number a row and a column, is left out.
+    """
+    numbers, n_bytes = 0, 0
+    for group in optimizer.param_groups:
+        n = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in group["params"])
+        numbers += n
+        n_bytes += 4 * n * (2 + (2 if "betas" in group else 1 if "momentum" in group else 0))
+    return numbers, n_bytes
+
+
 def known_peak(device_name):
     """FLOP/s of the data sheet for a device by its name; None where it is not known."""
     words_of_name = set(device_name.upper().replace("-", " ").split())

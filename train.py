@@ -18,6 +18,7 @@ import torch
 from checkpoint import (
     RunConfig,
     changed_settings,
+    check_shared,
     checkpoints,
     load_checkpoint,
     newest_checkpoint,
@@ -31,7 +32,16 @@ from log import Log
 from model import ModelConfig, Transformer
 from objective import IGNORE, ObjectiveConfig, windows_of
 from optim import OptimConfig, build_optimizer, lr_at, set_lr
-from parallel import ParallelConfig, distribute, end_process, init_world, seed_step, sync_gradients
+from parallel import (
+    ParallelConfig,
+    check_tensor_parallel,
+    distribute,
+    end_process,
+    init_world,
+    reshard,
+    seed_step,
+    sync_gradients,
+)
 
 
 EVAL_MASK_SEED = 0  # masked evaluation is the same in every run
@@ -93,17 +103,20 @@ def main(cfg):
         )
         windows, val_windows = (windows_for(cfg, seed) for seed in (cfg.run.seed, EVAL_MASK_SEED))
         order = TrainOrder(train_split, windows.stride, cfg.run.seed)
-        micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, world.size)
+        micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, world.data_ranks)
         last_step = cfg.optim.last_step(cfg.data.batch_tokens)
 
         model, optimizer, scaler = build(cfg, world, cfg.run.seed)
         settings = as_dict(cfg) | {"data_fingerprint": f"{train_split.fingerprint()}-{val_split.fingerprint()}"}
+        check_shared(cfg.run.out_dir, world)
         state, changes = resume_or_init(cfg, settings, model, optimizer, scaler, world)
         if state.step and (state.step >= last_step or has_reached_target(state, cfg)):
             return say_finished(cfg, state, world)
         loader = Loader(order, windows, state.sequences_seen, micro_steps, cfg.data.micro_batch_size, world)
 
-        with Log(cfg, world, model, micro_steps, last_step, val_split.bytes_per_token, state, changes) as log:
+        with Log(
+            cfg, world, model, optimizer, micro_steps, last_step, val_split.bytes_per_token, state, changes
+        ) as log:
             while True:
                 ending = state.step >= last_step or log.out_of_time
                 if (ending or state.step % cfg.train.eval_interval == 0) and state.evaluated_at != state.step:
@@ -131,11 +144,12 @@ def main(cfg):
 
 def build(cfg, world, seed):
     """The model, ready to train on this rank, its optimizer, and the gradient scaler, which only fp16 uses."""
+    check_tensor_parallel(cfg.model, cfg.data.seq_len, cfg.parallel.tp)
     with torch.device("meta"):
         model = Transformer(cfg.model)
     distribute(model, cfg.parallel, world, seed)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.precision == "fp16")
-    return model, build_optimizer(model, cfg.optim), scaler
+    return model, build_optimizer(model, cfg.optim, world.on_whole_matrices, world.size), scaler
 
 
 def train_step(model, optimizer, scaler, batches, grad_clip, world):
@@ -152,9 +166,11 @@ def train_step(model, optimizer, scaler, batches, grad_clip, world):
         with world.autocast():
             part = model(*batch) / n_targets
         loss += part.detach()
-        scaler.scale(part * world.size).backward()  # gradients are averaged over ranks, the loss is a sum over them
+        scaler.scale(part * world.data_ranks).backward()  # gradients are averaged over ranks, the loss is their sum
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    if hasattr(grad_norm, "full_tensor"):  # of a sharded model
+        grad_norm = grad_norm.full_tensor()
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -169,12 +185,13 @@ def evaluate(model, split, windows, cfg, world):
     """
     model.eval()
     sums, frequencies = torch.zeros(2, dtype=torch.float64), torch.zeros(model.cfg.vocab_size, dtype=torch.int64)
-    for batch in eval_batches(split, windows, cfg.eval_tokens, cfg.micro_batch_size, world.rank, world.size):
+    for batch in eval_batches(split, windows, cfg.eval_tokens, cfg.micro_batch_size, world.data_rank, world.data_ranks):
         with world.autocast():
             loss_and_correct = model(*(part.to(world.device) for part in batch), count_correct=True)
         sums += torch.stack(loss_and_correct).cpu()
         frequencies += torch.bincount(batch[1][batch[1] != IGNORE], minlength=len(frequencies))
     model.train()
+    reshard(model)
     loss, n_correct = world.sum(sums).tolist()
     n_targets = world.sum(frequencies).sum().item()
     if n_targets == 0:

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import random
 import shutil
 import socket
 import sys
@@ -84,28 +85,29 @@ def without_matplotlib():
 
 # ---- other processes
 
-def on_ranks(n, *cases):
+def on_ranks(n, *cases, patience=120):
     """Runs cases (function, *args), one after the other, each on n new-born ranks; returns [a list by rank] by case.
 
     Functions are a module's own, and what they take and return can be pickled. Each case has a process group to itself.
+    patience: seconds for all of them.
     """
-    ports = [_free_port() for _ in cases]
+    ports = [free_port() for _ in cases]
     children = [start(_rank_main, rank, n, cases, ports) for rank in range(n)]
     answers = []
     try:
         for rank, (_, pipe) in enumerate(children):
-            if not pipe.poll(120):
-                raise TimeoutError(f"rank {rank} has not answered for 120 s")
-            answers.append(pickle.loads(pipe.recv_bytes()))
+            if not pipe.poll(patience):
+                raise TimeoutError(f"rank {rank} has not answered for {patience} s")
+            good, answer = pickle.loads(pipe.recv_bytes())
+            assert good, f"rank {rank}: {answer}"  # others may wait for it for ever
+            answers.append(answer)
     except EOFError:
         raise RuntimeError(f"rank {rank} ended without an answer") from None
     finally:
         for process, _ in children:
             process.join(2)
-            process.kill()  # a rank whose peer has failed waits for it for ever
-    failed = [f"rank {rank}:\n{text}" for rank, (good, text) in enumerate(answers) if not good]
-    assert not failed, "\n".join(failed)
-    return [list(by_rank) for by_rank in zip(*(answer for _, answer in answers))]
+            process.kill()
+    return [list(by_rank) for by_rank in zip(*answers)]
 
 
 def start(function, *args):
@@ -114,7 +116,8 @@ def start(function, *args):
     The fork server has imported torch already, which makes a process start in 0.1 s where it would take 3 s.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "torch.distributed._composable.replicate"])
+    context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "torch.distributed._composable.replicate",
+                                    "torch.distributed.tensor.parallel", "torch.distributed.fsdp"])  # fmt: skip
     here, there = context.Pipe()
     process = context.Process(target=function, args=(there, *args), daemon=True)
     process.start()
@@ -147,10 +150,13 @@ def _rank_main(pipe, rank, n, cases, ports):
     os._exit(0)  # see parallel.end_process
 
 
-def _free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def free_port():
+    """A free port below those that the system hands out by itself: it must still be free when its turn comes."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def copy_run(run_dir, to):

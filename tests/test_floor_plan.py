@@ -17,7 +17,8 @@ MAY_IMPORT = {
     "data": set(),
     "objective": set(),
     "optim": set(),
-    "parallel": {"model"},
+    "shard": {"model"},  # which rank holds what: what parallel.py does where there are several
+    "parallel": {"model", "shard"},
     "checkpoint": {"model"},
     "plan": {"config", "model", "data", "optim", "parallel"},
     "log": {"config", "objective", "parallel", "checkpoint", "plan"},  # what a run tells: the half of train.py that is not the loop

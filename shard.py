@@ -1,0 +1,172 @@
+"""Which rank holds what: FSDP, tensor parallelism, and what both ask of initial weights, loss and optimizer.
+
+parallel.py imports this where there are several ranks, since DTensor takes half a second to import.
+"""
+
+import logging
+import warnings
+from fnmatch import fnmatch
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from model import linear_cross_entropy
+
+
+# ---- tensor parallelism
+
+
+class Whole(ParallelStyle):
+    """A module whose parameters every rank holds; it runs on all of its input, or on this rank's part of dimension dim.
+
+    What it returns is a plain tensor, as is what it is given.
+    """
+
+    def __init__(self, dim=None):
+        super().__init__()
+        self.layout = Replicate() if dim is None else Shard(dim)
+
+    def _apply(self, module, mesh):
+        def take(module, inputs, mesh):
+            return tuple(DTensor.from_local(x, mesh, [Replicate()]).redistribute(mesh, [self.layout]) for x in inputs)
+
+        return distribute_module(module, mesh, None, take, lambda module, output, mesh: output.to_local())
+
+
+def tensor_parallel_plan(n_layer):
+    """{pattern of module names: how ranks share it out}: whole heads, columns of the MLP, rows of the vocabulary.
+
+    Megatron's plan with sequence parallelism (arXiv 2205.05198): between attention and MLP each rank holds its part of
+    the sequence, in front of them the parts are gathered, behind them what ranks have computed is summed and parted.
+    """
+    part, heads = SequenceParallel(use_local_output=True), SequenceParallel(sequence_dim=2, use_local_output=True)
+    return {
+        "wte": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "wpe": Whole(dim=0),
+        "wtt": Whole(dim=1),
+        "norm_e": part,
+        "blocks.*.norm[12]": part,
+        "blocks.*.attn": PrepareModuleInput(
+            input_layouts=(Shard(1), None, None, None), desired_input_layouts=(Replicate(), None, None, None)
+        ),
+        "blocks.*.attn.[qkv]": ColwiseParallel(),
+        "blocks.*.attn.[qk]_norm": heads,
+        "blocks.*.attn.proj": RowwiseParallel(output_layouts=Shard(1)),
+        "blocks.*.mlp": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
+        "blocks.*.mlp.gate": ColwiseParallel(),
+        "blocks.*.mlp.up": ColwiseParallel(),
+        "blocks.*.mlp.down": RowwiseParallel(output_layouts=Shard(1)),
+        f"blocks.{n_layer - 1}": PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=Replicate()),
+        "norm_f": Whole(),
+        "transform": Whole(),
+        "head": ColwiseParallel(output_layouts=Replicate()),
+    }
+
+
+def shard_tensors(model, mesh):
+    """Shares out a model's layers over the ranks of a mesh of one dimension; no rank ever holds all logits."""
+    for pattern, style in tensor_parallel_plan(model.cfg.n_layer).items():
+        for name, module in list(model.named_modules()):
+            if fnmatch(name, pattern) and name.count(".") == pattern.count("."):
+                parallelize_module(module, mesh, style)
+    model.tie_weights()
+    group, rank = mesh.get_group(), mesh.get_local_rank()
+
+    def reduce(tensor, op):
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, op.upper()), group)
+        return tensor
+
+    def cross_entropy(hidden, weight, targets, vocab_size, bias, *options):
+        weight, bias = weight.to_local(), None if bias is None else bias.to_local()
+        return linear_cross_entropy(
+            hidden, weight, targets, vocab_size, bias, *options, shard=(rank * len(weight), reduce)
+        )
+
+    model.cross_entropy = cross_entropy
+
+
+# ---- FSDP
+
+
+def fully_shard_model(model, cfg, world):
+    """Shards every parameter over the ranks of a copy of the model: block by block, and the rest as one.
+
+    Blocks are gathered in the run's precision, the rest, whose embeddings start the residual stream, in float32: so all
+    compute what one process does under autocast. Gradients are reduced in float32. A block is gathered while the one
+    before computes.
+    """
+    # Nothing works in place on a block's output; and that gloo has no all-to-all is no news.
+    warnings.filterwarnings("ignore", ".*FSDP2-wrapped module .* returned a view tensor")
+    logging.getLogger("torch.distributed.tensor._collective_utils").setLevel(logging.ERROR)
+    replicates, shards = world.mesh["replicate"].size() > 1, world.mesh["shard"].size() > 1
+    mesh = world.mesh["replicate", "shard"] if replicates else world.mesh["shard"]
+    policy = MixedPrecisionPolicy(world.dtype, torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=cfg.reshard and shards)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    for block, following in pairwise(model.blocks):
+        block.set_modules_to_forward_prefetch([following])
+    model.accumulates_sharded = cfg.accumulate == "sharded" and shards
+
+
+def fill(param, weight):
+    """Takes what this rank holds of a whole weight into a parameter."""
+    if isinstance(param, DTensor):
+        part = distribute_tensor(weight, param.device_mesh, param.placements, src_data_rank=None)  # nothing is sent
+        param, weight = param.to_local(), part.to_local()
+    param.copy_(weight)
+
+
+# ---- optimizers that must see matrices whole
+
+
+def on_whole_matrices(function, matrices, mesh):
+    """function, of a stack (n, rows, columns), on matrices that are sharded or not, its work shared out over all ranks.
+
+    matrices: of one shape and placement, DTensors, or plain tensors, of which every rank has the same. Along one
+    dimension of the mesh (replicate, shard, tp) after the other, ranks swap their parts of all matrices for the whole
+    of some, and afterwards back. Returns the parts of the results that this rank holds of the matrices.
+    """
+    first, stack = matrices[0], torch.stack([local(matrix) for matrix in matrices])
+    names = first.device_mesh.mesh_dim_names if isinstance(first, DTensor) else ()
+    placements = dict(zip(names, first.placements)) if names else {}
+    shape = list(first.shape)
+    if "tp" in placements:  # FSDP shards what tensor parallelism has left, so it is undone first
+        shape[placements["tp"].dim] //= mesh["tp"].size()
+    swaps = []
+    for name in mesh.mesh_dim_names:
+        placement = placements.get(name, Replicate())
+        if name == "tp":
+            shape = list(first.shape)
+        if mesh[name].size() > 1:
+            parts = Shard(placement.dim + 1) if hasattr(placement, "dim") else Replicate()  # torch has two Shards
+            swaps.append((mesh[name], parts, [len(stack), *shape]))
+            stack = _swap(stack, mesh[name], parts, Shard(0), [len(stack), *shape])
+    stack = function(stack)
+    for submesh, parts, shape in reversed(swaps):
+        stack = _swap(stack, submesh, Shard(0), parts, shape)
+    return stack.unbind()
+
+
+def local(tensor):
+    """This rank's part of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _swap(part, mesh, source, target, shape):
+    """This rank's part, placed as target, of a tensor of a shape whose part, placed as source, it has."""
+    stride = torch.empty(shape, device="meta").stride()
+    whole = DTensor.from_local(part, mesh, [source], shape=torch.Size(shape), stride=stride)
+    return whole.redistribute(placements=[target]).to_local()

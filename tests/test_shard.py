@@ -1,0 +1,483 @@
+"""However a model is laid out over processes, it computes what one process does: FSDP, tensor parallelism, both."""
+
+import collections
+import contextlib
+import functools
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from checkpoint import _tensors, check_shared, load_checkpoint, save_checkpoint
+from model import ModelConfig, Transformer
+from objective import IGNORE
+from optim import OptimConfig, build_optimizer, orthogonalize
+from parallel import ParallelConfig, check_tensor_parallel, distribute, init_world, seed_step, shape_of_mesh
+from ranks import on_ranks
+from train import train_step
+
+# Heads of 6, 24 of them wide; an MLP of 36, whose shards over 4 ranks are of 9; a vocabulary of 64 with its padding.
+GPT = ModelConfig(vocab_size=37, block_size=11, n_layer=3, n_head=4, n_embd=20, head_dim=6, n_inner=36)
+MODELS = {
+    "gpt": GPT,
+    "bert": replace(GPT, objective="mlm", norm_position="post", n_token_types=2, mlp="gelu"),
+    "modern": replace(GPT, n_kv_head=2, norm="rmsnorm", position="rope", mlp="swiglu", qk_norm=True, bias=False,
+                      tie_embeddings=False),
+}  # fmt: skip
+SEQUENCES, T, STEPS = 12, 8, 3
+LAYOUTS = {  # of 4 ranks
+    "ddp": {},
+    "fsdp": {"strategy": "fsdp"},
+    "hsdp": {"strategy": "fsdp", "shard_size": 2},
+    "ddp tp": {"tp": 2},
+    "fsdp tp": {"strategy": "fsdp", "tp": 2},
+}
+
+
+def batch(name, step):
+    """Twelve sequences with an uneven number of targets; of the masked model with positions, padding and types."""
+    g = torch.Generator().manual_seed(5 + step)
+    ids, targets = torch.randint(37, (2, SEQUENCES, T), generator=g)
+    targets[[0, 2, 4, 6]] = IGNORE
+    targets[1, :5] = IGNORE
+    if name != "bert":
+        return ids, targets
+    positions = torch.stack([torch.randperm(4, generator=g)[:3] for _ in range(SEQUENCES)])
+    attention_mask = torch.arange(T) < torch.randint(4, T + 1, (SEQUENCES, 1), generator=g)
+    types = (torch.arange(T) > 2).long().expand(SEQUENCES, T)
+    return ids, targets[:, 5:].contiguous(), positions, attention_mask, types
+
+
+def whole(tensor):
+    """All of a tensor that may be sharded, as a copy."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+
+
+def local(tensor):
+    """This rank's part of a tensor that may be sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+@contextlib.contextmanager
+def a_model(name, optimizer="adamw", precision="fp32", dropout=0.0, **layout):
+    """(world, model, its optimizer) in a layout over the ranks that there are."""
+    cfg = ParallelConfig(device="cpu", precision=precision, **layout)
+    with init_world(cfg) as world:
+        with torch.device("meta"):
+            model = Transformer(replace(MODELS[name], dropout=dropout))
+        distribute(model, cfg, world, seed=1)
+        optim = OptimConfig(optimizer=optimizer, learning_rate=1e-2)
+        yield world, model, build_optimizer(model, optim, world.on_whole_matrices, world.size)
+
+
+def step_of(world, model, optimizer, name, step, micro_steps=1, scaler=None):
+    """(the loss over all ranks, the gradient's norm) of a step on a batch that ranks and micro-steps divide."""
+    size = SEQUENCES // world.data_ranks // micro_steps
+    batches = list(zip(*(part.split(size) for part in batch(name, step))))[world.data_rank :: world.data_ranks]
+    assert len(batches) == micro_steps
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+    loss, norm = train_step(model, optimizer, scaler, batches, 1.0, world)
+    return world.sum(loss.clone()).item(), norm.item()
+
+
+def trained(name, micro_steps=1, **layout):
+    """(initial weights, losses and norms of three steps, weights then, evaluation) of a model in a layout."""
+    with a_model(name, **layout) as (world, model, optimizer):
+        first = {key: whole(p) for key, p in model.named_parameters()}
+        figures = [step_of(world, model, optimizer, name, step, micro_steps) for step in range(STEPS)]
+        with torch.no_grad(), world.autocast():
+            figures.append(tuple(x.item() for x in model(*batch(name, 0), count_correct=True)))
+        last = {key: whole(p) for key, p in model.named_parameters()}
+        return (first, figures, last) if world.is_main else (None, figures, None)
+
+
+@functools.cache
+def alone(name, optimizer, precision="fp32"):
+    """The same on one process."""
+    return trained(name, optimizer=optimizer, precision=precision)
+
+
+def check_equal(name, optimizer, answers):
+    first, figures, last = alone(name, optimizer)
+    its_first, its_figures, its_last = answers[0]
+    assert all(answer[1] == its_figures for answer in answers), "ranks disagree on loss, norm or evaluation"
+    assert first.keys() == its_first.keys()
+    assert all(torch.equal(first[key], its_first[key]) for key in first), "other initial weights"
+    # Orthogonalising in bf16 turns gradients that differ in their last bit into updates that differ by a percent.
+    muon = optimizer == "muon"
+    for wanted, found in zip(figures, its_figures):
+        assert found == pytest.approx(wanted, rel=1e-3 if muon else 1e-5)
+    assert its_figures[0] == pytest.approx(figures[0], rel=1e-5)  # of the same weights
+    for key in first:
+        if not key.endswith("attn.k.bias"):  # whose gradient is nothing but rounding
+            error, update = (its_last[key] - last[key]).norm(), (last[key] - first[key]).norm()
+            assert error < (0.03 if muon else 1e-4) * update, key
+
+
+def matrix(names, optimizers, kinds, micro_steps, layouts=LAYOUTS):
+    return [
+        {"name": name, "optimizer": optimizer, "activation_checkpointing": kind, "micro_steps": n, "layout": layout}
+        for name, optimizer, kind, n, layout in itertools.product(names, optimizers, kinds, micro_steps, layouts)
+    ]
+
+
+def run_case(case):
+    case = dict(case)
+    return trained(**LAYOUTS[case.pop("layout")], **case)
+
+
+def id_of(case):
+    return "-".join(map(str, case.values()))
+
+
+# Each layout, model and optimizer; the whole matrix is among the slow tests.
+QUICK = matrix(["gpt"], ["adamw"], ["full"], [3]) + matrix(["modern"], ["muon"], ["none"], [1], ["ddp", "hsdp", "fsdp tp"])
+QUICK += matrix(["bert"], ["adafactor"], ["selective"], [1], ["fsdp", "fsdp tp"])
+QUICK += matrix(["bert"], ["sgd"], ["none"], [3], ["ddp tp"])
+FULL = matrix(MODELS, ["adamw", "muon"], ["none", "full"], [1, 3])
+
+
+@pytest.fixture(scope="module")
+def quick():
+    return dict(zip(map(id_of, QUICK), on_ranks(4, *((run_case, case) for case in QUICK))))
+
+
+@pytest.mark.parametrize("case", QUICK, ids=id_of)
+def test_four_ranks_train_as_one_process(case, quick):
+    check_equal(case["name"], case["optimizer"], quick[id_of(case)])
+
+
+@pytest.fixture(scope="module")
+def full():
+    return dict(zip(map(id_of, FULL), on_ranks(4, *((run_case, case) for case in FULL), patience=1200)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FULL, ids=id_of)
+def test_four_ranks_train_as_one_process_in_every_combination(case, full):
+    check_equal(case["name"], case["optimizer"], full[id_of(case)])
+
+
+# ---- what must hold besides
+
+MATRICES = [("q", 1), ("gate", 3), ("down", 2)]  # whose rows, rows and columns tensor parallelism shares out
+
+
+def orthogonalised(layout):
+    """[(whether all parts are those of one process's result, matrices that this rank worked on)], by MATRICES."""
+    answers = []
+    with a_model("modern", **LAYOUTS[layout]) as (world, model, _), torch.no_grad():
+        for kind, n in MATRICES:
+            blocks, counts = model.blocks[:n], []
+            matrices = [block.attn.q.weight if kind == "q" else getattr(block.mlp, kind).weight for block in blocks]
+            wanted = orthogonalize(torch.stack([whole(m) for m in matrices]).bfloat16())
+
+            def counted(stack):
+                counts.append(len(stack))
+                return orthogonalize(stack)
+
+            for m, result in zip(matrices, world.on_whole_matrices(counted, [m.bfloat16() for m in matrices])):
+                local(m).copy_(result)
+            answers.append((all(torch.equal(whole(m), w.float()) for m, w in zip(matrices, wanted)), sum(counts)))
+    return answers
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_muons_work_is_shared_out_and_its_result_to_the_bit_that_of_whole_matrices(layout, others):
+    for (_, n), *by_rank in zip(MATRICES, *others["orthogonalised", layout]):
+        assert all(equal for equal, _ in by_rank)
+        assert sum(worked_on for _, worked_on in by_rank) == n and max(worked_on for _, worked_on in by_rank) == 1
+
+
+class Logits(TorchDispatchMode):
+    """Notes what is computed as wide as the padded vocabulary."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        tensors = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor) and x.dim() > 1]
+        self.found += [tuple(x.shape) for x in tensors if x.shape[-1] == 64 and x.shape[0] > 2]
+        return out
+
+
+def logits(name, **layout):
+    """Shapes as wide as the padded vocabulary of what a forward and backward compute."""
+    with a_model(name, **layout) as (world, model, _), Logits() as mode:
+        model(*batch(name, 0)).backward()
+        return mode.found
+
+
+@pytest.mark.parametrize("name", ["gpt", "bert"])
+def test_no_rank_holds_full_logits_under_tensor_parallelism(name, others):
+    assert logits(name), "one process has logits as wide as the vocabulary"
+    assert others["logits", name] == [[]] * 4
+
+
+def scaled(layout):
+    """Three steps with a gradient scaler, in the second of which rank 3 alone meets an infinity.
+
+    [(loss, norm, scale, whether weights moved)].
+    """
+    with a_model("gpt", **LAYOUTS[layout]) as (world, model, optimizer):
+        scaler, told = torch.amp.GradScaler("cpu", init_scale=2.0**10), []
+        unscale = scaler.unscale_
+        for step in range(STEPS):
+
+            def spoilt(optimizer):
+                if step == 1 and world.rank == 3:
+                    local(model.blocks[1].mlp.up.weight.grad)[0, 0] = float("inf")
+                unscale(optimizer)
+
+            scaler.unscale_ = spoilt
+            before = [whole(p) for p in model.parameters()]
+            figures = step_of(world, model, optimizer, "gpt", step, scaler=scaler)
+            moved = any(not torch.equal(whole(p), b) for p, b in zip(model.parameters(), before))
+            told.append((*figures, scaler.get_scale(), moved))
+        return told
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "fsdp tp"])
+def test_an_infinity_on_one_rank_makes_all_skip_the_step(layout, others):
+    answers, one_process = others["scaled", layout], alone("gpt", "adamw")[1]
+    for told in answers:
+        assert [step[2:] for step in told] == [(1024.0, True), (512.0, False), (512.0, True)]
+        assert told[0][:2] == pytest.approx(one_process[0], rel=1e-5)
+        assert told[1][0] == pytest.approx(one_process[1][0], rel=1e-5)
+        assert told[2][:2] == answers[0][2][:2]
+
+
+def counted(accumulate, layout):
+    """(reductions of gradients over a copy's ranks, over copies) in a step of three micro-steps, and its figures."""
+    with a_model("gpt", accumulate=accumulate, **LAYOUTS[layout]) as (world, model, optimizer):
+        step_of(world, model, optimizer, "gpt", 0, micro_steps=3)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            figures = step_of(world, model, optimizer, "gpt", 1, micro_steps=3)
+        counts = collections.Counter({event.key: event.count for event in profiler.key_averages()})
+        return counts["c10d::_reduce_scatter_base_"], counts["c10d::allreduce_"], figures
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "hsdp"])
+def test_gradients_are_summed_at_every_micro_step_or_kept_whole_and_summed_once(layout, others):
+    """By groups of parameters: three blocks, and the rest. Over copies always once."""
+    sharded, kept_whole = others["counted", "sharded", layout][0], others["counted", "whole", layout][0]
+    assert (sharded[0], kept_whole[0]) == (3 * 4, 4)
+    assert sharded[1] == kept_whole[1]
+    assert sharded[2] == pytest.approx(kept_whole[2], rel=1e-5)
+    assert sharded[2] == pytest.approx(alone("gpt", "adamw")[1][1], rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "fsdp tp"])
+def test_in_bf16_sharding_changes_rounding_alone(layout, others):
+    """Blocks' weights arrive in bf16, as autocast has them on one process; the residual stream stays in float32."""
+    wanted, found = alone("gpt", "adamw", "bf16")[1], others["bf16", layout][0][1]
+    in_fp32 = alone("gpt", "adamw")[1]
+    assert abs(wanted[0][0] - in_fp32[0][0]) > 1e-6 * in_fp32[0][0], "bf16 rounds"
+    assert found[0][0] == pytest.approx(wanted[0][0], rel=2e-5 if "tp" in layout else 1e-6)
+    assert found[0][1] == pytest.approx(wanted[0][1], rel=5e-3)
+    assert found[2] == pytest.approx(wanted[2], rel=5e-3)
+
+
+def dropped(kind):
+    """(loss, gradient's norm) with dropout and a kind of recomputation, under tensor parallelism."""
+    with a_model("gpt", dropout=0.3, activation_checkpointing=kind, strategy="fsdp", tp=2) as (world, model, optimizer):
+        seed_step(seed=1, step=4, rank=world.rank)
+        return step_of(world, model, optimizer, "gpt", 0)
+
+
+def test_recomputation_replays_dropout_under_tensor_parallelism(others):
+    none, full, selective = (others["dropped", kind] for kind in ("none", "full", "selective"))
+    assert none == full == selective
+    assert none[0][0] != pytest.approx(alone("gpt", "adamw")[1][0][0], rel=1e-3), "nothing was dropped"
+
+
+def compressed(kind):
+    """Losses of 30 steps on one batch."""
+    with a_model("gpt", grad_compression=kind) as (world, model, optimizer):
+        return [step_of(world, model, optimizer, "gpt", 0)[0] for _ in range(30)]
+
+
+def test_compressed_gradients_train_nearly_as_whole_ones(others):
+    none, bf16, powersgd = (others["compressed", kind][0] for kind in (None, "bf16", "powersgd"))
+    assert bf16 == pytest.approx(none, rel=0.02) and bf16 != none
+    assert powersgd[:10] == pytest.approx(none[:10], rel=1e-5), "its first steps are not compressed"
+    assert powersgd[-1] != pytest.approx(none[-1], rel=1e-4)
+    assert powersgd[-1] < 0.8 * none[0]
+
+
+def shared(folder):
+    """What check_shared says where the last rank has another disk."""
+    with a_model("gpt") as (world, _, _):
+        check_shared(folder, world, patience=1)
+        try:
+            check_shared(folder if world.rank < 3 else f"{folder}/another", world, patience=1)
+        except ValueError as error:
+            return str(error), sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_an_out_dir_that_not_all_ranks_see_is_refused_on_all(others):
+    for message, left_behind in others["shared"]:
+        assert "not one folder for all 4 ranks" in message and "share" in message
+        assert left_behind == []
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """What four ranks answer, in one launch."""
+    cases = {("orthogonalised", layout): (orthogonalised, layout) for layout in LAYOUTS}
+    cases |= {("logits", name): (logits_of_a_layout, name) for name in ("gpt", "bert")}
+    cases |= {("scaled", layout): (scaled, layout) for layout in ("fsdp", "fsdp tp")}
+    cases |= {("counted", *args): (counted, *args) for args in itertools.product(("sharded", "whole"), ("fsdp", "hsdp"))}
+    cases |= {("bf16", layout): (in_bf16, layout) for layout in ("fsdp", "fsdp tp")}
+    cases |= {("dropped", kind): (dropped, kind) for kind in ("none", "full", "selective")}
+    cases |= {("compressed", kind): (compressed, kind) for kind in (None, "bf16", "powersgd")}
+    cases["shared"] = shared, str(tmp_path_factory.mktemp("out"))
+    return dict(zip(cases, on_ranks(4, *cases.values())))
+
+
+def logits_of_a_layout(name):
+    return logits(name, strategy="fsdp", tp=2)
+
+
+def in_bf16(layout):
+    return trained("gpt", precision="bf16", **LAYOUTS[layout])
+
+
+# ---- checkpoints
+
+SAVED = {  # {where it is saved and loaded: (ranks, layout)}
+    "one process": (1, {}), "ddp 2": (2, {}), "tp 2": (2, {"tp": 2}), "fsdp 2": (2, {"strategy": "fsdp"}),
+    "fsdp 4": (4, {"strategy": "fsdp"}), "hsdp 4": (4, LAYOUTS["hsdp"]), "fsdp tp 4": (4, LAYOUTS["fsdp tp"]),
+}  # fmt: skip
+STORED = [("gpt", "adamw"), ("modern", "muon"), ("bert", "adafactor")]
+
+
+def tensors_of(model, optimizer):
+    return {name: whole(tensor) for name, tensor in _tensors(model, optimizer).items()}
+
+
+def saved(folder, layout, name, optimizer):
+    """Two steps, then a checkpoint in folder; then what is in it, and the figures of a third step."""
+    with a_model(name, optimizer, **layout) as (world, model, optim):
+        for step in range(2):
+            step_of(world, model, optim, name, step)
+        tensors = tensors_of(model, optim)
+        save_checkpoint(folder, 2, model, optim, {}, world)
+        return tensors if world.is_main else None, step_of(world, model, optim, name, 2)
+
+
+def loaded(folder, layout, name, optimizer):
+    """What a checkpoint gives another layout: its tensors, and the figures of a third step."""
+    with a_model(name, optimizer, **layout) as (world, model, optim):
+        load_checkpoint(Path(folder) / "ckpt/step_00000002", model, optim)
+        tensors = tensors_of(model, optim)
+        return tensors if world.is_main else None, step_of(world, model, optim, name, 2)
+
+
+def in_each_layout(function, arguments):
+    """{key: [answer by rank]} of function(*args) for {key: (layout, args)}: a launch for each number of ranks."""
+    answers = {}
+    for n in (1, 2, 4):
+        of_n = {key: args for key, (layout, args) in arguments.items() if SAVED[layout][0] == n}
+        if n == 1:
+            answers |= {key: [function(*args)] for key, args in of_n.items()}
+        else:
+            answers |= dict(zip(of_n, on_ranks(n, *((function, *args) for args in of_n.values()), patience=600)))
+    return answers
+
+
+def travels(folder, pairs):
+    """{(model, saved in, loaded in): (what was saved, what was loaded)}."""
+    places = {(stored, there): str(folder / f"{stored[0]} {there}") for stored, there, _ in pairs}
+    written = in_each_layout(saved, {
+        (stored, there): (there, (place, SAVED[there][1], *stored)) for (stored, there), place in places.items()
+    })  # fmt: skip
+    read = in_each_layout(loaded, {
+        (stored, there, here): (here, (places[stored, there], SAVED[here][1], *stored)) for stored, there, here in pairs
+    })  # fmt: skip
+    return {pair: (written[pair[:2]], read[pair]) for pair in pairs}
+
+
+def check_travel(written, read):
+    (tensors, figures), (its_tensors, its_figures) = written[0], read[0]
+    assert tensors.keys() == its_tensors.keys() and any(name.startswith("optimizer.") for name in tensors)
+    assert all(torch.equal(tensors[name], its_tensors[name]) for name in tensors)
+    assert its_figures == pytest.approx(figures, rel=1e-5)
+
+
+ROUND = [("gpt", "adamw"), "one process", "fsdp tp 4"], [("gpt", "adamw"), "fsdp tp 4", "ddp 2"]
+ROUND += [("modern", "muon"), "hsdp 4", "tp 2"], [("modern", "muon"), "tp 2", "one process"]
+ROUND = [tuple(pair) for pair in ROUND]
+EVERYWHERE = list(itertools.product(STORED, SAVED, SAVED))
+
+
+@pytest.fixture(scope="module")
+def some_travels(tmp_path_factory):
+    return travels(tmp_path_factory.mktemp("some"), ROUND)
+
+
+@pytest.mark.parametrize("pair", ROUND, ids=str)
+def test_a_checkpoint_goes_on_in_another_layout(pair, some_travels):
+    check_travel(*some_travels[pair])
+
+
+@pytest.fixture(scope="module")
+def all_travels(tmp_path_factory):
+    return travels(tmp_path_factory.mktemp("all"), EVERYWHERE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", EVERYWHERE, ids=str)
+def test_a_checkpoint_goes_on_in_every_layout(pair, all_travels):
+    check_travel(*all_travels[pair])
+
+
+# ---- layouts that cannot be
+
+@pytest.mark.parametrize(("settings", "size", "said"), [
+    ({"tp": 3}, 4, "4 processes are not a multiple of tp 3"),
+    ({"tp": 2}, 1, "1 processes are not a multiple of tp 2; start them with torchrun --nproc_per_node=2"),
+    ({"strategy": "fsdp", "shard_size": 3}, 4, "shard_size 3 does not divide the 4 ranks"),
+    ({"strategy": "fsdp", "shard_size": 4, "tp": 2}, 4, r"shard_size 4 does not divide the 2 ranks .*4 processes / tp 2"),
+])  # fmt: skip
+def test_a_layout_that_does_not_fit_the_processes_is_refused_with_the_numbers(settings, size, said):
+    with pytest.raises(ValueError, match=said):
+        shape_of_mesh(ParallelConfig(**settings), size)
+
+
+@pytest.mark.parametrize(("settings", "size", "shape"), [
+    ({}, 1, (1, 1, 1)), ({}, 8, (8, 1, 1)), ({"strategy": "fsdp"}, 8, (1, 8, 1)), ({"tp": 2}, 8, (4, 1, 2)),
+    ({"strategy": "fsdp", "shard_size": 2, "tp": 2}, 8, (2, 2, 2)), ({"strategy": "fsdp"}, 1, (1, 1, 1)),
+])  # fmt: skip
+def test_a_layout_is_copies_by_shards_by_tensor_parallel_ranks(settings, size, shape):
+    assert shape_of_mesh(ParallelConfig(**settings), size) == shape
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    ({"tp": 0}, "tp is 0; it must be at least 1"),
+    ({"shard_size": 2}, "shard_size is 2 and strategy ddp.*--strategy=fsdp"),
+    ({"grad_compression": "bf16", "strategy": "fsdp"}, "grad_compression is bf16, .*of ddp alone, .*fsdp"),
+    ({"grad_compression": "powersgd", "tp": 2}, "grad_compression is powersgd, .*with tp 2"),
+])  # fmt: skip
+def test_parallel_settings_that_contradict_each_other_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        ParallelConfig(**settings)
+
+
+@pytest.mark.parametrize(("changes", "seq_len", "tp", "said"), [
+    ({}, 8, 3, "n_head 4 is not a multiple of tp 3, n_kv_head 2 .*seq_len 8 .*tp 1, 2 would fit"),
+    ({}, 8, 4, "^n_kv_head 2 is not a multiple of tp 4; tp 1, 2 would fit"),
+    ({"n_inner": 35}, 8, 2, "^n_inner 35 is not a multiple of tp 2"),
+    ({}, 7, 2, "^seq_len 7 is not a multiple of tp 2; tp 1 would fit"),
+])  # fmt: skip
+def test_tensor_parallelism_that_would_cut_heads_is_refused_with_the_numbers(changes, seq_len, tp, said):
+    check_tensor_parallel(MODELS["modern"], 8, 2)
+    with pytest.raises(ValueError, match=said):
+        check_tensor_parallel(replace(MODELS["modern"], **changes), seq_len, tp)
