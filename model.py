@@ -202,7 +202,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # B H S D, S tokens so far
         # After the prompt, tokens come one at a time and may look at everything in the cache.
-        y = attend(q, k, v, mask, self.causal and mask is None and T > 1, self.dropout if self.training else 0.0)
+        causal = self.causal and mask is None and (cache is None or T > 1)
+        y = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # B T C
 
 

@@ -113,16 +113,14 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def on_whole_matrices(self, function, matrices):
-        """What function makes of a stack of matrices, matrix by matrix; if they are sharded, this rank's parts of it.
+    def on_whole_matrices(self, function, parts, params):
+        """This rank's parts of what function makes of a stack of matrices, of which it has parts as it has of params.
 
-        Ranks share out the work. matrices: a list, all of one shape and sharded alike.
+        Of several ranks, which share out the work; shard.py says how.
         """
-        if self.mesh is None:
-            return function(torch.stack(matrices)).unbind()
         from shard import on_whole_matrices
 
-        return on_whole_matrices(function, matrices, self.mesh)
+        return on_whole_matrices(function, parts, params, self.mesh)
 
     def synchronize(self):
         """Waits until the device has done what it was given."""
@@ -276,10 +274,12 @@ def distribute(model, cfg, world, seed):
         import shard
     if cfg.tp > 1:
         shard.shard_tensors(model, world.mesh["tp"])
-    if cfg.activation_checkpointing != "none":
-        recompute_blocks(model, cfg.activation_checkpointing)
+    if cfg.activation_checkpointing == "selective":  # the compiler must see what is kept
+        recompute_blocks(model, "selective")
     if cfg.compile or (cfg.compile is None and world.device.type == "cuda"):
         compile_blocks(model, world)
+    if cfg.activation_checkpointing == "full":  # not compiled with the block: that fails on tensor parallel ones
+        recompute_blocks(model, "full")
     if is_sharded:  # under tensor parallelism also with ddp, as one copy a rank: DDP itself takes no DTensors
         shard.fully_shard_model(model, cfg, world)
     model.to_empty(device=world.device)
@@ -348,7 +348,7 @@ def compile_blocks(model, world):
         return
     torch._dynamo.config.suppress_errors = True  # a block that cannot be compiled runs as it is, with torch's warning
     for block in model.blocks:
-        block.compile()
+        block.forward = torch.compile(block.forward)
 
 
 def sync_gradients(model, last):

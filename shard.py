@@ -81,6 +81,8 @@ def shard_tensors(model, mesh):
         for name, module in list(model.named_modules()):
             if fnmatch(name, pattern) and name.count(".") == pattern.count("."):
                 parallelize_module(module, mesh, style)
+    # What a collective still fills must not enter a compiled block: its gradient would be wrong (torch 2.13).
+    model.wte.register_forward_hook(lambda module, ids, x: x.clone())
     model.tie_weights()
     group, rank = mesh.get_group(), mesh.get_local_rank()
 
@@ -132,14 +134,14 @@ def fill(param, weight):
 # ---- optimizers that must see matrices whole
 
 
-def on_whole_matrices(function, matrices, mesh):
-    """function, of a stack (n, rows, columns), on matrices that are sharded or not, its work shared out over all ranks.
+def on_whole_matrices(function, parts, params, mesh):
+    """function, of a stack (n, rows, columns), on matrices of which ranks hold parts, its work shared out over all.
 
-    matrices: of one shape and placement, DTensors, or plain tensors, of which every rank has the same. Along one
-    dimension of the mesh (replicate, shard, tp) after the other, ranks swap their parts of all matrices for the whole
-    of some, and afterwards back. Returns the parts of the results that this rank holds of the matrices.
+    parts: this rank's, placed as params are, all alike: DTensors, or plain tensors, of which every rank has the same.
+    Along one dimension of the mesh (replicate, shard, tp) after the other, ranks swap their parts of all matrices for
+    the whole of some, and afterwards back. Returns this rank's parts of the results.
     """
-    first, stack = matrices[0], torch.stack([local(matrix) for matrix in matrices])
+    first, stack = params[0], torch.stack(parts)
     names = first.device_mesh.mesh_dim_names if isinstance(first, DTensor) else ()
     placements = dict(zip(names, first.placements)) if names else {}
     shape = list(first.shape)
@@ -158,11 +160,6 @@ def on_whole_matrices(function, matrices, mesh):
     for submesh, parts, shape in reversed(swaps):
         stack = _swap(stack, submesh, Shard(0), parts, shape)
     return stack.unbind()
-
-
-def local(tensor):
-    """This rank's part of a tensor that may be sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _swap(part, mesh, source, target, shape):

@@ -149,7 +149,7 @@ def build(cfg, world, seed):
         model = Transformer(cfg.model)
     distribute(model, cfg.parallel, world, seed)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.precision == "fp16")
-    return model, build_optimizer(model, cfg.optim, world.on_whole_matrices, world.size), scaler
+    return model, build_optimizer(model, cfg.optim, world), scaler
 
 
 def train_step(model, optimizer, scaler, batches, grad_clip, world):

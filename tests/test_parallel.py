@@ -388,12 +388,15 @@ def test_compile_that_fails_gives_one_warning_and_trains(data_dir, tmp_path, mon
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_loss_and_gradients():
     ids, targets = uneven_batch()
+    torch._dynamo.reset()
+    counts = torch._dynamo.utils.counters
+    counts.clear()
     with init_world(ParallelConfig(device="cpu", precision="fp32")) as world, warnings.catch_warnings():
         warnings.filterwarnings("error", "torch.compile does not work")
         model = build(world, compile=True)
         loss = model(ids, targets) / (targets != IGNORE).sum()
         loss.backward()
-    assert all(block._compiled_call_impl is not None for block in model.blocks)
+    assert counts["stats"]["unique_graphs"] == 2 and not counts["graph_break"]  # distribute's trial, and the blocks'
     check_step(loss.item(), {name: p.grad for name, p in model.named_parameters()}, plain("gpt"))
 
 
@@ -413,7 +416,6 @@ def test_compiled_blocks_that_are_recomputed_are_compiled_indeed(kind):
     for count in ("unique_graphs", "calls_captured"):
         assert counts["stats"][count] > before[count], count
     assert counts["frames"]["ok"] == counts["frames"]["total"] and not counts["graph_break"]
-    assert all(block._compiled_call_impl is not None for block in model.blocks)
     check_step(loss.item(), {name: p.grad for name, p in model.named_parameters()}, plain("bert"))
 
 
