@@ -115,7 +115,7 @@ def _dropout(cfg):
 
 def _norm(cfg, width):
     if cfg.norm == "rmsnorm":
-        return nn.RMSNorm(width, eps=cfg.norm_eps)
+        return RMSNorm(width, eps=cfg.norm_eps)
     return LayerNorm(width, eps=cfg.norm_eps, bias=cfg.bias)
 
 
@@ -125,6 +125,13 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x):
         bias = None if self.bias is None else self.bias.type_as(x)
         return F.layer_norm(x, self.normalized_shape, self.weight.type_as(x), bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """The same of this one."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
 
 
 class Linear(nn.Linear):

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 
+POWERSGD_RANK, POWERSGD_START = 32, 10  # of the matrices that are sent; sums of gradients before it starts
 Recomputed = Literal["none", "full", "selective"]
 
 
@@ -291,7 +292,7 @@ def distribute(model, cfg, world, seed):
 
 
 def replicate_model(model, compression):
-    """Sums gradients over ranks that each have the whole model."""
+    """Sums gradients over ranks that each have the whole model, in float32 or compressed."""
     from torch.distributed._composable.replicate import replicate  # DDP without a wrapper module
 
     replicate(model, gradient_as_bucket_view=True)
@@ -303,9 +304,14 @@ def replicate_model(model, compression):
     elif compression == "powersgd":
         from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
-        model.register_comm_hook(
-            PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=10), powerSGD_hook
-        )
+        def one_by_one(state, bucket):
+            future = powerSGD_hook(state, bucket)
+            if dist.get_backend() == "gloo":  # which follows a sum up when it is there, in another order on each rank
+                future.wait()
+            return future
+
+        state = PowerSGDState(None, matrix_approximation_rank=POWERSGD_RANK, start_powerSGD_iter=POWERSGD_START)
+        model.register_comm_hook(state, one_by_one)
 
 
 def recompute_blocks(model, kind):

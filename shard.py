@@ -118,8 +118,8 @@ def fully_shard_model(model, cfg, world):
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=cfg.reshard and shards)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    for block, following in pairwise(model.blocks):
-        block.set_modules_to_forward_prefetch([following])
+    for module, following in pairwise([model, *model.blocks]):
+        module.set_modules_to_forward_prefetch([following])
     model.accumulates_sharded = cfg.accumulate == "sharded" and shards
 
 
@@ -141,24 +141,20 @@ def on_whole_matrices(function, parts, params, mesh):
     Along one dimension of the mesh (replicate, shard, tp) after the other, ranks swap their parts of all matrices for
     the whole of some, and afterwards back. Returns this rank's parts of the results.
     """
-    first, stack = params[0], torch.stack(parts)
-    names = first.device_mesh.mesh_dim_names if isinstance(first, DTensor) else ()
-    placements = dict(zip(names, first.placements)) if names else {}
-    shape = list(first.shape)
-    if "tp" in placements:  # FSDP shards what tensor parallelism has left, so it is undone first
-        shape[placements["tp"].dim] //= mesh["tp"].size()
-    swaps = []
+    param, stack, way_back = params[0], torch.stack(parts), []
+    dims = dict(zip(param.device_mesh.mesh_dim_names, param.placements)) if isinstance(param, DTensor) else {}
     for name in mesh.mesh_dim_names:
-        placement = placements.get(name, Replicate())
-        if name == "tp":
-            shape = list(first.shape)
+        dim = getattr(dims.get(name), "dim", None)  # of the matrix, which this dimension of the mesh shards; or none
+        shape = [len(stack), *param.shape]
+        if name != "tp" and "tp" in dims:  # FSDP has sharded what tensor parallelism had left
+            shape[1 + dims["tp"].dim] //= mesh["tp"].size()
         if mesh[name].size() > 1:
-            parts = Shard(placement.dim + 1) if hasattr(placement, "dim") else Replicate()  # torch has two Shards
-            swaps.append((mesh[name], parts, [len(stack), *shape]))
-            stack = _swap(stack, mesh[name], parts, Shard(0), [len(stack), *shape])
+            layout = Replicate() if dim is None else Shard(1 + dim)
+            stack = _swap(stack, mesh[name], layout, Shard(0), shape)
+            way_back.append((mesh[name], Shard(0), layout, shape))
     stack = function(stack)
-    for submesh, parts, shape in reversed(swaps):
-        stack = _swap(stack, submesh, Shard(0), parts, shape)
+    for swap in reversed(way_back):
+        stack = _swap(stack, *swap)
     return stack.unbind()
 
 

@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ranks import free_port
+
 ROOT = Path(__file__).resolve().parent.parent
+BLOCKS = re.findall(r"^```\w*\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
 COMMANDS = [
     line.partition("#")[0].strip()
-    for block in re.findall(r"^```\w*\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    for block in BLOCKS
     for line in block.splitlines()
     if re.match(r"(make|python3?|pip|source|torchrun|echo) ?", line)
 ]
@@ -64,12 +67,33 @@ def run(command, folder, extra=""):
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
+def run_on_two_machines(script, folder, name):
+    """Runs a job script of the README with two agents on this machine for two machines, each with one process."""
+    bin = folder / "bin"
+    bin.mkdir(exist_ok=True)
+    # Slurm's two commands, as far as the script needs them.
+    (bin / "srun").write_text('#!/bin/sh\n"$@" & first=$!\n"$@" & second=$!\nwait $first && wait $second\n')
+    (bin / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\n")
+    (bin / "torchrun").write_text(f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n')
+    for file in bin.iterdir():
+        file.chmod(0o755)
+    tiny = TINY["train.py"].replace("--batch_tokens=128", f"--batch_tokens=128 --out_dir=out/{name}")
+    smaller = {"nproc_per_node=8": "nproc_per_node=1", "shard_size=8": "shard_size=2", "29500": str(free_port())}
+    for old, new in (smaller | {" train.py": f" {ROOT / 'train.py'}"}).items():
+        assert old in script
+        script = script.replace(old, new)
+    env = os.environ | {"PATH": f"{bin}:{os.environ['PATH']}", "HEAD": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    env |= {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "first,second"}
+    command = ["bash", "-ec", f"{script.rstrip()} {tiny}"]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200)
+
+
 def needs_gpt2_tokenizer(command):
     """Whether a command needs it, or data that another one would have made with it."""
     return "tokenizer=gpt2" in command or "data/books" in command or ("sample.py" in command and "gpt2" in command)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith(("make", *SET_UP))])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith(("make", *SET_UP)) and "$HEAD" not in c])
 def test_readme_command_runs(command, folder):
     if needs_gpt2_tokenizer(command) and not Path(os.environ["TIKTOKEN_CACHE_DIR"]).is_dir():
         pytest.skip("the gpt2 tokenizer is not on this machine, and tests fetch nothing")
@@ -80,6 +104,23 @@ def test_readme_command_runs(command, folder):
     done = run(command, folder, local)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     assert "error" not in done.stderr.lower(), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["torchrun on each", "a Slurm script"])
+def test_the_readmes_commands_for_several_machines_train_one_model(kind, folder):
+    assert run("python prepare.py config/gpt2_124m.py", folder, "--input=fineweb --max_shards=1").returncode == 0
+    if kind == "a Slurm script":
+        script = next(block for block in BLOCKS if "#SBATCH" in block)
+    else:
+        [command] = [c for c in COMMANDS if "$HEAD" in c]
+        script = f"srun {command}"  # which stands for typing it on two machines
+    name = kind.split()[-1]
+    done = run_on_two_machines(script, folder, name)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert done.stdout.count("finished: step 3 of 3") == 1, "only rank 0 speaks"
+    assert "1 x 2 x 1 ranks" in done.stdout
+    assert (folder / "out" / name / "finished").exists()
 
 
 def test_the_readme_leads_with_make_and_make_test():

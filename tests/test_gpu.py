@@ -1,0 +1,113 @@
+"""What only a CUDA device shows: -m gpu. One device is enough."""
+
+import math
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from model import Transformer
+from optim import OptimConfig, build_optimizer
+from parallel import ParallelConfig, World, distribute, init_world
+from ranks import free_port
+from shard import fully_shard_model
+from test_shard import MODELS, batch
+from train import train_step
+
+DEVICE = os.environ.get("FLATLM_TEST_DEVICE", "cuda")  # cpu, to try the tests themselves
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+KINDS = ("none", "selective", "full")
+
+
+def steps(world, model, name, n, learning_rate=1e-2):
+    """Losses of n steps on one batch, and the scaler's scale."""
+    optimizer = build_optimizer(model, OptimConfig(learning_rate=learning_rate, warmup_steps=0), world)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=world.precision == "fp16")
+    batches = [tuple(part.to(world.device) for part in batch(name, 0))]
+    losses = [train_step(model, optimizer, scaler, batches, 1.0, world)[0].item() for _ in range(n)]
+    return losses, scaler.get_scale()
+
+
+def losses_of(name, precision, device=DEVICE, n=10, compile=False, **parallel):
+    cfg = ParallelConfig(device=device, precision=precision, compile=compile, **parallel)
+    with init_world(cfg) as world:
+        with torch.device("meta"):
+            model = Transformer(MODELS[name])
+        return steps(world, distribute(model, cfg, world, seed=1), name, n)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 2e-2), ("fp16", 5e-3)])
+def test_a_gpu_trains_as_a_cpu_does_in_float32(name, precision, tolerance):
+    losses, scale = losses_of(name, precision)
+    on_cpu, _ = losses_of(name, "fp32", device="cpu")
+    assert losses == pytest.approx(on_cpu, rel=tolerance) and on_cpu[-1] < on_cpu[0]
+    assert scale == (2.0**16 if precision == "fp16" else 1.0)  # no step was skipped
+
+
+def test_fp16_skips_steps_until_its_scale_fits():
+    with init_world(ParallelConfig(device=DEVICE, precision="fp16", compile=False)) as world:
+        with torch.device("meta"):
+            model = Transformer(MODELS["gpt"])
+        distribute(model, ParallelConfig(device=DEVICE, compile=False), world, seed=1)
+        optimizer = build_optimizer(model, OptimConfig(warmup_steps=0), world)
+        scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
+        batches = [tuple(part.to(world.device) for part in batch("gpt", 0))]
+        before = model.wte.weight.detach().clone()
+        _, norm = train_step(model, optimizer, scaler, batches, 1.0, world)
+        assert torch.equal(before, model.wte.weight) and not math.isfinite(norm.item())
+        assert scaler.get_scale() == 2.0**39
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_compile_and_recomputation_change_rounding_alone(name, kind):
+    torch._dynamo.reset()
+    losses, _ = losses_of(name, "bf16", compile=True, activation_checkpointing=kind)
+    assert losses == pytest.approx(losses_of(name, "bf16")[0], rel=2e-2)
+
+
+@pytest.fixture
+def group_of_one(monkeypatch):
+    """A World of one rank that has a mesh, as several have."""
+    for key, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
+        monkeypatch.setenv(key, str(value))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo")
+    mesh = init_device_mesh(DEVICE, (1, 1, 1), mesh_dim_names=("replicate", "shard", "tp"))
+    yield World(0, 1, torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE), "bf16", mesh)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fsdp_on_one_device_trains_as_without(kind, compile, group_of_one):
+    torch._dynamo.reset()
+    cfg = ParallelConfig(device=DEVICE, compile=compile, activation_checkpointing=kind)
+    with torch.device("meta"):
+        model = Transformer(MODELS["modern"])
+    distribute(model, cfg, group_of_one, seed=1)
+    fully_shard_model(model, cfg, group_of_one)
+    losses, _ = steps(group_of_one, model, "modern", 10)
+    assert losses == pytest.approx(losses_of("modern", "bf16")[0], rel=2e-2)
+
+
+def test_dropout_is_replayed_by_selective_recomputation():
+    cfg = replace(MODELS["gpt"], dropout=0.3)
+    found = []
+    for kind in KINDS:
+        parallel = ParallelConfig(device=DEVICE, precision="bf16", compile=False, activation_checkpointing=kind)
+        with init_world(parallel) as world:
+            with torch.device("meta"):
+                model = Transformer(cfg)
+            distribute(model, parallel, world, seed=1)
+            torch.manual_seed(3)
+            with world.autocast():
+                model(*(part.to(world.device) for part in batch("gpt", 0))).backward()
+            found.append(model.wte.weight.grad.clone())
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
