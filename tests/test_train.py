@@ -403,6 +403,26 @@ def test_a_run_goes_on_on_another_number_of_ranks(data_dir, four, nine, tmp_path
     assert steps_kept(two_two) == [4, 9] and (two_two / "finished").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_goes_on_in_another_layout(optimizer, data_dir, tmp_path, no_curves):
+    """On 4 ranks, fsdp x tp, then on one, then on 2, ddp, it is a run never stopped; in one layout to the bit."""
+    small = {"n_head": 4, "n_embd": 20, "n_inner": 36, "seq_len": 8, "batch_tokens": 96, "optimizer": optimizer}
+    sharded = small | {"strategy": "fsdp", "tp": 2}
+    straight, stopped, wandering, alone = (tmp_path / name for name in ("straight", "stopped", "wandering", "alone"))
+    on_ranks(4, *((train.main, settings(data_dir, out_dir, max_steps=max_steps, **sharded))
+                  for out_dir, max_steps in ((straight, 9), (stopped, 4), (stopped, 9), (wandering, 3))))
+    run(data_dir, wandering, max_steps=6, **small)
+    on_ranks(2, (train.main, settings(data_dir, wandering, **small)))
+    run(data_dir, alone, **small)
+    assert_same_run(straight, stopped)
+    expected = records(alone)
+    assert expected[9] < expected[1]
+    for out_dir in (straight, wandering):
+        assert list(records(out_dir).values()) == pytest.approx(list(expected.values()), rel=1e-3)
+        assert records(out_dir, "val_loss")[9] == pytest.approx(records(alone, "val_loss")[9], rel=1e-3)
+
+
 def test_changes_of_model_data_seed_or_optimizer_are_refused_all_at_once(data_dir, four, tmp_path):
     out_dir = copy_run(four, tmp_path / "run")
     before = {p: p.read_bytes() for p in out_dir.rglob("*") if p.is_file()}
