@@ -53,6 +53,15 @@ def checkpoints(out_dir):
     return sorted(found, key=lambda path: int(path.name[5:]))  # copies under other names are the user's own
 
 
+@contextlib.contextmanager
+def writing_to(out_dir):
+    """Makes the system's errors while writing into a run's folder a ValueError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"out_dir {out_dir} cannot be written to ({error}); use another --out_dir") from error
+
+
 def check_shared(out_dir, world, patience=30):
     """ValueError, on all ranks, where out_dir is not one folder that all of them see within `patience` seconds."""
     if world.size == 1:
@@ -60,8 +69,11 @@ def check_shared(out_dir, world, patience=30):
     token = int(world.worst(secrets.randbelow(2**24) if world.is_main else 0))
     file = Path(out_dir) / f".seen_by_all_ranks_{token}"
     if world.is_main:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        file.touch()
+        with writing_to(out_dir):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            for leftover in file.parent.glob(".seen_by_all_ranks_*"):  # of a check that was cut short
+                leftover.unlink()
+            file.touch()
     world.barrier()
     deadline = time.monotonic() + patience  # a network's file system may show it late
     while not (seen := file.exists()) and time.monotonic() < deadline:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import plan
-from checkpoint import keep_source, keep_tokenizer, open_log
+from checkpoint import keep_source, keep_tokenizer, open_log, writing_to
 from config import ROOT, as_dict, as_preset
 from objective import head_share
 from parallel import device_name, peak_memory_gib, reset_peak_memory
@@ -144,15 +144,13 @@ class Log:
 
     def _open(self, step):
         """Makes the run's folder, or takes it up at a step; returns the source files that have changed since."""
-        try:
+        with writing_to(self.out_dir):
             self.out_dir.mkdir(parents=True, exist_ok=True)
             (self.out_dir / "finished").unlink(missing_ok=True)
             (self.out_dir / "config.py").write_text(as_preset(self.cfg))
             self.file = open_log(self.out_dir, step)
             keep_tokenizer(self.cfg.data.data_dir, self.out_dir)
             return keep_source(ROOT, self.out_dir, step)
-        except OSError as error:
-            raise ValueError(f"out_dir {self.out_dir} cannot be written to ({error}); use another --out_dir") from error
 
     def _tell_start(self, model, held, micro_steps, state, changes):
         cfg, world, device = self.cfg, self.world, device_name(self.world.device)

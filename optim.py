@@ -180,8 +180,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        weights, grads = [_local(p) for p in params], [_local(p.grad) for p in params]
-        averages = [_local(self.state[p]["momentum_buffer"]) for p in params]
+        weights, grads = [local(p) for p in params], [local(p.grad) for p in params]
+        averages = [local(self.state[p]["momentum_buffer"]) for p in params]
         torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
         updates = [u.bfloat16() for u in torch._foreach_lerp(grads, averages, group["momentum"])]  # Nesterov's
         if self.world:
@@ -193,7 +193,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
             w.add_(u, alpha=-group["lr"] * 0.2 * math.sqrt(max(params[0].shape)))
 
 
-def _local(tensor):
+def local(tensor):
     """This rank's part of a tensor that may be sharded."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 

@@ -44,8 +44,11 @@ class ParallelConfig:
             for name in ("tp", "shard_size")
             if getattr(self, name) is not None and getattr(self, name) < 1
         ]
-        if self.shard_size and self.strategy == "ddp":
-            wrong.append(f"shard_size is {self.shard_size} and strategy ddp, which shards nothing; use --strategy=fsdp")
+        wrong += [
+            f"{name} is {getattr(self, name)} and strategy ddp, which shards nothing; use --strategy=fsdp"
+            for name, default in (("shard_size", None), ("reshard", True), ("accumulate", "sharded"))
+            if getattr(self, name) != default and self.strategy == "ddp"
+        ]
         if self.grad_compression and (self.strategy == "fsdp" or self.tp > 1):
             wrong.append(
                 f"grad_compression is {self.grad_compression}, which is of ddp alone, not of strategy {self.strategy} "
@@ -146,6 +149,11 @@ def init_world(cfg):
     if device.type == "cpu":
         keep_freed_memory()
     precision = pick_precision(cfg.precision, device)
+    if precision == "fp16" and cfg.grad_compression == "powersgd":
+        raise ValueError(
+            "grad_compression is powersgd, which would remember an overflow of precision fp16 for ever; "
+            "use --precision=bf16 or --grad_compression=bf16"
+        )
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)
@@ -154,7 +162,7 @@ def init_world(cfg):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         mesh = init_device_mesh(device.type, mesh_shape, mesh_dim_names=("replicate", "shard", "tp"))
         data_group = mesh["replicate", "shard"]._flatten("data").get_group()
-        mesh["shard", "tp"]._flatten("model")  # by which a sharded norm is summed at once
+        mesh["shard", "tp"]._flatten("model")  # norms are summed over it at once, else in two sums with a warning
     yield World(rank, size, device, precision, mesh, data_group)
     if size > 1:  # not after an error: the other ranks may never come here
         dist.barrier()

@@ -4,6 +4,8 @@ import time
 
 import torch
 
+from optim import local
+
 # Dense tensor-core peaks in TFLOP/s, bf16 (fp16 where there is no bf16), from the makers' data sheets; the first entry
 # whose words all stand in the device's name holds.
 PEAKS = {
@@ -54,7 +56,7 @@ def held(optimizer):
     """
     numbers, n_bytes = 0, 0
     for group in optimizer.param_groups:
-        n = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in group["params"])
+        n = sum(local(p).numel() for p in group["params"])
         numbers += n
         n_bytes += 4 * n * (2 + (2 if "betas" in group else 1 if "momentum" in group else 0))
     return numbers, n_bytes

@@ -105,9 +105,9 @@ def shard_tensors(model, mesh):
 def fully_shard_model(model, cfg, world):
     """Shards every parameter over the ranks of a copy of the model: block by block, and the rest as one.
 
-    Blocks are gathered in the run's precision, the rest, whose embeddings start the residual stream, in float32: so all
-    compute what one process does under autocast. Gradients are reduced in float32. A block is gathered while the one
-    before computes.
+    Blocks are gathered in the run's precision, the rest, whose embeddings start the residual stream, in float32. So all
+    compute what one process does under autocast, but that norms' weights are rounded with their block's. Gradients are
+    summed over data ranks in float32. A block is gathered while the one before computes.
     """
     # Nothing works in place on a block's output; and that gloo has no all-to-all is no news.
     warnings.filterwarnings("ignore", ".*FSDP2-wrapped module .* returned a view tensor")
@@ -143,11 +143,12 @@ def on_whole_matrices(function, parts, params, mesh):
     """
     param, stack, way_back = params[0], torch.stack(parts), []
     dims = dict(zip(param.device_mesh.mesh_dim_names, param.placements)) if isinstance(param, DTensor) else {}
+    tp_dim = getattr(dims.get("tp"), "dim", None)
     for name in mesh.mesh_dim_names:
         dim = getattr(dims.get(name), "dim", None)  # of the matrix, which this dimension of the mesh shards; or none
         shape = [len(stack), *param.shape]
-        if name != "tp" and "tp" in dims:  # FSDP has sharded what tensor parallelism had left
-            shape[1 + dims["tp"].dim] //= mesh["tp"].size()
+        if name != "tp" and tp_dim is not None:  # FSDP has sharded what tensor parallelism had left
+            shape[1 + tp_dim] //= mesh["tp"].size()
         if mesh[name].size() > 1:
             layout = Replicate() if dim is None else Shard(1 + dim)
             stack = _swap(stack, mesh[name], layout, Shard(0), shape)

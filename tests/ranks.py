@@ -136,6 +136,7 @@ def train_in_child(pipe, cfg):
 
 def _rank_main(pipe, rank, n, cases, ports):
     torch.set_num_threads(1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # where torch finds a GPU, its PowerSGD waits for it, of a CPU's model too
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
     answers = []
     try:

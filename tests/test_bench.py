@@ -13,7 +13,7 @@ import train
 from data import Split, TrainOrder
 from model import ModelConfig
 from objective import IGNORE, Masked
-from ranks import write_data
+from ranks import on_ranks, write_data
 from tokenizer import SPECIALS
 
 SMALL = [
@@ -48,6 +48,28 @@ def test_figures_agree_with_each_other(tmp_path, capsys):
     out = capsys.readouterr().out
     for word in ("step", "tokens/s", "mfu", "PaLM's count", "GiB", "median of 5"):
         assert word in out
+
+
+def benched_on_ranks(folder, args):
+    """Rank 0's figures, and the batches of every rank."""
+    seen, step = [], bench.train_step
+    bench.train_step = lambda model, optimizer, scaler, batches, *rest: (
+        seen.append(batches) or step(model, optimizer, scaler, batches, *rest)
+    )
+    bench.main(config.load(bench.Settings, [*SMALL, f"--json={folder}/b.json", *args]))
+    return seen[0][0][0]
+
+
+@pytest.mark.parametrize(("args", "data_ranks"), [(["--tp=2"], 1), ([], 2)])
+def test_ranks_that_share_layers_share_their_tokens_too(args, data_ranks, tmp_path):
+    """Tokens/s count the tokens of a step once; MFU's peak is that of all ranks."""
+    args += ["--n_head=2", "--seq_len=8", "--batch_tokens=48"]
+    [ids] = on_ranks(2, (benched_on_ranks, str(tmp_path), args))
+    assert torch.equal(*ids) == (data_ranks == 1)
+    f = json.loads((tmp_path / "b.json").read_text())
+    assert (f["ranks"], f["data_ranks"], f["micro_steps"]) == (2, data_ranks, 2 // data_ranks)
+    assert f["tokens_per_s"] * f["step_ms"] / 1e3 == pytest.approx(48)
+    assert f["mfu"] * f["peak_tflops"] * 1e12 * 2 == pytest.approx(f["tokens_per_s"] * f["flops_per_token"])
 
 
 def test_steps_too_long_to_time_whole_are_timed_in_part_and_say_so(tmp_path, capsys):

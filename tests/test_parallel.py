@@ -350,6 +350,15 @@ def test_fp16_on_a_cpu_is_refused():
         pick_precision("fp16", torch.device("cpu"))
 
 
+def test_powersgd_with_fp16_is_refused(monkeypatch):
+    """One overflow, which fp16's scaler meets on purpose, would stay in what PowerSGD carries over for ever."""
+    monkeypatch.setattr("parallel.pick_precision", lambda name, device: "fp16")  # as on a GPU without bf16
+    with pytest.raises(ValueError, match="powersgd.* fp16 .*--precision=bf16"), init_world(
+        ParallelConfig(device="cpu", grad_compression="powersgd")
+    ):
+        pass
+
+
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux")
 def test_auto_precision_of_a_cpu_is_bf16_only_where_it_computes_in_it():
     flags = Path("/proc/cpuinfo").read_text()

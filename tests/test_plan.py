@@ -10,6 +10,7 @@ import plan
 import train
 from model import ModelConfig, Transformer
 from objective import ObjectiveConfig, head_share
+from optim import OptimConfig, build_optimizer
 
 ODD = [
     {},
@@ -151,3 +152,19 @@ def test_peak_of_an_unknown_device_is_measured_and_says_so():
     peak, name = plan.peak_flops(torch.device("cpu"), "fp32")
     assert 1e9 < peak < 1e14
     assert "measured" in name and "fp32" in name
+
+
+@pytest.mark.parametrize(("optimizer", "numbers"), [("adamw", 4), ("muon", 4), ("sgd", 3), ("adafactor", 2)])
+def test_what_is_held_is_weights_gradients_and_the_optimizers_state(optimizer, numbers):
+    """Numbers a parameter; Muon keeps one less of blocks' matrices."""
+    model = Transformer(ModelConfig(vocab_size=64, block_size=11, n_layer=3, n_head=5, n_embd=20))
+    optim = build_optimizer(model, OptimConfig(optimizer=optimizer))
+    n = plan.num_params(model.cfg)
+    of_matrices = 3 * 12 * 20 * 20 if optimizer == "muon" else 0
+    assert plan.held(optim) == (n, 4 * (numbers * n - of_matrices))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optim.step()
+    kept = [x for state in optim.state.values() for x in state.values() if x.dim()]
+    if optimizer != "adafactor":
+        assert sum(x.numel() for x in kept) == (numbers - 2) * n - of_matrices

@@ -12,6 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import config
+import train
+from parallel import check_tensor_parallel
 from ranks import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,6 +107,14 @@ def test_readme_command_runs(command, folder):
     done = run(command, folder, local)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     assert "error" not in done.stderr.lower(), done.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "--tp=" in c])
+def test_the_models_shown_with_tensor_parallelism_can_be_shared_out_so(command):
+    """Theirs, not the small ones that the test of the command puts in their place."""
+    arguments = [word for word in shlex.split(command) if word.startswith(("config/", "--")) and "nproc" not in word]
+    cfg = config.load(train.Settings, arguments)
+    check_tensor_parallel(cfg.model, cfg.data.seq_len or cfg.model.block_size, cfg.parallel.tp)
 
 
 @pytest.mark.slow
