@@ -124,11 +124,9 @@ def fully_shard_model(model, cfg, world):
 
 
 def fill(param, weight):
-    """Takes what this rank holds of a whole weight into a parameter."""
-    if isinstance(param, DTensor):
-        part = distribute_tensor(weight, param.device_mesh, param.placements, src_data_rank=None)  # nothing is sent
-        param, weight = param.to_local(), part.to_local()
-    param.copy_(weight)
+    """Takes what this rank holds of a whole weight into a sharded parameter."""
+    part = distribute_tensor(weight, param.device_mesh, param.placements, src_data_rank=None)  # nothing is sent
+    param.to_local().copy_(part.to_local())
 
 
 # ---- optimizers that must see matrices whole
