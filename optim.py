@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 
-STACK = 2**26  # numbers that Muon orthogonalises at a time, 128 MiB
+STACK, MUON_DTYPE = 2**26, torch.bfloat16  # numbers that Muon orthogonalises at a time, 128 MiB, and in which dtype
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         weights, grads = [local(p) for p in params], [local(p.grad) for p in params]
         averages = [local(self.state[p]["momentum_buffer"]) for p in params]
         torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
-        updates = [u.bfloat16() for u in torch._foreach_lerp(grads, averages, group["momentum"])]  # Nesterov's
+        updates = [u.to(MUON_DTYPE) for u in torch._foreach_lerp(grads, averages, group["momentum"])]  # Nesterov's
         if self.world:
             updates = self.world.on_whole_matrices(orthogonalize, updates, params)
         else:
