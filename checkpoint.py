@@ -5,16 +5,12 @@ torch.distributed.checkpoint, and manifest.json with everything else. It appears
 is the same for one process and for many, and is read without unpickling anything.
 """
 
-import contextlib
-import hashlib
-import itertools
 import json
 import math
 import os
 import re
-import secrets
 import shutil
-import time
+import threading
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,6 +19,7 @@ from typing import Literal
 import torch
 
 from model import ModelConfig, Transformer
+from rundir import sha256
 
 
 @dataclass(frozen=True)
@@ -53,60 +50,85 @@ def checkpoints(out_dir):
     return sorted(found, key=lambda path: int(path.name[5:]))  # copies under other names are the user's own
 
 
-@contextlib.contextmanager
-def writing_to(out_dir):
-    """Makes the system's errors while writing into a run's folder a ValueError that names it."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"out_dir {out_dir} cannot be written to ({error}); use another --out_dir") from error
+class Saver:
+    """Writes checkpoints while training goes on: one at a time, each of them whole or absent.
+
+    `failed` says whether this rank knows of one that could not be written; wait() then raises.
+    """
+
+    def __init__(self, cfg, world, newest=0):
+        """newest: step of the checkpoint that the run goes on from, which need not be written again."""
+        self.cfg, self.world, self.newest = cfg, world, newest
+        self._stager = self._thread = self._problem = None
+        _quieten()
+
+    @property
+    def failed(self):
+        return self._problem is not None
+
+    def save(self, step, model, optimizer, facts):
+        """Copies the tensors and begins to write them. facts: what JSON can hold, for the manifest."""
+        self.wait()
+        if step == self.newest:
+            return
+        self.newest = step
+        facts = {"model": asdict(model.cfg), **facts}
+        tensors = self._staged(_tensors(model, optimizer))
+        self._thread = threading.Thread(target=self._write, args=(step, tensors, facts), daemon=True, name="saver")
+        self._thread.start()
+
+    def wait(self):
+        """Waits for what is being written; ValueError, on all ranks, where it could not be."""
+        if self._thread:
+            self.world.at(f"waiting for checkpoint {self.newest} to be written")
+            self._thread.join()
+            self._thread = None
+        if self._problem:
+            whole = checkpoints(self.cfg.out_dir)
+            raise ValueError(
+                f"the checkpoint of step {self.newest} could not be written to {self.cfg.out_dir} ({self._problem}); "
+                + (f"the newest whole one is {whole[-1].name}: " if whole else "there is none yet: ")
+                + "make room, then the same command goes on"
+            )
+
+    def _staged(self, tensors):
+        """A copy, in the CPU's memory, of what this rank has to write: its shards, and a share of what is nobody's."""
+        from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+        if self._stager is None:  # its memory is pinned on CUDA, and kept, since that takes long
+            self._stager = BlockingAsyncStager(cache_staged_state_dict=self.world.device.type == "cuda")
+        rank, size = self.world.rank, self.world.size
+        whole = [name for name, tensor in tensors.items() if not hasattr(tensor, "placements")]
+        others = {name for i, name in enumerate(whole) if i % size != rank}
+        return self._stager.stage({name: tensor for name, tensor in tensors.items() if name not in others})
+
+    def _write(self, step, tensors, facts):
+        try:
+            write_checkpoint(self.cfg.out_dir, step, tensors, facts, self.world)
+            together(self.world, lambda: self.world.is_main and remove_old_checkpoints(self.cfg.out_dir, self.cfg))
+        except Exception as error:  # whatever it is, training must hear of it
+            self._problem = str(error)
 
 
-def check_shared(out_dir, world, patience=30):
-    """ValueError, on all ranks, where out_dir is not one folder that all of them see within `patience` seconds."""
-    if world.size == 1:
-        return
-    token = int(world.worst(secrets.randbelow(2**24) if world.is_main else 0))
-    file = Path(out_dir) / f".seen_by_all_ranks_{token}"
-    if world.is_main:
-        with writing_to(out_dir):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            for leftover in file.parent.glob(".seen_by_all_ranks_*"):  # of a check that was cut short
-                leftover.unlink()
-            file.touch()
-    world.barrier()
-    deadline = time.monotonic() + patience  # a network's file system may show it late
-    while not (seen := file.exists()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    some_miss_it = world.worst(not seen)
-    if world.is_main:
-        file.unlink()
-    if some_miss_it:
-        raise ValueError(
-            f"out_dir {out_dir} is not one folder for all {world.size} ranks: what rank 0 writes there, others do not "
-            f"see; put it on a disk that all machines share"
-        )
-
-
-def save_checkpoint(out_dir, step, model, optimizer, facts, world):
-    """Writes checkpoint `step`: beside its place, synced, then renamed. facts: what JSON can hold, for the manifest."""
+def write_checkpoint(out_dir, step, tensors, facts, world):
+    """Writes checkpoint `step` beside its place, syncs it, then renames it. RuntimeError on all ranks where one fails."""
     import torch.distributed.checkpoint as dcp  # here, since it takes half a second
 
     final = Path(out_dir) / "ckpt" / f"step_{step:08d}"
     partial = final.with_name(f".{final.name}.partial")
-    if final.exists():
-        return
-    if world.is_main:
+
+    def prepare():
         for leftover in final.parent.glob(".step_*.partial"):  # of a process that was killed
             shutil.rmtree(leftover)
         partial.mkdir(parents=True)
-    world.barrier()
-    writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
-    with _quietly():
-        dcp.save(_tensors(model, optimizer), storage_writer=writer)
-    if world.is_main:
-        files = {path.name: _sha256(path) for path in sorted(partial.glob("*.safetensors"))}
-        manifest = {"step": step, "model": asdict(model.cfg), **facts, "files": files}
+
+    def write():
+        writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer, process_group=world.cpu_group, no_dist=world.size == 1)
+        return {path.name: sha256(path) for path in partial.glob(f"shard-{world.rank + 1:05d}-*.safetensors")}
+
+    def finish():
+        manifest = {"step": step, **facts, "files": files}
         with open(partial / "manifest.json", "w", encoding="utf-8") as file:
             json.dump(manifest, file, indent=1)
             file.flush()
@@ -114,7 +136,30 @@ def save_checkpoint(out_dir, step, model, optimizer, facts, world):
         _sync_folder(partial)
         os.replace(partial, final)
         _sync_folder(final.parent)
-    world.barrier()
+
+    try:
+        together(world, lambda: world.is_main and prepare())
+        files = {name: digest for by_rank in together(world, write) for name, digest in by_rank.items()}
+        together(world, lambda: world.is_main and finish())
+    except RuntimeError:
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
+        raise
+
+
+def together(world, function):
+    """What function() returns on each rank, a list; RuntimeError on all of them where it failed on one."""
+    value = problem = None
+    try:
+        value = function()
+    except Exception as error:
+        # Of several ranks, torch.distributed.checkpoint wraps up what happened to each.
+        cause = next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
+        problem = str(cause) if isinstance(cause, (OSError, ValueError)) else f"{type(cause).__name__}: {cause}"
+    answers = [(value, problem)] if world is None else world.gather((value, problem))
+    if problem := next((problem for _, problem in answers if problem), None):
+        raise RuntimeError(problem)
+    return [value for value, _ in answers]
 
 
 def remove_old_checkpoints(out_dir, cfg):
@@ -147,8 +192,45 @@ def read_manifest(path):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} has no readable manifest.json ({type(error).__name__}: {error}); it is no checkpoint "
-            f"of flatlm's, or damaged: remove it to go back to the one before"
+            f"of flatlm's, or damaged"
         ) from error
+
+
+def newest_checkpoint(run_dir, world=None):
+    """The newest checkpoint of a run whose checksums are right; says which ones it passes over.
+
+    ValueError where there is none. Several ranks, if world is given, share out the reading.
+    """
+    paths = together(world, lambda: checkpoints(run_dir))[0]  # rank 0's, as a network's disk may show others less
+    if not paths:
+        there = "does not exist" if not Path(run_dir).is_dir() else "holds no checkpoint of flatlm's (ckpt/step_*)"
+        raise ValueError(f"{run_dir} {there}; train.py makes one, in its out_dir")
+    problems = []
+    for path in reversed(paths):
+        try:
+            together(world, lambda path=path: _check(path, world))
+        except RuntimeError as error:
+            problems.append(str(error))
+            continue
+        if problems and (world is None or world.is_main):
+            print(*problems, f"taking {path.name} instead", sep="\n", flush=True)
+        return path
+    raise ValueError("; ".join([*problems, f"{run_dir} has no other checkpoint; bring one back, or start a new run"]))
+
+
+def set_aside(paths):
+    """Renames checkpoints that are damaged, so that the run can write them again."""
+    for path in paths:
+        os.replace(path, path.with_name(f"damaged_{path.name}"))
+
+
+def _check(path, world):
+    """ValueError where a checkpoint lacks a file or has another checksum, of those files that are this rank's share."""
+    files = read_manifest(path)["files"]
+    names = sorted({*files, *(file.name for file in path.glob("*.safetensors"))})
+    for name in names if world is None else names[world.rank :: world.size]:
+        if not (path / name).exists() or sha256(path / name) != files.get(name):
+            raise ValueError(f"{path / name} is missing or damaged: its checksum is not the manifest's")
 
 
 def load_checkpoint(path, model, optimizer=None):
@@ -156,13 +238,6 @@ def load_checkpoint(path, model, optimizer=None):
     import torch.distributed.checkpoint as dcp
 
     manifest = read_manifest(path)
-    for name in sorted({*manifest["files"], *(file.name for file in Path(path).glob("*.safetensors"))}):
-        file = Path(path) / name
-        if not file.exists() or _sha256(file) != manifest["files"].get(name):
-            raise ValueError(
-                f"{file} is missing or damaged: its checksum is not the manifest's; "
-                f"remove {path} to go back to the checkpoint before"
-            )
     wanted, found = asdict(model.cfg), asdict(_model_config(path, manifest))
     differing = [
         f"{name} {found[name]} there, {wanted[name]} here"
@@ -171,18 +246,9 @@ def load_checkpoint(path, model, optimizer=None):
     ]
     if differing:
         raise ValueError(f"{path} is of another model: {', '.join(differing)}; give the same settings")
-    with _quietly():
-        dcp.load(_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+    _quieten()
+    dcp.load(_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     return manifest
-
-
-def newest_checkpoint(run_dir):
-    """The newest checkpoint of a run folder, for those who need one: ValueError where there is none."""
-    paths = checkpoints(run_dir)
-    if not paths:
-        there = "does not exist" if not Path(run_dir).is_dir() else "holds no checkpoint of flatlm's (ckpt/step_*)"
-        raise ValueError(f"{run_dir} {there}; train.py makes one, in its out_dir")
-    return paths[-1]
 
 
 def load_model(run_dir, device):
@@ -218,86 +284,9 @@ def changed_settings(old, new, fixed):
     return list(changes.values())
 
 
-def keep_source(root, out_dir, step):
-    """Copies the .py files that run into out_dir/source/, anew where some changed; names those that did."""
-    files = {
-        str(p.relative_to(root)): p for pattern in ("*.py", "config/*.py") for p in sorted(Path(root).glob(pattern))
-    }
-    kept = sorted((Path(out_dir) / "source").glob("step_*"))
-    changed = [name for name, path in files.items() if kept and not _same(path, kept[-1] / name)]
-    if changed or not kept:
-        for name, path in files.items():
-            copy = Path(out_dir) / "source" / f"step_{step:08d}" / name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
-    return changed
-
-
-def keep_tokenizer(data_dir, out_dir):
-    """Copies meta.json and the tokenizer's file from the data to the run, so that the run can be sampled from alone."""
-    for name in ("meta.json", "tokenizer.json"):
-        if (Path(data_dir) / name).exists():
-            shutil.copyfile(Path(data_dir) / name, Path(out_dir) / name)
-
-
-def tokenizer_of(run_dir):
-    """What load_tokenizer calls the tokenizer of a run's data."""
-    path = Path(run_dir) / "meta.json"
-    if not path.exists():
-        raise ValueError(
-            f"{run_dir} has no meta.json, so its tokenizer is unknown: its data came from elsewhere; "
-            f'write one, such as {{"tokenizer": "gpt2"}}, into {path}'
-        )
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        name, digest = meta["tokenizer"], meta.get("tokenizer_sha256")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} names no tokenizer ({type(error).__name__}); write one, as in {{'tokenizer': 'gpt2'}}"
-        ) from error
-    if not name.endswith(".json"):
-        return name
-    file = path.with_name(name)
-    if digest and not (file.exists() and _sha256(file) == digest):
-        raise ValueError(
-            f"{file} is missing or not the tokenizer that the data was made with; copy it from the data again"
-        )
-    return str(file)
-
-
-def open_log(out_dir, step):
-    """Opens log.jsonl to go on from a step: without what lies past it, or a line that was cut short.
-
-    A run that starts anew keeps the log that it finds as log_1.jsonl, log_2.jsonl and so on.
-    """
-    path = Path(out_dir) / "log.jsonl"
-    if path.exists() and step == 0:
-        os.replace(path, next(p for i in itertools.count(1) if not (p := path.with_name(f"log_{i}.jsonl")).exists()))
-    elif path.exists():
-        partial = path.with_name(f".{path.name}")
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        partial.write_text("".join(line for line in lines if _step_of(line) <= step), encoding="utf-8")
-        os.replace(partial, path)
-    return open(path, "a", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _quietly():
-    """Without torch's warning, at each save and load, that one process is one process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        yield
-
-
-def _step_of(line):
-    try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
-def _same(path, other):
-    return other.exists() and path.read_bytes() == other.read_bytes()
+def _quieten():
+    """Mutes torch's warning, at each save and load, that one process is one process."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
 def _tensors(model, optimizer):
@@ -310,11 +299,6 @@ def _tensors(model, optimizer):
         state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
         tensors |= {f"optimizer.{name}": value for name, value in state.items() if isinstance(value, torch.Tensor)}
     return tensors
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync_folder(path):

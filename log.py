@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 import plan
-from checkpoint import keep_source, keep_tokenizer, open_log, writing_to
 from config import ROOT, as_dict, as_preset
 from objective import head_share
 from parallel import device_name, peak_memory_gib, reset_peak_memory
+from rundir import keep_source, keep_tokenizer, open_log, writing_to
 
 
 class Log:
@@ -38,7 +38,6 @@ class Log:
         reset_peak_memory(world.device)  # of the matmul that measured the peak
         held = [world.worst(figure) for figure in plan.held(optimizer)]
         self.file = self.wandb = None
-        self.warned = False
         self.draws = world.is_main and importlib.util.find_spec("matplotlib") is not None
         if world.is_main:
             changed_files = self._open(state.step)
@@ -65,12 +64,13 @@ class Log:
         yield
         self.interval_start += time.perf_counter() - start
 
-    def step(self, state, loss, grad_norm, lr, waited):
-        """Counts a step; every log_interval steps, and after the last, tells of it."""
+    def step(self, state, loss, grad_norm, lr, waited, wrong):
+        """Counts a step; every log_interval steps, after the last, and where it is wrong, tells of it."""
         self.waited += waited
-        if state.step % self.cfg.train.log_interval and state.step != self.last_step:
+        if wrong:
+            self._print(f"{self._step_text(state)}  skipped, number {state.bad_steps} in a row: {wrong}")
+        if state.step % self.cfg.train.log_interval and state.step != self.last_step and not wrong:
             return
-        loss = self.world.sum(loss.clone()).item()  # here alone the loop waits for the device
         now, steps = time.perf_counter(), state.step - self.interval_step
         seconds, elapsed = now - self.interval_start, now - self.started
         tokens_per_s = steps * self.cfg.data.batch_tokens / seconds
@@ -82,18 +82,15 @@ class Log:
             "tokens": state.sequences_seen * self.cfg.data.seq_len,
             "loss": loss,
             "lr": lr,
-            "grad_norm": grad_norm.item(),
+            "grad_norm": grad_norm,
             "tokens_per_s": tokens_per_s,
             "mfu": tokens_per_s * self.flops_per_token / (self.peak * self.world.size),
             "data_wait_ms": self.world.worst(1e3 * self.waited / steps),
             "memory_gib": self.world.worst(peak_memory_gib(self.world.device)),
         }
         self.interval_start, self.interval_step, self.waited = now, state.step, 0.0
-        if not math.isfinite(loss) and not self.warned:
-            self.warned = True
-            self._print(
-                f"the loss of step {state.step} is {loss}; lower learning_rate, or go back to a checkpoint before"
-            )
+        if wrong:
+            record["skipped"] = wrong
         self._write(record)
         left = (self.last_step - state.step) * seconds / steps
         self._print(
@@ -120,7 +117,17 @@ class Log:
         if self.draws and state.step:  # a single point is no curve
             draw_curves(self.out_dir)
 
-    def end(self, state, reached_target):
+    def went_back(self, state):
+        """Tells that the run goes on from a checkpoint, past the data of bad steps; drops lines past it."""
+        if self.file:
+            self.file.close()
+            self.file = open_log(self.out_dir, state.step)
+        tokens = state.sequences_seen * self.cfg.data.seq_len
+        self._write({"went_back_to": state.step, "step": state.step, "tokens": tokens})
+        self._print(f"went back to step {state.step}, and goes on behind the data of the bad steps")
+        self.interval_start, self.interval_step, self.waited = time.perf_counter(), state.step, 0.0
+
+    def end(self, state, reached_target, stopped_by):
         """Tells how the run ended; the last line totals tokens and hours."""
         if not self.world.is_main:
             return
@@ -132,14 +139,14 @@ class Log:
         elif state.step >= self.last_step:
             how = "finished"
         else:
-            how = f"stopped after max_minutes {self.cfg.train.max_minutes:g}"
-            if self.cfg.run.save_interval:
-                how += ", the same command goes on"
+            how = f"stopped {f'by {stopped_by}' if stopped_by else f'after max_minutes {self.cfg.train.max_minutes:g}'}"
+            how += (
+                ", the same command goes on" if self.cfg.run.save_interval else ", with nothing saved (save_interval)"
+            )
         if how.startswith("finished"):
             (self.out_dir / "finished").write_text(f"{how}\n")
-        print(
-            f"{how}: step {state.step} of {self.last_step}, val loss {state.val_loss:.4f}; the run is in {self.out_dir}"
-        )
+        loss = "" if state.val_loss is None else f", val loss {state.val_loss:.4f}"
+        print(f"{how}: step {state.step} of {self.last_step}{loss}; the run is in {self.out_dir}")
         print(f"{state.sequences_seen * self.cfg.data.seq_len:,} tokens in {state.hours:.3f} hours", flush=True)
 
     def _open(self, step):

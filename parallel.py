@@ -5,6 +5,7 @@ What of a model each of several processes holds is in shard.py.
 
 import contextlib
 import ctypes
+import datetime
 import functools
 import hashlib
 import os
@@ -12,12 +13,15 @@ import resource
 import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from guard import Watchdog
 
 
 POWERSGD_RANK, POWERSGD_START = 32, 10  # of the matrices that are sent; sums of gradients before it starts
@@ -37,6 +41,7 @@ class ParallelConfig:
     activation_checkpointing: Recomputed = "none"  # full: backward computes blocks again; selective: but not matmuls
     compile: bool | None = None  # torch.compile of the blocks; none: on cuda only
     deterministic: bool = False  # only algorithms that give the same bits each time; the CPU's do so anyway
+    timeout_minutes: float | None = 30.0  # without progress, of any rank, after which the run ends; none: never
 
     def __post_init__(self):
         wrong = [
@@ -54,6 +59,8 @@ class ParallelConfig:
                 f"grad_compression is {self.grad_compression}, which is of ddp alone, not of strategy {self.strategy} "
                 f"with tp {self.tp}; use --strategy=ddp --tp=1, or --grad_compression=none"
             )
+        if self.timeout_minutes is not None and self.timeout_minutes <= 0:
+            wrong.append(f"timeout_minutes is {self.timeout_minutes}; it must be above 0, or none")
         if wrong:
             raise ValueError("\n".join(wrong))
 
@@ -63,7 +70,8 @@ class World:
     """The processes of a run, each with a device; one process unless torchrun started more.
 
     Their mesh is (replicate, shard, tp): tp neighbours share layers and read the same data, `shard` of these groups
-    share one copy of the model, and copies are replicated. data_group are the ranks that read different data.
+    share one copy of the model, and copies are replicated. data_group are the ranks that read different data;
+    cpu_group are all, for what is exchanged beside training: by the thread that saves.
     """
 
     rank: int
@@ -72,6 +80,8 @@ class World:
     precision: str
     mesh: DeviceMesh | None = None
     data_group: dist.ProcessGroup | None = None
+    cpu_group: dist.ProcessGroup | None = None
+    watchdog: Watchdog | None = None
 
     @property
     def tp(self):
@@ -104,6 +114,19 @@ class World:
             dist.all_reduce(tensor, group=self.data_group)
         return tensor
 
+    def at(self, place):
+        """Tells the watchdog, if any, where this rank is; all ranks come to the same places."""
+        if self.watchdog:
+            self.watchdog.at(place)
+
+    def total(self, *tensors):
+        """Sums of single numbers over all ranks, the same to the bit on each; waits for the device."""
+        if self.size == 1:
+            return [tensor.item() for tensor in tensors]
+        total = torch.stack([tensor.double() for tensor in tensors])
+        dist.all_reduce(total)
+        return total.tolist()
+
     def worst(self, value):
         """The largest of a number over all ranks."""
         if self.size == 1:
@@ -111,6 +134,14 @@ class World:
         tensor = torch.tensor(float(value), dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.item()
+
+    def gather(self, value):
+        """A list of what each rank gives, of any type; not of the training loop's, which may be busy at the time."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.cpu_group)
+        return values
 
     def barrier(self):
         """Waits until all ranks are here."""
@@ -157,13 +188,21 @@ def init_world(cfg):
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)
-    mesh = data_group = None
+    mesh = data_group = cpu_group = store = None
     if size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        store = next(dist.rendezvous("env://"))[0]
+        # The watchdog, which knows more, comes before the timeout of collectives.
+        timeout = datetime.timedelta(minutes=2 * cfg.timeout_minutes) if cfg.timeout_minutes else None
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         mesh = init_device_mesh(device.type, mesh_shape, mesh_dim_names=("replicate", "shard", "tp"))
         data_group = mesh["replicate", "shard"]._flatten("data").get_group()
         mesh["shard", "tp"]._flatten("model")  # norms are summed over it at once, else in two sums with a warning
-    yield World(rank, size, device, precision, mesh, data_group)
+        cpu_group = dist.new_group(backend="gloo")
+        store = dist.PrefixStore("watchdog", store.clone())  # a connection of its own, as the other may be busy
+    watchdog = Watchdog(cfg.timeout_minutes, rank, size, store)
+    yield World(rank, size, device, precision, mesh, data_group, cpu_group, watchdog)
+    watchdog.close()
     if size > 1:  # not after an error: the other ranks may never come here
         dist.barrier()
         dist.destroy_process_group()
@@ -265,6 +304,18 @@ def peak_memory_gib(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def memory_bytes(device):
+    """Bytes of memory that this process can have on a device, code and libraries not counted."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    allowed, statm = resource.getrlimit(resource.RLIMIT_AS)[0], Path("/proc/self/statm")
+    if allowed == resource.RLIM_INFINITY or not statm.exists():
+        return limit
+    mapped, resident = (int(pages) * os.sysconf("SC_PAGE_SIZE") for pages in statm.read_text().split()[:2])
+    return min(limit, allowed - (mapped - resident))
 
 
 def reset_peak_memory(device):

@@ -1,10 +1,13 @@
 """What a run costs: parameters, FLOPs, and the peaks they are held against."""
 
+import contextlib
 import time
 
 import torch
 
 from optim import local
+from parallel import memory_bytes
+
 
 # Dense tensor-core peaks in TFLOP/s, bf16 (fp16 where there is no bf16), from the makers' data sheets; the first entry
 # whose words all stand in the device's name holds.
@@ -60,6 +63,65 @@ def held(optimizer):
         numbers += n
         n_bytes += 4 * n * (2 + (2 if "betas" in group else 1 if "momentum" in group else 0))
     return numbers, n_bytes
+
+
+def activation_bytes(cfg, tokens, precision, recomputed="none", head_share=1.0):
+    """Bytes, about, that a micro-batch of so many tokens keeps on a device for backward, its logits included."""
+    width = 4 if precision == "fp32" else 2
+    d, q, kv, f = cfg.n_embd, cfg.n_head * cfg.head_width, cfg.kv_heads * cfg.head_width, cfg.inner_width
+    matrices_up = 2 if cfg.mlp == "swiglu" else 1
+    of_matmuls = 2 * q + 2 * kv + matrices_up * f  # queries, keys, values, what attention gives, the MLP's width
+    whole = width * (of_matmuls + 2 * d + matrices_up * f + 2 * (q - kv)) + 4 * (2 * d + (d if width == 2 else 0))
+    whole += 4 * (q + kv) * (cfg.qk_norm + (cfg.position == "rope"))
+    kept = {"none": whole, "selective": width * (of_matmuls + 2 * d) + 4 * d, "full": 4 * d}[recomputed]
+    again = 0 if recomputed == "none" else whole  # of the one block that is being computed again
+    head = min(512, head_share * tokens) * cfg.vocab_size * (4 + width) + 8 * d * tokens  # in chunks of 512 rows
+    return tokens * (cfg.n_layer * kept + again) + head
+
+
+@contextlib.contextmanager
+def explaining_out_of_memory(cfg, world):
+    """Makes torch's error of memory that ran out a ValueError that names what would fit."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # of a CPU it is a plain RuntimeError
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        raise ValueError(f"out of memory on rank {world.rank}: {remedies(cfg, world)}") from error
+
+
+def remedies(cfg, world):
+    """What would fit into this rank's memory, in words: settings, and about how much each needs."""
+    available, sequences, now = (
+        memory_bytes(world.device),
+        cfg.data.micro_batch_size,
+        cfg.parallel.activation_checkpointing,
+    )
+    copies, shards, tp = (1, 1, 1) if world.mesh is None else world.mesh.shape
+    of_state = {"adamw": 16, "muon": 12, "sgd": 12, "adafactor": 8}[cfg.optim.optimizer] * num_params(cfg.model) / tp
+
+    def need(sequences=sequences, recomputed=now, shards=shards):
+        tokens = sequences * cfg.data.seq_len / tp
+        return of_state / shards + activation_bytes(cfg.model, tokens, world.precision, recomputed)
+
+    steps = [{"sequences": n} for n in range(sequences - 1, 0, -1) if sequences % n == 0]
+    kinds = ("none", "selective", "full")
+    steps += [{"recomputed": kind} for kind in kinds[kinds.index(now) + 1 :]]
+    steps += [{"shards": shards * copies}] * (copies > 1)
+    steps += [{name: value for step in steps for name, value in step.items()}]  # the last of each kind, all together
+    names = {"sequences": "micro_batch_size", "recomputed": "activation_checkpointing", "shards": "shard_size"}
+
+    def told(step):
+        flags = " ".join(f"--{names[name]}={value}" for name, value in step.items())
+        return f"{flags + ' --strategy=fsdp' * ('shards' in step)} (about {need(**step) / 2**30:.2f} GiB)"
+
+    text = f"about {need() / 2**30:.2f} GiB are needed, of {available / 2**30:.2f}; "
+    if fitting := [step for step in steps if step and need(**step) <= available]:
+        kinds_seen = {next(iter(step)): step for step in reversed(fitting)}  # the mildest of each kind
+        return text + "what would fit: " + ", ".join(told(step) for step in kinds_seen.values())
+    if not steps[-1]:
+        return text + "take a smaller model, or more devices"
+    return text + f"even {told(steps[-1])} would not fit: take a smaller model, or more devices"
 
 
 def known_peak(device_name):

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import RunConfig, load_model, tokenizer_of
+from checkpoint import RunConfig, load_model
 from config import only, run_script
 from model import Cache
 from objective import special_id
 from parallel import ParallelConfig, pick_device, pick_precision
+from rundir import tokenizer_of
 from tokenizer import load_tokenizer
 
 

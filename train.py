@@ -6,7 +6,9 @@
 The same command again goes on from the newest checkpoint in out_dir.
 """
 
+import contextlib
 import dataclasses
+import functools
 import importlib.util
 import math
 import shlex
@@ -17,17 +19,18 @@ import torch
 
 from checkpoint import (
     RunConfig,
+    Saver,
     changed_settings,
-    check_shared,
     checkpoints,
     load_checkpoint,
     newest_checkpoint,
     read_manifest,
-    remove_old_checkpoints,
-    save_checkpoint,
+    set_aside,
 )
-from config import as_dict, preset_value, run_script
+from config import as_dict, as_preset, preset_value, run_script
 from data import DataConfig, Loader, Split, TrainOrder, accumulation_steps, eval_batches, read_meta, vocab_size_of
+from guard import CrashReports, StopRequests
+from health import HealthConfig, defect, first_bad_tensor
 from log import Log
 from model import ModelConfig, Transformer
 from objective import IGNORE, ObjectiveConfig, windows_of
@@ -42,9 +45,12 @@ from parallel import (
     seed_step,
     sync_gradients,
 )
+from plan import explaining_out_of_memory
+from rundir import check_shared, locked, writing_to
 
 
 EVAL_MASK_SEED = 0  # masked evaluation is the same in every run
+SAVE_FAILED = 10_000  # beside the numbers of stop requests, and above them
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ class Settings:
     optim: OptimConfig
     parallel: ParallelConfig
     run: RunConfig
+    health: HealthConfig
     train: TrainConfig
     presets: tuple = ()
 
@@ -93,11 +100,14 @@ class State:
     hours: float = 0.0
     val_loss: float | None = None
     evaluated_at: int | None = None
+    bad_steps: int = 0  # skipped in a row
+    recent: list = dataclasses.field(default_factory=list)  # sound steps that spikes are measured against
+    went_back_to: int | None = None
 
 
 def main(cfg):
-    with init_world(cfg.parallel) as world:
-        cfg = resolve(cfg)
+    cfg = resolve(cfg)
+    with init_world(cfg.parallel) as world, explaining_out_of_memory(cfg, world):
         train_split, val_split = (
             Split(cfg.data.data_dir, name, cfg.model.vocab_size, prepare_command(cfg)) for name in ("train", "val")
         )
@@ -108,38 +118,68 @@ def main(cfg):
 
         model, optimizer, scaler = build(cfg, world, cfg.run.seed)
         settings = as_dict(cfg) | {"data_fingerprint": f"{train_split.fingerprint()}-{val_split.fingerprint()}"}
+        with guarded(cfg, world) as stop:
+            state, changes = resume_or_init(cfg, settings, model, optimizer, scaler, world)
+            if state.step and (state.step >= last_step or has_reached_target(state, cfg)):
+                return say_finished(cfg, state, world)
+            saver = Saver(cfg.run, world, newest=state.step)
+            sizes = micro_steps, cfg.data.micro_batch_size
+            loader = Loader(order, windows, state.sequences_seen, *sizes, world)
+
+            with Log(
+                cfg, world, model, optimizer, micro_steps, last_step, val_split.bytes_per_token, state, changes
+            ) as log:
+                while True:
+                    world.watchdog.step = state.step
+                    asked = asked_to_stop(stop, saver, world) if state.step < last_step else 0
+                    ending = state.step >= last_step or log.out_of_time or asked
+                    is_due = ending or state.step % cfg.train.eval_interval == 0
+                    if is_due and not asked and state.evaluated_at != state.step:  # who asks may soon kill
+                        with log.paused():
+                            figures = evaluate(model, val_split, val_windows, cfg.data, world)
+                            state.val_loss, state.evaluated_at = figures["val_loss"], state.step
+                            log.evaluation(state, figures)
+                    ending = ending or has_reached_target(state, cfg)
+                    if is_to_be_saved(state, cfg, ending):
+                        with log.paused():
+                            save(saver, settings, model, optimizer, scaler, state)
+                    if ending:
+                        break
+
+                    set_lr(optimizer, lr_at(state.step, cfg.optim, last_step))
+                    seed_step(cfg.run.seed, state.step, world.rank)
+                    world.at("waiting for data")
+                    batches, waited = loader.next()
+                    judge = functools.partial(defect, recent=state.recent, spike_z=cfg.health.spike_z)
+                    loss, grad_norm, wrong = train_step(
+                        model, optimizer, scaler, batches, cfg.optim.grad_clip, world, judge
+                    )
+                    state.step += 1
+                    state.sequences_seen += cfg.data.batch_tokens // cfg.data.seq_len
+                    state.bad_steps = state.bad_steps + 1 if wrong else 0
+                    log.step(state, loss, grad_norm, optimizer.param_groups[0]["lr"], waited, wrong)
+                    if state.bad_steps == cfg.health.max_bad_steps:
+                        saver.wait()
+                        state = go_back(cfg, state, wrong, model, optimizer, scaler, batches, world)
+                        loader.close()
+                        loader = Loader(order, windows, state.sequences_seen, *sizes, world)
+                        log.went_back(state)
+                loader.close()
+                saver.wait()
+                log.end(state, has_reached_target(state, cfg), asked and stop.name(asked))
+
+
+@contextlib.contextmanager
+def guarded(cfg, world):
+    """Keeps the run's folder to this run and reports crashes in it; yields the requests to stop."""
+    with (
+        locked(cfg.run.out_dir, world),
+        CrashReports(cfg.run.out_dir, world, as_preset(cfg)) as crash,
+        StopRequests(cfg.run.out_dir, world.is_main) as stop,
+    ):
         check_shared(cfg.run.out_dir, world)
-        state, changes = resume_or_init(cfg, settings, model, optimizer, scaler, world)
-        if state.step and (state.step >= last_step or has_reached_target(state, cfg)):
-            return say_finished(cfg, state, world)
-        loader = Loader(order, windows, state.sequences_seen, micro_steps, cfg.data.micro_batch_size, world)
-
-        with Log(
-            cfg, world, model, optimizer, micro_steps, last_step, val_split.bytes_per_token, state, changes
-        ) as log:
-            while True:
-                ending = state.step >= last_step or log.out_of_time
-                if (ending or state.step % cfg.train.eval_interval == 0) and state.evaluated_at != state.step:
-                    with log.paused():
-                        figures = evaluate(model, val_split, val_windows, cfg.data, world)
-                        state.val_loss, state.evaluated_at = figures["val_loss"], state.step
-                        log.evaluation(state, figures)
-                ending = ending or has_reached_target(state, cfg)
-                if cfg.run.save_interval and state.step and (ending or state.step % cfg.run.save_interval == 0):
-                    with log.paused():
-                        save(cfg, settings, model, optimizer, scaler, state, world)
-                if ending:
-                    break
-
-                set_lr(optimizer, lr_at(state.step, cfg.optim, last_step))
-                seed_step(cfg.run.seed, state.step, world.rank)
-                batches, waited = loader.next()
-                loss, grad_norm = train_step(model, optimizer, scaler, batches, cfg.optim.grad_clip, world)
-                state.step += 1
-                state.sequences_seen += cfg.data.batch_tokens // cfg.data.seq_len
-                log.step(state, loss, grad_norm, optimizer.param_groups[0]["lr"], waited)
-            loader.close()
-            log.end(state, has_reached_target(state, cfg))
+        world.watchdog.report = crash.write
+        yield stop
 
 
 def build(cfg, world, seed):
@@ -152,29 +192,41 @@ def build(cfg, world, seed):
     return model, build_optimizer(model, cfg.optim, world), scaler
 
 
-def train_step(model, optimizer, scaler, batches, grad_clip, world):
+def train_step(model, optimizer, scaler, batches, grad_clip, world, judge=defect):
     """One optimizer step over a list of micro-batches (ids, targets, ...), what the model's forward takes.
 
-    Returns this rank's share of the step's mean loss, to be summed over ranks, and the gradient's norm before clipping.
-    Neither waits for the device.
+    Returns the step's mean loss, the gradient's norm before clipping, and what is wrong with them, by judge(loss, norm)
+    on all ranks alike: then the step is skipped, and weights and optimizer are as before.
     """
+    loss, grad_norm = compute_gradients(model, optimizer, scaler, batches, grad_clip, world)
+    loss, grad_norm = world.total(loss / world.tp, grad_norm / world.size)  # each rank has a share, or all have it
+    wrong = judge(loss, grad_norm)
+    if wrong and math.isfinite(loss) and scaler.is_enabled() and scaler.get_scale() > 1:
+        wrong = None  # fp16's overflow, which the scaler skips by itself and answers by a smaller scale
+    world.at("optimizer")
+    if not wrong:
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, grad_norm, wrong
+
+
+def compute_gradients(model, optimizer, scaler, batches, grad_clip, world):
+    """Leaves a step's gradients, clipped, with the parameters; this rank's share of the mean loss, and their norm."""
     n_targets = world.sum(sum((targets != IGNORE).sum() for _, targets, *_ in batches))
     n_targets = n_targets.clamp(min=1)  # a batch of special tokens alone has nothing to predict
     loss = torch.zeros((), device=world.device)
     for i, batch in enumerate(batches):
         sync_gradients(model, i == len(batches) - 1)
+        world.at(f"forward {i + 1} of {len(batches)}")
         with world.autocast():
             part = model(*batch) / n_targets
         loss += part.detach()
+        world.at(f"backward {i + 1} of {len(batches)}")
         scaler.scale(part * world.data_ranks).backward()  # gradients are averaged over ranks, the loss is their sum
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    if hasattr(grad_norm, "full_tensor"):  # of a sharded model
-        grad_norm = grad_norm.full_tensor()
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return loss, grad_norm
+    return loss, grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm  # of a sharded model
 
 
 @torch.no_grad()
@@ -186,6 +238,7 @@ def evaluate(model, split, windows, cfg, world):
     model.eval()
     sums, frequencies = torch.zeros(2, dtype=torch.float64), torch.zeros(model.cfg.vocab_size, dtype=torch.int64)
     for batch in eval_batches(split, windows, cfg.eval_tokens, cfg.micro_batch_size, world.data_rank, world.data_ranks):
+        world.at("evaluation")
         with world.autocast():
             loss_and_correct = model(*(part.to(world.device) for part in batch), count_correct=True)
         sums += torch.stack(loss_and_correct).cpu()
@@ -262,33 +315,79 @@ def resume_or_init(cfg, settings, model, optimizer, scaler, world):
     found = checkpoints(cfg.run.out_dir)
     if not found:
         if cfg.run.init_from:
-            load_checkpoint(newest_checkpoint(cfg.run.init_from), model)
+            load_checkpoint(newest_checkpoint(cfg.run.init_from, world), model)
         return State(), []
     if cfg.run.resume == "never":
         raise ValueError(
             f"resume is never, and {cfg.run.out_dir} has checkpoints; use another --out_dir, or --resume=auto to go on"
         )
-    manifest = read_manifest(found[-1])
+    newest = newest_checkpoint(cfg.run.out_dir, world)
     fixed = {field.name for owner in (ModelConfig, ObjectiveConfig) for field in dataclasses.fields(owner)}
     fixed |= {"seq_len", "seed", "optimizer", "data_fingerprint"}
-    changes = changed_settings(manifest["settings"], settings, fixed)
-    load_checkpoint(found[-1], model, optimizer)
+    changes = changed_settings(read_manifest(newest)["settings"], settings, fixed)
+    if world.is_main:
+        with writing_to(cfg.run.out_dir):
+            set_aside(path for path in found if path.name > newest.name)
+    return restore(newest, model, optimizer, scaler), changes
+
+
+def restore(path, model, optimizer, scaler):
+    """Loads a checkpoint's tensors in place; returns the state of the run that goes with them."""
+    manifest = load_checkpoint(path, model, optimizer)
     if manifest["scaler"]:
         scaler.load_state_dict(manifest["scaler"])
-    return State(**manifest["state"]), changes
+    return State(**manifest["state"])
 
 
-def save(cfg, settings, model, optimizer, scaler, state, world):
-    """Writes a checkpoint and removes those that are no longer wanted."""
+def go_back(cfg, state, wrong, model, optimizer, scaler, batches, world):
+    """The state of the newest checkpoint, but with the data of the bad steps behind it.
+
+    ValueError, which names what went bad, where there is none, or where it has been gone back to already.
+    """
+    found = checkpoints(cfg.run.out_dir)
+    newest = newest_checkpoint(cfg.run.out_dir, world) if found else None
+    step = read_manifest(newest)["step"] if found else None
+    if not found or step == state.went_back_to:
+        seed_step(cfg.run.seed, state.step - 1, world.rank)
+        tensor = first_bad_tensor(
+            model, lambda: compute_gradients(model, optimizer, scaler, batches, cfg.optim.grad_clip, world)
+        )
+        by_rank = [f"on rank {rank} {name}" for rank, name in enumerate(world.gather(tensor)) if name]
+        raise ValueError(
+            f"{state.bad_steps} steps in a row were skipped, the last of them step {state.step} with {wrong}, "
+            + (f"again after going back to {newest.name}" if found else "and there is no checkpoint to go back to")
+            + f"; first to go bad: {by_rank[0] if by_rank else 'no tensor when the step was computed again'}; "
+            "lower learning_rate, or look at what computes that tensor"
+        )
+    back = restore(newest, model, optimizer, scaler)
+    back.sequences_seen, back.hours, back.went_back_to = state.sequences_seen, state.hours, step
+    return back
+
+
+def is_to_be_saved(state, cfg, ending):
+    """Whether a checkpoint is due; amid bad steps it is not, since one may have to go back to it."""
+    if not cfg.run.save_interval or not state.step:
+        return False
+    return bool(ending) or (state.step % cfg.run.save_interval == 0 and not state.bad_steps)
+
+
+def asked_to_stop(stop, saver, world):
+    """The number of a stop request that some rank has; 0 without. Raises where a checkpoint could not be written."""
+    asked = int(world.worst(SAVE_FAILED if saver.failed else stop.asked))
+    if asked == SAVE_FAILED:
+        saver.wait()  # raises, on all ranks, what happened
+    return asked
+
+
+def save(saver, settings, model, optimizer, scaler, state):
+    """Begins to write a checkpoint."""
     facts = {
         "state": asdict(state),
         "settings": settings,
         "scaler": scaler.state_dict(),
         "val_loss": state.val_loss if state.evaluated_at == state.step else None,
     }
-    save_checkpoint(cfg.run.out_dir, state.step, model, optimizer, facts, world)
-    if world.is_main:
-        remove_old_checkpoints(cfg.run.out_dir, cfg.run)
+    saver.save(state.step, model, optimizer, facts)
 
 
 def has_reached_target(state, cfg):

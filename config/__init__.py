@@ -139,7 +139,7 @@ def help_text(cfg, doc):
 def run_script(main, settings_type, doc):
     """Runs main(cfg) with the settings of the command line; ends the process with code 2 and one line on wrong input.
 
-    Wrong input is a ValueError that a `raise` of the project's own files made; any other error keeps its traceback.
+    Any other error keeps its traceback, and ends it with code 1.
     """
     try:
         asks_for_help = not {"-h", "--help"}.isdisjoint(sys.argv[1:])
@@ -149,11 +149,16 @@ def run_script(main, settings_type, doc):
         else:
             main(cfg)
     except ValueError as error:
-        if not _is_ours(error):
-            raise
-        _exit_with(str(error))
+        if is_users(error):
+            _exit_with(str(error))
+        _crash()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        _end(130)
     except BrokenPipeError:  # the reader of our output has gone (`| head`): nobody is left to tell
         os._exit(1)
+    except Exception:
+        _crash()
 
 
 def _exit_with(message):
@@ -164,12 +169,24 @@ def _exit_with(message):
         time.sleep(5)
     for line in message.splitlines():
         print(f"error: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr)
+    _end(2)
+
+
+def _crash():
+    traceback.print_exc()
+    _end(1)
+
+
+def _end(code):
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(2)  # not sys.exit: a process group left open by the error can hang or crash the interpreter's shutdown
+    os._exit(code)  # not sys.exit: a process group left open by an error can hang or crash the interpreter's shutdown
 
 
-def _is_ours(error):
+def is_users(error):
+    """Whether an error is about wrong input: a ValueError that a `raise` of the project's own files made."""
+    if not isinstance(error, ValueError):
+        return False
     frame = traceback.extract_tb(error.__traceback__)[-1]
     path = Path(frame.filename).resolve()
     in_project = path.parent in (ROOT, ROOT / "config")

@@ -9,17 +9,25 @@ from dataclasses import replace
 import pytest
 import torch
 
-import checkpoint
+import rundir
 from checkpoint import (
-    RunConfig, changed_settings, checkpoints, load_checkpoint, load_model, newest_checkpoint, read_manifest,
-    remove_old_checkpoints, save_checkpoint, tokenizer_of,
+    RunConfig, Saver, changed_settings, checkpoints, load_checkpoint, load_model, newest_checkpoint, read_manifest,
+    remove_old_checkpoints,
 )  # fmt: skip
 from model import ModelConfig, Transformer
 from optim import OptimConfig, build_optimizer
 from parallel import World
+from rundir import tokenizer_of
 
 SMALL = ModelConfig(vocab_size=37, block_size=11, n_layer=3, n_head=5, n_embd=20)
 WORLD = World(0, 1, torch.device("cpu"), "fp32")
+
+
+def save_checkpoint(out_dir, step, model, optimizer, facts, world, **cfg):
+    """Saves as training does, and waits."""
+    saver = Saver(RunConfig(out_dir=str(out_dir), **({"keep_checkpoints": 100} | cfg)), world)
+    saver.save(step, model, optimizer, facts)
+    saver.wait()
 
 
 def build(cfg=SMALL, optimizer="adamw", steps=0, seed=1):
@@ -136,11 +144,29 @@ def test_an_unfinished_checkpoint_is_ignored_and_removed_by_the_next(saved):
     assert not partial.exists()
 
 
-def test_an_existing_checkpoint_is_not_written_again(saved):
+def test_a_checkpoint_is_never_overwritten(saved):
     run_dir, model, optimizer = saved
-    before = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in run_dir.rglob("*")}
-    save_checkpoint(run_dir, 7, *build(seed=3), {}, WORLD)
-    assert before == {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in run_dir.rglob("*")}
+    file = next(newest_checkpoint(run_dir).glob("*.safetensors"))
+    before = file.stat().st_ino
+    saver = Saver(RunConfig(out_dir=str(run_dir)), WORLD, newest=7)  # as after going on from it
+    saver.save(7, *build(seed=3), {})
+    saver.wait()
+    with pytest.raises(ValueError, match="checkpoint of step 7 could not be written.*not empty"):
+        save_checkpoint(run_dir, 7, *build(seed=3), {}, WORLD)
+    assert file.stat().st_ino == before and not list((run_dir / "ckpt").glob(".*"))
+
+
+def test_what_is_saved_is_the_model_at_that_moment_whatever_training_does_next(tmp_path):
+    model, optimizer = build(steps=2)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    saver = Saver(RunConfig(out_dir=str(tmp_path)), WORLD)
+    saver.save(2, model, optimizer, {})
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(7.0)
+    saver.wait()
+    loaded, _ = load_model(tmp_path, "cpu")
+    assert all(torch.equal(p, weights[name]) for name, p in loaded.named_parameters())
 
 
 # ---- which ones stay
@@ -149,8 +175,7 @@ def kept(tmp_path, losses, **cfg):
     """Steps whose checkpoints are left after saving one for each of {step: val_loss}, as training does."""
     model, optimizer = build()
     for step, loss in losses.items():
-        save_checkpoint(tmp_path, step, model, optimizer, {"val_loss": loss}, WORLD)
-        remove_old_checkpoints(tmp_path, RunConfig(**cfg))
+        save_checkpoint(tmp_path, step, model, optimizer, {"val_loss": loss}, WORLD, **cfg)
     assert not list((tmp_path / "ckpt").glob(".*"))
     return [int(p.name[5:]) for p in checkpoints(tmp_path)]
 
@@ -181,13 +206,18 @@ def flip_a_bit(file):
     lambda file: file.unlink(),
     lambda file: file.write_bytes(b""),
 ], ids=["bit flip", "truncated", "missing", "empty"])  # fmt: skip
-def test_damaged_tensors_are_refused_by_name(saved, spoil):
+def test_damaged_tensors_are_named_and_the_checkpoint_before_is_taken(saved, spoil, capsys):
     run_dir, model, optimizer = saved
     file = next(newest_checkpoint(run_dir).glob("*.safetensors"))
+    save_checkpoint(run_dir, 5, *build(steps=1), {}, WORLD)
     spoil(file)
-    with pytest.raises(ValueError, match=f"{file.name} is missing or damaged.*remove .*step_00000007"):
-        load_checkpoint(newest_checkpoint(run_dir), model, optimizer)
-    with pytest.raises(ValueError, match="missing or damaged"):
+    assert newest_checkpoint(run_dir).name == "step_00000005"
+    told = capsys.readouterr().out
+    assert told == (
+        f"{file} is missing or damaged: its checksum is not the manifest's\ntaking step_00000005 instead\n"
+    )
+    spoil(next((run_dir / "ckpt/step_00000005").glob("*.safetensors")))
+    with pytest.raises(ValueError, match="missing or damaged.*no other checkpoint; bring one back"):
         load_model(run_dir, "cpu")
 
 
@@ -196,8 +226,8 @@ def test_a_damaged_manifest_is_refused(saved, content):
     run_dir, model, _ = saved
     manifest = newest_checkpoint(run_dir) / "manifest.json"
     manifest.unlink() if content is None else manifest.write_text(content)
-    with pytest.raises(ValueError, match="no readable manifest.json.*remove it to go back"):
-        load_checkpoint(newest_checkpoint(run_dir), model)
+    with pytest.raises(ValueError, match="no readable manifest.json"):
+        newest_checkpoint(run_dir)
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_the_difference(saved):
@@ -237,10 +267,10 @@ def test_source_is_kept_and_changed_files_are_named(tmp_path):
     (root / "config").mkdir(parents=True)
     (root / "model.py").write_text("a = 1\n")
     (root / "config" / "p.py").write_text("b = 1\n")
-    assert checkpoint.keep_source(root, out_dir, 0) == []
-    assert checkpoint.keep_source(root, out_dir, 5) == []
+    assert rundir.keep_source(root, out_dir, 0) == []
+    assert rundir.keep_source(root, out_dir, 5) == []
     (root / "model.py").write_text("a = 2\n")
-    assert checkpoint.keep_source(root, out_dir, 7) == ["model.py"]
+    assert rundir.keep_source(root, out_dir, 7) == ["model.py"]
     assert (out_dir / "source/step_00000000/model.py").read_text() == "a = 1\n"
     assert (out_dir / "source/step_00000007/config/p.py").read_text() == "b = 1\n"
 

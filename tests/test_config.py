@@ -11,7 +11,6 @@ import torch
 
 import bench
 import config
-import corpus
 import prepare
 import sample
 import train
@@ -375,10 +374,14 @@ def test_wrong_command_ends_with_code_2_and_a_line_for_each_mistake():
     assert lines[1].startswith("error: n_embd 256 is not a multiple of n_head 7; ")
 
 
-def test_mistake_that_no_file_of_the_project_foresaw_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prepare.py", "--input=x"])
-    with pytest.raises(ValueError, match="empty separator"):  # of bytes.split, in a line of corpus.py
-        config.run_script(lambda cfg: list(corpus._split_file(__file__, b"")), prepare.Settings, prepare.__doc__)
+def test_mistake_that_no_file_of_the_project_foresaw_keeps_its_traceback():
+    code = (  # bytes.split finds it, in a line of corpus.py
+        "import config, corpus, prepare\n"
+        "config.run_script(lambda cfg: list(corpus._split_file(corpus.__file__, b'')), prepare.Settings, '')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "--input=x"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "in _split_file" in done.stderr
+    assert done.stderr.endswith("ValueError: empty separator\n")
 
 
 def test_settings_that_do_not_fit_each_other_are_listed_with_the_other_mistakes():

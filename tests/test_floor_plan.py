@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 LIBRARIES = {"model", "tokenizer", "corpus", "data", "objective", "optim", "config"}
-BELOW_SCRIPTS = LIBRARIES | {"parallel", "checkpoint", "plan"}
+BELOW_SCRIPTS = LIBRARIES | {"rundir", "guard", "health", "parallel", "checkpoint", "plan"}
 MAY_IMPORT = {
     "model": set(),
     "tokenizer": set(),
@@ -18,13 +18,16 @@ MAY_IMPORT = {
     "objective": set(),
     "optim": set(),
     "shard": {"model"},  # which rank holds what: what parallel.py does where there are several
-    "parallel": {"model", "shard"},
-    "checkpoint": {"model"},
+    "rundir": set(),
+    "guard": {"config"},
+    "health": {"optim"},  # to look at a sharded tensor's own part
+    "parallel": {"model", "shard", "guard"},
+    "checkpoint": {"model", "rundir"},
     "plan": {"config", "model", "data", "optim", "parallel"},
-    "log": {"config", "objective", "parallel", "checkpoint", "plan"},  # what a run tells: the half of train.py that is not the loop
+    "log": {"config", "objective", "rundir", "parallel", "plan"},  # what a run tells: the half of train.py that is not the loop
     "prepare": {"config", "corpus", "tokenizer", "data"},
     "train": BELOW_SCRIPTS | {"log"},
-    "sample": {"config", "model", "tokenizer", "objective", "parallel", "checkpoint"},
+    "sample": {"config", "model", "tokenizer", "objective", "rundir", "parallel", "checkpoint"},
     "bench": BELOW_SCRIPTS | {"train"},  # a benchmark must time the code that trains
     "convert": {"config", "model", "tokenizer", "checkpoint"},
 }

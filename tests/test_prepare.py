@@ -20,9 +20,9 @@ import tokenizers
 import config
 import corpus
 import prepare
-from checkpoint import keep_tokenizer, tokenizer_of
 from conftest import ROOT
 from data import HEADER, Split, open_shard, read_meta
+from rundir import keep_tokenizer, tokenizer_of
 from tokenizer import SPECIALS, load_tokenizer
 
 SHARED = Path(ROOT).parent / "shared/data"

@@ -18,12 +18,13 @@ from torch.utils._pytree import tree_leaves
 import optim
 import parallel
 import plan
-from checkpoint import _tensors, check_shared, load_checkpoint, save_checkpoint
+from checkpoint import RunConfig, Saver, _tensors, load_checkpoint
 from model import ModelConfig, Transformer
 from objective import IGNORE
 from optim import OptimConfig, build_optimizer, orthogonalize
 from parallel import ParallelConfig, check_tensor_parallel, distribute, init_world, seed_step, shape_of_mesh
 from ranks import on_ranks
+from rundir import check_shared
 from train import train_step
 
 # 4 heads of 6; an MLP of 38, which 4 ranks share unevenly; a vocabulary of 64 with its padding.
@@ -93,8 +94,7 @@ def step_of(world, model, optimizer, name, step, micro_steps=1, scaler=None):
     batches = list(zip(*(part.split(size) for part in batch(name, step))))[world.data_rank :: world.data_ranks]
     assert len(batches) == micro_steps
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-    loss, norm = train_step(model, optimizer, scaler, batches, 1.0, world)
-    return world.sum(loss.clone()).item(), norm.item()
+    return train_step(model, optimizer, scaler, batches, 1.0, world)[:2]
 
 
 def trained(name, micro_steps=1, **layout):
@@ -436,7 +436,9 @@ def saved(folder, layout, name, optimizer):
         for step in range(2):
             step_of(world, model, optimizer, name, step)
         tensors = tensors_of(model, optimizer)
-        save_checkpoint(folder, 2, model, optimizer, {}, world)
+        saver = Saver(RunConfig(out_dir=str(folder)), world)
+        saver.save(2, model, optimizer, {})
+        saver.wait()
         return tensors if world.is_main else None, step_of(world, model, optimizer, name, 2)
 
 

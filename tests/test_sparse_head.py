@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from config import load
-from model import ModelConfig, Transformer, linear_cross_entropy
+from model import Transformer, linear_cross_entropy
 from objective import IGNORE
 from ranks import start
 from train import Settings

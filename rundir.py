@@ -1,0 +1,157 @@
+"""A run's folder: that it can be written, is shared by all ranks and used by one run, and what lies in it.
+
+Its checkpoints are checkpoint.py's.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import json
+import math
+import os
+import secrets
+import shutil
+import socket
+import time
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def writing_to(out_dir):
+    """Makes the system's errors while writing into a run's folder a ValueError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"out_dir {out_dir} cannot be written to ({error}); use another --out_dir") from error
+
+
+def check_shared(out_dir, world, patience=30):
+    """ValueError, on all ranks, where out_dir is not one folder that all of them see within `patience` seconds."""
+    if world.size == 1:
+        return
+    token = int(world.worst(secrets.randbelow(2**24) if world.is_main else 0))
+    file = Path(out_dir) / f".seen_by_all_ranks_{token}"
+    if world.is_main:
+        with writing_to(out_dir):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            for leftover in file.parent.glob(".seen_by_all_ranks_*"):  # of a check that was cut short
+                leftover.unlink()
+            file.touch()
+    world.barrier()
+    deadline = time.monotonic() + patience  # a network's file system may show it late
+    while not (seen := file.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    some_miss_it = world.worst(not seen)
+    if world.is_main:
+        file.unlink()
+    if some_miss_it:
+        raise ValueError(
+            f"out_dir {out_dir} is not one folder for all {world.size} ranks: what rank 0 writes there, others do not "
+            f"see; put it on a disk that all machines share"
+        )
+
+
+@contextlib.contextmanager
+def locked(out_dir, world):
+    """Keeps a run's folder to this run; ValueError where another one has it. A killed process holds nothing."""
+    if not world.is_main:
+        yield
+        return
+    with writing_to(out_dir):
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        file = open(Path(out_dir) / ".lock", "a+", encoding="utf-8")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"out_dir {out_dir} is in use by another run, {file.read().strip()}; "
+                f"end that one (touch {out_dir}/stop), or use another --out_dir"
+            ) from None
+        except OSError as error:
+            print(f"{out_dir} is on a disk without locks ({error}): see to it that no other run uses it", flush=True)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}\n")
+        file.flush()
+        yield
+
+
+def keep_source(root, out_dir, step):
+    """Copies the .py files that run into out_dir/source/, anew where some changed; names those that did."""
+    files = {
+        str(p.relative_to(root)): p for pattern in ("*.py", "config/*.py") for p in sorted(Path(root).glob(pattern))
+    }
+    kept = sorted((Path(out_dir) / "source").glob("step_*"))
+    changed = [name for name, path in files.items() if kept and not _same(path, kept[-1] / name)]
+    if changed or not kept:
+        for name, path in files.items():
+            copy = Path(out_dir) / "source" / f"step_{step:08d}" / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+    return changed
+
+
+def keep_tokenizer(data_dir, out_dir):
+    """Copies meta.json and the tokenizer's file from the data to the run, so that the run can be sampled from alone."""
+    for name in ("meta.json", "tokenizer.json"):
+        if (Path(data_dir) / name).exists():
+            shutil.copyfile(Path(data_dir) / name, Path(out_dir) / name)
+
+
+def tokenizer_of(run_dir):
+    """What load_tokenizer calls the tokenizer of a run's data."""
+    path = Path(run_dir) / "meta.json"
+    if not path.exists():
+        raise ValueError(
+            f"{run_dir} has no meta.json, so its tokenizer is unknown: its data came from elsewhere; "
+            f'write one, such as {{"tokenizer": "gpt2"}}, into {path}'
+        )
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        name, digest = meta["tokenizer"], meta.get("tokenizer_sha256")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} names no tokenizer ({type(error).__name__}); write one, as in {{'tokenizer': 'gpt2'}}"
+        ) from error
+    if not name.endswith(".json"):
+        return name
+    file = path.with_name(name)
+    if digest and not (file.exists() and sha256(file) == digest):
+        raise ValueError(
+            f"{file} is missing or not the tokenizer that the data was made with; copy it from the data again"
+        )
+    return str(file)
+
+
+def open_log(out_dir, step):
+    """Opens log.jsonl to go on from a step: without what lies past it, or a line that was cut short.
+
+    A run that starts anew keeps the log that it finds as log_1.jsonl, log_2.jsonl and so on.
+    """
+    path = Path(out_dir) / "log.jsonl"
+    if path.exists() and step == 0:
+        os.replace(path, next(p for i in itertools.count(1) if not (p := path.with_name(f"log_{i}.jsonl")).exists()))
+    elif path.exists():
+        partial = path.with_name(f".{path.name}")
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        partial.write_text("".join(line for line in lines if _step_of(line) <= step), encoding="utf-8")
+        os.replace(partial, path)
+    return open(path, "a", encoding="utf-8")
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _step_of(line):
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _same(path, other):
+    return other.exists() and path.read_bytes() == other.read_bytes()
