@@ -149,10 +149,12 @@ def write_checkpoint(out_dir, step, tensors, facts, world):
 
 def together(world, function):
     """What function() returns on each rank, a list; RuntimeError on all of them where it failed on one."""
+    from torch.distributed.checkpoint import CheckpointException  # which is no Exception
+
     value = problem = None
     try:
         value = function()
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         # Of several ranks, torch.distributed.checkpoint wraps up what happened to each.
         cause = next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
         problem = str(cause) if isinstance(cause, (OSError, ValueError)) else f"{type(cause).__name__}: {cause}"

@@ -99,7 +99,7 @@ class Watchdog:
         self.minutes, self.rank, self.size, self.store = minutes, rank, size, store
         self.report = lambda text: None  # a run sets it, to write the text into its folder
         self.step = 0
-        self._now, self._closed, self._main = (0, "at the start"), threading.Event(), threading.get_ident()
+        self._now, self._closed, self._main = (0, "the start"), threading.Event(), threading.get_ident()
         if minutes:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
@@ -121,7 +121,7 @@ class Watchdog:
         while not self._closed.wait(tick):
             if self._now != seen:
                 seen, ticks = self._now, 0
-                self._tell(*seen)
+                self._tell(seen[0], f"last seen at {seen[1]}")
             elif seen[0]:  # what comes before the first place may take what it takes
                 ticks += 1
             if ticks >= 20:
@@ -129,35 +129,41 @@ class Watchdog:
 
     def _tell(self, count, place):
         if self.store:
-            with contextlib.suppress(Exception):  # the store's process may be gone: then its rank is the one to name
+            with contextlib.suppress(Exception):  # the process that keeps the store may be gone
                 self.store.set(f"place_{self.rank}", f"{count} {place}")
 
     def _end(self, tick):
         count, place = self._now
         stack = traceback.extract_stack(sys._current_frames()[self._main])
-        own = [frame for frame in stack if frame.filename.startswith(HERE)] or stack
-        self._tell(count, f"{place}, in {own[-1].name}, {Path(own[-1].filename).name}:{own[-1].lineno}")
-        self.report("".join(["no progress; the main thread is at\n", *traceback.format_list(stack)]))
-        if self.size > 1 and self.store.add("hung", 1) > 1:  # another rank tells
-            time.sleep(60)
-            os._exit(1)
-        time.sleep(2 * tick)  # the others' clocks run out as well
-        print(f"error: no progress for {self.minutes:g} minutes (timeout_minutes): {self._culprit()}", file=sys.stderr)
-        sys.stderr.flush()
+        frame = next((frame for frame in reversed(stack) if frame.filename.startswith(HERE)), stack[-1])
+        place = f"at {place}, in {frame.name}, {Path(frame.filename).name}:{frame.lineno}"
+        self._tell(count, place)
+        self.report("".join([f"no progress, {place}\n", *traceback.format_list(stack)]))
+        if self.size == 1:
+            culprit = f"the run hangs {place}"
+        else:
+            try:
+                if self.store.add("told", 1) > 1:  # another rank has its say, and ends them all
+                    time.sleep(60)
+                time.sleep(2 * tick)  # the others' clocks run out as well
+                culprit = self._culprit()
+            except Exception as error:
+                culprit = f"rank {self.rank} is {place}; where others are is not known ({type(error).__name__})"
+        print(
+            f"error: no progress for {self.minutes:g} minutes (timeout_minutes): {culprit}", file=sys.stderr, flush=True
+        )
         os._exit(1)
 
     def _culprit(self):
-        if self.size == 1:
-            return f"hangs at {self._now[1]}"
         places = {}
         for rank in range(self.size):
-            count, _, place = self.store.get(f"place_{rank}").decode().partition(" ")
+            told = self.store.get(f"place_{rank}") if self.store.check([f"place_{rank}"]) else b"0 not heard of"
+            count, _, place = told.decode().partition(" ")
             places[rank] = (int(count), place)
         fewest = min(count for count, _ in places.values())
-        behind = [rank for rank, (count, _) in places.items() if count == fewest]
-        named = "; ".join(f"rank {rank} hangs at {places[rank][1]}" for rank in behind[:8])
+        behind = "; ".join(f"rank {rank} hangs, {place}" for rank, (count, place) in places.items() if count == fewest)
         others = next((place for count, place in places.values() if count > fewest), None)
-        return named + (f"; the others wait at {others}" if others else "; no rank is behind another")
+        return behind + (f"; others wait for it {others}" if others else "; no rank is behind another")
 
 
 class CrashReports:

@@ -58,25 +58,27 @@ def first_bad_tensor(model, forward_and_backward):
         if isinstance(tensor, torch.Tensor) and not _is_finite(tensor):
             bad.append(name)
 
-    def before(name):
-        def hook(module, inputs):  # when sharded weights are whole
-            for key, p in module.named_parameters(prefix=name):
-                hooks.append(p.register_hook(lambda grad, key=key: look(f"the gradient of {key}", grad)))
-
-        return hook
+    def watch_weights(named):
+        for name, p in named:
+            hooks.append(p.register_hook(lambda grad, name=name: look(f"the gradient of {name}", grad)))
 
     def after(name):
         def hook(module, inputs, output):
-            look(f"the output of {name}", output)
+            look(f"the output of {name or 'the model'}", output)
             if isinstance(output, torch.Tensor) and output.requires_grad:
-                hooks.append(output.register_hook(lambda grad: look(f"the gradient of the output of {name}", grad)))
+                hooks.append(
+                    output.register_hook(
+                        lambda grad: look(f"the gradient of the output of {name or 'the model'}", grad)
+                    )
+                )
+            watch_weights(module.named_parameters(prefix=name, recurse=False))  # sharded ones are whole at this moment
 
         return hook
 
     for name, module in model.named_modules():
-        hooks.append(module.register_forward_hook(after(name or "the model")))
-        if module is model or module in set(model.blocks):
-            hooks.append(module.register_forward_pre_hook(before(name)))
+        hooks.append(module.register_forward_hook(after(name)))
+    # Of a table that is used without its module being called, as the head's is.
+    hooks.append(model.register_forward_pre_hook(lambda module, inputs: watch_weights(module.named_parameters())))
     try:
         with torch.compiler.set_stance("force_eager"):  # hooks are not seen by what is compiled already
             forward_and_backward()

@@ -52,7 +52,8 @@ class Log:
 
     def __exit__(self, *error):
         if self.file:
-            self.file.close()
+            with contextlib.suppress(OSError):  # of a full disk, which has been told
+                self.file.close()
         if self.wandb:
             self.wandb.finish(exit_code=1 if error[0] else 0)  # a second time does nothing
 
@@ -115,7 +116,8 @@ class Log:
         self._write(record)
         self._print(text)
         if self.draws and state.step:  # a single point is no curve
-            draw_curves(self.out_dir)
+            with writing_to(self.out_dir):
+                draw_curves(self.out_dir)
 
     def went_back(self, state):
         """Tells that the run goes on from a checkpoint, past the data of bad steps; drops lines past it."""
@@ -208,8 +210,9 @@ class Log:
     def _write(self, record):
         if self.file:
             sound = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-            self.file.write(json.dumps(sound) + "\n")  # JSON has no NaN
-            self.file.flush()
+            with writing_to(self.out_dir):
+                self.file.write(json.dumps(sound) + "\n")  # JSON has no NaN
+                self.file.flush()
         if self.wandb:
             self.wandb.log(record)
 

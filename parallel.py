@@ -11,6 +11,7 @@ import hashlib
 import os
 import resource
 import sys
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,7 +191,8 @@ def init_world(cfg):
         torch.use_deterministic_algorithms(True)
     mesh = data_group = cpu_group = store = None
     if size > 1:
-        store = next(dist.rendezvous("env://"))[0]
+        shared = next(dist.rendezvous("env://"))[0]
+        store = own_store(shared, rank, size)
         # The watchdog, which knows more, comes before the timeout of collectives.
         timeout = datetime.timedelta(minutes=2 * cfg.timeout_minutes) if cfg.timeout_minutes else None
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -199,13 +201,38 @@ def init_world(cfg):
         data_group = mesh["replicate", "shard"]._flatten("data").get_group()
         mesh["shard", "tp"]._flatten("model")  # norms are summed over it at once, else in two sums with a warning
         cpu_group = dist.new_group(backend="gloo")
-        store = dist.PrefixStore("watchdog", store.clone())  # a connection of its own, as the other may be busy
+        # On the store of torchrun's process, which outlives a rank that hangs; by a connection that nothing else keeps busy.
+        store = dist.PrefixStore(f"watchdog_{store.port}", shared.clone())
+        store.set_timeout(datetime.timedelta(seconds=20))
     watchdog = Watchdog(cfg.timeout_minutes, rank, size, store)
     yield World(rank, size, device, precision, mesh, data_group, cpu_group, watchdog)
     watchdog.close()
     if size > 1:  # not after an error: the other ranks may never come here
         dist.barrier()
         dist.destroy_process_group()
+
+
+def own_store(shared, rank, size):
+    """A key-value store of this start of the processes alone, kept by rank 0.
+
+    The one that torchrun shares with them lives through its restarts (pytorch/pytorch#135712): what dead processes left
+    there, their addresses, would keep the next ones from finding each other.
+    """
+    if rank == 0:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], 0, size, is_master=True, wait_for_workers=False)
+        shared.set("store_of_rank_0", str(store.port))
+        return store
+    deadline = time.monotonic() + 600
+    while True:
+        port = int(shared.get("store_of_rank_0"))
+        try:
+            timeout = datetime.timedelta(seconds=2)
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], port, size, timeout=timeout, wait_for_workers=False)
+            store.set_timeout(datetime.timedelta(minutes=10))
+            return store
+        except dist.DistError:  # of a dead rank 0: that of the next one will stand there soon
+            if time.monotonic() > deadline:
+                raise
 
 
 def shape_of_mesh(cfg, size):
@@ -256,7 +283,8 @@ def keep_freed_memory():
     """Lets the C library keep what is freed for the next allocation, unless the environment tunes it by MALLOC_*.
 
     glibc else returns each large tensor to the kernel, and the next one faults in page by page: half the time of a
-    step where they are many. It costs up to 10 % more memory at the peak.
+    step where they are many. It costs some 10 % more memory at the peak, and where tensors of many sizes come and go,
+    as with recomputation of blocks, up to several times as much.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt") and not any(name.startswith("MALLOC_") for name in os.environ):

@@ -87,7 +87,9 @@ def explaining_out_of_memory(cfg, world):
     except (RuntimeError, MemoryError) as error:  # of a CPU it is a plain RuntimeError
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
-        raise ValueError(f"out of memory on rank {world.rank}: {remedies(cfg, world)}") from error
+        hint = "; the environment's MALLOC_MMAP_THRESHOLD_=65536 gives freed memory back, which costs time"
+        text = f"out of memory on rank {world.rank}: {remedies(cfg, world)}{hint if world.device.type == 'cpu' else ''}"
+        raise ValueError(text) from error
 
 
 def remedies(cfg, world):
@@ -100,9 +102,11 @@ def remedies(cfg, world):
     copies, shards, tp = (1, 1, 1) if world.mesh is None else world.mesh.shape
     of_state = {"adamw": 16, "muon": 12, "sgd": 12, "adafactor": 8}[cfg.optim.optimizer] * num_params(cfg.model) / tp
 
+    kept = 1.1  # with what an allocator keeps of freed tensors
+
     def need(sequences=sequences, recomputed=now, shards=shards):
         tokens = sequences * cfg.data.seq_len / tp
-        return of_state / shards + activation_bytes(cfg.model, tokens, world.precision, recomputed)
+        return of_state / shards + kept * activation_bytes(cfg.model, tokens, world.precision, recomputed)
 
     steps = [{"sequences": n} for n in range(sequences - 1, 0, -1) if sequences % n == 0]
     kinds = ("none", "selective", "full")

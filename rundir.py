@@ -23,7 +23,10 @@ def writing_to(out_dir):
     try:
         yield
     except OSError as error:
-        raise ValueError(f"out_dir {out_dir} cannot be written to ({error}); use another --out_dir") from error
+        raise ValueError(
+            f"out_dir {out_dir} cannot be written to ({error}); use another --out_dir, or make room: "
+            f"then the same command goes on"
+        ) from error
 
 
 def check_shared(out_dir, world, patience=30):

@@ -107,7 +107,7 @@ class State:
 
 def main(cfg):
     cfg = resolve(cfg)
-    with init_world(cfg.parallel) as world, explaining_out_of_memory(cfg, world):
+    with init_world(cfg.parallel) as world:
         train_split, val_split = (
             Split(cfg.data.data_dir, name, cfg.model.vocab_size, prepare_command(cfg)) for name in ("train", "val")
         )
@@ -116,9 +116,10 @@ def main(cfg):
         micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, world.data_ranks)
         last_step = cfg.optim.last_step(cfg.data.batch_tokens)
 
-        model, optimizer, scaler = build(cfg, world, cfg.run.seed)
+        with explaining_out_of_memory(cfg, world):
+            model, optimizer, scaler = build(cfg, world, cfg.run.seed)
         settings = as_dict(cfg) | {"data_fingerprint": f"{train_split.fingerprint()}-{val_split.fingerprint()}"}
-        with guarded(cfg, world) as stop:
+        with guarded(cfg, world) as stop, explaining_out_of_memory(cfg, world):
             state, changes = resume_or_init(cfg, settings, model, optimizer, scaler, world)
             if state.step and (state.step >= last_step or has_reached_target(state, cfg)):
                 return say_finished(cfg, state, world)
@@ -213,6 +214,7 @@ def train_step(model, optimizer, scaler, batches, grad_clip, world, judge=defect
 
 def compute_gradients(model, optimizer, scaler, batches, grad_clip, world):
     """Leaves a step's gradients, clipped, with the parameters; this rank's share of the mean loss, and their norm."""
+    world.at("counting targets")
     n_targets = world.sum(sum((targets != IGNORE).sum() for _, targets, *_ in batches))
     n_targets = n_targets.clamp(min=1)  # a batch of special tokens alone has nothing to predict
     loss = torch.zeros((), device=world.device)

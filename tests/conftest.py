@@ -4,7 +4,17 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # tests are small; and equal bits need equally many threads in all processes
 os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(ROOT.parent / "shared/data/tiktoken_cache"))
+
+
+@pytest.fixture
+def no_curves():
+    from ranks import without_matplotlib
+
+    with without_matplotlib():
+        yield

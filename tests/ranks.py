@@ -9,6 +9,7 @@ import random
 import shutil
 import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 import config
+import parallel
 import train
 from data import ShardWriter
 from prepare import write_meta
@@ -125,13 +127,57 @@ def start(function, *args):
     return process, here
 
 
-def train_in_child(pipe, cfg):
-    """Trains with cfg, in a process that is to be killed."""
+def launch(n, cfg, told=None, before=None):
+    """Starts training with cfg as train.py would, in n processes that may be killed, stopped, disturbed; returns them.
+
+    told: file that takes what they print. before: (function, *args); a process first does function(rank, *args), such as to plant a fault.
+    """
+    port = free_port()
+    return [start(_train_rank, rank, n, port, cfg, told, before)[0] for rank in range(n)]
+
+
+def codes(processes, patience=60):
+    """Exit codes of processes, which end by themselves within so many seconds."""
+    for process in processes:
+        process.join(patience)
+    ended = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return ended
+
+
+def _train_rank(pipe, rank, n, port, cfg, told, before):
     torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}  # fmt: skip
+    if told:
+        handle = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+    if before:
+        before[0](rank, *before[1:])
+    sys.argv = ["train.py"]
+    config.load = lambda *_: cfg
     with without_matplotlib():
-        train.main(cfg)
-    pipe.send_bytes(b"done")
-    os._exit(0)
+        config.run_script(train.main, train.Settings, "")
+    parallel.end_process()
+
+
+def logged(out_dir):
+    """The last step in a run's log; 0 without one."""
+    try:
+        lines = (Path(out_dir) / "log.jsonl").read_text().splitlines()
+        return max((json.loads(line).get("step", 0) for line in lines if line.endswith("}")), default=0)
+    except OSError:
+        return 0
+
+
+def wait_until(condition, patience=60):
+    """Waits for a condition, for so many seconds."""
+    deadline = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.002)
 
 
 def _rank_main(pipe, rank, n, cases, ports):

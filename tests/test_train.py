@@ -1,12 +1,9 @@
 """Whole runs: what they leave behind, and that they go on exactly where they were stopped, however they were."""
 
-import dataclasses
 import json
 import math
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -28,7 +25,7 @@ from optim import OptimConfig, build_optimizer, lr_at
 from objective import IGNORE, Masked
 from parallel import World
 from ranks import (
-    SMALL, copy_run, on_ranks, records, run, settings, start, train_in_child, without_matplotlib, write_data,
+    SMALL, copy_run, launch, logged, on_ranks, records, run, settings, without_matplotlib, write_data,
 )  # fmt: skip
 from tokenizer import SPECIALS
 
@@ -74,12 +71,6 @@ def masked_four(masked_dir, tmp_path_factory):
     """The first four steps of the same run; to be copied, then taken up again."""
     with without_matplotlib():
         return run(masked_dir, tmp_path_factory.mktemp("masked_four"), max_steps=4, **MASKED)
-
-
-@pytest.fixture
-def no_curves():
-    with without_matplotlib():
-        yield
 
 
 def steps_kept(out_dir):
@@ -251,7 +242,7 @@ def test_mfu_of_a_masked_run_counts_the_head_at_masked_places_alone(masked_nine)
 
 def test_a_killed_masked_run_goes_on_as_if_nothing_had_been(masked_dir, tmp_path, no_curves):
     changes = MASKED | {"max_steps": 20, "save_interval": 4, "eval_interval": 7, "lr_decay_steps": "none"}
-    process, _ = start(train_in_child, settings(masked_dir, tmp_path / "killed", **changes))
+    [process] = launch(1, settings(masked_dir, tmp_path / "killed", **changes))
     assert kill_when(process, lambda: logged(tmp_path / "killed") >= 10)
     assert logged(tmp_path / "killed") < 20
     run(masked_dir, tmp_path / "killed", **changes)
@@ -342,18 +333,11 @@ def kill_when(process, happened, timeout=60):
     return alive
 
 
-def logged(out_dir):
-    """The newest step in a log, 0 where there is none."""
-    path = Path(out_dir) / "log.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
-
-
 @pytest.mark.parametrize("at", [3, 17])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(at, data_dir, tmp_path, no_curves):
     """At step 3 nothing has been saved yet."""
     changes = {"max_steps": 30, "save_interval": 7, "eval_interval": 10, "lr_decay_steps": "none"}
-    process, _ = start(train_in_child, settings(data_dir, tmp_path / "killed", **changes))
+    [process] = launch(1, settings(data_dir, tmp_path / "killed", **changes))
     assert kill_when(process, lambda: logged(tmp_path / "killed") >= at)
     assert logged(tmp_path / "killed") < 30 and not (tmp_path / "killed" / "finished").exists()
     run(data_dir, tmp_path / "killed", **changes)
@@ -673,72 +657,6 @@ def test_wrong_input_ends_the_command_with_code_2_and_one_line(tmp_path):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "prepare.py" in done.stderr
     assert not (tmp_path / "run").exists()
 
-
-# ---- kill -9, at random
-
-MANY = {"max_steps": 60, "save_interval": 7, "eval_interval": 10, "keep_checkpoints": 2, "lr_decay_steps": "none"}
-
-
-def moment(kind, out_dir, generator):
-    """A condition that comes true at a random moment of a kind, from now on."""
-    first, began = logged(out_dir), []
-    target = first + generator.randint(1, 25)
-    # A save follows the line of a step that 7 divides, an evaluation that of one that 10 does; both take about 0.05 s.
-    comes = {
-        "save": lambda step: step % 7 == 0,
-        "evaluation": lambda step: step % 10 == 0,
-        "between": lambda step: step >= target,
-    }[kind]
-    delay = generator.uniform(0, 0.05)
-
-    def is_here():
-        step = logged(out_dir)
-        if not began and step > first and comes(step):
-            began.append(time.monotonic())
-        return bool(began) and time.monotonic() - began[0] > delay
-
-    return is_here
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["save", "evaluation", "between"])
-def test_kill_9_at_random_moments_changes_no_loss(kind, tmp_path, no_curves):
-    data_dir = write_data(tmp_path / "data", val_tokens=3000)  # so that an evaluation takes longer than a step
-    cfg = settings(data_dir, tmp_path / "killed", **MANY, eval_tokens=3000, dropout=0.1)
-    generator, kills, cut_saves = random.Random(kind), 0, 0
-    for _ in range(40):
-        process, pipe = start(train_in_child, cfg)
-        kills += kill_when(process, moment(kind, tmp_path / "killed", generator))
-        cut_saves += any((tmp_path / "killed" / "ckpt").glob(".*"))
-        if (tmp_path / "killed" / "finished").exists():
-            break
-    train.main(cfg)
-    assert kills >= 3 and (cut_saves or kind != "save")
-    run(data_dir, tmp_path / "whole", **MANY, eval_tokens=3000, dropout=0.1)
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
-    assert records(tmp_path / "whole", "val_loss") == records(tmp_path / "killed", "val_loss")
-    assert steps_kept(tmp_path / "killed")[-2:] == [56, 60]
-    assert not list((tmp_path / "killed" / "ckpt").glob(".*"))
-
-
-@pytest.mark.slow
-def test_kill_9_of_the_command_itself_changes_no_loss(data_dir, tmp_path):
-    """The same, once, with the command that people type, killed twice."""
-    cfg = settings(data_dir, tmp_path / "killed", **MANY)
-    names = {name: value for name, value in config.as_dict(cfg).items() if value is not None and value != ""}
-    command = [sys.executable, str(ROOT / "train.py"), *(f"--{name}={value}" for name, value in names.items())]
-    for at in (9, 31):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        while process.poll() is None and logged(tmp_path / "killed") < at:
-            time.sleep(0.001)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
-    train.main(dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, out_dir=str(tmp_path / "whole"))))
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
-
-
-# ---- fp16's scaler
 
 def test_a_step_with_a_gradient_scaler_is_the_step_without_one():
     """The path that fp16 takes on CUDA, in float32 on the CPU: scaling by a power of two changes no bit."""

@@ -1,0 +1,315 @@
+"""What may befall a run: it is asked to stop, a rank hangs or dies, the disk is full, another run takes its folder."""
+
+import ctypes
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import config
+from checkpoint import checkpoints, newest_checkpoint
+from conftest import ROOT
+from data import Loader
+from ranks import codes, launch, logged, records, run, settings, wait_until, write_data
+
+LONG = {"max_steps": 4000, "save_interval": 1000, "lr_decay_steps": "none"}
+STOPS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("guard") / "data")
+
+
+def check_stopped(out_dir, told, by):
+    """The run was saved where it stopped, says how to go on, and is not marked as finished."""
+    text = told.read_text()
+    step = int(checkpoints(out_dir)[-1].name[5:])
+    assert f"stopped by {by}, the same command goes on: step {step} of 4000" in text, text
+    assert step == logged(out_dir) and 0 < step < 4000 and not (out_dir / "finished").exists()
+    assert newest_checkpoint(out_dir) == checkpoints(out_dir)[-1] and "Traceback" not in text
+
+
+def arguments(cfg):
+    return [f"--{name}={'none' if value is None else value}" for name, value in config.as_dict(cfg).items()]
+
+
+def torchrun(n, script, cfg, told, *options):
+    """torchrun itself, on n ranks; it prints into the file told."""
+    command = ["--standalone", f"--nproc_per_node={n}", *options, str(script), *arguments(cfg)]
+    with open(told, "w") as file:
+        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *command], stdout=file, stderr=file)
+
+
+# ---- asked to stop
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_makes_a_run_finish_its_step_save_and_say_how_to_go_on(number, data_dir, tmp_path):
+    out_dir = tmp_path / "run"
+    processes = launch(1, settings(data_dir, out_dir, **LONG), tmp_path / "told")
+    wait_until(lambda: logged(out_dir) >= 5)
+    os.kill(processes[0].pid, number)
+    assert codes(processes) == [0]
+    check_stopped(out_dir, tmp_path / "told", number.name)
+
+
+@pytest.mark.parametrize("who", ["one", "all"])
+def test_a_signal_to_one_rank_or_all_stops_all_at_the_same_step(who, data_dir, tmp_path):
+    out_dir = tmp_path / "run"
+    processes = launch(2, settings(data_dir, out_dir, **LONG), tmp_path / "told")
+    wait_until(lambda: logged(out_dir) >= 5)
+    for process in processes[1:] if who == "one" else processes:
+        os.kill(process.pid, signal.SIGTERM)
+    assert codes(processes) == [0, 0]
+    check_stopped(out_dir, tmp_path / "told", "SIGTERM")
+
+
+def test_a_stopped_run_goes_on_to_the_bit(data_dir, tmp_path, no_curves):
+    changes = {"max_steps": 300, "dropout": 0.1, "save_interval": 1000}
+    out_dir = tmp_path / "stopped"
+    processes = launch(1, settings(data_dir, out_dir, **changes))
+    wait_until(lambda: logged(out_dir) >= 5)
+    os.kill(processes[0].pid, signal.SIGTERM)
+    assert codes(processes) == [0] and logged(out_dir) < 300
+    run(data_dir, out_dir, **changes)
+    assert records(out_dir) == records(run(data_dir, tmp_path / "whole", **changes))
+
+
+def test_a_file_named_stop_does_the_same_and_goes_when_it_is_obeyed(data_dir, tmp_path):
+    out_dir = tmp_path / "run"
+    processes = launch(2, settings(data_dir, out_dir, **LONG), tmp_path / "told")
+    wait_until(lambda: logged(out_dir) >= 5)
+    (out_dir / "stop").touch()
+    assert codes(processes) == [0, 0] and not (out_dir / "stop").exists()
+    check_stopped(out_dir, tmp_path / "told", out_dir / "stop")
+
+
+def sleep_from_step_5(rank, out_dir):
+    """Plants a data loader that sleeps."""
+    take = Loader.next
+    Loader.next = lambda self: time.sleep(1000) if logged(out_dir) >= 5 else take(self)
+
+
+def test_a_second_sigint_stops_at_once_but_not_one_that_comes_with_the_first(data_dir, tmp_path):
+    out_dir = tmp_path / "run"
+
+    [process] = launch(1, settings(data_dir, out_dir, **LONG), tmp_path / "told", (sleep_from_step_5, out_dir))
+    wait_until(lambda: logged(out_dir) >= 5)
+    for pause in (0.3, 0.8, 0):
+        assert process.is_alive()
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(pause)
+    assert codes([process], patience=5) == [130]
+    assert "interrupted twice: stopped at once, without saving" in (tmp_path / "told").read_text()
+    assert not checkpoints(out_dir)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, *(pytest.param(s, marks=pytest.mark.slow) for s in STOPS[1:])])
+def test_a_signal_to_torchrun_stops_the_run_and_its_workers_end_well(number, data_dir, tmp_path):
+    """torchrun itself then ends with 1; SIGUSR1 it must be told to hand on."""
+    out_dir = tmp_path / "run"
+    options = ["--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"]
+    process = torchrun(2, ROOT / "train.py", settings(data_dir, out_dir, **LONG), tmp_path / "told", *options)
+    wait_until(lambda: logged(out_dir) >= 5)
+    process.send_signal(number)
+    assert process.wait(30) == 1
+    text = (tmp_path / "told").read_text()
+    (tmp_path / "told").write_text(text.partition("Traceback")[0])  # torchrun's own
+    check_stopped(out_dir, tmp_path / "told", number.name)
+    assert "SIGKILL" not in text and "terminate called" not in text
+
+
+def test_a_run_without_checkpoints_says_that_a_stop_saved_nothing(data_dir, tmp_path):
+    cfg = settings(data_dir, tmp_path / "run", **LONG | {"save_interval": "none"})
+    processes = launch(1, cfg, tmp_path / "told")
+    wait_until(lambda: logged(tmp_path / "run") >= 5)
+    os.kill(processes[0].pid, signal.SIGTERM)
+    assert codes(processes) == [0]
+    assert "stopped by SIGTERM, with nothing saved (save_interval)" in (tmp_path / "told").read_text()
+
+
+# ---- one run, one folder
+
+def test_a_second_run_in_the_same_folder_is_refused(data_dir, tmp_path, no_curves):
+    out_dir = tmp_path / "run"
+    processes = launch(1, settings(data_dir, out_dir, **LONG))
+    wait_until(lambda: logged(out_dir) >= 5)
+    with pytest.raises(ValueError, match=f"in use by another run, process {processes[0].pid} on .* since .*touch") as error:
+        run(data_dir, out_dir, max_steps=5)
+    assert config.is_users(error.value)
+    processes[0].kill()  # which frees it
+    processes[0].join()
+    run(data_dir, out_dir, max_steps=5, resume="auto")
+
+
+# ---- disks
+
+def check_save_failed(code, text, out_dir, why, newest):
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in text, text
+    assert str(out_dir) in lines[0] and why in lines[0] and "then the same command goes on" in lines[0]
+    assert f"the newest whole one is {newest}" in lines[0] or "out_dir" in lines[0]  # or the log was first to find out
+    assert newest_checkpoint(out_dir).name == newest and not list((out_dir / "ckpt").glob(".*"))
+
+
+def limit_file_size(rank, of_rank):
+    if rank == of_rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_file_that_may_not_grow_stops_the_run_with_one_line_and_the_last_checkpoint_intact(n, data_dir, tmp_path):
+    out_dir = tmp_path / "run"
+    changes = {"save_interval": 10, "max_steps": 4000, "lr_decay_steps": "none"}
+    run_to_10 = launch(n, settings(data_dir, out_dir, **changes | {"max_steps": 10}))
+    assert codes(run_to_10) == [0] * n
+
+    processes = launch(n, settings(data_dir, out_dir, **changes), tmp_path / "told", (limit_file_size, n - 1))
+    [code] = codes(processes[:1])
+    for process in processes:  # as torchrun does
+        process.kill()
+    check_save_failed(code, (tmp_path / "told").read_text(), out_dir, "File too large", "step_00000010")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], capture_output=True).returncode:
+        pytest.skip("this user may not mount a small disk")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(data_dir, small_disk, tmp_path, no_curves):
+    out_dir, changes = small_disk / "run", {"save_interval": 10, "max_steps": 60, "keep_checkpoints": 100}
+    processes = launch(1, settings(data_dir, out_dir, **changes), tmp_path / "told")
+    [code] = codes(processes)
+    newest = checkpoints(out_dir)[-1].name
+    check_save_failed(code, (tmp_path / "told").read_text(), out_dir, "No space left on device", newest)
+    subprocess.run(["mount", "-o", "remount,size=10m", small_disk], check=True)
+    run(data_dir, out_dir, **changes)
+    assert records(out_dir) == records(run(data_dir, tmp_path / "whole", **changes))
+
+
+def test_a_disk_that_becomes_read_only_ends_the_run_with_one_line(data_dir, small_disk, tmp_path, no_curves):
+    out_dir = small_disk / "run"
+    processes = launch(1, settings(data_dir, out_dir, **LONG), tmp_path / "told")
+    wait_until(lambda: logged(out_dir) >= 5)
+    (small_disk / "run" / "ckpt").mkdir()
+    process = processes[0]
+    process.kill()
+    process.join()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(ValueError, match="out_dir .* cannot be written to .*Read-only.*use another --out_dir") as error:
+        run(data_dir, out_dir)
+    assert config.is_users(error.value)
+
+
+# ---- hangs
+
+def check_hang(processes, told, who, where):
+    assert set(codes(processes, patience=40)) & {1}
+    lines = [line for line in told.read_text().splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "no progress for 0.05 minutes (timeout_minutes)" in lines[0], told.read_text()
+    assert f"{who} hangs, at {where}, in " in lines[0]
+    return lines[0]
+
+
+def hang(rank, out_dir):
+    if rank == 1:
+        sleep_from_step_5(rank, out_dir)
+
+
+def test_a_rank_that_hangs_is_named_with_where_it_was(data_dir, tmp_path):
+    cfg = settings(data_dir, tmp_path / "run", **LONG, timeout_minutes=0.05)
+    processes = launch(2, cfg, tmp_path / "told", (hang, tmp_path / "run"))
+    wait_until(lambda: not all(process.is_alive() for process in processes))
+    for process in processes:
+        process.kill()
+    line = check_hang([p for p in processes if not p.is_alive()], tmp_path / "told", "rank 1", "step 5, waiting for data")
+    assert "others wait for it at step 5, counting targets, in " in line
+    [report] = (tmp_path / "run").glob("crash_*_rank_1.txt")
+    assert "time.sleep(1000)" in report.read_text() and "learning_rate = 0.01" in report.read_text()
+
+
+def test_a_frozen_rank_is_named_by_the_others(data_dir, tmp_path):
+    processes = launch(2, settings(data_dir, tmp_path / "run", **LONG, timeout_minutes=0.05), tmp_path / "told")
+    wait_until(lambda: logged(tmp_path / "run") >= 200)  # some ticks of the watchdog, at which it notes places down
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    assert codes(processes[:1], patience=40) == [1]
+    processes[1].kill()
+    [line] = [line for line in (tmp_path / "told").read_text().splitlines() if line.startswith("error: ")]
+    assert "no progress for 0.05 minutes" in line and "rank 1 hangs, last seen at step" in line
+
+
+def test_slow_steps_that_take_less_than_the_timeout_are_no_hang(data_dir, tmp_path, no_curves, monkeypatch):
+    take = Loader.next
+    monkeypatch.setattr(Loader, "next", lambda self: [time.sleep(0.5), take(self)][1])
+    assert (run(data_dir, tmp_path / "run", max_steps=4, timeout_minutes=0.02) / "finished").exists()
+
+
+# ---- crashes
+
+def test_a_crash_is_reported_by_each_rank_and_the_first_one_is_shown(data_dir, tmp_path):
+    script = tmp_path / "crashing.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+from data import Loader
+
+take = Loader.next
+def crashes(self):
+    crashes.calls += 1
+    if self._rank == 1 and crashes.calls == 4:
+        raise RuntimeError("the cat sat on the keyboard")
+    return take(self)
+crashes.calls, Loader.next = 0, crashes
+train.run_script(train.main, train.Settings, "")
+train.end_process()
+""")
+    process = torchrun(2, script, settings(data_dir, tmp_path / "run", **LONG), tmp_path / "told")
+    assert process.wait(60) == 1
+    text, reports = (tmp_path / "told").read_text(), sorted((tmp_path / "run").glob("crash_*.txt"))
+    assert [report.name[-10:] for report in reports] == ["rank_0.txt", "rank_1.txt"]
+    first = reports[1].read_text()
+    assert "rank 1 of 2 on " in first and "step 3, waiting for data" in first and "torch 2." in first
+    assert "RuntimeError: the cat sat on the keyboard" in first and "learning_rate = 0.01" in first
+    assert f"error on rank 1, step 3, waiting for data; the report, with settings and versions, is {reports[1]}" in text
+    assert f"rank 0 ends after another's error: {reports[1]}" in text and "Connection closed" not in text
+    assert "terminate called" not in text
+
+
+def limit_memory(rank):
+    """To 3 GiB beyond what is mapped already; freed memory is given back."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    ctypes.CDLL(None).mallopt(-3, 65536)  # what the variable does where it is there when a process starts
+    with open("/proc/self/statm") as file:
+        mapped = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + 3 * 2**30, mapped + 3 * 2**30))
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_ends_the_run_with_what_would_fit(tmp_path):
+    data = write_data(tmp_path / "data", train_tokens=80_000)
+    changes = {"n_embd": 320, "n_layer": 12, "block_size": 256, "seq_len": 256, "micro_batch_size": 64,
+               "batch_tokens": 64 * 256, "eval_tokens": 256, "max_steps": 1}  # fmt: skip
+
+    processes = launch(1, settings(data, tmp_path / "run", **changes), tmp_path / "told", (limit_memory,))
+    assert codes(processes) == [2]
+    [line] = [line for line in (tmp_path / "told").read_text().splitlines() if line.startswith("error: ")]
+    told = re.search(r"out of memory on rank 0: about .* GiB are needed, of .*what would fit: (.*); the env", line)[1]
+    ways = [way.split(" (about")[0] for way in told.split(", ")]
+    assert not list((tmp_path / "run").glob("crash_*"))
+    assert [way.split("=")[0] for way in ways] == ["--micro_batch_size", "--activation_checkpointing"], line
+    for i, way in enumerate(ways):  # and so they do
+        name, value = way[2:].split("=")
+        cfg = settings(data, tmp_path / f"run_{i}", **changes | {name: value})
+        assert codes(launch(1, cfg, tmp_path / "told", (limit_memory,))) == [0], (tmp_path / "told").read_text()
