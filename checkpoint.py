@@ -68,9 +68,11 @@ class Saver:
 
     def save(self, step, model, optimizer, facts):
         """Copies the tensors and begins to write them. facts: what JSON can hold, for the manifest."""
-        self.wait()
         if step == self.newest:
             return
+        if self.world.is_main and self._thread and self._thread.is_alive():
+            print(f"training waits for checkpoint {self.newest} to be written: a longer save_interval spares that")
+        self.wait()
         self.newest = step
         facts = {"model": asdict(model.cfg), **facts}
         tensors = self._staged(_tensors(model, optimizer))
@@ -203,7 +205,7 @@ def newest_checkpoint(run_dir, world=None):
 
     ValueError where there is none. Several ranks, if world is given, share out the reading.
     """
-    paths = together(world, lambda: checkpoints(run_dir))[0]  # rank 0's, as a network's disk may show others less
+    paths = checkpoints(run_dir) if world is None else world.gather(checkpoints(run_dir))[0]
     if not paths:
         there = "does not exist" if not Path(run_dir).is_dir() else "holds no checkpoint of flatlm's (ckpt/step_*)"
         raise ValueError(f"{run_dir} {there}; train.py makes one, in its out_dir")

@@ -314,7 +314,7 @@ def prepare_command(cfg):
 
 def resume_or_init(cfg, settings, model, optimizer, scaler, world):
     """The state to start from, with the tensors that go with it, and lines that name what has changed since."""
-    found = checkpoints(cfg.run.out_dir)
+    found = world.gather(checkpoints(cfg.run.out_dir))[0]  # rank 0's, as a network's disk may show others less
     if not found:
         if cfg.run.init_from:
             load_checkpoint(newest_checkpoint(cfg.run.init_from, world), model)
@@ -346,7 +346,7 @@ def go_back(cfg, state, wrong, model, optimizer, scaler, batches, world):
 
     ValueError, which names what went bad, where there is none, or where it has been gone back to already.
     """
-    found = checkpoints(cfg.run.out_dir)
+    found = world.gather(checkpoints(cfg.run.out_dir))[0]
     newest = newest_checkpoint(cfg.run.out_dir, world) if found else None
     step = read_manifest(newest)["step"] if found else None
     if not found or step == state.went_back_to:

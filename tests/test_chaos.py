@@ -1,8 +1,10 @@
 """Runs that are killed again and again, at random moments, end as if nothing had been."""
 
+import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -10,7 +12,7 @@ import time
 import pytest
 
 import config
-from checkpoint import checkpoints, newest_checkpoint
+from checkpoint import Saver, checkpoints, newest_checkpoint
 from conftest import ROOT
 from ranks import codes, launch, logged, records, settings, wait_until, write_data
 
@@ -96,3 +98,39 @@ def test_kill_9_of_a_rank_at_random_moments_is_healed_by_torchruns_restarts(n, t
     assert run.wait(timeout=120) == 0, (tmp_path / "told").read_text()[-3000:]
     assert cut_saves >= 3 and "terminate called" not in (tmp_path / "told").read_text()
     check_ends_as_if_nothing_had_been(n, data_dir, out_dir, tmp_path)
+
+
+def test_saving_costs_training_little(tmp_path):
+    """Steps of a model whose checkpoint has 500 MB, saved every 10; prints what README says (-s)."""
+    data_dir = write_data(tmp_path / "data", train_tokens=200_000)
+    shape = {"n_embd": 640, "n_layer": 9, "n_head": 10, "block_size": 256, "seq_len": 256, "micro_batch_size": 4,
+             "batch_tokens": 2048, "eval_tokens": 512, "max_steps": 40, "eval_interval": 1000, "precision": "auto",
+             "keep_checkpoints": 1}  # fmt: skip
+    seconds = {}
+    for interval in ("none", 10):
+        cfg = settings(data_dir, tmp_path / str(interval), **shape, save_interval=interval)
+        assert codes(launch(1, cfg, tmp_path / "told", (note_pauses, tmp_path / "pauses")), patience=300) == [0]
+        steps = [json.loads(line) for line in (tmp_path / str(interval) / "log.jsonl").read_text().splitlines()]
+        seconds[interval] = [shape["batch_tokens"] / step["tokens_per_s"] for step in steps if "loss" in step]
+    pauses = [float(line) for line in (tmp_path / "pauses").read_text().splitlines()]
+    size = sum(file.stat().st_size for file in checkpoints(tmp_path / "10")[-1].iterdir())
+    step, while_writing = statistics.median(seconds["none"]), statistics.median(seconds[10])
+    slower = sum(seconds[10][10:40]) + sum(pauses[:3]) - 30 * step  # three intervals, each after a save
+    print(f"\ncheckpoint {size / 1e6:.0f} MB; a step without saves {step:.3f} s, with {while_writing:.3f} s (medians); "
+          f"pause of a save {statistics.median(pauses):.3f} s; cost of a save, pause and slower steps, "
+          f"{slower / 3:.2f} s = {slower / 3 / (10 * step):.1%} of the time between saves")  # fmt: skip
+    assert size > 500e6 and len(pauses) == 4
+    assert statistics.median(pauses) < 0.5 * 10 * step
+
+
+def note_pauses(rank, file):
+    """Writes down for how long each save keeps the loop."""
+    save = Saver.save
+
+    def timed(self, *args):
+        start = time.perf_counter()
+        save(self, *args)
+        with open(file, "a") as noted:
+            noted.write(f"{time.perf_counter() - start}\n")
+
+    Saver.save = timed

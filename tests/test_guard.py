@@ -70,12 +70,12 @@ def test_a_signal_to_one_rank_or_all_stops_all_at_the_same_step(who, data_dir, t
 
 
 def test_a_stopped_run_goes_on_to_the_bit(data_dir, tmp_path, no_curves):
-    changes = {"max_steps": 300, "dropout": 0.1, "save_interval": 1000}
+    changes = {"max_steps": 120, "dropout": 0.1, "save_interval": 1000}
     out_dir = tmp_path / "stopped"
     processes = launch(1, settings(data_dir, out_dir, **changes))
     wait_until(lambda: logged(out_dir) >= 5)
     os.kill(processes[0].pid, signal.SIGTERM)
-    assert codes(processes) == [0] and logged(out_dir) < 300
+    assert codes(processes) == [0] and logged(out_dir) < 120
     run(data_dir, out_dir, **changes)
     assert records(out_dir) == records(run(data_dir, tmp_path / "whole", **changes))
 
@@ -109,7 +109,8 @@ def test_a_second_sigint_stops_at_once_but_not_one_that_comes_with_the_first(dat
     assert not checkpoints(out_dir)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, *(pytest.param(s, marks=pytest.mark.slow) for s in STOPS[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", STOPS)
 def test_a_signal_to_torchrun_stops_the_run_and_its_workers_end_well(number, data_dir, tmp_path):
     """torchrun itself then ends with 1; SIGUSR1 it must be told to hand on."""
     out_dir = tmp_path / "run"
@@ -239,6 +240,7 @@ def test_a_rank_that_hangs_is_named_with_where_it_was(data_dir, tmp_path):
     assert "time.sleep(1000)" in report.read_text() and "learning_rate = 0.01" in report.read_text()
 
 
+@pytest.mark.slow
 def test_a_frozen_rank_is_named_by_the_others(data_dir, tmp_path):
     processes = launch(2, settings(data_dir, tmp_path / "run", **LONG, timeout_minutes=0.05), tmp_path / "told")
     wait_until(lambda: logged(tmp_path / "run") >= 200)  # some ticks of the watchdog, at which it notes places down
@@ -257,6 +259,7 @@ def test_slow_steps_that_take_less_than_the_timeout_are_no_hang(data_dir, tmp_pa
 
 # ---- crashes
 
+@pytest.mark.slow
 def test_a_crash_is_reported_by_each_rank_and_the_first_one_is_shown(data_dir, tmp_path):
     script = tmp_path / "crashing.py"
     script.write_text(f"""

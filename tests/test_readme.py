@@ -70,25 +70,25 @@ def run(command, folder, extra=""):
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
-def run_on_two_machines(script, folder, name):
+def run_on_two_machines(script, folder, name, more=""):
     """Runs a job script of the README with two agents on this machine for two machines, each with one process."""
     bin = folder / "bin"
     bin.mkdir(exist_ok=True)
     # Slurm's two commands, as far as the script needs them.
     (bin / "srun").write_text('#!/bin/sh\n"$@" & first=$!\n"$@" & second=$!\nwait $first && wait $second\n')
-    (bin / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\n")
+    (bin / "scontrol").write_text('#!/bin/sh\ncase $1 in requeue) touch requeued_$2 ;; *) echo 127.0.0.1 ;; esac\n')
     (bin / "torchrun").write_text(f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n')
     for file in bin.iterdir():
         file.chmod(0o755)
-    tiny = TINY["train.py"].replace("--batch_tokens=128", f"--batch_tokens=128 --out_dir=out/{name}")
-    smaller = {"nproc_per_node=8": "nproc_per_node=1", "shard_size=8": "shard_size=2", "29500": str(free_port())}
+    tiny = TINY["train.py"].replace("--batch_tokens=128", f"--batch_tokens=128 --out_dir=out/{name} {more}")
+    script = script.replace("out/gpt2_1558m", f"out/{name}")
+    smaller = {"nproc_per_node=8": "nproc_per_node=1", "shard_size=8": f"shard_size=2 {tiny}", "29500": str(free_port())}
     for old, new in (smaller | {" train.py": f" {ROOT / 'train.py'}"}).items():
         assert old in script
         script = script.replace(old, new)
     env = os.environ | {"PATH": f"{bin}:{os.environ['PATH']}", "HEAD": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     env |= {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "first,second"}
-    command = ["bash", "-ec", f"{script.rstrip()} {tiny}"]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200)
+    return subprocess.run(["bash", "-c", script], cwd=folder, env=env, capture_output=True, text=True, timeout=200)
 
 
 def needs_gpt2_tokenizer(command):
@@ -131,7 +131,19 @@ def test_the_readmes_commands_for_several_machines_train_one_model(kind, folder)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert done.stdout.count("finished: step 3 of 3") == 1, "only rank 0 speaks"
     assert "1 x 2 x 1 ranks" in done.stdout
-    assert (folder / "out" / name / "finished").exists()
+    assert (folder / "out" / name / "finished").exists() and not (folder / "requeued_7").exists()
+
+
+@pytest.mark.slow
+def test_the_slurm_script_goes_back_into_the_queue_until_the_run_has_finished(folder):
+    assert run("python prepare.py config/gpt2_124m.py", folder, "--input=fineweb --max_shards=1").returncode == 0
+    script = next(block for block in BLOCKS if "#SBATCH" in block)
+    done = run_on_two_machines(script, folder, "stopped", "--max_minutes=0.0001 --log_interval=1")
+    assert "stopped after max_minutes" in done.stdout and (folder / "requeued_7").exists()
+    (folder / "requeued_7").unlink()
+    done = run_on_two_machines(script, folder, "stopped")
+    assert "resumed from step 1" in done.stdout and "finished: step 3 of 3" in done.stdout
+    assert not (folder / "requeued_7").exists()
 
 
 def test_the_readme_leads_with_make_and_make_test():
