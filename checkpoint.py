@@ -5,6 +5,7 @@ torch.distributed.checkpoint, and manifest.json with everything else. It appears
 is the same for one process and for many, and is read without unpickling anything.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -47,7 +48,12 @@ class RunConfig:
 def checkpoints(out_dir):
     """The whole checkpoints of a run, oldest first."""
     found = [path for path in Path(out_dir).glob("ckpt/step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name[5:]))  # copies under other names are the user's own
+    return sorted(found, key=step_of)  # copies under other names are the user's own
+
+
+def step_of(path):
+    """The step of a checkpoint, by its name."""
+    return int(path.name[5:])
 
 
 class Saver:
@@ -131,6 +137,7 @@ def write_checkpoint(out_dir, step, tensors, facts, world):
 
     def finish():
         manifest = {"step": step, **facts, "files": files}
+        manifest["checksum"] = _checksum(manifest)
         with open(partial / "manifest.json", "w", encoding="utf-8") as file:
             json.dump(manifest, file, indent=1)
             file.flush()
@@ -172,7 +179,7 @@ def remove_old_checkpoints(out_dir, cfg):
     losses = {path: _val_loss(path) for path in paths}
     best = min((path for path in paths if losses[path] < math.inf), key=losses.get, default=None)
     for path in paths[: -cfg.keep_checkpoints]:
-        if path != best and not (cfg.keep_every and int(path.name[5:]) % cfg.keep_every == 0):
+        if path != best and not (cfg.keep_every and step_of(path) % cfg.keep_every == 0):
             # Renamed first: a removal that is cut short must not leave half a checkpoint under a whole one's name.
             doomed = path.with_name(f".{path.name}.partial")
             os.replace(path, doomed)
@@ -230,7 +237,10 @@ def set_aside(paths):
 
 def _check(path, world):
     """ValueError where a checkpoint lacks a file or has another checksum, of those files that are this rank's share."""
-    files = read_manifest(path)["files"]
+    manifest = read_manifest(path)
+    if "checksum" in manifest and _checksum(manifest) != manifest["checksum"]:  # older ones have none
+        raise ValueError(f"{path / 'manifest.json'} is damaged: it is not what its checksum is of")
+    files = manifest["files"]
     names = sorted({*files, *(file.name for file in path.glob("*.safetensors"))})
     for name in names if world is None else names[world.rank :: world.size]:
         if not (path / name).exists() or sha256(path / name) != files.get(name):
@@ -291,6 +301,12 @@ def changed_settings(old, new, fixed):
 def _quieten():
     """Mutes torch's warning, at each save and load, that one process is one process."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+
+
+def _checksum(manifest):
+    """Of all else in a manifest."""
+    text = json.dumps({name: value for name, value in manifest.items() if name != "checksum"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _tensors(model, optimizer):

@@ -26,6 +26,7 @@ from checkpoint import (
     newest_checkpoint,
     read_manifest,
     set_aside,
+    step_of,
 )
 from config import as_dict, as_preset, preset_value, run_script
 from data import DataConfig, Loader, Split, TrainOrder, accumulation_steps, eval_batches, read_meta, vocab_size_of
@@ -164,6 +165,7 @@ def main(cfg):
                         state = go_back(cfg, state, wrong, model, optimizer, scaler, batches, world)
                         loader.close()
                         loader = Loader(order, windows, state.sequences_seen, *sizes, world)
+                        saver.newest = state.step
                         log.went_back(state)
                 loader.close()
                 saver.wait()
@@ -327,14 +329,14 @@ def resume_or_init(cfg, settings, model, optimizer, scaler, world):
     fixed = {field.name for owner in (ModelConfig, ObjectiveConfig) for field in dataclasses.fields(owner)}
     fixed |= {"seq_len", "seed", "optimizer", "data_fingerprint"}
     changes = changed_settings(read_manifest(newest)["settings"], settings, fixed)
+    return restore(newest, cfg, model, optimizer, scaler, world), changes
+
+
+def restore(path, cfg, model, optimizer, scaler, world):
+    """Loads a checkpoint of the run in place, sets aside later ones; returns the run's state that goes with it."""
     if world.is_main:
         with writing_to(cfg.run.out_dir):
-            set_aside(path for path in found if path.name > newest.name)
-    return restore(newest, model, optimizer, scaler), changes
-
-
-def restore(path, model, optimizer, scaler):
-    """Loads a checkpoint's tensors in place; returns the state of the run that goes with them."""
+            set_aside(later for later in checkpoints(cfg.run.out_dir) if step_of(later) > step_of(path))
     manifest = load_checkpoint(path, model, optimizer)
     if manifest["scaler"]:
         scaler.load_state_dict(manifest["scaler"])
@@ -348,8 +350,7 @@ def go_back(cfg, state, wrong, model, optimizer, scaler, batches, world):
     """
     found = world.gather(checkpoints(cfg.run.out_dir))[0]
     newest = newest_checkpoint(cfg.run.out_dir, world) if found else None
-    step = read_manifest(newest)["step"] if found else None
-    if not found or step == state.went_back_to:
+    if not found or step_of(newest) == state.went_back_to:
         seed_step(cfg.run.seed, state.step - 1, world.rank)
         tensor = first_bad_tensor(
             model, lambda: compute_gradients(model, optimizer, scaler, batches, cfg.optim.grad_clip, world)
@@ -361,8 +362,8 @@ def go_back(cfg, state, wrong, model, optimizer, scaler, batches, world):
             + f"; first to go bad: {by_rank[0] if by_rank else 'no tensor when the step was computed again'}; "
             "lower learning_rate, or look at what computes that tensor"
         )
-    back = restore(newest, model, optimizer, scaler)
-    back.sequences_seen, back.hours, back.went_back_to = state.sequences_seen, state.hours, step
+    back = restore(newest, cfg, model, optimizer, scaler, world)
+    back.sequences_seen, back.hours, back.went_back_to = state.sequences_seen, state.hours, back.step
     return back
 
 

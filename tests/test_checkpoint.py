@@ -221,6 +221,15 @@ def test_damaged_tensors_are_named_and_the_checkpoint_before_is_taken(saved, spo
         load_model(run_dir, "cpu")
 
 
+def test_a_manifest_whose_numbers_have_changed_is_found_out(saved, capsys):
+    run_dir, model, optimizer = saved
+    save_checkpoint(run_dir, 9, model, optimizer, {"state": {"sequences_seen": 540}}, WORLD)
+    manifest = newest_checkpoint(run_dir) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("540", "541"))
+    assert newest_checkpoint(run_dir).name == "step_00000007"
+    assert "manifest.json is damaged: it is not what its checksum is of\ntaking step_00000007" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"step": 7}'])
 def test_a_damaged_manifest_is_refused(saved, content):
     run_dir, model, _ = saved
@@ -240,6 +249,7 @@ def test_a_checkpoint_with_model_settings_from_elsewhere_is_refused(saved):
     path = newest_checkpoint(saved[0]) / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["model"]["n_expert"] = 8
+    del manifest["checksum"]
     path.write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="n_expert"):
         load_model(saved[0], "cpu")

@@ -140,6 +140,7 @@ def test_many_bad_steps_make_the_run_go_back_and_leave_their_data_behind(data_di
         shutil.rmtree(path)
     manifest = checkpoints(by_hand)[0] / "manifest.json"
     facts = json.loads(manifest.read_text())
+    del facts["checksum"]  # which would tell
     assert facts["state"]["sequences_seen"] == 4 * 6
     facts["state"]["sequences_seen"] = 9 * 6
     manifest.write_text(json.dumps(facts))
