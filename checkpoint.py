@@ -6,6 +6,7 @@ is the same for one process and for many, and is read without unpickling anythin
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -20,7 +21,11 @@ from typing import Literal
 import torch
 
 from model import ModelConfig, Transformer
+from optim import local
 from rundir import sha256
+
+
+FILE_BYTES = 2**27
 
 
 @dataclass(frozen=True)
@@ -80,9 +85,14 @@ class Saver:
             print(f"training waits for checkpoint {self.newest} to be written: a longer save_interval spares that")
         self.wait()
         self.newest = step
-        facts = {"model": asdict(model.cfg), **facts}
-        tensors = self._staged(_tensors(model, optimizer))
-        self._thread = threading.Thread(target=self._write, args=(step, tensors, facts), daemon=True, name="saver")
+        tensors = _tensors(model, optimizer)
+        arguments = (
+            step,
+            self._staged(tensors),
+            _file_numbers(tensors, self.world),
+            {"model": asdict(model.cfg), **facts},
+        )
+        self._thread = threading.Thread(target=self._write, args=arguments, daemon=True, name="saver")
         self._thread.start()
 
     def wait(self):
@@ -91,13 +101,15 @@ class Saver:
             self.world.at(f"waiting for checkpoint {self.newest} to be written")
             self._thread.join()
             self._thread = None
-        if self._problem:
+        if isinstance(self._problem, Failure) and self._problem.is_of_disk:
             whole = checkpoints(self.cfg.out_dir)
             raise ValueError(
                 f"the checkpoint of step {self.newest} could not be written to {self.cfg.out_dir} ({self._problem}); "
                 + (f"the newest whole one is {whole[-1].name}: " if whole else "there is none yet: ")
                 + "make room, then the same command goes on"
             )
+        if self._problem:
+            raise self._problem
 
     def _staged(self, tensors):
         """A copy, in the CPU's memory, of what this rank has to write: its shards, and a share of what is nobody's."""
@@ -110,16 +122,28 @@ class Saver:
         others = {name for i, name in enumerate(whole) if i % size != rank}
         return self._stager.stage({name: tensor for name, tensor in tensors.items() if name not in others})
 
-    def _write(self, step, tensors, facts):
+    def _write(self, *arguments):
         try:
-            write_checkpoint(self.cfg.out_dir, step, tensors, facts, self.world)
+            write_checkpoint(self.cfg.out_dir, *arguments, self.world)
             together(self.world, lambda: self.world.is_main and remove_old_checkpoints(self.cfg.out_dir, self.cfg))
         except Exception as error:  # whatever it is, training must hear of it
-            self._problem = str(error)
+            self._problem = error
 
 
-def write_checkpoint(out_dir, step, tensors, facts, world):
-    """Writes checkpoint `step` beside its place, syncs it, then renames it. RuntimeError on all ranks where one fails."""
+def _file_numbers(tensors, world):
+    """{name: number of the file, from 1, that holds a tensor}, so that a rank's files have about FILE_BYTES each.
+
+    torch makes a file in memory before it writes it, and keeps Python, training's too, from going on for the last copy.
+    """
+    numbers, total = {}, 0
+    for name, tensor in tensors.items():
+        numbers[name] = 1 + total // FILE_BYTES
+        total += local(tensor).nbytes // (1 if hasattr(tensor, "placements") else world.size)
+    return numbers
+
+
+def write_checkpoint(out_dir, step, tensors, file_numbers, facts, world):
+    """Writes checkpoint `step` beside its place, syncs it, then renames it; Failure on all ranks where one fails."""
     import torch.distributed.checkpoint as dcp  # here, since it takes half a second
 
     final = Path(out_dir) / "ckpt" / f"step_{step:08d}"
@@ -131,7 +155,7 @@ def write_checkpoint(out_dir, step, tensors, facts, world):
         partial.mkdir(parents=True)
 
     def write():
-        writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        writer = dcp.HuggingFaceStorageWriter(str(partial), file_numbers, save_distributed=True)
         dcp.save(tensors, storage_writer=writer, process_group=world.cpu_group, no_dist=world.size == 1)
         return {path.name: sha256(path) for path in partial.glob(f"shard-{world.rank + 1:05d}-*.safetensors")}
 
@@ -150,14 +174,22 @@ def write_checkpoint(out_dir, step, tensors, facts, world):
         together(world, lambda: world.is_main and prepare())
         files = {name: digest for by_rank in together(world, write) for name, digest in by_rank.items()}
         together(world, lambda: world.is_main and finish())
-    except RuntimeError:
+    except Failure:
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
         raise
 
 
+class Failure(Exception):
+    """What went wrong on some rank, told on all."""
+
+    def __init__(self, text, is_of_disk):
+        super().__init__(text)
+        self.is_of_disk = is_of_disk
+
+
 def together(world, function):
-    """What function() returns on each rank, a list; RuntimeError on all of them where it failed on one."""
+    """What function() returns on each rank, a list; Failure on all of them where it failed on one."""
     from torch.distributed.checkpoint import CheckpointException  # which is no Exception
 
     value = problem = None
@@ -166,10 +198,11 @@ def together(world, function):
     except (Exception, CheckpointException) as error:
         # Of several ranks, torch.distributed.checkpoint wraps up what happened to each.
         cause = next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
-        problem = str(cause) if isinstance(cause, (OSError, ValueError)) else f"{type(cause).__name__}: {cause}"
+        is_plain = isinstance(cause, (OSError, ValueError))
+        problem = str(cause) if is_plain else f"{type(cause).__name__}: {cause}", isinstance(cause, OSError)
     answers = [(value, problem)] if world is None else world.gather((value, problem))
     if problem := next((problem for _, problem in answers if problem), None):
-        raise RuntimeError(problem)
+        raise Failure(*problem)
     return [value for value, _ in answers]
 
 
@@ -220,7 +253,7 @@ def newest_checkpoint(run_dir, world=None):
     for path in reversed(paths):
         try:
             together(world, lambda path=path: _check(path, world))
-        except RuntimeError as error:
+        except Failure as error:
             problems.append(str(error))
             continue
         if problems and (world is None or world.is_main):
@@ -232,7 +265,8 @@ def newest_checkpoint(run_dir, world=None):
 def set_aside(paths):
     """Renames checkpoints that are damaged, so that the run can write them again."""
     for path in paths:
-        os.replace(path, path.with_name(f"damaged_{path.name}"))
+        names = (path.with_name(f"damaged_{path.name}_{i}") for i in itertools.count(1))
+        os.replace(path, next(name for name in names if not name.exists()))
 
 
 def _check(path, world):
@@ -315,8 +349,12 @@ def _tensors(model, optimizer):
     if optimizer is not None:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
-        # This also makes the state of an optimizer that has not stepped yet.
+        # This also makes the state of an optimizer that has not stepped yet, by a step that it then counts.
+        is_new = not optimizer.state
         state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+        for of_param in optimizer.state.values() if is_new else ():
+            if "step" in of_param:
+                of_param["step"].zero_()
         tensors |= {f"optimizer.{name}": value for name, value in state.items() if isinstance(value, torch.Tensor)}
     return tensors
 

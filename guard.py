@@ -31,9 +31,9 @@ class StopRequests:
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self, out_dir, is_main):
-        self.file, self._looked, self._signal, self._first_sigint = Path(out_dir) / "stop", 0.0, 0, None
-        self._looks = is_main
+    def __init__(self, out_dir, world):
+        self.file, self._looked, self._is_main = Path(out_dir) / "stop", 0.0, world.is_main
+        self._signal, self._first_sigint = 0, None
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
@@ -57,18 +57,19 @@ class StopRequests:
 
     @property
     def asked(self):
-        if self._looks and not self._signal and time.monotonic() - self._looked > 1:  # a look may go over a network
+        if self._is_main and not self._signal and time.monotonic() - self._looked > 1:  # a look may go over a network
             self._looked = time.monotonic()
             if self.file.exists():
                 self._signal = STOP_FILE
         return self._signal
 
-    def name(self, number):
-        """What asked, by its number; removes the file, so that the run may go on later."""
+    def obeyed(self, number):
+        """What asked, in words, none where nothing did; a file is renamed to `stopped`, so that the run may go on later."""
         if number == STOP_FILE:
-            self.file.unlink(missing_ok=True)
+            if self._is_main:
+                os.replace(self.file, self.file.with_name("stopped"))
             return str(self.file)
-        return signal.Signals(number).name
+        return signal.Signals(number).name if number else None
 
     def _listen(self):
         while number := os.read(self._read, 1):
@@ -81,7 +82,7 @@ class StopRequests:
                 elif now - self._first_sigint > 1:  # torchrun may hand on the first a moment after the terminal did
                     print("interrupted twice: stopped at once, without saving", file=sys.stderr, flush=True)
                     os._exit(130)
-            if not self._signal and self._looks:
+            if not self._signal and self._is_main:
                 name = signal.Signals(number[0]).name
                 again = "; a second Ctrl-C stops at once" if name == "SIGINT" else ""
                 print(f"{name}: stopping after this step{again}", flush=True)
@@ -177,29 +178,48 @@ class CrashReports:
         self.out_dir, self.world, self.settings = Path(out_dir), world, settings
 
     def write(self, text):
-        """Writes a report of this rank."""
+        """Writes a report of this rank; returns its path, none where the disk does not take it."""
         name = f"crash_{time.strftime('%Y%m%d_%H%M%S', time.gmtime())}_rank_{self.world.rank}.txt"
         where = f"rank {self.world.rank} of {self.world.size} on {platform.node()}, {self.world.watchdog.place}"
         versions = f"Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}"
-        with contextlib.suppress(OSError):  # a full disk may be what it is about; the error is shown all the same
+        try:
             (self.out_dir / name).write_text(f"{where}\n{versions}\n\n{text}\n{self.settings}", encoding="utf-8")
+        except OSError:
+            return None
         return self.out_dir / name
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, stack):
-        if not isinstance(error, Exception) or is_users(error):
+        if not isinstance(error, Exception):
             return
-        own = self.write("".join(traceback.format_exception(error)))
-        began = (self.out_dir / ".lock").stat().st_mtime  # by the disk's clock; older reports are of earlier starts
-        times = {path: path.stat().st_mtime for path in self.out_dir.glob("crash_*.txt")}
-        first = min((path for path in times if times[path] >= began), key=lambda path: (times[path], path), default=own)
-        if first == own:
-            if "TORCHELASTIC_ERROR_FILE" in os.environ:
-                get_error_handler().record_exception(error)  # torchrun then shows it as the cause
-            where = f"rank {self.world.rank}, {self.world.watchdog.place}"
-            print(f"error on {where}; the report, with settings and versions, is {own}", file=sys.stderr, flush=True)
-        else:
-            print(f"rank {self.world.rank} ends after another's error: {first}", file=sys.stderr, flush=True)
-            os._exit(1)
+        if is_users(error):
+            self._tell_mistake()
+            return
+        if self._in_store(lambda store: store.check(["mistake"])):  # of another rank, which tells
+            raise SystemExit(2)
+        report = self.write("".join(traceback.format_exception(error)))
+        if self._in_store(lambda store: store.add("crashes", 1) > 1):  # what follows from the first only confuses
+            raise SystemExit(1)
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            get_error_handler().record_exception(error)  # torchrun then shows it as the cause
+        where = f"rank {self.world.rank}, {self.world.watchdog.place}"
+        told = f"; the report, with settings and versions, is {report}" if report else "; no report could be written"
+        print(f"error on {where}{told}", file=sys.stderr, flush=True)
+
+    def _tell_mistake(self):
+        """Lets one rank tell of a mistake that all may have found: rank 0, if it has within five seconds."""
+        deadline = time.monotonic() + 5
+        while not self.world.is_main and time.monotonic() < deadline:
+            if self._in_store(lambda store: store.check(["mistake"]), if_lost=True):  # rank 0, which has it, has ended
+                raise SystemExit(2)
+            time.sleep(0.1)
+        self._in_store(lambda store: store.set("mistake", "told"))
+
+    def _in_store(self, function, if_lost=False):
+        """What function(store) gives; False where there is none, if_lost where the process that keeps it has ended."""
+        try:
+            return self.world.size > 1 and function(self.world.store)
+        except RuntimeError:
+            return if_lost

@@ -123,7 +123,8 @@ class Log:
         """Tells that the run goes on from a checkpoint, past the data of bad steps; drops lines past it."""
         if self.file:
             self.file.close()
-            self.file = open_log(self.out_dir, state.step)
+            with writing_to(self.out_dir):
+                self.file = open_log(self.out_dir, state.step)
         tokens = state.sequences_seen * self.cfg.data.seq_len
         self._write({"went_back_to": state.step, "step": state.step, "tokens": tokens})
         self._print(f"went back to step {state.step}, and goes on behind the data of the bad steps")
@@ -133,8 +134,6 @@ class Log:
         """Tells how the run ended; the last line totals tokens and hours."""
         if not self.world.is_main:
             return
-        if self.wandb:  # which prints a summary of its own
-            self.wandb.finish()
         state.hours = self.hours_before + (time.perf_counter() - self.started) / 3600
         if reached_target:
             how = f"finished, target_loss {self.cfg.train.target_loss} reached"
@@ -146,7 +145,11 @@ class Log:
                 ", the same command goes on" if self.cfg.run.save_interval else ", with nothing saved (save_interval)"
             )
         if how.startswith("finished"):
-            (self.out_dir / "finished").write_text(f"{how}\n")
+            with writing_to(self.out_dir):
+                (self.out_dir / "finished").write_text(f"{how}\n")
+                (self.out_dir / "stop").unlink(missing_ok=True)  # of who asked too late
+        if self.wandb:  # which prints a summary of its own
+            self.wandb.finish()
         loss = "" if state.val_loss is None else f", val loss {state.val_loss:.4f}"
         print(f"{how}: step {state.step} of {self.last_step}{loss}; the run is in {self.out_dir}")
         print(f"{state.sequences_seen * self.cfg.data.seq_len:,} tokens in {state.hours:.3f} hours", flush=True)
@@ -155,7 +158,8 @@ class Log:
         """Makes the run's folder, or takes it up at a step; returns the source files that have changed since."""
         with writing_to(self.out_dir):
             self.out_dir.mkdir(parents=True, exist_ok=True)
-            (self.out_dir / "finished").unlink(missing_ok=True)
+            for name in ("finished", "stopped"):
+                (self.out_dir / name).unlink(missing_ok=True)
             (self.out_dir / "config.py").write_text(as_preset(self.cfg))
             self.file = open_log(self.out_dir, step)
             keep_tokenizer(self.cfg.data.data_dir, self.out_dir)

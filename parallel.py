@@ -72,7 +72,8 @@ class World:
 
     Their mesh is (replicate, shard, tp): tp neighbours share layers and read the same data, `shard` of these groups
     share one copy of the model, and copies are replicated. data_group are the ranks that read different data;
-    cpu_group are all, for what is exchanged beside training: by the thread that saves.
+    cpu_group are all, for what is exchanged beside training: by the thread that saves. In the store they leave word of
+    where they are and how they end.
     """
 
     rank: int
@@ -83,6 +84,7 @@ class World:
     data_group: dist.ProcessGroup | None = None
     cpu_group: dist.ProcessGroup | None = None
     watchdog: Watchdog | None = None
+    store: dist.Store | None = None
 
     @property
     def tp(self):
@@ -194,19 +196,21 @@ def init_world(cfg):
         shared = next(dist.rendezvous("env://"))[0]
         store = own_store(shared, rank, size)
         # The watchdog, which knows more, comes before the timeout of collectives.
-        timeout = datetime.timedelta(minutes=2 * cfg.timeout_minutes) if cfg.timeout_minutes else None
+        timeout = datetime.timedelta(minutes=2 * cfg.timeout_minutes if cfg.timeout_minutes else 60 * 24 * 365)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         mesh = init_device_mesh(device.type, mesh_shape, mesh_dim_names=("replicate", "shard", "tp"))
         data_group = mesh["replicate", "shard"]._flatten("data").get_group()
         mesh["shard", "tp"]._flatten("model")  # norms are summed over it at once, else in two sums with a warning
-        cpu_group = dist.new_group(backend="gloo")
-        # On the store of torchrun's process, which outlives a rank that hangs; by a connection that nothing else keeps busy.
-        store = dist.PrefixStore(f"watchdog_{store.port}", shared.clone())
+        cpu_group = dist.new_group(backend="gloo", timeout=timeout)
+        # The one that torchrun keeps outlives a rank; by a connection of its own, as the other may be busy.
+        store = dist.PrefixStore(f"ranks_{store.port}", shared.clone())
         store.set_timeout(datetime.timedelta(seconds=20))
     watchdog = Watchdog(cfg.timeout_minutes, rank, size, store)
-    yield World(rank, size, device, precision, mesh, data_group, cpu_group, watchdog)
-    watchdog.close()
+    try:
+        yield World(rank, size, device, precision, mesh, data_group, cpu_group, watchdog, store)
+    finally:
+        watchdog.close()
     if size > 1:  # not after an error: the other ranks may never come here
         dist.barrier()
         dist.destroy_process_group()

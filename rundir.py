@@ -57,28 +57,35 @@ def check_shared(out_dir, world, patience=30):
 
 @contextlib.contextmanager
 def locked(out_dir, world):
-    """Keeps a run's folder to this run; ValueError where another one has it. A killed process holds nothing."""
-    if not world.is_main:
-        yield
-        return
-    with writing_to(out_dir):
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        file = open(Path(out_dir) / ".lock", "a+", encoding="utf-8")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
+    """Keeps a run's folder to this run; ValueError, on all ranks, where another has it. Ends with rank 0's process."""
+    with contextlib.ExitStack() as stack:
+        holder = None
+        if world.is_main:
+            with writing_to(out_dir):
+                Path(out_dir).mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(open(Path(out_dir) / ".lock", "a+", encoding="utf-8"))
+            holder = _lock(file)
+        if holder := world.gather(holder)[0]:
             raise ValueError(
-                f"out_dir {out_dir} is in use by another run, {file.read().strip()}; "
-                f"end that one (touch {out_dir}/stop), or use another --out_dir"
-            ) from None
-        except OSError as error:
-            print(f"{out_dir} is on a disk without locks ({error}): see to it that no other run uses it", flush=True)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}\n")
-        file.flush()
+                f"out_dir {out_dir} is in use by another run, {holder}; end that one (touch {out_dir}/stop), "
+                f"or use another --out_dir"
+            )
         yield
+
+
+def _lock(file):
+    """Locks an open file and writes into it who did; what is in it where another process has it locked."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        return file.read().strip() or "which has just begun"
+    except OSError as error:
+        print(f"{file.name} is on a disk without locks ({error}): see to it that no other run uses it", flush=True)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}\n")
+    file.flush()
+    return None
 
 
 def keep_source(root, out_dir, step):

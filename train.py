@@ -117,10 +117,9 @@ def main(cfg):
         micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, world.data_ranks)
         last_step = cfg.optim.last_step(cfg.data.batch_tokens)
 
-        with explaining_out_of_memory(cfg, world):
-            model, optimizer, scaler = build(cfg, world, cfg.run.seed)
         settings = as_dict(cfg) | {"data_fingerprint": f"{train_split.fingerprint()}-{val_split.fingerprint()}"}
         with guarded(cfg, world) as stop, explaining_out_of_memory(cfg, world):
+            model, optimizer, scaler = build(cfg, world, cfg.run.seed)
             state, changes = resume_or_init(cfg, settings, model, optimizer, scaler, world)
             if state.step and (state.step >= last_step or has_reached_target(state, cfg)):
                 return say_finished(cfg, state, world)
@@ -160,7 +159,7 @@ def main(cfg):
                     state.sequences_seen += cfg.data.batch_tokens // cfg.data.seq_len
                     state.bad_steps = state.bad_steps + 1 if wrong else 0
                     log.step(state, loss, grad_norm, optimizer.param_groups[0]["lr"], waited, wrong)
-                    if state.bad_steps == cfg.health.max_bad_steps:
+                    if state.bad_steps >= cfg.health.max_bad_steps:
                         saver.wait()
                         state = go_back(cfg, state, wrong, model, optimizer, scaler, batches, world)
                         loader.close()
@@ -169,16 +168,16 @@ def main(cfg):
                         log.went_back(state)
                 loader.close()
                 saver.wait()
-                log.end(state, has_reached_target(state, cfg), asked and stop.name(asked))
+                log.end(state, has_reached_target(state, cfg), stop.obeyed(asked))
 
 
 @contextlib.contextmanager
 def guarded(cfg, world):
     """Keeps the run's folder to this run and reports crashes in it; yields the requests to stop."""
     with (
-        locked(cfg.run.out_dir, world),
         CrashReports(cfg.run.out_dir, world, as_preset(cfg)) as crash,
-        StopRequests(cfg.run.out_dir, world.is_main) as stop,
+        locked(cfg.run.out_dir, world),
+        StopRequests(cfg.run.out_dir, world) as stop,
     ):
         check_shared(cfg.run.out_dir, world)
         world.watchdog.report = crash.write
@@ -204,8 +203,9 @@ def train_step(model, optimizer, scaler, batches, grad_clip, world, judge=defect
     loss, grad_norm = compute_gradients(model, optimizer, scaler, batches, grad_clip, world)
     loss, grad_norm = world.total(loss / world.tp, grad_norm / world.size)  # each rank has a share, or all have it
     wrong = judge(loss, grad_norm)
-    if wrong and math.isfinite(loss) and scaler.is_enabled() and scaler.get_scale() > 1:
-        wrong = None  # fp16's overflow, which the scaler skips by itself and answers by a smaller scale
+    overflows = scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(grad_norm)
+    if overflows and scaler.get_scale() > 1:
+        wrong = None  # the scaler skips the step by itself, and answers by a smaller scale
     world.at("optimizer")
     if not wrong:
         scaler.step(optimizer)
@@ -316,6 +316,7 @@ def prepare_command(cfg):
 
 def resume_or_init(cfg, settings, model, optimizer, scaler, world):
     """The state to start from, with the tensors that go with it, and lines that name what has changed since."""
+    world.at("reading the checkpoint")
     found = world.gather(checkpoints(cfg.run.out_dir))[0]  # rank 0's, as a network's disk may show others less
     if not found:
         if cfg.run.init_from:
@@ -364,6 +365,7 @@ def go_back(cfg, state, wrong, model, optimizer, scaler, batches, world):
         )
     back = restore(newest, cfg, model, optimizer, scaler, world)
     back.sequences_seen, back.hours, back.went_back_to = state.sequences_seen, state.hours, back.step
+    back.bad_steps = 0
     return back
 
 

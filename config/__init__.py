@@ -155,6 +155,8 @@ def run_script(main, settings_type, doc):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         _end(130)
+    except SystemExit as ending:  # of a rank whose error another one tells
+        _end(ending.code)
     except BrokenPipeError:  # the reader of our output has gone (`| head`): nobody is left to tell
         os._exit(1)
     except Exception:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import checkpoint
 import rundir
 from checkpoint import (
     RunConfig, Saver, changed_settings, checkpoints, load_checkpoint, load_model, newest_checkpoint, read_manifest,
@@ -154,6 +155,18 @@ def test_a_checkpoint_is_never_overwritten(saved):
     with pytest.raises(ValueError, match="checkpoint of step 7 could not be written.*not empty"):
         save_checkpoint(run_dir, 7, *build(seed=3), {}, WORLD)
     assert file.stat().st_ino == before and not list((run_dir / "ckpt").glob(".*"))
+
+
+def test_a_large_checkpoint_is_in_several_files_each_tensor_in_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 10_000)
+    model, optimizer = build(steps=2)
+    save_checkpoint(tmp_path, 7, model, optimizer, {}, WORLD)
+    files = list(newest_checkpoint(tmp_path).glob("*.safetensors"))
+    assert 5 < len(files) < 40 and read_manifest(newest_checkpoint(tmp_path))["files"].keys() == {f.name for f in files}
+    other, other_optimizer = build(seed=2)
+    load_checkpoint(newest_checkpoint(tmp_path), other, other_optimizer)
+    assert same(model.state_dict(), other.state_dict())
+    assert same(optimizer.state_dict()["state"], other_optimizer.state_dict()["state"])
 
 
 def test_what_is_saved_is_the_model_at_that_moment_whatever_training_does_next(tmp_path):

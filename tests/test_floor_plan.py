@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "guard": {"config"},
     "health": {"optim"},  # to look at a sharded tensor's own part
     "parallel": {"model", "shard", "guard"},
-    "checkpoint": {"model", "rundir"},
+    "checkpoint": {"model", "optim", "rundir"},
     "plan": {"config", "model", "data", "optim", "parallel"},
     "log": {"config", "objective", "rundir", "parallel", "plan"},  # what a run tells: the half of train.py that is not the loop
     "prepare": {"config", "corpus", "tokenizer", "data"},

@@ -1,5 +1,8 @@
 """Closed forms against counts: of parameters in the model, of FLOPs by torch's counter."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -11,6 +14,7 @@ import train
 from model import ModelConfig, Transformer
 from objective import ObjectiveConfig, head_share
 from optim import OptimConfig, build_optimizer
+from parallel import World, recompute_blocks
 
 ODD = [
     {},
@@ -168,3 +172,67 @@ def test_what_is_held_is_weights_gradients_and_the_optimizers_state(optimizer, n
     kept = [x for state in optim.state.values() for x in state.values() if x.dim()]
     if optimizer != "adafactor":
         assert sum(x.numel() for x in kept) == (numbers - 2) * n - of_matrices
+
+
+# ---- memory
+
+def saved_bytes(cfg, tokens, precision, recomputed):
+    """Bytes that autograd keeps of a forward, but for weights, by torch's own hooks."""
+    model = Transformer(cfg)
+    model.init_weights(1)
+    if recomputed == "full":
+        recompute_blocks(model, "full")
+    weights, sizes, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, []
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept.append(tensor)  # so that no other takes its place
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    ids = torch.randint(cfg.vocab_size, (tokens // cfg.block_size, cfg.block_size))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            model(ids, ids)
+    return sum(sizes.values())
+
+
+MODERN_SHAPE = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "n_kv_head": 2, "n_inner": 352, "qk_norm": True,
+          "bias": False}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [{}, MODERN_SHAPE], ids=["gpt", "modern"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recomputed", ["none", "full"])
+def test_activation_bytes_of_a_block_are_about_what_autograd_keeps(shape, precision, recomputed):
+    """The third block's share. At 1,024 tokens, where attention on CPUs is torch's kernel in bf16 too, as on GPUs."""
+    cfg = ModelConfig(vocab_size=37, block_size=1024, n_head=4, n_embd=128, **shape)
+    counted, measured = (
+        function(replace(cfg, n_layer=3), 4096, precision, recomputed)
+        - function(replace(cfg, n_layer=2), 4096, precision, recomputed)
+        for function in (plan.activation_bytes, saved_bytes)
+    )
+    assert counted == pytest.approx(measured, rel=0.15)
+
+
+def remedies(monkeypatch, gib, **changes):
+    monkeypatch.setattr(plan, "memory_bytes", lambda device: gib * 2**30)
+    names = ["config/gpt2_124m.py", "--micro_batch_size=8", "--precision=bf16", "--seq_len=1024"]
+    cfg = config.load(train.Settings, names + [f"--{name}={value}" for name, value in changes.items()])
+    return plan.remedies(cfg, World(0, 1, torch.device("cpu"), "bf16"))
+
+
+def test_remedies_are_the_mildest_of_each_kind_that_fit(monkeypatch):
+    """The figures stand in the README as measured: 5.35, 4.23, 2.82 GiB."""
+    text = remedies(monkeypatch, 4.7)
+    assert re.findall(r"--\S+", text) == ["--micro_batch_size=4", "--activation_checkpointing=selective"]
+    needed, *fitting = (float(figure) for figure in re.findall(r"about ([\d.]+) GiB", text))
+    assert needed == pytest.approx(5.35, rel=0.1) and fitting[1] == pytest.approx(4.23, rel=0.1) and max(fitting) <= 4.7
+    assert re.findall(r"--\S+", remedies(monkeypatch, 3.2)) == ["--micro_batch_size=2", "--activation_checkpointing=full"]
+
+
+def test_where_nothing_would_fit_the_remedies_say_so(monkeypatch):
+    text = remedies(monkeypatch, 1.0)
+    assert "even --micro_batch_size=1 --activation_checkpointing=full (about" in text and "a smaller model" in text
+    text = remedies(monkeypatch, 1.0, micro_batch_size=1, activation_checkpointing="full")
+    assert "even" not in text and text.endswith("take a smaller model, or more devices")
