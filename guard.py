@@ -40,7 +40,7 @@ class StopRequests:
             self._read, self._write = os.pipe()
             os.set_blocking(self._write, False)
             self._wakeup_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-            # With a handler of Python's, even one that does nothing, the number of a signal comes down the pipe at once.
+            # With a handler of Python's, even one that does nothing, a signal's number comes down the pipe at once.
             self._handlers = {s: signal.signal(s, lambda *_: None) for s in self.SIGNALS}
             self._thread = threading.Thread(target=self._listen, daemon=True, name="signals")
             self._thread.start()
@@ -64,7 +64,7 @@ class StopRequests:
         return self._signal
 
     def obeyed(self, number):
-        """What asked, in words, none where nothing did; a file is renamed to `stopped`, so that the run may go on later."""
+        """What asked, in words, or none; the file is renamed to `stopped`, so that the run may go on later."""
         if number == STOP_FILE:
             if self._is_main:
                 os.replace(self.file, self.file.with_name("stopped"))

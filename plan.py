@@ -16,6 +16,7 @@ PEAKS = {
     "L40S": 362, "L4": 121, "V100": 125, "T4": 65, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71,
     "MI300X": 1307, "MI250X": 191.5,  # of the MI250X, one of the two dies that torch shows as devices
 }  # fmt: skip
+ALLOCATOR_SLACK = 1.1  # with what is kept of freed tensors
 OTHER_PEAK = {"NVL", "LAPTOP", "MAX", "MIG", "TI", "D"}  # words that make a name that of a slower or faster relative
 
 
@@ -93,7 +94,7 @@ def explaining_out_of_memory(cfg, world):
 
 
 def remedies(cfg, world):
-    """What would fit into this rank's memory, in words: settings, and about how much each needs."""
+    """What would fit into this rank's memory, in words: the mildest setting of each kind, and about what it needs."""
     available, sequences, now = (
         memory_bytes(world.device),
         cfg.data.micro_batch_size,
@@ -102,30 +103,30 @@ def remedies(cfg, world):
     copies, shards, tp = (1, 1, 1) if world.mesh is None else world.mesh.shape
     of_state = {"adamw": 16, "muon": 12, "sgd": 12, "adafactor": 8}[cfg.optim.optimizer] * num_params(cfg.model) / tp
 
-    kept = 1.1  # with what an allocator keeps of freed tensors
+    def need(micro_batch_size=sequences, activation_checkpointing=now, shard_size=shards):
+        tokens = micro_batch_size * cfg.data.seq_len / tp
+        activations = activation_bytes(cfg.model, tokens, world.precision, activation_checkpointing)
+        return of_state / shard_size + ALLOCATOR_SLACK * activations
 
-    def need(sequences=sequences, recomputed=now, shards=shards):
-        tokens = sequences * cfg.data.seq_len / tp
-        return of_state / shards + kept * activation_bytes(cfg.model, tokens, world.precision, recomputed)
+    def told(way):
+        flags = " ".join(f"--{name}={value}" for name, value in way.items())
+        return f"{flags}{' --strategy=fsdp' * ('shard_size' in way)} (about {need(**way) / 2**30:.2f} GiB)"
 
-    steps = [{"sequences": n} for n in range(sequences - 1, 0, -1) if sequences % n == 0]
     kinds = ("none", "selective", "full")
-    steps += [{"recomputed": kind} for kind in kinds[kinds.index(now) + 1 :]]
-    steps += [{"shards": shards * copies}] * (copies > 1)
-    steps += [{name: value for step in steps for name, value in step.items()}]  # the last of each kind, all together
-    names = {"sequences": "micro_batch_size", "recomputed": "activation_checkpointing", "shards": "shard_size"}
-
-    def told(step):
-        flags = " ".join(f"--{names[name]}={value}" for name, value in step.items())
-        return f"{flags + ' --strategy=fsdp' * ('shards' in step)} (about {need(**step) / 2**30:.2f} GiB)"
-
+    ways = {
+        "micro_batch_size": [n for n in range(sequences - 1, 0, -1) if sequences % n == 0],
+        "activation_checkpointing": kinds[kinds.index(now) + 1 :],
+        "shard_size": [shards * copies] if copies > 1 else [],
+    }
+    fitting = []
+    for name, values in ways.items():
+        fitting += [{name: value} for value in values if need(**{name: value}) <= available][:1]
+    all_of_them = {name: values[-1] for name, values in ways.items() if values}
     text = f"about {need() / 2**30:.2f} GiB are needed, of {available / 2**30:.2f}; "
-    if fitting := [step for step in steps if step and need(**step) <= available]:
-        kinds_seen = {next(iter(step)): step for step in reversed(fitting)}  # the mildest of each kind
-        return text + "what would fit: " + ", ".join(told(step) for step in kinds_seen.values())
-    if not steps[-1]:
-        return text + "take a smaller model, or more devices"
-    return text + f"even {told(steps[-1])} would not fit: take a smaller model, or more devices"
+    if fitting or need(**all_of_them) <= available:
+        return text + "what would fit: " + ", ".join(told(way) for way in fitting or [all_of_them])
+    hopeless = f"even {told(all_of_them)} would not fit: " if all_of_them else ""
+    return text + hopeless + "take a smaller model, or more devices"
 
 
 def known_peak(device_name):

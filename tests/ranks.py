@@ -130,7 +130,8 @@ def start(function, *args):
 def launch(n, cfg, told=None, before=None):
     """Starts training with cfg as train.py would, in n processes that may be killed, stopped, disturbed; returns them.
 
-    told: file that takes what they print. before: (function, *args); a process first does function(rank, *args), such as to plant a fault.
+    told: file that takes what they print. before: (function, *args); a process first does function(rank, *args), such
+    as to plant a fault.
     """
     port = free_port()
     return [start(_train_rank, rank, n, port, cfg, told, before)[0] for rank in range(n)]

@@ -104,7 +104,7 @@ def test_saving_costs_training_little(tmp_path):
     """Steps of a model whose checkpoint has 500 MB, saved every 10; prints what README says (-s)."""
     data_dir = write_data(tmp_path / "data", train_tokens=200_000)
     shape = {"n_embd": 640, "n_layer": 9, "n_head": 10, "block_size": 256, "seq_len": 256, "micro_batch_size": 4,
-             "batch_tokens": 2048, "eval_tokens": 512, "max_steps": 40, "eval_interval": 1000, "precision": "auto",
+             "batch_tokens": 1024, "eval_tokens": 512, "max_steps": 40, "eval_interval": 1000, "precision": "auto",
              "keep_checkpoints": 1}  # fmt: skip
     seconds = {}
     for interval in ("none", 10):
@@ -120,7 +120,7 @@ def test_saving_costs_training_little(tmp_path):
           f"pause of a save {statistics.median(pauses):.3f} s; cost of a save, pause and slower steps, "
           f"{slower / 3:.2f} s = {slower / 3 / (10 * step):.1%} of the time between saves")  # fmt: skip
     assert size > 500e6 and len(pauses) == 4
-    assert statistics.median(pauses) < 0.5 * 10 * step
+    assert statistics.median(pauses) < 0.1 * 10 * step and slower / 3 < 0.5 * 10 * step
 
 
 def note_pauses(rank, file):

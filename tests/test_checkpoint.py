@@ -240,7 +240,8 @@ def test_a_manifest_whose_numbers_have_changed_is_found_out(saved, capsys):
     manifest = newest_checkpoint(run_dir) / "manifest.json"
     manifest.write_text(manifest.read_text().replace("540", "541"))
     assert newest_checkpoint(run_dir).name == "step_00000007"
-    assert "manifest.json is damaged: it is not what its checksum is of\ntaking step_00000007" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "manifest.json is damaged: it is not what its checksum is of\ntaking step_00000007" in told
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"step": 7}'])

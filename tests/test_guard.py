@@ -141,7 +141,8 @@ def test_a_second_run_in_the_same_folder_is_refused(data_dir, tmp_path, no_curve
     out_dir = tmp_path / "run"
     processes = launch(1, settings(data_dir, out_dir, **LONG))
     wait_until(lambda: logged(out_dir) >= 5)
-    with pytest.raises(ValueError, match=f"in use by another run, process {processes[0].pid} on .* since .*touch") as error:
+    told = f"in use by another run, process {processes[0].pid} on .* since .*touch"
+    with pytest.raises(ValueError, match=told) as error:
         run(data_dir, out_dir, max_steps=5)
     assert config.is_users(error.value)
     processes[0].kill()  # which frees it
@@ -258,7 +259,8 @@ def test_a_rank_that_hangs_is_named_with_where_it_was(data_dir, tmp_path):
     wait_until(lambda: not all(process.is_alive() for process in processes))
     for process in processes:
         process.kill()
-    line = check_hang([p for p in processes if not p.is_alive()], tmp_path / "told", "rank 1", "step 5, waiting for data")
+    ended = [process for process in processes if not process.is_alive()]
+    line = check_hang(ended, tmp_path / "told", "rank 1", "step 5, waiting for data")
     assert "others wait for it at step 5, counting targets, in " in line
     [report] = (tmp_path / "run").glob("crash_*_rank_1.txt")
     assert "time.sleep(1000)" in report.read_text() and "learning_rate = 0.01" in report.read_text()

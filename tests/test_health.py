@@ -99,7 +99,7 @@ FAULTS = {"none": (0, 0), "one": (7, 7), "three": (7, 9), "always": (7, 10**9)} 
 
 @pytest.fixture(scope="module")
 def faults(data_dir, tmp_path_factory):
-    """{(layout, fault): (what a run on two ranks with a fault on rank 1 said at its end, its folder)}, when asked for."""
+    """{(layout, fault): (what a run on two ranks with a fault on rank 1 said at its end, its folder)}, made when asked."""
     folder = tmp_path_factory.mktemp("faults")
 
     class Runs(dict):
@@ -126,7 +126,8 @@ def test_a_gradient_that_is_bad_on_one_rank_is_skipped_by_all_and_logged(layout,
     assert answer == [None, None] and (out_dir / "finished").exists()
     assert list(skipped) == [bad] and "gradient norm nan" in skipped[bad]
     assert all(losses[step] == sound[step] for step in range(1, bad + 1))  # forward was sound
-    assert losses[bad + 1] != sound[bad + 1] and losses.keys() == sound.keys() and all(map(math.isfinite, losses.values()))
+    assert losses[bad + 1] != sound[bad + 1] and losses.keys() == sound.keys()
+    assert all(map(math.isfinite, losses.values()))
 
 
 def test_many_bad_steps_make_the_run_go_back_and_leave_their_data_behind(data_dir, faults, tmp_path, no_curves):
@@ -156,7 +157,8 @@ def test_bad_steps_that_come_again_end_the_run_and_name_step_rank_and_tensor(lay
     assert answer[1] == 2 and not (out_dir / "finished").exists()
     back = 4 if layout != "tp" else 0
     if back:
-        assert f"last of them step {back + 3} with loss" in answer[0] and "again after going back to step_00000004" in answer[0]
+        assert f"last of them step {back + 3} with loss" in answer[0]
+        assert "again after going back to step_00000004" in answer[0]
     else:
         assert "last of them step 6 with loss" in answer[0] and "there is no checkpoint to go back to" in answer[0]
     assert "first to go bad: on rank 1 the gradient of blocks.1.mlp.up.weight" in answer[0] and "\n" not in answer[0]
@@ -204,7 +206,8 @@ def test_what_is_bad_in_forward_is_named_before_what_follows_from_it(data_dir, t
 
     def build_with_bad_weight(cfg, world, seed):
         built = build(cfg, world, seed)
-        next(m for m in built[0].blocks[2].modules() if isinstance(m, torch.nn.Linear)).register_forward_hook(lambda module, inputs, output: output * math.inf)
+        linear = next(m for m in built[0].blocks[2].modules() if isinstance(m, torch.nn.Linear))
+        linear.register_forward_hook(lambda module, inputs, output: output * math.inf)
         return built
 
     monkeypatch.setattr(train, "build", build_with_bad_weight)
@@ -266,5 +269,6 @@ def test_going_back_passes_over_a_damaged_checkpoint(data_dir, tmp_path, no_curv
     told = capsys.readouterr().out
     assert f"{damaged[0]} is missing or damaged" in told and "taking step_00000004 instead" in told
     assert records(out_dir, "went_back_to") == {4: 4} and (out_dir / "finished").exists()
-    assert (out_dir / "ckpt" / "damaged_step_00000008_1").is_dir() and newest_checkpoint(out_dir).name == "step_00000015"
+    assert (out_dir / "ckpt" / "damaged_step_00000008_1").is_dir()
+    assert newest_checkpoint(out_dir).name == "step_00000015"
     assert [path.name for path in checkpoints(out_dir)] == [f"step_{n:08d}" for n in (4, 8, 12, 15)]

@@ -141,6 +141,9 @@ def test_the_slurm_script_goes_back_into_the_queue_until_the_run_has_finished(fo
     done = run_on_two_machines(script, folder, "stopped", "--max_minutes=0.0001 --log_interval=1")
     assert "stopped after max_minutes" in done.stdout and (folder / "requeued_7").exists()
     (folder / "requeued_7").unlink()
+    (folder / "out" / "stopped" / "stop").touch()
+    done = run_on_two_machines(script, folder, "stopped")
+    assert "the same command goes on: step 1 of 3" in done.stdout and not (folder / "requeued_7").exists()
     done = run_on_two_machines(script, folder, "stopped")
     assert "resumed from step 1" in done.stdout and "finished: step 3 of 3" in done.stdout
     assert not (folder / "requeued_7").exists()
