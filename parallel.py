@@ -230,7 +230,7 @@ def own_store(shared, rank, size):
     while True:
         port = int(shared.get("store_of_rank_0"))
         try:
-            timeout = datetime.timedelta(seconds=2)
+            timeout = datetime.timedelta(seconds=1)
             store = dist.TCPStore(os.environ["MASTER_ADDR"], port, size, timeout=timeout, wait_for_workers=False)
             store.set_timeout(datetime.timedelta(minutes=10))
             return store

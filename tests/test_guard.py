@@ -282,6 +282,7 @@ def dawdle(rank):
     Loader.next = lambda self: [time.sleep(1.2), take(self)][1]
 
 
+@pytest.mark.slow
 def test_slow_steps_that_take_less_than_the_timeout_are_no_hang(data_dir, tmp_path):
     """Each takes more than a third of it, all of them more than the whole."""
     cfg = settings(data_dir, tmp_path / "run", max_steps=4, timeout_minutes=0.05)
