@@ -5,7 +5,6 @@
 
 PYTHON ?= python3
 RUN = .venv/bin/python
-SIDE_BY_SIDE = -n 2 --dist loadfile
 
 .PHONY: quickstart bert setup test test-slow clean
 quickstart: setup
@@ -35,10 +34,10 @@ setup: .venv/installed
 	@touch $@
 
 test: .venv/installed-test
-	$(RUN) -m pytest -q $(SIDE_BY_SIDE)
+	$(RUN) -m pytest -q -n 2 --dist loadfile
 
 test-slow: .venv/installed-test
-	$(RUN) -m pytest -q $(SIDE_BY_SIDE) -m slow
+	$(RUN) -m pytest -q -m slow
 
 clean:
 	rm -rf .venv data/quickstart out/quickstart out/quickstart_bert

@@ -67,7 +67,8 @@ class StopRequests:
         """What asked, in words, or none; the file is renamed to `stopped`, so that the run may go on later."""
         if number == STOP_FILE:
             if self._is_main:
-                os.replace(self.file, self.file.with_name("stopped"))
+                with contextlib.suppress(OSError):  # of who has taken it away again
+                    os.replace(self.file, self.file.with_name("stopped"))
             return str(self.file)
         return signal.Signals(number).name if number else None
 

@@ -175,9 +175,9 @@ def main(cfg):
 def guarded(cfg, world):
     """Keeps the run's folder to this run and reports crashes in it; yields the requests to stop."""
     with (
+        StopRequests(cfg.run.out_dir, world) as stop,  # first, so that torchrun's SIGTERM cuts short no report
         CrashReports(cfg.run.out_dir, world, as_preset(cfg)) as crash,
         locked(cfg.run.out_dir, world),
-        StopRequests(cfg.run.out_dir, world) as stop,
     ):
         check_shared(cfg.run.out_dir, world)
         world.watchdog.report = crash.write

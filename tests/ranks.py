@@ -8,6 +8,7 @@ import pickle
 import random
 import shutil
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -135,6 +136,14 @@ def launch(n, cfg, told=None, before=None):
     """
     port = free_port()
     return [start(_train_rank, rank, n, port, cfg, told, before)[0] for rank in range(n)]
+
+
+def torchrun(n, script, cfg, told, *options):
+    """Starts torchrun itself, with n ranks of a script; it prints into the file told."""
+    arguments = [f"--{name}={'none' if value is None else value}" for name, value in config.as_dict(cfg).items()]
+    command = ["--standalone", f"--nproc_per_node={n}", *options, str(script), *arguments]
+    with open(told, "w") as file:
+        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *command], stdout=file, stderr=file)
 
 
 def codes(processes, patience=60):

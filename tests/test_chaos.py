@@ -5,16 +5,13 @@ import os
 import random
 import signal
 import statistics
-import subprocess
-import sys
 import time
 
 import pytest
 
-import config
 from checkpoint import Saver, checkpoints, newest_checkpoint
 from conftest import ROOT
-from ranks import codes, launch, logged, records, settings, wait_until, write_data
+from ranks import codes, launch, logged, records, settings, torchrun, wait_until, write_data
 
 pytestmark = pytest.mark.slow
 
@@ -80,11 +77,8 @@ def workers_of(pid):
 @pytest.mark.parametrize("n", [1, 2])
 def test_kill_9_of_a_rank_at_random_moments_is_healed_by_torchruns_restarts(n, tmp_path):
     data_dir, out_dir = write_data(tmp_path / "data"), tmp_path / "killed"
-    names = config.as_dict(settings(data_dir, out_dir, **CHANGES))
-    arguments = [f"--{name}={'none' if value is None else value}" for name, value in names.items()]
-    command = ["--standalone", f"--nproc_per_node={n}", f"--max-restarts={KILLS}", str(ROOT / "train.py"), *arguments]
-    with open(tmp_path / "told", "w") as told:
-        run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *command], stdout=told, stderr=told)
+    cfg = settings(data_dir, out_dir, **CHANGES)
+    run = torchrun(n, ROOT / "train.py", cfg, tmp_path / "told", f"--max-restarts={KILLS}")
     generator, kills, cut_saves = random.Random(os.environ.get("CHAOS_SEED", n)), 0, 0
     try:
         while kills < KILLS:

@@ -6,7 +6,6 @@ import re
 import resource
 import signal
 import subprocess
-import sys
 import threading
 import time
 
@@ -16,7 +15,7 @@ import config
 from checkpoint import checkpoints, newest_checkpoint
 from conftest import ROOT
 from data import Loader
-from ranks import codes, launch, logged, records, run, settings, wait_until, write_data
+from ranks import codes, launch, logged, records, run, settings, torchrun, wait_until, write_data
 
 LONG = {"max_steps": 4000, "save_interval": 1000, "lr_decay_steps": "none"}
 STOPS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
@@ -34,17 +33,6 @@ def check_stopped(out_dir, told, by):
     assert f"stopped by {by}, the same command goes on: step {step} of 4000" in text, text
     assert step == logged(out_dir) and 0 < step < 4000 and not (out_dir / "finished").exists()
     assert newest_checkpoint(out_dir) == checkpoints(out_dir)[-1] and "Traceback" not in text
-
-
-def arguments(cfg):
-    return [f"--{name}={'none' if value is None else value}" for name, value in config.as_dict(cfg).items()]
-
-
-def torchrun(n, script, cfg, told, *options):
-    """torchrun itself, on n ranks; it prints into the file told."""
-    command = ["--standalone", f"--nproc_per_node={n}", *options, str(script), *arguments(cfg)]
-    with open(told, "w") as file:
-        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *command], stdout=file, stderr=file)
 
 
 # ---- asked to stop

@@ -99,7 +99,7 @@ FAULTS = {"none": (0, 0), "one": (7, 7), "three": (7, 9), "always": (7, 10**9)} 
 
 @pytest.fixture(scope="module")
 def faults(data_dir, tmp_path_factory):
-    """{(layout, fault): (what a run on two ranks with a fault on rank 1 said at its end, its folder)}, made when asked."""
+    """{(layout, fault): (what a run on two ranks with a fault on rank 1 said at its end, its folder)}."""
     folder = tmp_path_factory.mktemp("faults")
 
     class Runs(dict):
@@ -115,10 +115,11 @@ def faults(data_dir, tmp_path_factory):
     return Runs()
 
 
+TRIED = ["ddp", pytest.param("fsdp", marks=pytest.mark.slow), pytest.param("tp", marks=pytest.mark.slow)]
 BAD = {"ddp": [7, 8, 9], "fsdp": [7, 8, 9], "tp": [4, 5]}  # steps of these backwards; tp takes two a step
 
 
-@pytest.mark.parametrize("layout", ["ddp", *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("fsdp", "tp"))])
+@pytest.mark.parametrize("layout", TRIED)
 def test_a_gradient_that_is_bad_on_one_rank_is_skipped_by_all_and_logged(layout, faults):
     answer, out_dir = faults[layout, "one"]
     losses, sound, bad = records(out_dir), records(faults[layout, "none"][1]), BAD[layout][0]
@@ -151,7 +152,7 @@ def test_many_bad_steps_make_the_run_go_back_and_leave_their_data_behind(data_di
     assert records(by_hand) == losses
 
 
-@pytest.mark.parametrize("layout", ["ddp", *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("fsdp", "tp"))])
+@pytest.mark.parametrize("layout", TRIED)
 def test_bad_steps_that_come_again_end_the_run_and_name_step_rank_and_tensor(layout, faults):
     answer, out_dir = faults[layout, "always"]
     assert answer[1] == 2 and not (out_dir / "finished").exists()

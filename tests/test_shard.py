@@ -156,7 +156,8 @@ QUICK = matrix(["gpt"], ["adamw"], ["full"], [3], ["fsdp", "hsdp", "fsdp tp"])
 QUICK += matrix(["modern"], ["muon"], ["none"], [1], ["hsdp", "fsdp tp"])
 QUICK += matrix(["bert"], ["adafactor"], ["selective"], [1], ["fsdp tp"])
 QUICK += matrix(["bert"], ["sgd"], ["none"], [3], ["ddp tp"])
-FULL = matrix(MODELS, ["adamw", "muon"], ["none", "full"], [1, 3], MORE_LAYOUTS)
+FULL = matrix(MODELS, ["adamw", "muon"], ["none"], [3], MORE_LAYOUTS)
+FULL += matrix(MODELS, ["adamw", "muon"], ["full"], [1], MORE_LAYOUTS)
 
 
 @pytest.fixture(scope="module")
