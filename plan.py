@@ -95,11 +95,8 @@ def explaining_out_of_memory(cfg, world):
 
 def remedies(cfg, world):
     """What would fit into this rank's memory, in words: the mildest setting of each kind, and about what it needs."""
-    available, sequences, now = (
-        memory_bytes(world.device),
-        cfg.data.micro_batch_size,
-        cfg.parallel.activation_checkpointing,
-    )
+    available = memory_bytes(world.device)
+    sequences, now = cfg.data.micro_batch_size, cfg.parallel.activation_checkpointing
     copies, shards, tp = (1, 1, 1) if world.mesh is None else world.mesh.shape
     of_state = {"adamw": 16, "muon": 12, "sgd": 12, "adafactor": 8}[cfg.optim.optimizer] * num_params(cfg.model) / tp
 
@@ -123,7 +120,7 @@ def remedies(cfg, world):
         fitting += [{name: value} for value in values if need(**{name: value}) <= available][:1]
     all_of_them = {name: values[-1] for name, values in ways.items() if values}
     text = f"about {need() / 2**30:.2f} GiB are needed, of {available / 2**30:.2f}; "
-    if fitting or need(**all_of_them) <= available:
+    if fitting or (all_of_them and need(**all_of_them) <= available):
         return text + "what would fit: " + ", ".join(told(way) for way in fitting or [all_of_them])
     hopeless = f"even {told(all_of_them)} would not fit: " if all_of_them else ""
     return text + hopeless + "take a smaller model, or more devices"

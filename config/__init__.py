@@ -148,10 +148,6 @@ def run_script(main, settings_type, doc):
             print(help_text(cfg, doc))
         else:
             main(cfg)
-    except ValueError as error:
-        if is_users(error):
-            _exit_with(str(error))
-        _crash()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         _end(130)
@@ -159,8 +155,11 @@ def run_script(main, settings_type, doc):
         _end(ending.code)
     except BrokenPipeError:  # the reader of our output has gone (`| head`): nobody is left to tell
         os._exit(1)
-    except Exception:
-        _crash()
+    except Exception as error:
+        if is_users(error):
+            _exit_with(str(error))
+        traceback.print_exc()
+        _end(1)
 
 
 def _exit_with(message):
@@ -172,11 +171,6 @@ def _exit_with(message):
     for line in message.splitlines():
         print(f"error: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr)
     _end(2)
-
-
-def _crash():
-    traceback.print_exc()
-    _end(1)
 
 
 def _end(code):
