@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import plan
+import cost
 from config import run_script
 from data import DataConfig, Loader, Split, TrainOrder, accumulation_steps
+from hardware import peak_flops
 from model import ModelConfig
 from objective import ObjectiveConfig, head_share, windows_of
 from optim import OptimConfig
@@ -124,9 +125,9 @@ def measure(cfg, model, micro_steps, timed_micro_steps, times, world):
     seconds = statistics.median(times)
     seq_len = cfg.data.seq_len
     tokens = timed_micro_steps * cfg.data.micro_batch_size * seq_len * world.data_ranks
-    peak, peak_name = plan.peak_flops(world.device, world.precision)
+    peak, peak_name = peak_flops(world.device, world.precision)
     share = head_share(cfg.model.objective, cfg.objective, seq_len)
-    flops = {causal: plan.flops_per_token(cfg.model, seq_len, share, causal) for causal in (False, True)}
+    flops = {causal: cost.flops_per_token(cfg.model, seq_len, share, causal) for causal in (False, True)}
     return {
         "device": device_name(world.device),
         "ranks": world.size,

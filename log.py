@@ -16,10 +16,12 @@ from pathlib import Path
 
 import torch
 
-import plan
+import cost
 from config import ROOT, as_dict, as_preset
+from hardware import peak_flops
+from memory import held, memory, setup_here
 from objective import head_share
-from parallel import device_name, peak_memory_gib, reset_peak_memory
+from parallel import device_name, memory_bytes, peak_memory_gib, reset_peak_memory
 from rundir import keep_source, keep_tokenizer, open_log, writing_to
 
 
@@ -33,16 +35,18 @@ class Log:
         self.cfg, self.world, self.last_step, self.bytes_per_token = cfg, world, last_step, bytes_per_token
         self.out_dir, self.out_of_time, self.hours_before = Path(cfg.run.out_dir), False, state.hours
         self.head_share = head_share(cfg.model.objective, cfg.objective, cfg.data.seq_len)
-        self.flops_per_token = plan.flops_per_token(cfg.model, cfg.data.seq_len, self.head_share)
-        self.peak, self.peak_name = plan.peak_flops(world.device, world.precision)
+        self.flops_per_token = cost.flops_per_token(cfg.model, cfg.data.seq_len, self.head_share)
+        self.peak, self.peak_name = peak_flops(world.device, world.precision)
         reset_peak_memory(world.device)  # of the matmul that measured the peak
-        held = [world.worst(figure) for figure in plan.held(optimizer)]
+        of_rank = [world.worst(figure) for figure in held(optimizer)]
+        self.predicted = memory(cfg.model, setup_here(cfg, world))
+        self.has_told_memory = False
         self.file = self.wandb = None
         self.draws = world.is_main and importlib.util.find_spec("matplotlib") is not None
         if world.is_main:
             changed_files = self._open(state.step)
             self._tell_start(
-                model, held, micro_steps, state, changes + [f"changed source file: {name}" for name in changed_files]
+                model, of_rank, micro_steps, state, changes + [f"changed source file: {name}" for name in changed_files]
             )
         self.started = self.interval_start = time.perf_counter()
         self.interval_step, self.waited = state.step, 0.0
@@ -68,6 +72,8 @@ class Log:
     def step(self, state, loss, grad_norm, lr, waited, wrong):
         """Counts a step; every log_interval steps, after the last, and where it is wrong, tells of it."""
         self.waited += waited
+        if not self.has_told_memory:
+            self._tell_memory()
         if wrong:
             self._print(f"{self._step_text(state)}  skipped, number {state.bad_steps} in a row: {wrong}")
         if state.step % self.cfg.train.log_interval and state.step != self.last_step and not wrong:
@@ -165,13 +171,13 @@ class Log:
             keep_tokenizer(self.cfg.data.data_dir, self.out_dir)
             return keep_source(ROOT, self.out_dir, step)
 
-    def _tell_start(self, model, held, micro_steps, state, changes):
+    def _tell_start(self, model, of_rank, micro_steps, state, changes):
         cfg, world, device = self.cfg, self.world, device_name(self.world.device)
         if state.step:
             print(f"resumed from step {state.step}, after {state.hours:.3f} hours", *changes, sep="\n  ")
         if not self.draws:
             print("matplotlib is not installed, so there will be no curves.png")
-        causal = plan.flops_per_token(cfg.model, cfg.data.seq_len, self.head_share, causal=True)
+        causal = cost.flops_per_token(cfg.model, cfg.data.seq_len, self.head_share, causal=True)
         print(
             f"model      {model.num_params():,} parameters, {self.flops_per_token / 1e6:,.1f} MFLOP a token"
             f" by PaLM's count" + (f", {causal / 1e6:,.1f} by the causal one" if cfg.model.objective == "clm" else "")
@@ -183,8 +189,11 @@ class Log:
         copies, shards, tp = (1, 1, 1) if world.mesh is None else world.mesh.shape
         print(
             f"layout     {copies} x {shards} x {tp} ranks: copies of the model x shards of a copy x tensor parallel\n"
-            f"a rank     {held[0]:,.0f} parameters, {held[1] / 2**20:,.1f} MiB with gradients and optimizer state"
+            f"a rank     {of_rank[0]:,.0f} parameters, {of_rank[1] / 2**20:,.1f} MiB with gradients and optimizer state"
         )
+        parts = ", ".join(f"{name} {n_bytes / 2**30:.2f}" for name, n_bytes in self.predicted.items() if n_bytes)
+        there = memory_bytes(world.device) / 2**30
+        print(f"memory     {sum(self.predicted.values()) / 2**30:.2f} GiB a rank predicted, of {there:.1f}: {parts}")
         print(
             f"the run    {self.last_step:,} steps, {self.last_step * cfg.data.batch_tokens:,} tokens, in {self.out_dir}"
         )
@@ -204,9 +213,18 @@ class Log:
             "precision": world.precision,
             "peak_flops": self.peak,
             "peak_name": self.peak_name,
+            "predicted_memory_gib": sum(self.predicted.values()) / 2**30,
         })  # fmt: skip
         if cfg.train.wandb:
             self.wandb = start_wandb(cfg, self.out_dir, state.step)
+
+    def _tell_memory(self):
+        """Tells, after the first step, what memory it took at the most."""
+        seen = self.world.worst(peak_memory_gib(self.world.device))
+        predicted = f"predicted {sum(self.predicted.values()) / 2**30:.2f}"
+        of_process = "" if self.world.device.type == "cuda" else ", and the process has Python and torch beside it"
+        self._print(f"memory     {seen:.2f} GiB seen after the first step ({predicted}{of_process})")
+        self.has_told_memory = True
 
     def _step_text(self, state):
         return f"step {state.step:>{len(str(self.last_step))}}/{self.last_step}"

@@ -33,6 +33,7 @@ from data import DataConfig, Loader, Split, TrainOrder, accumulation_steps, eval
 from guard import CrashReports, StopRequests
 from health import HealthConfig, defect, first_bad_tensor
 from log import Log
+from memory import explaining_out_of_memory
 from model import ModelConfig, Transformer
 from objective import IGNORE, ObjectiveConfig, windows_of
 from optim import OptimConfig, build_optimizer, lr_at, set_lr
@@ -46,7 +47,6 @@ from parallel import (
     seed_step,
     sync_gradients,
 )
-from plan import explaining_out_of_memory
 from rundir import check_shared, locked, writing_to
 
 

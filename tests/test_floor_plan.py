@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT
 
 LIBRARIES = {"model", "tokenizer", "corpus", "data", "objective", "optim", "config"}
-BELOW_SCRIPTS = LIBRARIES | {"rundir", "guard", "health", "parallel", "checkpoint", "plan"}
+COSTS = {"hardware", "cost", "memory"}
+BELOW_SCRIPTS = LIBRARIES | COSTS | {"rundir", "guard", "health", "parallel", "checkpoint", "plan"}
 MAY_IMPORT = {
     "model": set(),
     "tokenizer": set(),
@@ -23,8 +24,11 @@ MAY_IMPORT = {
     "health": {"optim"},  # to look at a sharded tensor's own part
     "parallel": {"model", "shard", "guard"},
     "checkpoint": {"model", "optim", "rundir"},
-    "plan": {"config", "model", "data", "optim", "parallel"},
-    "log": {"config", "objective", "rundir", "parallel", "plan"},  # what a run tells: the half of train.py that is not the loop
+    "hardware": set(),
+    "cost": {"hardware", "objective", "parallel"},
+    "memory": {"cost", "data", "model", "optim", "parallel"},
+    "plan": {"config", "model", "objective", "data", "optim", "parallel"} | COSTS,
+    "log": {"config", "objective", "rundir", "parallel"} | COSTS,  # what a run tells: the half of train.py that is not the loop
     "prepare": {"config", "corpus", "tokenizer", "data"},
     "train": BELOW_SCRIPTS | {"log"},
     "sample": {"config", "model", "tokenizer", "objective", "rundir", "parallel", "checkpoint"},

@@ -1,0 +1,220 @@
+"""What a rank must hold: weights, gradients, optimizer state, activations, logits."""
+
+import contextlib
+import dataclasses
+import itertools
+
+import torch
+
+from cost import block_params, block_weights, num_params, setup_of
+from data import accumulation_steps
+from model import loss_chunks
+from optim import STACK, local
+from parallel import memory_bytes
+
+
+ALLOCATOR_SLACK = 1.1  # with what is kept of freed tensors
+KINDS = ("micro_batch_size", "activation_checkpointing", "shard_size")  # of settings that save memory
+OPTIMIZER_BYTES = {"adamw": 8, "muon": 8, "sgd": 4, "adafactor": 0}  # state of a parameter
+
+
+def memory(cfg, s):
+    """Bytes that a rank has allocated when it has most, of a model in a Setup, by what they are for.
+
+    {weights, gradients, optimizer, activations, logits, other}: weights with their copies in the matmuls' precision,
+    logits with all that the loss needs, other is what backward and the optimizer have in hand.
+    """
+    d, V = cfg.n_embd, cfg.padded_vocab_size / s.tp
+    blocks = cfg.n_layer * block_params(cfg) / s.tp
+    n = num_params(cfg, padded=True) / s.tp
+    is_sharded = s.ranks > 1 and (s.strategy == "fsdp" or s.tp > 1)
+    weights = s.weight_bytes * n / s.shards
+    one_block = s.width * blocks / cfg.n_layer
+    if is_sharded:  # the block that computes and the next are gathered, and all else that is not in blocks
+        copies = (2 if s.reshard else cfg.n_layer) * one_block + (s.weight_bytes * (n - blocks) if s.shards > 1 else 0)
+        copies_later = copies
+    else:  # autocast's
+        copies = 2 * cfg.n_layer * block_weights(cfg) if s.width < s.weight_bytes else 0
+        copies_later = copies if s.recomputed == "none" else copies / cfg.n_layer
+    whole_gradients = s.gradient_bytes * n
+    gradients = whole_gradients if not is_sharded or s.accumulate == "whole" else whole_gradients / s.shards
+    are_there_before = s.micro_steps > 1 or (s.ranks > 1 and not is_sharded)  # DDP keeps its buckets
+    gradients_before = gradients if are_there_before else 0
+    # A block's gradients, as they come and as they are sent, the last one's too.
+    sent = (one_block + 2 * s.gradient_bytes * blocks / cfg.n_layer) if is_sharded and s.shards > 1 else 0
+    optimizer = n / s.shards * (OPTIMIZER_BYTES[s.optimizer] if s.optimizer_bytes is None else s.optimizer_bytes)
+    optimizer -= 4 * cfg.n_layer * block_weights(cfg) / (s.tp * s.shards) if s.optimizer == "muon" else 0
+    activations, again = activation_bytes(cfg, s)
+    head, head_left = head_bytes(cfg, s)
+    of_embedding = s.gradient_bytes * V * d * (cfg.tie_embeddings + are_there_before)
+    largest = max(V * d, d * cfg.inner_width)
+    step = {"muon": 8 * min(STACK, cfg.n_layer * cfg.inner_width * d), "adafactor": 16 * largest}.get(s.optimizer, 0)
+    moments = [  # (copies of weights, gradients, activations, logits, other)
+        (copies, gradients_before, activations, head, 0),  # the loss
+        (copies_later, gradients_before, activations + again, head_left, sent + backward_bytes(cfg, s)),  # last block
+        (0, gradients, 0, 0, of_embedding),  # the end of backward
+        (0, gradients, 0, 0, step),  # the optimizer
+    ]
+    copies, gradients, activations, logits, other = max(moments, key=sum)
+    return {
+        "weights": weights + copies,
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "activations": activations,
+        "logits": logits,
+        "other": other,
+    }
+
+
+def activation_bytes(cfg, s):
+    """Bytes that a micro-step keeps for backward, and those of a block that backward computes again."""
+    per_token = block_activation_bytes(cfg, s)
+    kept = per_token if s.recomputed == "none" else block_activation_bytes(cfg, s, s.recomputed)
+    masks = (1 if not s.on_cpu else s.residual_bytes) * cfg.n_embd if cfg.dropout else 0
+    outside = s.residual_bytes * cfg.n_embd + 8 + masks  # of the first norm or of the last, and dropout's
+    again = 0 if s.recomputed == "none" else per_token
+    return s.tokens * (cfg.n_layer * kept + outside), s.tokens * again
+
+
+def block_activation_bytes(cfg, s, recomputed="none"):
+    """Bytes a token that a block keeps for backward, on each of tp ranks.
+
+    Counted from what autograd saves (torch 2.13); ranks that share layers gather each norm's output whole.
+    """
+    d, q, kv, f, w = cfg.n_embd, cfg.n_head * cfg.head_width, cfg.kv_heads * cfg.head_width, cfg.inner_width, s.width
+    up = 2 if cfg.mlp == "swiglu" else 1  # matrices
+    by_matmuls = s.on_cpu and s.precision == "bf16" and s.seq_len <= 512  # attend in model.py
+    kernel = w * (2 * q + 2 * kv) + 4 * cfg.n_head  # queries, keys, values, what comes out, and sums of softmax
+    x = s.residual_bytes * d
+    if recomputed == "full":
+        return x / s.tp
+    if recomputed == "selective":  # what matmuls gave, and the kernel
+        runs_again = by_matmuls or cfg.dropout
+        return (x + w * (q + 2 * kv + 2 * d + up * f) + (0 if runs_again else w * q + 4 * cfg.n_head)) / s.tp
+    attention = kernel
+    if by_matmuls or (s.on_cpu and cfg.dropout):  # with heads' copies of keys and values, and the weights of attention
+        score = s.width if by_matmuls else 4
+        attention = score * (3 * q + cfg.n_head * s.seq_len * (3 if cfg.dropout else 1)) + w * q
+    stats = 4 if cfg.norm == "rmsnorm" else 8  # bytes a norm and row
+    unfused = 2 if cfg.norm == "rmsnorm" and s.on_cpu else 1  # CPUs keep what is normalised, too
+    norms = 2 * (unfused * x + stats)
+    if cfg.qk_norm:
+        norms += unfused * 4 * (q + kv) + stats * (cfg.n_head + cfg.kv_heads)
+    # Norms' outputs, eager in a copy for each matmul where these are narrower.
+    inputs = w * d * (2 if s.compiled or s.residual_bytes == w else 3 + up)
+    if s.compiled:  # the non-linearity's inputs and the matmuls', but sums of the residual stream are made again
+        qk_norm = w * (q + kv) + stats * (cfg.n_head + cfg.kv_heads) if cfg.qk_norm else 0
+        return inputs + (x + 2 * stats + qk_norm + attention + w * d + w * f * (up + 1)) / s.tp
+    mlp = w * f * (2 * up)  # up, and what follows the non-linearity, with a gate
+    masks = (w if s.on_cpu else 1) * 2 * d if cfg.dropout else 0
+    return inputs + (norms + attention + mlp + masks) / s.tp
+
+
+def head_bytes(cfg, s):
+    """Bytes that the loss has at most, and those that backward starts with."""
+    n, d, V, w = s.tokens * s.head_share, cfg.n_embd, cfg.padded_vocab_size // s.tp, s.width
+    gradients = 4 * n * d + s.gradient_bytes * V * d
+    hidden = 4 * n * d
+    if s.logits_bytes is not None:
+        return s.logits_bytes * n * V * s.tp + hidden, s.gradient_bytes * V * d
+    rows, few_rows, columns = loss_chunks(V, "cpu" if s.on_cpu else "cuda")
+    casts = 2 * (n * d + V * d) if w == 2 else 0
+    chunk = min(n, rows) * V * w + (min(n, rows, few_rows) * V * 4 if w == 2 else 0)
+    return hidden + casts + chunk + gradients + w * d * min(V, columns), gradients
+
+
+def backward_bytes(cfg, s):
+    """Bytes of gradients that flow through a block: of the residual stream, of the MLP's width."""
+    return s.tokens * (2 * s.residual_bytes * cfg.n_embd + 2 * s.width * cfg.inner_width) / s.tp
+
+
+def held(optimizer):
+    """(parameters, bytes of them, their gradients and the optimizer's state) that this rank holds, all in float32.
+
+    Adafactor's state, one number a row and a column, is left out.
+    """
+    numbers, n_bytes = 0, 0
+    for group in optimizer.param_groups:
+        n = sum(local(p).numel() for p in group["params"])
+        numbers += n
+        n_bytes += 4 * n * (2 + (2 if "betas" in group else 1 if "momentum" in group else 0))
+    return numbers, n_bytes
+
+
+# ---- when it runs out
+
+
+@contextlib.contextmanager
+def explaining_out_of_memory(cfg, world):
+    """Makes torch's error of memory that ran out a ValueError that names what would fit."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # of a CPU it is a plain RuntimeError
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        hint = "; the environment's MALLOC_MMAP_THRESHOLD_=65536 gives freed memory back, which costs time"
+        text = f"out of memory on rank {world.rank}: {remedies(cfg, world)}{hint if world.device.type == 'cpu' else ''}"
+        raise ValueError(text) from error
+
+
+def remedies(cfg, world):
+    """What would fit into this rank's memory, in words: the mildest setting of each kind, and about what it needs."""
+    available, setup = memory_bytes(world.device), setup_here(cfg, world)
+
+    def need(change):
+        return ALLOCATOR_SLACK * sum(memory(cfg.model, with_settings(setup, change)).values())
+
+    def told(change):
+        return f"{flags(change)} (about {need(change) / 2**30:.2f} GiB)"
+
+    changes = changes_that_save(setup)
+    fitting = {}
+    for change in sorted((c for c in changes if len(c) == 1 and need(c) <= available), key=lambda c: KINDS.index(*c)):
+        fitting.setdefault(*change, told(change))
+    text = f"about {need({}) / 2**30:.2f} GiB are needed, of {available / 2**30:.2f}; "
+    if not fitting and changes and need(changes[-1]) <= available:
+        fitting = {"all": told(changes[-1])}
+    if fitting:
+        return text + "what would fit: " + ", ".join(fitting.values())
+    hopeless = f"even {told(changes[-1])} would not fit: " if changes else ""
+    return text + hopeless + "take a smaller model, or more devices"
+
+
+def changes_that_save(setup):
+    """Every change of settings, {name: value}, that saves memory: the mildest first, all that there is last."""
+    recomputed = ("none", "selective", "full")
+    n, shards = setup.micro_batch_size, setup.shards * setup.copies
+    values = (
+        [None] + [m for m in range(n - 1, 0, -1) if n % m == 0],
+        [None, *recomputed[recomputed.index(setup.recomputed) + 1 :]],
+        [None] + [shards] * (setup.copies > 1),
+    )
+    changes = [{name: v for name, v in zip(KINDS, change) if v} for change in itertools.product(*values)]
+    return sorted(filter(None, changes), key=len)
+
+
+def with_settings(setup, way):
+    """The Setup after a change of settings, of those that ways_to_fit names."""
+    n = way.get("micro_batch_size", setup.micro_batch_size)
+    shards = way.get("shard_size", setup.shards)
+    return dataclasses.replace(
+        setup,
+        micro_batch_size=n,
+        micro_steps=setup.micro_steps * setup.micro_batch_size // n,
+        shards=shards,
+        copies=setup.copies * setup.shards // shards,
+        strategy="fsdp" if shards > 1 else setup.strategy,
+        recomputed=way.get("activation_checkpointing", setup.recomputed),
+    )
+
+
+def flags(way):
+    """A change of settings as a command line has it."""
+    return " ".join(f"--{name}={value}" for name, value in way.items()) + " --strategy=fsdp" * ("shard_size" in way)
+
+
+def setup_here(cfg, world):
+    """The Setup of the run that these processes are."""
+    mesh_shape = (1, 1, 1) if world.mesh is None else tuple(world.mesh.shape)
+    micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, world.data_ranks)
+    return setup_of(cfg, mesh_shape, micro_steps, world.precision, world.device.type)
