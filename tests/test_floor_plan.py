@@ -28,7 +28,11 @@ MAY_IMPORT = {
     "prepare": {"config", "corpus", "tokenizer", "data"},
     "train": BELOW_SCRIPTS | {"log"},
     "sample": {"config", "model", "tokenizer", "objective", "rundir", "parallel", "checkpoint"},
-    "bench": BELOW_SCRIPTS | {"train"},  # a benchmark must time the code that trains
+    "meters": {"health", "optim", "parallel"},  # what of a step goes where
+    "report": set(),  # figures in words and pictures
+    "sweep": {"config"},  # starts bench.py as a person would
+    # A benchmark must time the code that trains.
+    "bench": BELOW_SCRIPTS | {"train", "machine", "meters", "report", "sweep"},
     "convert": {"config", "model", "tokenizer", "checkpoint"},
 }
 FILES = sorted(ROOT.glob("*.py"))
