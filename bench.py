@@ -129,46 +129,52 @@ def sweep_settings(cfg):
 
 
 def bench_training(cfg):
-    """Times steps, then takes some more apart."""
-    with init_world(cfg.parallel) as world, plan.explaining_out_of_memory(cfg, world):
-        seq_len = seq_len_of(cfg)
-        cfg = dataclasses.replace(cfg, model=model_of(cfg), data=dataclasses.replace(cfg.data, seq_len=seq_len))
-        micro_steps = accumulation_steps(cfg.data, seq_len, world.data_ranks)
-        reset_peak_memory(world.device)
-        memory_before = memory_now_gib(world.device)
-        model, optimizer, scaler = build(cfg, world, seed=1337)
-        batches = (
-            real_batches(cfg, micro_steps, world) if cfg.bench.real_data else random_batches(cfg, micro_steps, world)
-        )
-
-        def step(n_micro_steps, world=world, judge=defect):
-            start = time.perf_counter()
-            world.at("waiting for data")
-            batch = next(batches)[:n_micro_steps]
-            train_step(model, optimizer, scaler, batch, cfg.optim.grad_clip, world, judge)
-            world.synchronize()
-            return world.worst(time.perf_counter() - start)
-
-        n, times, power_w = timed(step, micro_steps, cfg.bench, world)
-        if n < min(2, micro_steps):
-            step(2)  # for the peak of memory: only a second micro-step has gradients beside its activations
-        peak = peaks(world.device, memory_before)
-        figures = speed(cfg, model, micro_steps, n, times, world) | energy(power_w, n, times, cfg, world)
-        n_more = max(1, min(3, int(cfg.bench.bench_seconds / 10 / max(times))))
-        figures["time_share"] = meters.time_shares(lambda world: step(n, world), world, n_more)
-        parts = meters.memory_parts(lambda world, judge: step(n, world, judge), model, optimizer, world)
-        figures |= memory(peak, parts, world)
-        timed_cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch_tokens=figures["tokens"]))
-        figures["predicted"] = predicted(timed_cfg, world)
-        figures["error"] = errors(figures, figures["predicted"])
+    """Measures training, and prints, draws and writes the figures."""
+    with init_world(cfg.parallel) as world:
+        with plan.explaining_out_of_memory(cfg, world):
+            figures = measure(cfg, world)
         if world.is_main:
-            report(figures)
-            if cfg.bench.picture:
-                draw(roofline_of_training(figures, world), f"{device_name(world.device)}, {world.precision}")
-        if cfg.bench.profile:
-            profile(lambda: step(n), world)
-        if world.is_main:
+            if cfg.bench.picture:  # now, when the model's memory is free
+                draw(roofline_of_training(figures, world), f"{figures['device']}, {figures['precision']}")
             emit(figures, cfg.output.json)
+
+
+def measure(cfg, world):
+    """Times steps, takes some more apart, and prints the figures; returns them."""
+    seq_len = seq_len_of(cfg)
+    cfg = dataclasses.replace(cfg, model=model_of(cfg), data=dataclasses.replace(cfg.data, seq_len=seq_len))
+    micro_steps = accumulation_steps(cfg.data, seq_len, world.data_ranks)
+    reset_peak_memory(world.device)
+    memory_before = memory_now_gib(world.device)
+    model, optimizer, scaler = build(cfg, world, seed=1337)
+    batches = real_batches(cfg, micro_steps, world) if cfg.bench.real_data else random_batches(cfg, micro_steps, world)
+
+    def step(n_micro_steps, world=world, judge=defect):
+        start = time.perf_counter()
+        world.at("waiting for data")
+        batch = next(batches)[:n_micro_steps]
+        train_step(model, optimizer, scaler, batch, cfg.optim.grad_clip, world, judge)
+        world.synchronize()
+        return world.worst(time.perf_counter() - start)
+
+    n, times, power_w = timed(step, micro_steps, cfg.bench, world)
+    if n < min(2, micro_steps):
+        step(2)  # for the peak of memory: only a second micro-step has gradients beside its activations
+    peak = peaks(world.device, memory_before)
+    figures = speed(cfg, model, micro_steps, n, times, world)
+    figures |= energy(power_w, statistics.mean(times), figures["tokens"], world)
+    n_more = max(1, min(3, int(cfg.bench.bench_seconds / 10 / max(times))))
+    figures["time_share"] = meters.time_shares(lambda world: step(n, world), world, n_more)
+    parts = meters.memory_parts(lambda world, judge: step(n, world, judge), model, optimizer, world)
+    figures |= memory(peak, parts, world)
+    timed_cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch_tokens=figures["tokens"]))
+    figures["predicted"] = predicted(timed_cfg, world)
+    figures["error"] = errors(figures, figures["predicted"])
+    if world.is_main:
+        report(figures)
+    if cfg.bench.profile:
+        profile(lambda: step(n), world)
+    return figures
 
 
 def random_batches(cfg, micro_steps, world):
@@ -271,13 +277,13 @@ def recomputed_flops(cfg, world, causal):
     return again[cfg.parallel.activation_checkpointing] / 3
 
 
-def energy(power_w, timed_micro_steps, times, cfg, world):
-    """The mean power of all devices while steps were timed, and what a token takes of it."""
-    if isinstance(power_w, str):
-        return {"power_w": None, "energy_per_token_mj": None, "power_not_measured": power_w}
-    power_w = sum(world.gather(power_w))
-    tokens = timed_micro_steps * cfg.data.micro_batch_size * cfg.data.seq_len * world.data_ranks
-    return {"power_w": power_w, "energy_per_token_mj": 1e3 * power_w * statistics.mean(times) / tokens}
+def energy(power_w, seconds, tokens, world):
+    """The mean power of all devices while steps of so many seconds were timed, and what a token takes of it."""
+    by_rank = world.gather(power_w)
+    unknown = [why_not for why_not in by_rank if isinstance(why_not, str)]
+    if unknown:
+        return {"power_w": None, "energy_per_token_mj": None, "power_not_measured": unknown[0]}
+    return {"power_w": sum(by_rank), "energy_per_token_mj": 1e3 * sum(by_rank) * seconds / tokens}
 
 
 def peaks(device, memory_before):
@@ -307,22 +313,22 @@ def roofline_of_training(f, world):
     Weights are read in forward and backward, what forward keeps is written and read, and the optimizer reads and writes
     all that it has.
     """
+    import machine
+
     gib = f["memory_gib"]
-    of_micro_steps = f["micro_steps"] * (
-        2 * gib["weights"] + 2 * (gib["activations"] + gib["logits"] + gib["gradients"])
-    )
-    n_bytes = 2**30 * (of_micro_steps + 2 * (gib["weights"] + gib["optimizer"]) + gib["gradients"])
+    written = gib["gradients"] + gib.get("activations", 0) + gib.get("logits", 0)
+    moved_gib = f["micro_steps"] * 2 * (gib["weights"] + written) + 2 * (gib["weights"] + gib["optimizer"])
     flops = f["flops_per_token"] * f["tokens"] / f["ranks"]
     return {
-        "matmul_tflops": {},
         "roofs_tflops": {f["peak_name"]: f["peak_tflops"], f"measured {f['precision']} matmul": f["measured_tflops"]},
-        "memory_gbs": meters.copied_gbs(world.device),
-        "step": (flops / n_bytes, flops / (f["step_ms"] / 1e3) / 1e12),
+        "matmul_tflops": machine.matmuls(world),
+        "bandwidth_gb_per_s": machine.bandwidths(world),
+        "step": (flops / (2**30 * moved_gib), flops / (f["step_ms"] / 1e3) / 1e12),
     }
 
 
 def profile(step, world):
-    """Writes trace.json, or trace_rank1.json and so on, of two steps; prints their operators, and draws their memory."""
+    """Writes a trace of two steps, trace.json or trace_rank1.json, prints their operators, and draws their memory."""
     name = "trace.json" if world.is_main else f"trace_rank{world.rank}.json"
     profiler, events = meters.trace(lambda: (step(), step()), name)
     if world.is_main:

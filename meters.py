@@ -67,7 +67,7 @@ def trace(function, path=None):
     """
     with tempfile.TemporaryDirectory() as folder:
         path = path or os.path.join(folder, "trace.json")
-        with torch.profiler.profile(profile_memory=True) as profiler:
+        with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:  # without it 2.11 warns
             function()
         profiler.export_chrome_trace(path)
         with open(path, encoding="utf-8") as file:
@@ -80,9 +80,14 @@ def spans(events, named):
     return [(e["ts"], e["ts"] + e["dur"]) for e in found]
 
 
+def is_phase(phase):
+    """What picks the events that MarkedWorld leaves of a phase."""
+    return lambda kind, name: kind == "user_annotation" and name == f"phase {phase}"
+
+
 def allocations(events, device):
     """[(time, bytes, bytes allocated in all)] on a device in order of time; what is freed has negative bytes."""
-    kind = {"cpu": DeviceType.CPU, "cuda": DeviceType.CUDA}[device.type].value
+    kind = getattr(DeviceType, device.type.upper()).value
     of_memory = [(e["ts"], e["args"]) for e in events if e["name"] == "[memory]"]
     found = [(ts, a["Bytes"], a["Total Allocated"]) for ts, a in of_memory if a["Device Type"] == kind]
     return sorted(found, key=lambda event: event[0])
@@ -136,25 +141,13 @@ def communication_shares(step, world):
         busy = spans(events, lambda kind, name: name.startswith("aten::"))
     found = {}
     for phase in PHASES[:-1]:
-        parts = spans(events, lambda kind, name: kind == "user_annotation" and name == f"phase {phase}")
+        parts = spans(events, is_phase(phase))
         alone = sum(length(sent + busy, part) - length(busy, part) for part in parts)
         found[phase] = alone / max(1e-9, sum(end - start for start, end in parts))
     return found
 
 
 # ---- memory
-
-
-def copied_gbs(device):
-    """GB/s, read and written, of copying a tensor that no cache holds, the best of a few."""
-    source = torch.ones(2**26 if device.type == "cpu" else 2**29, device=device)  # float32
-    target, seconds = torch.empty_like(source), []
-    for _ in range(5):
-        start = time.perf_counter()
-        target.copy_(source)
-        target[-1].item()  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    return 2 * source.numel() * source.element_size() / min(seconds[1:]) / 1e9
 
 
 def memory_parts(run_step, model, optimizer, world):
@@ -174,17 +167,19 @@ def memory_parts(run_step, model, optimizer, world):
     found["optimizer"] = n_bytes(v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
     found |= kept_by_forward(events, world.device)
     names = ("weights", "gradients", "optimizer", "activations", "logits")
-    return {name: found[name] / GIB for name in names}
+    return {name: found[name] / GIB for name in names if name in found}
 
 
 def kept_by_forward(events, device):
-    """{"activations", "logits": bytes} by the trace of a step, of its first forward."""
+    """{"activations", "logits": bytes} by the trace of a step, of its first forward; {} where it has no memory."""
     changes = allocations(events, device)
+    if not changes:
+        return {}
 
     def level(until, since=0):
         return sum(change for at, change, _ in changes if since <= at < until)
 
-    forward = spans(events, lambda kind, name: kind == "user_annotation" and name == "phase forward")
+    forward = spans(events, is_phase("forward"))
     loss_start, loss_end = min(spans(events, lambda kind, name: name == "_LinearCrossEntropy"))
     start, end = next(span for span in sorted(forward) if span[0] <= loss_start < span[1])
     highest = now = 0

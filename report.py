@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import os
-import textwrap
 
 import torch
 
@@ -115,7 +114,7 @@ def compare(path_a, path_b):
     rows = [("", path_a, path_b, "B / A")]
     for name in names:
         x, y = a.get(name), b.get(name)
-        if x is None and y is None:
+        if x is None and y is None:  # what neither has measured
             continue
         numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (x, y))
         rows.append((name, _cell(x), _cell(y), f"{y / x:.3f}" if numbers and x else ""))
@@ -139,27 +138,33 @@ def read_figures(path):
 def _cell(value):
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else "-" if value is None else textwrap.shorten(str(value), 32)
+    return (
+        f"{value:,}"
+        if isinstance(value, int)
+        else "-"
+        if value is None
+        else str(value)
+        if len(str(value)) < 32
+        else f"{str(value)[:28]}..."
+    )
 
 
 # ---- pictures
 
 
 def draw(figures, title):
-    """Draws bench.png, a roofline."""
+    """Draws bench.png, a roofline: of machine.py's figures, or of those of a training step."""
     if not _can_draw("bench.png"):
         return
-    bytes_of = {"fp32": 4, "bf16": 2, "fp16": 2}
+    bytes_of = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+    medians = {d: {int(n): rates[0] for n, rates in by_n.items()} for d, by_n in figures["matmul_tflops"].items()}
     points = {
-        f"{dtype} matmuls": [(2 * int(n) ** 3 / (3 * bytes_of[dtype] * int(n) ** 2), t) for n, t in by_size.items()]
-        for dtype, by_size in figures["matmul_tflops"].items()
-        if dtype in bytes_of
-    }
-    roofs = figures.get("roofs_tflops") or {
-        f"{dtype} matmul": max(by_size.values()) for dtype, by_size in figures["matmul_tflops"].items()
-    }
+        f"{dtype} matmuls": [(2 * n / 3 / bytes_of[dtype], tflops) for n, tflops in by_n.items()]
+        for dtype, by_n in medians.items()
+    }  # of n x n, three matrices are moved for 2 n^3 FLOPs
+    roofs = figures.get("roofs_tflops") or {f"{dtype} matmul": max(by_n.values()) for dtype, by_n in medians.items()}
     points |= {"training step": [figures["step"]]} if "step" in figures else {}
-    draw_roofline(roofs, figures["memory_gbs"], points, "bench.png", title)
+    draw_roofline(roofs, figures["bandwidth_gb_per_s"]["memory copy"][0], points, "bench.png", title)
     print(f"picture    {os.path.abspath('bench.png')}", flush=True)
 
 
@@ -168,7 +173,7 @@ def draw_memory(changes, device, path):
 
     That of a CPU, whose whole is not known, from the first change on.
     """
-    if not _can_draw(path):
+    if not changes or not _can_draw(path):
         return
     from matplotlib.figure import Figure
 

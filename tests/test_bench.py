@@ -276,6 +276,18 @@ def test_power_is_read_from_nvml_by_the_name_of_the_device(monkeypatch):
 # ---- prediction, comparison, pictures
 
 
+RATES = {  # what machine.py measures: median, least, most
+    "matmul_tflops": {"fp32": {"256": [0.1, 0, 1], "1024": [0.2, 0, 1]}, "bf16": {"256": [0.4, 0, 1]}},
+    "bandwidth_gb_per_s": {"memory copy": [20.0, 0, 30]},
+}
+MACHINE = types.SimpleNamespace(
+    measure=lambda world: RATES,
+    table=lambda figures: "a table",
+    matmuls=lambda world: RATES["matmul_tflops"],
+    bandwidths=lambda world: RATES["bandwidth_gb_per_s"],
+)
+
+
 def test_a_prediction_stands_beside_what_was_measured_with_its_error(tmp_path, capsys, monkeypatch):
     parts = dict.fromkeys(("weights", "gradients", "optimizer", "activations", "logits", "other", "total"), 0.5)
     seen = []
@@ -312,11 +324,12 @@ def test_compare_prints_figures_side_by_side_with_their_ratio(tmp_path, capsys):
     with pytest.raises(ValueError, match="read by --compare alone"):
         config.load(bench.Settings, [str(a)])
     with pytest.raises(ValueError, match="neither a preset file"):  # of a script that reads no such files
-        config.load(train.Settings, [str(a)])
+        config.load(train.Settings, [str(tmp_path / "c.json")])
 
 
-def test_bare_json_is_one_object_on_the_last_line(tmp_path, capsys, monkeypatch):
+def test_bare_json_is_one_object_on_the_last_line_behind_the_picture(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "machine", MACHINE)
     bench.main(config.load(bench.Settings, [*SMALL, "--json", "--picture=true"]))
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["tokens"] == 63 and figures["time_share"].keys() == set(meters.PHASES)
@@ -327,12 +340,10 @@ def test_bare_json_is_one_object_on_the_last_line(tmp_path, capsys, monkeypatch)
 
 def test_without_preset_and_model_the_machine_is_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    figures = {"memory_gbs": 20.0, "matmul_tflops": {"fp32": {"256": 0.1, "1024": 0.2}, "bf16": {"256": 0.4}}}
-    machine = types.SimpleNamespace(measure=lambda world: figures, table=lambda figures: "a table")
-    monkeypatch.setitem(sys.modules, "machine", machine)
+    monkeypatch.setitem(sys.modules, "machine", MACHINE)
     bench.main(config.load(bench.Settings, ["--device=cpu", "--json"]))
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == "a table" and json.loads(out[-1]) == figures
+    assert out[0] == "a table" and json.loads(out[-1]) == MACHINE.measure(None)
     assert (tmp_path / "bench.png").exists()
 
 
