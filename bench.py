@@ -131,6 +131,8 @@ def sweep_settings(cfg):
 def bench_training(cfg):
     """Measures training, and prints, draws and writes the figures."""
     with init_world(cfg.parallel) as world:
+        seq_len = seq_len_of(cfg)
+        cfg = dataclasses.replace(cfg, model=model_of(cfg), data=dataclasses.replace(cfg.data, seq_len=seq_len))
         with plan.explaining_out_of_memory(cfg, world):
             figures = measure(cfg, world)
         if world.is_main:
@@ -141,9 +143,7 @@ def bench_training(cfg):
 
 def measure(cfg, world):
     """Times steps, takes some more apart, and prints the figures; returns them."""
-    seq_len = seq_len_of(cfg)
-    cfg = dataclasses.replace(cfg, model=model_of(cfg), data=dataclasses.replace(cfg.data, seq_len=seq_len))
-    micro_steps = accumulation_steps(cfg.data, seq_len, world.data_ranks)
+    micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, world.data_ranks)
     reset_peak_memory(world.device)
     memory_before = memory_now_gib(world.device)
     model, optimizer, scaler = build(cfg, world, seed=1337)

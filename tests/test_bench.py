@@ -155,6 +155,17 @@ def test_impossible_batches_are_refused_with_ones_that_fit(tmp_path):
         benched(tmp_path, "--batch_tokens=64")
 
 
+def test_memory_that_runs_out_is_told_in_one_line_with_what_would_fit(monkeypatch):
+    def train_step(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench, "train_step", train_step)
+    args = [arg for arg in SMALL if not arg.startswith("--seq_len")]
+    with pytest.raises(ValueError, match="out of memory on rank 0: .* what would fit: --micro_batch_size=1") as told:
+        bench.main(config.load(bench.Settings, [*args, "--batch_tokens=66"]))
+    assert config.is_users(told.value)
+
+
 # ---- where time, memory and energy go
 
 
