@@ -45,7 +45,7 @@ class Device:
 # Peaks, memory, links, watts: data sheets, as quoted by nanochat (92d63d4), torchtitan (b5bcd76), Lightning (0810121)
 # and ml-engineering (744d01e); float32 as the makers' pages have it. Network: servers of that GPU (ml-engineering), for
 # cards a guess. Prices: on demand, spring of 2026: of Lambda the H100s, A100-40 and A10, of Modal T4 and L4
-# (techbytes.app, 7 May), of RunPod the rest (deploybase.ai, 10 March); they move, and where none was found there is none.
+# (techbytes.app, 7 May), of RunPod the rest (deploybase.ai, 10 March); they move, and some were not found.
 DEVICES = {
     device.name: device
     for device in (
@@ -233,6 +233,26 @@ def bus_bandwidth_gbs(kind, n_bytes, ranks, *where):
 
 
 # ---- the machine at hand
+
+
+def this(figures):
+    """The Device that figures of bench.py are of: what it reaches stands for its data sheet."""
+    tflops = {dtype: max(rates[0] for rates in by_size.values()) for dtype, by_size in figures["matmul_tflops"].items()}
+    links = figures["collectives_gb_per_s"].get("all-gather", {})
+    known = known_device(figures["device"])
+    return Device(
+        "this",
+        known.family if known else "ampere",
+        tflops.get("bf16", tflops["fp32"]),
+        tflops["fp32"],
+        figures["memory_gib"],
+        figures["bandwidth_gb_per_s"]["memory copy"][0],
+        link_gbs=max((rates[0] for rates in links.values()), default=0.0) / LINK_SHARE,
+        watts=known.watts if known else None,
+        price=known.price if known else None,
+        device_type=figures["device_type"],
+        machine=figures,
+    )
 
 
 def measured(path):

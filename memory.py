@@ -21,49 +21,53 @@ OPTIMIZER_BYTES = {"adamw": 8, "muon": 8, "sgd": 4, "adafactor": 0}  # state of 
 def memory(cfg, s):
     """Bytes that a rank has allocated when it has most, of a model in a Setup, by what they are for.
 
-    {weights, gradients, optimizer, activations, logits, other}: weights with their copies in the matmuls' precision,
-    logits with all that the loss needs, other is what backward and the optimizer have in hand.
+    {weights, gradients, optimizer, activations, logits, other}: weights with those that are gathered, activations with
+    autocast's copies of weights, logits with all that the loss needs; other is what backward and the optimizer have in
+    hand, a block that is computed again, say. At the peak there may be none of some.
     """
     d, V = cfg.n_embd, cfg.padded_vocab_size / s.tp
-    blocks = cfg.n_layer * block_params(cfg) / s.tp
-    n = num_params(cfg, padded=True) / s.tp
-    is_sharded = s.ranks > 1 and (s.strategy == "fsdp" or s.tp > 1)
-    weights = s.weight_bytes * n / s.shards
-    one_block = s.width * blocks / cfg.n_layer
+    blocks, n = cfg.n_layer * block_params(cfg) / s.tp, num_params(cfg, padded=True) / s.tp
+    one_block, is_sharded = blocks / cfg.n_layer, s.ranks > 1 and (s.strategy == "fsdp" or s.tp > 1)
+    weights, gathered, copies, sent = s.weight_bytes * n / s.shards, 0, 0, 0
     if is_sharded:  # the block that computes and the next are gathered, and all else that is not in blocks
-        copies = (2 if s.reshard else cfg.n_layer) * one_block + (s.weight_bytes * (n - blocks) if s.shards > 1 else 0)
-        copies_later = copies
-    else:  # autocast's
-        copies = 2 * cfg.n_layer * block_weights(cfg) if s.width < s.weight_bytes else 0
-        copies_later = copies if s.recomputed == "none" else copies / cfg.n_layer
-    whole_gradients = s.gradient_bytes * n
-    gradients = whole_gradients if not is_sharded or s.accumulate == "whole" else whole_gradients / s.shards
+        gathered = (2 if s.reshard else cfg.n_layer) * s.width * one_block
+        if s.shards > 1:
+            gathered += s.weight_bytes * (n - blocks)
+            sent = (
+                s.width + 2 * s.gradient_bytes
+            ) * one_block  # as gradients come and as they go, the last block's too
+    elif s.width < s.weight_bytes:
+        copies = 2 * cfg.n_layer * block_weights(cfg)
+    copies_later = copies if s.recomputed == "none" else copies / cfg.n_layer
+    gradients = s.gradient_bytes * n / (s.shards if is_sharded and s.accumulate == "sharded" else 1)
     are_there_before = s.micro_steps > 1 or (s.ranks > 1 and not is_sharded)  # DDP keeps its buckets
-    gradients_before = gradients if are_there_before else 0
-    # A block's gradients, as they come and as they are sent, the last one's too.
-    sent = (one_block + 2 * s.gradient_bytes * blocks / cfg.n_layer) if is_sharded and s.shards > 1 else 0
-    optimizer = n / s.shards * (OPTIMIZER_BYTES[s.optimizer] if s.optimizer_bytes is None else s.optimizer_bytes)
-    optimizer -= 4 * cfg.n_layer * block_weights(cfg) / (s.tp * s.shards) if s.optimizer == "muon" else 0
+    before = gradients if are_there_before else 0
     activations, again = activation_bytes(cfg, s)
     head, head_left = head_bytes(cfg, s)
     of_embedding = s.gradient_bytes * V * d * (cfg.tie_embeddings + are_there_before)
-    largest = max(V * d, d * cfg.inner_width)
-    step = {"muon": 8 * min(STACK, cfg.n_layer * cfg.inner_width * d), "adafactor": 16 * largest}.get(s.optimizer, 0)
-    moments = [  # (copies of weights, gradients, activations, logits, other)
-        (copies, gradients_before, activations, head, 0),  # the loss
-        (copies_later, gradients_before, activations + again, head_left, sent + backward_bytes(cfg, s)),  # last block
+    in_hand = {"muon": 8 * min(STACK, cfg.n_layer * cfg.inner_width * d), "adafactor": 16 * d * max(V, cfg.inner_width)}
+    moments = [  # (gathered weights, gradients, activations, logits, other)
+        (gathered, before, activations + copies, head, 0),  # the loss
+        (gathered, before, activations + copies_later, head_left, again + sent + backward_bytes(cfg, s)),  # last block
         (0, gradients, 0, 0, of_embedding),  # the end of backward
-        (0, gradients, 0, 0, step),  # the optimizer
+        (0, gradients, 0, 0, in_hand.get(s.optimizer, 0)),  # the optimizer
     ]
-    copies, gradients, activations, logits, other = max(moments, key=sum)
+    gathered, gradients, activations, logits, other = max(moments, key=sum)
     return {
-        "weights": weights + copies,
+        "weights": weights + gathered,
         "gradients": gradients,
-        "optimizer": optimizer,
+        "optimizer": optimizer_bytes(cfg, s, n),
         "activations": activations,
         "logits": logits,
         "other": other,
     }
+
+
+def optimizer_bytes(cfg, s, n):
+    """Bytes of the optimizer's state on a rank, of n parameters before they are sharded."""
+    each = OPTIMIZER_BYTES[s.optimizer] if s.optimizer_bytes is None else s.optimizer_bytes
+    without = 4 * cfg.n_layer * block_weights(cfg) / s.tp if s.optimizer == "muon" else 0  # blocks' matrices have half
+    return (n * each - without) / s.shards
 
 
 def activation_bytes(cfg, s):

@@ -7,8 +7,10 @@ python plan.py config/gpt2_1558m.py --n_gpus=64 --strategy=fsdp --compare
 import dataclasses
 import importlib.util
 import json
+import os
 from dataclasses import dataclass
 
+import ceilings
 import cost
 import hardware
 from config import as_dict, run_script
@@ -24,6 +26,10 @@ from parallel import ParallelConfig, check_tensor_parallel, shape_of_mesh
 class OutputConfig:
     json: bool | str = False  # the figures as one JSON object: on the last line printed, or in the file of this name
     compare: bool = False  # plan.py: a row for each known GPU; bench.py: two of its JSON files side by side
+
+    def __post_init__(self):
+        if isinstance(self.json, str) and not os.path.isdir(os.path.dirname(self.json) or "."):
+            raise ValueError(f"json is {self.json}; its folder does not exist: make it first")
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,7 @@ def setup_of(cfg, gpu, n_gpus):
     """The Setup of the run on so many GPUs; ValueError where it cannot be."""
     precision = cfg.parallel.precision
     if precision == "auto":
-        precision = "bf16" if gpu.has_bf16 else "fp16"
+        precision = gpu.machine["precision"] if gpu.machine else "bf16" if gpu.has_bf16 else "fp16"
     if precision == "bf16" and not gpu.has_bf16:
         raise ValueError(f"precision is bf16, in which {gpu.name} does not compute; use --precision=fp16")
     mesh_shape = shape_of_mesh(cfg.parallel, n_gpus)
@@ -175,7 +181,7 @@ def predict(cfg, gpu, s):
     need["total"] = sum(need.values())
     need["reserved"] = need["total"] * p.fragmentation
     need["available"] = max(0.0, gpu.usable_memory_gib - (p.context_gib if gpu.device_type == "cuda" else 0))
-    parts = cost.step_seconds(m, s, gpu, p.gpus_per_node, p.efficiency)
+    parts = step_parts(m, s, gpu, p)
     step_s = sum(parts.values())
     batch_tokens = s.micro_steps * s.tokens * s.copies * s.shards
     tokens = cfg.optim.last_step(cfg.data.batch_tokens) * cfg.data.batch_tokens
@@ -207,6 +213,20 @@ def predict(cfg, gpu, s):
         "kwh": kwh,
         "cost": None if gpu.price is None else hours * s.ranks * gpu.price,
     }
+
+
+def step_parts(m, s, gpu, p):
+    """Seconds of a step by what takes them: by what was measured of the machine at hand, or by fits."""
+    if gpu.machine is None:
+        return cost.step_seconds(m, s, gpu, p.gpus_per_node, p.efficiency)
+    if s.precision != gpu.machine["precision"]:
+        raise ValueError(
+            f"precision is {s.precision}, and {p.machine} of {gpu.machine['precision']}; "
+            f"run python bench.py --precision={s.precision}, which measures it"
+        )
+    parts = ceilings.step_seconds(m, s, gpu.machine)
+    waited = cost.waited_seconds(m, s, gpu, p.gpus_per_node, sum(parts.values()) / s.micro_steps) if s.ranks > 1 else 0
+    return {name: seconds / p.efficiency for name, seconds in parts.items()} | {"communication_s": waited}
 
 
 def largest_micro_batch(m, s, available):

@@ -228,6 +228,7 @@ def compute_gradients(model, optimizer, scaler, batches, grad_clip, world):
         loss += part.detach()
         world.at(f"backward {i + 1} of {len(batches)}")
         scaler.scale(part * world.data_ranks).backward()  # gradients are averaged over ranks, the loss is their sum
+    world.at("clipping")
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     return loss, grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm  # of a sharded model

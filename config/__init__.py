@@ -8,6 +8,7 @@ a field's line is its help text. A script composes the classes it needs and read
         model: ModelConfig
         run: RunConfig = only("out_dir", "seed")  # of RunConfig, just these are settings of this script
         presets: tuple = ()  # filled with the preset files of the command
+        files: tuple = ()  # where a script has it, with the .json files of the command
 
 A preset is a Python file of plain assignments, run in a namespace of its own. Wrong values in combination are found by
 the classes themselves: __post_init__ raises a ValueError, a line for each mistake.
@@ -47,12 +48,15 @@ def only(*names):
 
 
 def load(settings_type, argv):
-    """Settings from the arguments of a command: preset files and --key=value.
+    """Settings from the arguments of a command: preset files and --key=value, and .json files where a script reads any.
 
     Raises ValueError that lists every mistake of the command, a line each.
     """
     owners = settings_of(settings_type)
-    presets = [arg for arg in argv if not arg.startswith("--")]
+    words = [arg for arg in argv if not arg.startswith("--")]
+    takes_files = "files" in {field.name for field in dataclasses.fields(settings_type)}
+    files = [word for word in words if takes_files and word.endswith(".json")]
+    presets = [word for word in words if word not in files]
     values, failed, errors = {}, set(), []
     for path in presets:
         for name, value in _run_preset(path, errors).items():
@@ -87,7 +91,8 @@ def load(settings_type, argv):
             errors.append(str(error))
     if sections.keys() == {section.name for section in _sections(settings_type)}:
         try:
-            cfg = settings_type(**sections, presets=tuple(presets))
+            others = {"files": tuple(files)} if takes_files else {}
+            cfg = settings_type(**sections, presets=tuple(presets), **others)
         except ValueError as error:  # of settings of several classes together
             errors.append(str(error))
     if errors:

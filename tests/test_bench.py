@@ -1,28 +1,44 @@
 """A benchmark's figures are there, agree with each other, and are of the code that trains."""
 
+import dataclasses
+import functools
 import json
+import resource
+import subprocess
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 
 import bench
+import ceilings
 import config
+import cost
+import machine
+import meters
+import parallel
 import plan
+import report
+import sweep
 import train
 from data import Split, TrainOrder
 from model import ModelConfig
 from objective import IGNORE, Masked
 from ranks import on_ranks, write_data
+from test_ceilings import SMALL as SMALL_CEILINGS
+from test_machine import SMALL as SMALL_MACHINE
 from tokenizer import SPECIALS
 
 SMALL = [
     "--vocab_size=37", "--block_size=11", "--n_layer=3", "--n_head=5", "--n_embd=20", "--seq_len=7",
     "--micro_batch_size=3", "--batch_tokens=63", "--bench_steps=5", "--bench_warmup=2", "--device=cpu",
-    "--precision=fp32",
+    "--precision=fp32", "--picture=false",
 ]  # fmt: skip
 
 
+GPT = SMALL[:8]
 MASKED = ["config/quickstart_bert.py", "--n_inner=33", "--head_dim=6", "--mask_prob=0.3"]
 
 
@@ -38,8 +54,8 @@ def test_figures_agree_with_each_other(tmp_path, capsys):
     assert f["steps"] == 5 and f["micro_steps"] == f["micro_steps_of_training"] == 3
     assert f["tokens_per_s"] * f["step_ms"] / 1e3 == pytest.approx(63)
     assert 0 < f["step_ms_min"] <= f["step_ms"] <= f["step_ms_max"]
-    assert f["n_params"] == plan.num_params(cfg)
-    assert f["flops_per_token"] == plan.flops_per_token(cfg, 7) > f["flops_per_token_causal"]
+    assert f["n_params"] == cost.num_params(cfg)
+    assert f["flops_per_token"] == cost.flops_per_token(cfg, 7) > f["flops_per_token_causal"]
     assert f["mfu"] * f["peak_tflops"] * 1e12 == pytest.approx(f["tokens_per_s"] * f["flops_per_token"])
     assert f["mfu"] / f["mfu_causal"] == pytest.approx(f["flops_per_token"] / f["flops_per_token_causal"])
     assert "measured fp32 matmul" in f["peak_name"]
@@ -70,6 +86,11 @@ def test_ranks_that_share_layers_share_their_tokens_too(args, data_ranks, tmp_pa
     assert (f["ranks"], f["data_ranks"], f["micro_steps"]) == (2, data_ranks, 2 // data_ranks)
     assert f["tokens_per_s"] * f["step_ms"] / 1e3 == pytest.approx(48)
     assert f["mfu"] * f["peak_tflops"] * 1e12 * 2 == pytest.approx(f["tokens_per_s"] * f["flops_per_token"])
+    assert sum(f["time_share"].values()) == pytest.approx(1)
+    assert 0 < f["time_share"]["communication"] < 1
+    held = cost.num_params(ModelConfig(vocab_size=64, block_size=11, n_layer=3, n_head=2, n_embd=20)) * 4 / 2**30
+    assert f["memory_gib"]["weights"] == f["memory_gib"]["gradients"] < held * 1.001
+    assert (f["memory_gib"]["weights"] < 0.9 * held) == (data_ranks == 1)  # tp halves most of it
 
 
 def test_steps_too_long_to_time_whole_are_timed_in_part_and_say_so(tmp_path, capsys):
@@ -103,8 +124,8 @@ def test_a_masked_preset_is_timed_with_the_head_at_masked_places_alone(real_data
         objective="mlm", vocab_size=37, block_size=11, n_layer=3, n_head=5, n_embd=20, head_dim=6, n_inner=33,
         mlp="swiglu", norm="rmsnorm", qk_norm=True, position="rope", bias=False,
     )  # fmt: skip
-    assert f["n_params"] == plan.num_params(cfg) and (f["steps"], f["micro_steps"]) == (5, 3)
-    assert f["flops_per_token"] == f["flops_per_token_causal"] == plan.flops_per_token(cfg, 7, 2 / 7)
+    assert f["n_params"] == cost.num_params(cfg) and (f["steps"], f["micro_steps"]) == (5, 3)
+    assert f["flops_per_token"] == f["flops_per_token_causal"] == cost.flops_per_token(cfg, 7, 2 / 7)
     assert f["tokens_per_s"] * f["step_ms"] / 1e3 == pytest.approx(63) and f["mfu"] > 0
     for step in batches[2:]:  # past the warm-up
         assert [[part.shape for part in batch] for batch in step] == [[(3, 7), (3, 2), (3, 2)]] * 3
@@ -119,11 +140,15 @@ def test_a_masked_preset_is_timed_with_the_head_at_masked_places_alone(real_data
         assert all(torch.equal(part, other) for part, other in zip(batches[0][0], expected, strict=True))
 
 
-def test_profile_writes_a_trace_of_the_steps(tmp_path, monkeypatch):
+def test_profile_writes_a_trace_of_the_steps_their_operators_and_their_memory(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     benched(tmp_path, "--profile")
     names = {event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
     assert {"aten::addmm", "aten::scaled_dot_product_attention"} <= names
+    out = capsys.readouterr().out
+    shares = [float(word[:-1]) for line in out.splitlines() if "::" in line for word in line.split() if word[-1] == "%"]
+    assert 3 < len(shares) <= 15 and shares == sorted(shares, reverse=True) and sum(shares) <= 100.5
+    assert (tmp_path / "memory.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_random_tokens_need_a_vocabulary(tmp_path):
@@ -134,3 +159,306 @@ def test_random_tokens_need_a_vocabulary(tmp_path):
 def test_impossible_batches_are_refused_with_ones_that_fit(tmp_path):
     with pytest.raises(ValueError, match="batch_tokens 64 is not a multiple of 21"):
         benched(tmp_path, "--batch_tokens=64")
+
+
+def test_memory_that_runs_out_is_told_in_one_line_with_what_would_fit(monkeypatch):
+    def train_step(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench, "train_step", train_step)
+    args = [arg for arg in SMALL if not arg.startswith("--seq_len")]
+    with pytest.raises(ValueError, match="out of memory on rank 0: .* what would fit: --micro_batch_size=1") as told:
+        bench.main(config.load(bench.Settings, [*args, "--batch_tokens=66"]))
+    assert config.is_users(told.value)
+
+
+# ---- where time, memory and energy go
+
+
+def test_shares_of_time_are_those_of_the_phases_and_sum_to_1(tmp_path, capsys):
+    data = write_data(tmp_path / "data")
+    f = benched(tmp_path, "--real_data", "--vocab_size=none", f"--data_dir={data}")
+    share = f["time_share"]
+    assert sum(share.values()) == pytest.approx(1)
+    assert share["communication"] == 0 and all(share[name] > 0 for name in meters.PHASES[:-1])
+    assert "time       forward" in capsys.readouterr().out
+
+
+def test_phases_are_given_the_time_between_their_marks(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0])
+    monkeypatch.setattr(meters.time, "perf_counter", lambda: next(clock))
+    world = meters.MarkedWorld.of(parallel.World(0, 1, torch.device("cpu"), "fp32"))
+    for place in ("waiting for data", "counting targets", "forward 1 of 1", "backward 1 of 1", "clipping", "optimizer"):
+        world.at(place)
+    expected = {"data": 1, "forward": 6, "backward": 8, "optimizer": 16 + 5, "communication": 0}
+    assert world.seconds(36.0) == expected
+
+
+def test_time_that_intervals_cover_counts_overlaps_once():
+    assert meters.length([(0, 2), (1, 3), (5, 9), (-4, -1)], (0.5, 7)) == 2.5 + 2
+    assert meters.length([], (0, 1)) == 0
+
+
+def test_parts_of_memory_are_what_they_are_named_after_and_sum_to_the_total(tmp_path):
+    f = benched(tmp_path, "--n_embd=100", "--n_inner=300")["memory_gib"]
+    cfg = ModelConfig(vocab_size=64, block_size=11, n_layer=3, n_head=5, n_embd=100, n_inner=300)  # 37, padded
+    weights = 4 * cost.num_params(cfg) / 2**30
+    assert f["weights"] == f["gradients"] == pytest.approx(weights)
+    assert f["optimizer"] == pytest.approx(2 * weights, rel=1e-3)  # and a step a tensor
+    assert f["total"] == pytest.approx(sum(f.values()) - f["total"])
+    rows, chunk = 3 * 7, 4 * 64
+    assert f["logits"] * 2**30 >= rows * chunk + 4 * (rows + 64) * 100  # logits, gradients of hidden and of weights
+    assert f["logits"] * 2**30 < 4 * rows * chunk + 2 * 4 * (rows + 64) * 100
+
+
+def saved_bytes(net, batch):
+    """Bytes that autograd keeps of a forward by its own hooks, but for parameters and what the loss keeps."""
+    seen = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = storage
+        return tensor
+
+    of_parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    of_batch = {part.untyped_storage().data_ptr() for part in batch}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = net(*batch)
+    of_loss = {t.untyped_storage().data_ptr() for t in loss.grad_fn.saved_tensors if t is not None}
+    return sum(s.nbytes() for place, s in seen.items() if place not in of_parameters | of_batch | of_loss)
+
+
+@pytest.mark.parametrize("kind", ["none", "selective", "full"])
+def test_activations_are_what_autograd_keeps(kind, tmp_path):
+    args = [*SMALL, "--n_embd=40", "--batch_tokens=21", f"--activation_checkpointing={kind}"]
+    f = benched(tmp_path, *args)
+    cfg = config.load(bench.Settings, args)
+    world = parallel.World(0, 1, torch.device("cpu"), "fp32")
+    net, *_ = train.build(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, seq_len=7)), world, 1)
+    ids = torch.randint(37, (3, 7))
+    kept, stream = saved_bytes(net, (ids, ids)), 4 * 21 * 40
+    measured = f["memory_gib"]["activations"] * 2**30
+    if kind == "none":
+        assert measured == pytest.approx(kept, rel=0.05)
+    elif kind == "full":  # the blocks' inputs, and what is around the blocks
+        assert 3 * stream < measured < 5 * stream + 3 * 5100  # and a random state a block
+    else:
+        assert (
+            8 * stream
+            < measured
+            < 0.8 * benched(tmp_path, *SMALL, "--n_embd=40", "--batch_tokens=21")["memory_gib"]["activations"] * 2**30
+        )
+
+
+def test_hfu_stands_beside_mfu_only_where_blocks_are_computed_again(tmp_path, capsys):
+    f = benched(tmp_path)
+    assert "hfu" not in f and "hfu" not in capsys.readouterr().out
+    cfg = ModelConfig(vocab_size=37, block_size=11, n_layer=3, n_head=5, n_embd=20)
+    head = 6 * 37 * 20
+    attention = 12 * 3 * 20 * 7
+    for args, again in (
+        (["--activation_checkpointing=full"], (cost.flops_per_token(cfg, 7) - head) / 3),
+        (["--activation_checkpointing=selective"], 0),  # torch's kernel is kept
+        (["--activation_checkpointing=selective", "--dropout=0.1"], attention / 3),
+        (["--activation_checkpointing=selective", "--precision=bf16"], attention / 3),
+    ):
+        f = benched(tmp_path, *args)
+        assert f["hfu"] / f["mfu"] == pytest.approx(1 + again / f["flops_per_token"])
+        assert f["hfu_causal"] > 0 and "hfu" in capsys.readouterr().out
+
+
+def test_power_is_sampled_beside_the_steps_and_none_is_made_up(tmp_path, capsys, monkeypatch):
+    assert benched(tmp_path)["power_w"] is None
+    assert "power      not measured: a device of type cpu" in capsys.readouterr().out
+    monkeypatch.setattr(meters, "power_reader", lambda device: (lambda: 250.0, None))
+    f = benched(tmp_path)
+    assert f["power_w"] == 250 and "250 W" in capsys.readouterr().out
+    assert f["energy_per_token_mj"] == pytest.approx(250e3 / f["tokens_per_s"], rel=0.9)  # by the mean, not the median
+
+
+def test_power_is_read_from_nvml_by_the_name_of_the_device(monkeypatch):
+    class Nvml(types.SimpleNamespace):
+        NVMLError = OSError
+
+    handles = {"GPU-12-ab": 75_500}
+    nvml = Nvml(nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=handles.get, nvmlDeviceGetPowerUsage=lambda mw: mw)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="12-ab"))
+    read, why_not = meters.power_reader(torch.device("cuda"))
+    assert read() == 75.5 and why_not is None
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert meters.power_reader(torch.device("cuda")) == (None, "pip install nvidia-ml-py measures it")
+
+
+# ---- prediction, comparison, pictures
+
+
+@pytest.fixture
+def small_machine(tmp_path, monkeypatch):
+    """Measures as python bench.py does, but at sizes that take no time; in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    for module, sizes in ((machine, SMALL_MACHINE), (ceilings, SMALL_CEILINGS)):
+        for name, value in sizes.items():
+            monkeypatch.setattr(module, name, value)
+
+
+def test_a_prediction_stands_beside_what_was_measured_with_its_error(small_machine, tmp_path, capsys):
+    assert "step_s" not in benched(tmp_path)["predicted"]  # nothing is known of this machine
+    bench.main(config.load(bench.Settings, ["--device=cpu", "--precision=fp32", "--picture=false"]))
+    f = benched(tmp_path, "--batch_tokens=21000", "--bench_seconds=0.001")
+    told, error = f["predicted"], f["error"]
+    assert told["tokens_per_s"] * told["step_s"] == pytest.approx(21)  # of the micro-step that was timed
+    assert error["step_s"] == pytest.approx(told["step_s"] / (f["step_ms"] / 1e3) - 1)
+    assert error["mfu"] == pytest.approx(told["mfu"] / f["mfu"] - 1)
+    assert error["memory_gib.total"] == pytest.approx(told["memory_gib"]["total"] / f["memory_gib"]["total"] - 1)
+    assert abs(error["memory_gib.weights"]) < 0.05  # the planner pads the vocabulary, too
+    lines = capsys.readouterr().out.splitlines()
+    start = len(lines) - 1 - lines[::-1].index("")
+    assert [line.split()[:1] for line in lines[start + 2 :]][:3] == [["step,"], ["tokens/s"], ["mfu"]]
+    assert benched(tmp_path, "--precision=bf16")["predicted"].keys() == {"memory_gib"}  # which was not measured
+
+
+def test_compare_prints_figures_side_by_side_with_their_ratio(tmp_path, capsys):
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    a.write_text('{"step_ms": 8.0, "device": "x", "memory_gib": {"total": 2.0}, "none": null, "zero": 0}')
+    b.write_text('{"step_ms": 10, "device": "y", "memory_gib": {"total": 1.0}, "none": null, "zero": 1, "hfu": 0.25}')
+    bench.main(config.load(bench.Settings, ["--compare", str(a), str(b)]))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == [str(a), str(b), "B", "/", "A"]
+    assert rows[1:] == [
+        ["step_ms", "8", "10", "1.250"], ["device", "x", "y"], ["memory_gib.total", "2", "1", "0.500"],
+        ["zero", "0", "1"], ["hfu", "-", "0.25"],
+    ]  # fmt: skip
+    for files, message in (([str(a)], "takes two files, not 1"), ([str(a), str(tmp_path / "c.json")], "not a file of")):
+        with pytest.raises(ValueError, match=message):
+            bench.main(config.load(bench.Settings, ["--compare", *files]))
+    with pytest.raises(ValueError, match="read by --compare alone"):
+        config.load(bench.Settings, [str(a)])
+    with pytest.raises(ValueError, match="neither a preset file"):  # of a script that reads no such files
+        config.load(train.Settings, [str(tmp_path / "c.json")])
+
+
+def test_bare_json_is_one_object_on_the_last_line_behind_the_picture(small_machine, tmp_path, capsys):
+    bench.main(config.load(bench.Settings, [*SMALL, "--json", "--picture=true"]))
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["tokens"] == 63 and figures["time_share"].keys() == set(meters.PHASES)
+    assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="its folder does not exist"):
+        config.load(bench.Settings, [f"--json={tmp_path}/no/b.json"])
+
+
+def test_without_preset_and_model_the_machine_is_measured_for_the_planner(small_machine, tmp_path, capsys):
+    bench.main(config.load(bench.Settings, ["--device=cpu", "--precision=fp32", "--json"]))
+    out = capsys.readouterr().out
+    figures = json.loads(out.splitlines()[-1])
+    assert figures == json.loads((tmp_path / "out/machine.json").read_text())
+    assert "matmul     TFLOP/s" in out and "overhead, ms" in out and (tmp_path / "bench.png").exists()
+    cfg = plan.resolve(config.load(plan.Settings, [*GPT, "--gpu=this", "--precision=fp32"]))
+    gpu = plan.gpu_of(cfg.plan)
+    f = plan.predict(cfg, gpu, plan.setup_of(cfg, gpu, cfg.plan.n_gpus))
+    assert (f["gpu"], f["n_gpus"], f["fits"]) == ("this", 1, True) and f["step_s"] > 0
+    parts = ceilings.step_seconds(cfg.model, plan.setup_of(cfg, gpu, 1), figures)
+    assert f["step_s"] == pytest.approx(sum(parts.values()))
+    with pytest.raises(ValueError, match="run python bench.py --precision=bf16, which measures it"):
+        plan.predict(cfg, gpu, dataclasses.replace(plan.setup_of(cfg, gpu, 1), precision="bf16"))
+
+
+def test_without_matplotlib_there_is_no_picture_and_one_line_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    report.draw({"matmul_tflops": {}}, "")
+    assert capsys.readouterr().out == "no bench.png: pip install matplotlib draws it\n"
+
+
+# ---- the sweep
+
+
+def rows_of(ended):
+    """A trial that answers from {(recomputation, compile, micro-batch): tokens/s, or None for out of memory}."""
+
+    def trial(cfg, setting):
+        speed = ended[tuple(setting[key] for key in sweep.KEYS)]
+        if speed is None:
+            return setting | {"ended": "out of memory", "said": "out of memory"}
+        return setting | {"ended": "well", "tokens_per_s": speed, "memory_gib": 1.0}
+
+    return trial
+
+
+def test_a_sweep_climbs_while_settings_fit_and_compiled_or_not_while_they_get_faster(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    speeds = {(kind, False, n): 100 + n for kind in ("none", "selective", "full") for n in (1, 2, 4, 8, 16)}
+    speeds |= {(kind, True, n): 200 - n for kind in ("none", "selective", "full") for n in (1, 2, 4, 8, 16)}
+    speeds |= {("none", False, 4): None, ("none", True, 4): None, ("none", True, 2): None, ("full", True, 16): None}
+    monkeypatch.setattr(sweep, "trial", rows_of(speeds))
+    cfg = config.load(bench.Settings, [*SMALL, "--sweep", "--micro_batch_size=4", "--batch_tokens=112"])
+    cfg = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, compile=None))
+    found = sweep.sweep(cfg, cfg, compiled_by_default=True)
+    tried = [tuple(row[key] for key in sweep.KEYS) for row in found["rows"]]
+    assert [n for kind, compiled, n in tried if (kind, compiled) == ("none", True)] == [4, 2, 1]  # down to what fits
+    assert [n for kind, compiled, n in tried if (kind, compiled) == ("none", False)] == [4, 2]
+    assert [n for kind, compiled, n in tried if (kind, compiled) == ("selective", True)] == [4, 8, 16]  # up to the end
+    assert [n for kind, compiled, n in tried if (kind, compiled) == ("full", True)] == [4, 8, 16]
+    assert [n for kind, compiled, n in tried if (kind, compiled) == ("full", False)] == [4, 8, 16]
+    assert (found["fastest"]["micro_batch_size"], found["largest"]["micro_batch_size"]) == (1, 16)
+    monkeypatch.setattr(sweep, "trial", rows_of(dict.fromkeys(speeds)))
+    with pytest.raises(ValueError, match="no setting runs; the last one ended so: out of memory"):
+        sweep.sweep(cfg, cfg, compiled_by_default=True)
+
+
+def test_micro_batches_of_a_sweep_divide_the_step():
+    assert sweep.sizes_around(6, 90) == [1, 3, 6, 15, 30, 90]
+    assert sweep.sizes_around(1, 1) == [1]
+
+
+def test_a_sweep_under_a_limit_of_memory_has_a_row_for_what_does_not_fit_and_ends_in_a_preset_that_trains(
+    tmp_path, capsys, monkeypatch
+):
+    """Its sizes are 1 sequence or, as that is a prime, 8009."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("n_layer, n_head, n_embd, block_size = 2, 2, 64, 64\nvocab_size = 97\n")
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
+    monkeypatch.setattr(sweep.subprocess, "run", functools.partial(subprocess.run, preexec_fn=limit))
+    monkeypatch.setattr(sweep, "RECOMPUTED", ("none",))
+    args = ["--batch_tokens=512576", "--micro_batch_size=1", "--device=cpu", "--precision=fp32"]
+    short = ["--bench_steps=3", "--bench_warmup=0", "--bench_seconds=0"]
+    bench.main(config.load(bench.Settings, ["mine.py", *args, *short, "--sweep", "--sweep_seconds=60", "--json"]))
+    out = capsys.readouterr().out.splitlines()
+    found = json.loads(out[-1])
+    assert [(row["micro_batch_size"], row["ended"]) for row in found["rows"]] == [(1, "well"), (8009, "out of memory")]
+    assert out[2].split() == ["none", "false", "8009", "out", "of", "memory"]
+    row = found["rows"][0]
+    assert found["fastest"] == found["largest"] == row and row["tokens_per_s"] > 0 and row["memory_gib"] > 0
+    command = next(line for line in out if "train.py" in line).split()
+    assert command[:4] == ["python", "train.py", "mine.py", "out/sweep/mine.py"]
+    assert set(command[4:]) == set(args) - {"--micro_batch_size=1"}
+    cfg = train.resolve(config.load(train.Settings, command[2:]))
+    assert (cfg.data.micro_batch_size, cfg.data.batch_tokens, cfg.run.out_dir) == (1, 512576, "out/mine")
+    assert (cfg.parallel.activation_checkpointing, cfg.parallel.compile) == ("none", False)
+
+
+def test_what_ends_a_trial_is_told_apart(monkeypatch):
+    cfg = config.load(bench.Settings, [*SMALL, "--sweep_seconds=9"])
+    setting = dict(zip(sweep.KEYS, ("none", False, 3)))
+    for code, stderr, ended, said in (
+        (-9, "", "out of memory", "out of memory"),
+        (2, "error: out of memory on rank 0: about 3 GiB are needed", "out of memory", "out of memory"),
+        (1, "Traceback\nRuntimeError: something else", "in error", "RuntimeError: something else"),
+        (7, "", "in error", "ended with code 7"),
+    ):
+        done = types.SimpleNamespace(returncode=code, stderr=stderr)
+        monkeypatch.setattr(sweep.subprocess, "run", lambda *args, **kwargs: done)
+        assert sweep.trial(cfg, setting) == setting | {"ended": ended, "said": said}
+
+    def late(*args, timeout, **kwargs):
+        raise subprocess.TimeoutExpired("bench.py", timeout)
+
+    monkeypatch.setattr(sweep.subprocess, "run", late)
+    assert sweep.trial(cfg, setting) == setting | {"ended": "late", "said": "over 9 s"}
+
+
+def test_a_sweep_is_refused_under_torchrun_and_for_batches_that_do_not_fit(monkeypatch):
+    with pytest.raises(ValueError, match="batch_tokens 64 is not a multiple of 21"):
+        bench.main(config.load(bench.Settings, [*SMALL, "--sweep", "--batch_tokens=64"]))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="run it without torchrun"):
+        bench.main(config.load(bench.Settings, [*SMALL, "--sweep"]))

@@ -11,13 +11,14 @@ import torch
 
 import bench
 import config
+import plan
 import prepare
 import sample
 import train
 from conftest import ROOT
 from model import Transformer
 
-SCRIPTS = {"train": train, "prepare": prepare, "sample": sample, "bench": bench}
+SCRIPTS = {"train": train, "prepare": prepare, "sample": sample, "bench": bench, "plan": plan}
 PRESETS = sorted(f"config/{path.name}" for path in (ROOT / "config").glob("[!_]*.py"))
 
 
@@ -281,6 +282,7 @@ def test_settings_written_as_a_preset_load_to_the_same_settings(preset, script):
         "prepare": ["--input=a*.txt", "--doc_separator=\\n\\n", "--val_fraction=0.3"],
         "sample": ["--prompt=two\nlines", "--top_p=0.7"],
         "bench": ["--json=x.json", "--n_layer=3"],
+        "plan": ["--json", "--gpu=a100-80", "--gpu_price=0.5"],
     }[script.__name__]  # fmt: skip
     cfg = load(*argv, script=script)
     again = load(preset(config.as_preset(cfg)), script=script)

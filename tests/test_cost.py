@@ -84,7 +84,9 @@ MODERN = {"norm": "rmsnorm", "mlp": "swiglu", "position": "rope", "bias": False}
       "n_inner": 3072, "qk_norm": True}, 596_049_920),
     ({"vocab_size": 32_000, "n_layer": 22, "n_embd": 2048, "n_head": 32, "n_kv_head": 4, "n_inner": 5632,
       "tie_embeddings": False}, 1_100_048_384),
-], ids=["Qwen3-0.6B", "TinyLlama-1.1B"])  # fmt: skip
+    ({"vocab_size": 128_256, "n_layer": 32, "n_embd": 4096, "n_head": 32, "n_kv_head": 8, "n_inner": 14_336,
+      "tie_embeddings": False}, 8_030_261_248),
+], ids=["Qwen3-0.6B", "TinyLlama-1.1B", "Llama-3.1-8B"])  # fmt: skip
 def test_closed_form_of_parameters_is_that_of_published_decoders(changes, count):
     assert cost.num_params(ModelConfig(**MODERN, **changes)) == count
 

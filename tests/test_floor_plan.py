@@ -27,12 +27,18 @@ MAY_IMPORT = {
     "hardware": set(),
     "cost": {"hardware", "objective", "parallel"},
     "memory": {"cost", "data", "model", "optim", "parallel"},
-    "plan": {"config", "model", "objective", "data", "optim", "parallel"} | COSTS,
+    "plan": {"config", "model", "objective", "data", "optim", "parallel", "ceilings"} | COSTS,
     "log": {"config", "objective", "rundir", "parallel"} | COSTS,  # what a run tells: the half of train.py that is not the loop
     "prepare": {"config", "corpus", "tokenizer", "data"},
     "train": BELOW_SCRIPTS | {"log"},
     "sample": {"config", "model", "tokenizer", "objective", "rundir", "parallel", "checkpoint"},
-    "bench": BELOW_SCRIPTS | {"train"},  # a benchmark must time the code that trains
+    "machine": {"data", "objective", "parallel", "hardware"},  # what this machine does, whatever is trained on it
+    "ceilings": {"machine", "model", "optim", "parallel"},  # what a step's parts take on this machine
+    "meters": {"health", "optim", "parallel"},  # what of a step goes where
+    "report": set(),  # figures in words and pictures
+    "sweep": {"config"},  # starts bench.py as a person would
+    # A benchmark must time the code that trains.
+    "bench": BELOW_SCRIPTS | {"train", "machine", "ceilings", "meters", "report", "sweep"},
     "convert": {"config", "model", "tokenizer", "checkpoint"},
 }
 FILES = sorted(ROOT.glob("*.py"))

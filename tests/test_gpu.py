@@ -1,5 +1,6 @@
 """What only a CUDA device shows: -m gpu. One device is enough."""
 
+import json
 import math
 import os
 import time
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+import bench
+import config
 import train
 from checkpoint import RunConfig, Saver, checkpoints, load_checkpoint, step_of
 from model import Transformer
@@ -147,9 +150,27 @@ def test_saving_costs_at_most_a_twentieth_of_the_time_between_saves(tmp_path, mo
     data, seconds = write_data(tmp_path / "data", train_tokens=400_000, val_tokens=3000), {}
     for interval in ("none", 20):
         times = []
-        monkeypatch.setattr(train, "train_step", lambda *args: [times.append(time.perf_counter()), train_step(*args)][1])
+        monkeypatch.setattr(
+            train, "train_step", lambda *args: [times.append(time.perf_counter()), train_step(*args)][1]
+        )
         run(data, tmp_path / str(interval), **names, save_interval=interval)
         seconds[interval] = times[59] - times[19]  # of two saves, after steps 20 and 40
     cost = (seconds[20] - seconds["none"]) / seconds["none"]
     print(f"\n40 steps without saves {seconds['none']:.2f} s, with two {seconds[20]:.2f} s: {cost:.1%}")
     assert cost < 0.05 or DEVICE == "cpu"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_benchmark_takes_time_and_memory_apart(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = ["--n_layer=4", "--n_head=4", "--n_embd=256", "--block_size=128", "--micro_batch_size=4"]
+    args = [*sizes, "--batch_tokens=1024", "--bench_steps=3", "--picture=false", "--profile", "--compile=false"]
+    args += [f"--device={DEVICE}", f"--activation_checkpointing={kind}", "--json=f.json"]
+    bench.main(config.load(bench.Settings, args))
+    f = json.loads((tmp_path / "f.json").read_text())
+    gib = f["memory_gib"]
+    assert sum(f["time_share"].values()) == pytest.approx(1) and gib["activations"] > 4 * 4 * 128 * 256 * 4 / 2**30
+    assert gib["logits"] > 512 * 50304 * 2 / 2**30 and (tmp_path / "memory.png").stat().st_size > 0
+    if DEVICE == "cuda":
+        assert f["reserved_memory_gib"] >= f["peak_memory_gib"] >= gib["total"]
+        assert f["power_w"] is None or f["power_w"] > 10

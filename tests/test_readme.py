@@ -66,7 +66,8 @@ def run(command, folder, extra=""):
         words[:1] = [sys.executable, "-m", "torch.distributed.run"]
         words = ["--nproc_per_node=2" if word.startswith("--nproc_per_node") else word for word in words]
     words = [sys.executable if word == "python" else str(ROOT / script) if word == script else word for word in words]
-    words += shlex.split(TINY.get(script, "")) + shlex.split(extra)
+    if command != "python bench.py":  # which is of no model
+        words += shlex.split(TINY.get(script, "")) + shlex.split(extra)
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
@@ -96,7 +97,16 @@ def needs_gpt2_tokenizer(command):
     return "tokenizer=gpt2" in command or "data/books" in command or ("sample.py" in command and "gpt2" in command)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith(("make", *SET_UP)) and "$HEAD" not in c])
+# A minute each: one measures the machine, whatever the model, one plans with what it has measured, one tries settings.
+LONG = ("python bench.py", "--gpu=this", "--sweep")
+SHOWN = [
+    pytest.param(c, marks=pytest.mark.slow) if c == LONG[0] or c.endswith(LONG[1:]) else c
+    for c in COMMANDS
+    if not c.startswith(("make", *SET_UP)) and "$HEAD" not in c
+]
+
+
+@pytest.mark.parametrize("command", SHOWN)
 def test_readme_command_runs(command, folder):
     if needs_gpt2_tokenizer(command) and not Path(os.environ["TIKTOKEN_CACHE_DIR"]).is_dir():
         pytest.skip("the gpt2 tokenizer is not on this machine, and tests fetch nothing")

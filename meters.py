@@ -1,0 +1,254 @@
+"""Where a step's time, memory and energy go, measured."""
+
+import dataclasses
+import itertools
+import json
+import os
+import statistics
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+
+import torch
+from torch.autograd import DeviceType
+
+from health import defect
+from optim import local
+from parallel import World
+
+
+# The first word of what train.py tells a world, and what of a step then begins.
+PHASE_OF = {"waiting": "data", "counting": "forward", "clipping": "optimizer"}
+PHASES = ("forward", "backward", "optimizer", "data", "communication")
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class MarkedWorld(World):
+    """A World that waits for the device at each place it is told, and marks the phases of a step by these places."""
+
+    marks: list = dataclasses.field(default_factory=list)  # (phase, time it begins at, its span in a profiler's trace)
+
+    @classmethod
+    def of(cls, world):
+        """The same World, with marks."""
+        return cls(**{field.name: getattr(world, field.name) for field in dataclasses.fields(World)})
+
+    def at(self, place):
+        """Begins a phase."""
+        super().at(place)
+        self.end()
+        word = place.split()[0]
+        span = torch.profiler.record_function(f"phase {PHASE_OF.get(word, word)}")
+        self.marks.append((PHASE_OF.get(word, word), time.perf_counter(), span.__enter__()))
+
+    def end(self):
+        """Ends the phase that has begun last; also the step's last one."""
+        self.synchronize()
+        if self.marks:
+            self.marks[-1][-1].__exit__(None, None, None)
+
+    def seconds(self, ended):
+        """{phase: seconds} of a step that ended at a time."""
+        times = [start for _, start, _ in self.marks] + [ended]
+        found = dict.fromkeys(PHASES, 0.0)
+        for (phase, start, _), end in zip(self.marks, times[1:]):
+            found[phase] += end - start
+        return found
+
+
+# ---- traces
+
+
+def trace(function, path=None):
+    """(profiler, events) of a call; events as in the trace that Chrome and Perfetto read, times in microseconds.
+
+    path: where that trace is kept; else it is not.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = path or os.path.join(folder, "trace.json")
+        with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:  # without it 2.11 warns
+            function()
+        profiler.export_chrome_trace(path)
+        with open(path, encoding="utf-8") as file:
+            return profiler, json.load(file)["traceEvents"]
+
+
+def spans(events, named):
+    """[(start, end)] of the events that named(category, name) picks."""
+    found = (e for e in events if e["ph"] == "X" and named(e.get("cat"), e["name"]))
+    return [(e["ts"], e["ts"] + e["dur"]) for e in found]
+
+
+def is_phase(phase):
+    """What picks the events that MarkedWorld leaves of a phase."""
+    return lambda kind, name: kind == "user_annotation" and name == f"phase {phase}"
+
+
+def allocations(events, device):
+    """[(time, bytes, bytes allocated in all)] on a device in order of time; what is freed has negative bytes."""
+    kind = getattr(DeviceType, device.type.upper()).value
+    of_memory = [(e["ts"], e["args"]) for e in events if e["name"] == "[memory]"]
+    found = [(ts, a["Bytes"], a["Total Allocated"]) for ts, a in of_memory if a["Device Type"] == kind]
+    return sorted(found, key=lambda event: event[0])
+
+
+def length(intervals, within):
+    """Time that intervals, which may overlap, cover of the interval `within`."""
+    covered, end = 0.0, within[0]
+    for start, stop in sorted(intervals):
+        stop = min(stop, within[1])
+        covered += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return covered
+
+
+# ---- time
+
+
+def time_shares(step, world, n_steps):
+    """{phase: its share of a step's time}, the mean of all ranks; step(world) runs one, waiting for data first.
+
+    Communication is what nothing else ran beside. Its share of each phase is a profiled step's and moved out of the
+    phase; it holds the wait for slower ranks.
+    """
+    seconds = dict.fromkeys(PHASES, 0.0)
+    for _ in range(n_steps):
+        marked = MarkedWorld.of(world)
+        step(marked)
+        marked.end()
+        for phase, spent in marked.seconds(time.perf_counter()).items():
+            seconds[phase] += spent
+    if world.size > 1:
+        for phase, share in communication_shares(step, world).items():
+            seconds["communication"] += share * seconds[phase]
+            seconds[phase] -= share * seconds[phase]
+    by_rank = world.gather({phase: spent / sum(seconds.values()) for phase, spent in seconds.items()})
+    return {phase: statistics.mean(shares[phase] for shares in by_rank) for phase in PHASES}
+
+
+def communication_shares(step, world):
+    """{phase: the share of its time in which this rank communicates and computes nothing}."""
+    marked = MarkedWorld.of(world)
+    _, events = trace(lambda: (step(marked), marked.end()))
+    if world.device.type == "cuda":
+        sent = spans(events, lambda kind, name: kind == "kernel" and "nccl" in name.lower())
+        busy = spans(
+            events, lambda kind, name: kind in ("kernel", "gpu_memcpy", "gpu_memset") and "nccl" not in name.lower()
+        )
+    else:
+        sent = spans(events, lambda kind, name: name.startswith("gloo:"))
+        busy = spans(events, lambda kind, name: name.startswith("aten::"))
+    found = {}
+    for phase in PHASES[:-1]:
+        parts = spans(events, is_phase(phase))
+        alone = sum(length(sent + busy, part) - length(busy, part) for part in parts)
+        found[phase] = alone / max(1e-9, sum(end - start for start, end in parts))
+    return found
+
+
+# ---- memory
+
+
+def memory_parts(run_step, model, optimizer, world):
+    """({part: GiB} that this rank holds, GiB that it has allocated at most, by the trace of a step).
+
+    Parts are weights, gradients, optimizer state, activations, and what the loss takes. run_step(world, judge) runs a
+    train_step. Activations are what its first forward leaves for backward, weights that autocast has cast among them;
+    the loss takes, at most, a chunk of logits and its gradients.
+    """
+    marked, found = MarkedWorld.of(world), {}
+
+    def judge(loss, grad_norm):  # is called when all gradients are there
+        found["gradients"] = n_bytes(p.grad for p in model.parameters() if p.grad is not None)
+        return defect(loss, grad_norm)
+
+    _, events = trace(lambda: (run_step(marked, judge), marked.end()))
+    found["weights"] = n_bytes(model.parameters())
+    found["optimizer"] = n_bytes(v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
+    found |= kept_by_forward(events, world.device)
+    names = ("weights", "gradients", "optimizer", "activations", "logits")
+    held = found["weights"] + found["optimizer"]
+    if world.size > 1 and not hasattr(model, "set_requires_all_reduce"):  # DDP keeps its buckets from step to step
+        held += found["gradients"]
+    levels = itertools.accumulate(change for _, change, _ in allocations(events, world.device))
+    peak = held + max(levels, default=0)
+    return {name: found[name] / GIB for name in names if name in found}, peak / GIB
+
+
+def kept_by_forward(events, device):
+    """{"activations", "logits": bytes} by the trace of a step, of its first forward; {} where it has no memory."""
+    changes = allocations(events, device)
+    if not changes:
+        return {}
+
+    def level(until, since=0):
+        return sum(change for at, change, _ in changes if since <= at < until)
+
+    forward = spans(events, is_phase("forward"))
+    loss_start, loss_end = min(spans(events, lambda kind, name: name == "_LinearCrossEntropy"))
+    start, end = next(span for span in sorted(forward) if span[0] <= loss_start < span[1])
+    highest = now = 0
+    for at, change, _ in changes:
+        if loss_start <= at < loss_end:
+            now += change
+            highest = max(highest, now)
+    return {"activations": level(end, start) - level(loss_end, loss_start), "logits": highest}
+
+
+def n_bytes(tensors):
+    """Bytes of this rank's parts of tensors."""
+    return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)
+
+
+# ---- energy
+
+
+class PowerMeter:
+    """Samples a device's power in a thread, while it is entered."""
+
+    def __init__(self, read_watts, interval_s=0.05):
+        """read_watts: what gives the power now; None: there is nothing to sample."""
+        self.read_watts, self.interval_s, self.watts = read_watts, interval_s, []
+        self._ended = threading.Event()
+
+    def __enter__(self):
+        if self.read_watts:
+            self._thread = threading.Thread(target=self._sample, daemon=True, name="power")
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self._ended.set()
+        if self.read_watts:
+            self._thread.join()
+
+    def _sample(self):
+        while True:
+            self.watts.append(self.read_watts())
+            if self._ended.wait(self.interval_s):
+                return
+
+    @property
+    def mean_w(self):
+        """The mean of the samples; None without."""
+        return statistics.mean(self.watts) if self.watts else None
+
+
+def power_reader(device):
+    """(function that gives a device's power in watts, or None; why there is none)"""
+    if device.type != "cuda":
+        return None, f"a device of type {device.type} does not tell its power"
+    try:
+        import pynvml
+    except ImportError:
+        return None, "pip install nvidia-ml-py measures it"
+    try:
+        pynvml.nvmlInit()
+        # By its own name, as CUDA_VISIBLE_DEVICES may have renumbered the devices.
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        pynvml.nvmlDeviceGetPowerUsage(handle)
+    except pynvml.NVMLError as error:
+        return None, f"NVML does not tell it: {error}"
+    return lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3, None

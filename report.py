@@ -1,0 +1,236 @@
+"""A benchmark's figures for people: in words, side by side, as pictures."""
+
+import importlib.util
+import itertools
+import json
+import math
+import os
+
+import torch
+
+
+GIB = 2**30
+
+
+def errors(figures, prediction):
+    """{figure: predicted over measured, minus 1}, flat; None without a prediction."""
+    if prediction is None:
+        return None
+    measured = flat({name: figures[name] for name in ("tokens_per_s", "mfu", "memory_gib")})
+    measured["step_s"] = figures["step_ms"] / 1e3
+    expected = flat(prediction)
+    return {name: expected[name] / measured[name] - 1 for name in expected if expected[name] and measured.get(name)}
+
+
+def flat(figures, prefix=""):
+    """{"a.b": value} of figures in figures."""
+    found = {}
+    for name, value in figures.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def report(figures):
+    """Prints the figures for people."""
+    f = figures
+    of_training = (
+        ""
+        if f["micro_steps"] == f["micro_steps_of_training"]
+        else f" (a training step has {f['micro_steps_of_training']}: too long to time here)"
+    )
+    print(f"runs on    {f['ranks']} x {f['device']}, {f['precision']}, torch {f['torch']}")
+    print(f"model      {f['n_params']:,} parameters")
+    print(
+        f"step       {f['step_ms']:,.1f} ms, the median of {f['steps']} (min {f['step_ms_min']:,.1f}, "
+        f"max {f['step_ms_max']:,.1f}), of {f['micro_steps']} micro-steps{of_training}"
+    )
+    print(f"           x {f['data_ranks']} ranks x {f['micro_batch_size']} sequences x {f['seq_len']} tokens")
+    print(f"speed      {f['tokens_per_s']:,.0f} tokens/s")
+    report_utilization(f)
+    if f["power_w"] is None:
+        print(f"power      not measured: {f['power_not_measured']}")
+    else:
+        print(f"power      {f['power_w']:,.0f} W of all devices, {f['energy_per_token_mj']:,.3g} mJ a token")
+    print("time       " + ", ".join(f"{phase} {share:.1%}" for phase, share in f["time_share"].items()))
+    reserved = f", {f['reserved_memory_gib']:.2f} with what torch has reserved" if "reserved_memory_gib" in f else ""
+    whose = "" if reserved else ", Python and torch included"
+    print(f"memory     {f['peak_memory_gib']:.2f} GiB at the peak, on the fullest device{reserved}{whose}; of tensors:")
+    report_table(f)
+
+
+def report_utilization(f):
+    """Prints MFU and HFU, each by both counts of FLOPs."""
+    counts = [("", "PaLM's count")]
+    if f["objective"] == "clm":
+        counts.append(("_causal", "causal attention counted as half"))
+    peak = f"{f['peak_tflops']:.4g} TFLOP/s a device ({f['peak_name']})"
+    measured = f"{f['measured_tflops']:.4g} TFLOP/s a device (a measured {f['precision']} matmul)"
+    rows = [("mfu", "mfu", peak)]
+    if not f["peak_name"].startswith("measured"):
+        rows.append(("", "mfu_of_measured", measured))
+    if "hfu" in f:
+        rows.append(("hfu", "hfu", f"the same, with what {f['activation_checkpointing']} recomputation computes again"))
+    for label, name, held_against in rows:
+        for i, (suffix, count) in enumerate(counts):
+            flops = f"{f['flops_per_token' + suffix] / 1e6:,.1f} MFLOP a token ({count})"
+            of = f"of {held_against}, at {flops}" if i == 0 else f"at {flops}"
+            print(f"{label if i == 0 else '':<10} {f[name + suffix]:.2%} {of}")
+
+
+def report_table(f):
+    """Prints the parts of memory, and, where there is a prediction, it and its error beside what was measured."""
+    expected, error = flat(f["predicted"] or {}), f["error"] or {}
+    rows = [(f"  {part}", f"memory_gib.{part}", gib, ".3f") for part, gib in f["memory_gib"].items()]
+    if expected:
+        rows = [
+            ("step, s", "step_s", f["step_ms"] / 1e3, ",.3f"),
+            ("tokens/s", "tokens_per_s", f["tokens_per_s"], ",.0f"),
+            ("mfu", "mfu", f["mfu"], ".2%"),
+            ("memory, GiB", None, None, ""),
+            *rows,
+        ]
+    print(f"\n{'' if expected else 'GiB':<16}{'measured':>12}{'predicted':>12}{'error':>9}"[: None if expected else 29])
+    for label, name, value, form in rows:
+        told = [format(v, form) if v is not None else "" for v in (value, expected.get(name))]
+        off = f"{error[name]:+.1%}" if name in error else ""
+        print(f"{label:<16}{told[0]:>12}{told[1]:>12}{off:>9}".rstrip())
+    if f["memory_gib"]["other"] < 0:
+        print("  other is below 0: the parts are not all there at the same time")
+    print(end="", flush=True)
+
+
+def compare(path_a, path_b):
+    """Prints the figures of two files side by side, and the ratio of the second to the first."""
+    a, b = (flat(read_figures(path)) for path in (path_a, path_b))
+    names = [*a, *(name for name in b if name not in a)]
+    rows = [("", path_a, path_b, "B / A")]
+    for name in names:
+        x, y = a.get(name), b.get(name)
+        if x is None and y is None:  # what neither has measured
+            continue
+        numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (x, y))
+        rows.append((name, _cell(x), _cell(y), f"{y / x:.3f}" if numbers and x else ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows:
+        print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]))
+
+
+def read_figures(path):
+    """The figures of a file of --json."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            figures = json.load(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a file of --json: {error}") from error
+    if not isinstance(figures, dict):
+        raise ValueError(f"{path} is not a file of --json: it holds no object")
+    return figures
+
+
+def _cell(value):
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    return (
+        f"{value:,}"
+        if isinstance(value, int)
+        else "-"
+        if value is None
+        else str(value)
+        if len(str(value)) < 32
+        else f"{str(value)[:28]}..."
+    )
+
+
+# ---- pictures
+
+
+def draw(figures, title):
+    """Draws bench.png, a roofline: of machine.py's figures, or of those of a training step."""
+    if not _can_draw("bench.png"):
+        return
+    bytes_of = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+    medians = {d: {int(n): rates[0] for n, rates in by_n.items()} for d, by_n in figures["matmul_tflops"].items()}
+    points = {
+        f"{dtype} matmuls": [(2 * n / 3 / bytes_of[dtype], tflops) for n, tflops in by_n.items()]
+        for dtype, by_n in medians.items()
+    }  # of n x n, three matrices are moved for 2 n^3 FLOPs
+    roofs = figures.get("roofs_tflops") or {f"{dtype} matmul": max(by_n.values()) for dtype, by_n in medians.items()}
+    points |= {"training step": [figures["step"]]} if "step" in figures else {}
+    draw_roofline(roofs, figures["bandwidth_gb_per_s"]["memory copy"][0], points, "bench.png", title)
+    print(f"picture    {os.path.abspath('bench.png')}", flush=True)
+
+
+def draw_memory(changes, device, path):
+    """Draws the memory that tensors take by its changes (time in microseconds, bytes, bytes allocated in all).
+
+    That of a CPU, whose whole is not known, from the first change on.
+    """
+    if not changes or not _can_draw(path):
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    axes = figure.subplots()
+    on_cuda, start = device.type == "cuda", changes[0][0]
+    levels = [total for *_, total in changes] if on_cuda else list(itertools.accumulate(n for _, n, _ in changes))
+    axes.fill_between([(at - start) / 1e3 for at, *_ in changes], [n / GIB for n in levels], step="post", alpha=0.6)
+    axes.set(xlabel="ms", ylabel="GiB of tensors" if on_cuda else "GiB of tensors, since the start")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    print(f"memory     {os.path.abspath(path)}", flush=True)
+
+
+def _can_draw(path):
+    if importlib.util.find_spec("matplotlib"):
+        return True
+    print(f"no {path}: pip install matplotlib draws it", flush=True)
+    return False
+
+
+def draw_roofline(roofs_tflops, memory_gbs, points, path, title):
+    """Draws what a device can reach, and points below it.
+
+    roofs_tflops: {name: TFLOP/s}; points: {series: [(FLOP a byte moved, TFLOP/s)]}.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    xs = [x for series in points.values() for x, _ in series] + [1e3 * r / memory_gbs for r in roofs_tflops.values()]
+    ys = [y for series in points.values() for _, y in series] + list(roofs_tflops.values())
+    left, right = _decades(xs)
+    for name, roof in roofs_tflops.items():
+        ridge = 1e3 * roof / memory_gbs
+        line = [(left, left * memory_gbs / 1e3), (ridge, roof), (max(right, ridge), roof)]
+        axes.plot(*zip(*line), label=f"{name}, {roof:.4g} TFLOP/s")
+    for name, series in points.items():
+        axes.plot(*zip(*series), label=name, linestyle="", marker="*" if len(series) == 1 else "o", markersize=8)
+    axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=_decades(ys), title=title)
+    axes.set(xlabel="FLOP a byte of memory moved", ylabel="TFLOP/s")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(title=f"memory {memory_gbs:,.0f} GB/s")
+    figure.savefig(path, dpi=120)
+
+
+def _decades(numbers):
+    """The powers of ten around numbers."""
+    return 10.0 ** math.floor(math.log10(min(numbers))), 10.0 ** math.ceil(math.log10(1.2 * max(numbers)))
+
+
+# ---- operators
+
+
+def print_operators(profiler, device, n=15):
+    """Prints the operators that take most of the device's time themselves."""
+    on_host = torch.autograd.DeviceType.CPU  # kernels count with the operator that started them
+    operators = [op for op in profiler.key_averages() if op.device_type == on_host and not op.is_user_annotation]
+    ms_of = {
+        op: (op.self_cpu_time_total if device.type == "cpu" else op.self_device_time_total) / 1e3 for op in operators
+    }
+    total = sum(ms_of.values())
+    print(f"\n{'operator':<60}{'ms':>10}{'share':>8}{'calls':>8}")
+    for op in sorted(operators, key=ms_of.get, reverse=True)[:n]:
+        print(f"{op.key[:58]:<60}{ms_of[op]:>10,.1f}{ms_of[op] / total:>8.1%}{op.count:>8,}")
+    print(flush=True)

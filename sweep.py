@@ -1,0 +1,163 @@
+"""The fastest settings that fit: tries recomputation, compile and micro-batch, each in a process of its own."""
+
+import dataclasses
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import ROOT, as_dict, as_preset, load
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    sweep: bool = False  # try recomputation, compile and micro-batch, and write the fastest that fits as a preset
+    sweep_seconds: float = 120.0  # time for one setting, start and compilation included
+
+    def __post_init__(self):
+        if self.sweep_seconds <= 0:
+            raise ValueError(f"sweep_seconds is {self.sweep_seconds}; it must be above 0")
+
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "MemoryError", "Cannot allocate memory")
+KEYS = ("activation_checkpointing", "compile", "micro_batch_size")
+RECOMPUTED = ("none", "selective", "full")
+ROW = "{:<14} {:<7} {:>11} {:>10} {:>11}  {}"
+
+
+def sweep(cfg, given, compiled_by_default):
+    """Tries settings, prints a row for each, and writes the fastest as a preset; returns the rows and what they tell.
+
+    given: the settings as the command has them; in cfg seq_len is filled in.
+    """
+    step_tokens, seq_len = cfg.data.batch_tokens, cfg.data.seq_len
+    sizes = sizes_around(cfg.data.micro_batch_size, step_tokens // seq_len)
+    compiles = [True, False] if compiled_by_default and cfg.parallel.compile is None else [bool(cfg.parallel.compile)]
+    rows = []
+    print(ROW.format("recomputation", "compile", "micro-batch", "tokens/s", "memory GiB", "").rstrip())
+    for recomputed in RECOMPUTED:
+        for compiled in compiles:
+            only_while_faster = compiled != compiles[0]  # the first of them finds what fits
+            for row in climb(cfg, recomputed, compiled, sizes, only_while_faster):
+                print(ROW.format(*cells(row)).rstrip(), flush=True)
+                rows.append(row)
+    fitting = [row for row in rows if row["ended"] == "well"]
+    if not fitting:
+        raise ValueError(f"no setting runs; the last one ended so: {rows[-1]['said']}")
+    fastest = max(fitting, key=lambda row: row["tokens_per_s"])
+    largest = max(fitting, key=lambda row: (row["micro_batch_size"], row["tokens_per_s"]))
+    path = write_preset(given, fastest)
+    print(f"\nlargest    {told(largest)}\nfastest    {told(fastest)}")
+    print(f"written    {path}; it goes behind the preset:\n           {train_command(given, path)}", flush=True)
+    return {"rows": rows, "largest": largest, "fastest": fastest, "preset": str(path)}
+
+
+def sizes_around(start, sequences):
+    """Micro-batch sizes that divide a step's sequences, each about double the one before, start among them."""
+    divisors = [n for n in range(1, sequences + 1) if sequences % n == 0]
+    sizes = [start]
+    while larger := [n for n in divisors if n >= 2 * sizes[-1]]:
+        sizes.append(larger[0])
+    while smaller := [n for n in divisors if 2 * n <= sizes[0]]:
+        sizes.insert(0, smaller[-1])
+    return sizes
+
+
+def climb(cfg, recomputed, compiled, sizes, only_while_faster):
+    """Yields rows: from the settings' micro-batch up while it fits, or, where it does not, down until one does."""
+    at, direction, last = sizes.index(cfg.data.micro_batch_size), None, None
+    while 0 <= at < len(sizes):
+        row = trial(cfg, dict(zip(KEYS, (recomputed, compiled, sizes[at]))))
+        yield row
+        fits = row["ended"] == "well"
+        direction = direction or (1 if fits else -1)
+        slower = fits and last is not None and row["tokens_per_s"] < last
+        if fits != (direction == 1) or (only_while_faster and slower):
+            return
+        last, at = row.get("tokens_per_s"), at + direction
+
+
+def trial(cfg, setting):
+    """A row: what bench.py measures with a setting, of two micro-steps where a step has as many, or how it ended.
+
+    Two, since only the second has the gradients of the one before beside its activations.
+    """
+    micro_tokens = setting["micro_batch_size"] * cfg.data.seq_len
+    micro_steps = cfg.data.batch_tokens // micro_tokens
+    with tempfile.TemporaryDirectory() as folder:
+        preset, figures = Path(folder, "trial.py"), Path(folder, "figures.json")
+        preset.write_text(as_preset(trial_settings(cfg, setting, min(2, micro_steps) * micro_tokens)), encoding="utf-8")
+        command = [sys.executable, str(ROOT / "bench.py"), str(preset), f"--json={figures}"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=cfg.sweep.sweep_seconds)
+        except subprocess.TimeoutExpired:
+            return setting | {"ended": "late", "said": f"over {cfg.sweep.sweep_seconds:g} s"}
+        if done.returncode == 0:
+            return setting | figures_of(json.loads(figures.read_text(encoding="utf-8")), micro_steps)
+    said = done.stderr.strip().splitlines()[-1:] or [f"ended with code {done.returncode}"]
+    if done.returncode == -9 or any(words in done.stderr for words in OUT_OF_MEMORY):  # the kernel's, or an error
+        return setting | {"ended": "out of memory", "said": "out of memory"}
+    return setting | {"ended": "in error", "said": said[0]}
+
+
+def trial_settings(cfg, setting, batch_tokens):
+    """The settings of one short run of bench.py."""
+    seconds = min(cfg.bench.bench_seconds, cfg.sweep.sweep_seconds / 10)
+    return dataclasses.replace(
+        cfg,
+        sweep=SweepConfig(),
+        output=type(cfg.output)(),
+        bench=dataclasses.replace(cfg.bench, bench_seconds=seconds, profile=False, picture=False),
+        data=dataclasses.replace(cfg.data, batch_tokens=batch_tokens, micro_batch_size=setting["micro_batch_size"]),
+        parallel=dataclasses.replace(cfg.parallel, **{key: setting[key] for key in KEYS[:2]}),
+    )
+
+
+def figures_of(figures, micro_steps):
+    """What a row keeps of a trial's figures; tokens/s are those of a whole step, with one optimizer step for all."""
+    step_s, timed, share = figures["step_ms"] / 1e3, figures["micro_steps"], figures["time_share"]
+    whole_s = step_s * (share["optimizer"] + (1 - share["optimizer"]) * micro_steps / timed)
+    return {
+        "ended": "well",
+        "tokens_per_s": figures["tokens_per_s"] * step_s / timed * micro_steps / whole_s,
+        "memory_gib": figures["memory_gib"]["total"],
+    }
+
+
+def cells(row):
+    """A row's cells, in the table's order."""
+    names = (row["activation_checkpointing"], str(row["compile"]).lower(), row["micro_batch_size"])
+    if row["ended"] == "well":
+        return *names, f"{row['tokens_per_s']:,.0f}", f"{row['memory_gib']:.3f}", ""
+    return *names, "", "", row["said"]
+
+
+def told(row):
+    """A row as settings and figures."""
+    flags = " ".join(f"--{key}={str(row[key]).lower()}" for key in KEYS)
+    return f"{flags}: {row['tokens_per_s']:,.0f} tokens/s, {row['memory_gib']:.3f} GiB"
+
+
+def write_preset(cfg, row):
+    """Writes a row's settings as a preset; returns its path.
+
+    It has the name of the last preset, so that the run's folder stays the same.
+    """
+    path = Path("out/sweep") / f"{Path(cfg.presets[-1]).stem if cfg.presets else 'run'}.py"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"# The fastest that fits, by bench.py --sweep: {told(row)}", *(f"{key} = {row[key]!r}" for key in KEYS)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def train_command(cfg, path):
+    """The command that trains with a preset behind this command's own presets and settings."""
+    own, by_presets = as_dict(cfg), as_dict(load(type(cfg), cfg.presets))
+    of_bench = {f.name for part in (cfg.bench, cfg.sweep, cfg.output) for f in dataclasses.fields(part)}
+    changed = {k: v for k, v in own.items() if v != by_presets[k] and k not in (*of_bench, *KEYS)}
+    flags = [f"--{k}={str(v).lower() if v is None or isinstance(v, bool) else v}" for k, v in changed.items()]
+    return shlex.join(["python", "train.py", *cfg.presets, os.fspath(path), *flags])
