@@ -40,7 +40,7 @@ from parallel import (
     reset_peak_memory,
 )
 from plan import OutputConfig, PlanConfig, step_parts, write_json
-from report import compare, draw, draw_memory, errors, print_operators, report
+from report_bench import compare, draw, draw_memory, errors, print_operators, report
 from sweep import SweepConfig, sweep
 from train import build, model_of, prepare_command, seq_len_of, train_step, windows_for
 
@@ -166,7 +166,13 @@ def measure(cfg, world):
     n_more = max(1, min(3, int(cfg.bench.bench_seconds / 10 / max(times))))
     figures["time_share"] = meters.time_shares(lambda world: step(n, world), world, n_more)
     n_traced = min(max(n, 2), micro_steps)
-    parts, traced = meters.memory_parts(lambda world, judge: step(n_traced, world, judge), model, optimizer, world)
+    parts, traced = meters.memory_parts(
+        lambda world, judge: step(n_traced, world, judge),
+        model,
+        optimizer,
+        world,
+        cfg.parallel.activation_checkpointing,
+    )
     total = traced if world.device.type == "cpu" else peak["peak_memory_gib"] - memory_before
     figures |= memory_of_fullest(peak | {"total": total}, parts, world)
     timed_cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch_tokens=figures["tokens"]))

@@ -21,24 +21,24 @@ OPTIMIZER_BYTES = {"adamw": 8, "muon": 8, "sgd": 4, "adafactor": 0}  # state of 
 def memory(cfg, s):
     """Bytes that a rank has allocated when it has most, of a model in a Setup, by what they are for.
 
-    {weights, gradients, optimizer, activations, logits, other}: weights with those that are gathered, activations with
-    autocast's copies of weights, logits with all that the loss needs; other is what backward and the optimizer have in
-    hand, a block that is computed again, say. At the peak there may be none of some.
+    {weights, gradients, optimizer, activations, logits, other}: weights with those that are gathered or that autocast
+    has cast, logits with all that the loss needs; other is what backward and the optimizer have in hand, a block that
+    is computed again, say. At the peak there may be none of some.
     """
     d, V = cfg.n_embd, cfg.padded_vocab_size / s.tp
     blocks, n = cfg.n_layer * block_params(cfg) / s.tp, num_params(cfg, padded=True) / s.tp
     one_block, is_sharded = blocks / cfg.n_layer, s.ranks > 1 and (s.strategy == "fsdp" or s.tp > 1)
-    weights, gathered, copies, sent = s.weight_bytes * n / s.shards, 0, 0, 0
+    weights, copies, sent = s.weight_bytes * n / s.shards, 0, 0
     if is_sharded:  # the block that computes and the next are gathered, and all else that is not in blocks
-        gathered = (2 if s.reshard else cfg.n_layer) * s.width * one_block
+        copies = (2 if s.reshard else cfg.n_layer) * s.width * one_block
         if s.shards > 1:
-            gathered += s.weight_bytes * (n - blocks)
+            copies += s.weight_bytes * (n - blocks)
             sent = (
                 s.width + 2 * s.gradient_bytes
             ) * one_block  # as gradients come and as they go, the last block's too
     elif s.width < s.weight_bytes:
         copies = 2 * cfg.n_layer * block_weights(cfg)
-    copies_later = copies if s.recomputed == "none" else copies / cfg.n_layer
+    copies_later = copies if is_sharded or s.recomputed == "none" else copies / cfg.n_layer
     gradients = s.gradient_bytes * n / (s.shards if is_sharded and s.accumulate == "sharded" else 1)
     are_there_before = s.micro_steps > 1 or (s.ranks > 1 and not is_sharded)  # DDP keeps its buckets
     before = gradients if are_there_before else 0
@@ -46,15 +46,15 @@ def memory(cfg, s):
     head, head_left = head_bytes(cfg, s)
     of_embedding = s.gradient_bytes * V * d * (cfg.tie_embeddings + are_there_before)
     in_hand = {"muon": 8 * min(STACK, cfg.n_layer * cfg.inner_width * d), "adafactor": 16 * d * max(V, cfg.inner_width)}
-    moments = [  # (gathered weights, gradients, activations, logits, other)
-        (gathered, before, activations + copies, head, 0),  # the loss
-        (gathered, before, activations + copies_later, head_left, again + sent + backward_bytes(cfg, s)),  # last block
+    moments = [  # (copies of weights, gradients, activations, logits, other)
+        (copies, before, activations, head, 0),  # the loss
+        (copies_later, before, activations, head_left, again + sent + backward_bytes(cfg, s)),  # last block
         (0, gradients, 0, 0, of_embedding),  # the end of backward
         (0, gradients, 0, 0, in_hand.get(s.optimizer, 0)),  # the optimizer
     ]
-    gathered, gradients, activations, logits, other = max(moments, key=sum)
+    copies, gradients, activations, logits, other = max(moments, key=sum)
     return {
-        "weights": weights + gathered,
+        "weights": weights + copies,
         "gradients": gradients,
         "optimizer": optimizer_bytes(cfg, s, n),
         "activations": activations,

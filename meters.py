@@ -151,12 +151,12 @@ def communication_shares(step, world):
 # ---- memory
 
 
-def memory_parts(run_step, model, optimizer, world):
+def memory_parts(run_step, model, optimizer, world, recomputed):
     """({part: GiB} that this rank holds, GiB that it has allocated at most, by the trace of a step).
 
     Parts are weights, gradients, optimizer state, activations, and what the loss takes. run_step(world, judge) runs a
-    train_step. Activations are what its first forward leaves for backward, weights that autocast has cast among them;
-    the loss takes, at most, a chunk of logits and its gradients.
+    train_step. Activations are what its first forward leaves for backward; weights that autocast has cast for it count
+    as weights. The loss takes, at most, a chunk of logits and its gradients.
     """
     marked, found = MarkedWorld.of(world), {}
 
@@ -168,10 +168,15 @@ def memory_parts(run_step, model, optimizer, world):
     found["weights"] = n_bytes(model.parameters())
     found["optimizer"] = n_bytes(v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
     found |= kept_by_forward(events, world.device)
-    names = ("weights", "gradients", "optimizer", "activations", "logits")
+    is_whole = not hasattr(model, "set_requires_all_reduce")  # not FSDP
     held = found["weights"] + found["optimizer"]
-    if world.size > 1 and not hasattr(model, "set_requires_all_reduce"):  # DDP keeps its buckets from step to step
+    if world.size > 1 and is_whole:  # DDP keeps its buckets from step to step
         held += found["gradients"]
+    if is_whole and world.precision != "fp32" and recomputed == "none" and "activations" in found:
+        cast = sum(2 * p.numel() for p in model.blocks.parameters() if p.dim() == 2)
+        found["weights"] += cast
+        found["activations"] -= cast
+    names = ("weights", "gradients", "optimizer", "activations", "logits")
     levels = itertools.accumulate(change for _, change, _ in allocations(events, world.device))
     peak = held + max(levels, default=0)
     return {name: found[name] / GIB for name in names if name in found}, peak / GIB

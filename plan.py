@@ -20,6 +20,7 @@ from model import ModelConfig
 from objective import ObjectiveConfig
 from optim import OptimConfig
 from parallel import ParallelConfig, check_tensor_parallel, shape_of_mesh
+from report_plan import draw, report, report_compared
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,7 @@ def predict(cfg, gpu, s):
     return {
         "gpu": gpu.name,
         "n_gpus": s.ranks,
+        "batch_tokens": batch_tokens,
         "n_params": cost.num_params(m),
         "flops_per_token": flops,
         "flops_per_token_causal": causal,
@@ -245,14 +247,18 @@ def largest_micro_batch(m, s, available):
 
 
 def to_fit(cfg, gpu, setup):
-    """[(changes of settings, the Setup with them, its prediction)] that make a run fit, the fastest first."""
-    found = []
+    """[(changes of settings, the Setup with them, its prediction)] that make a run fit, in the order of time.
+
+    Of each recomputation and sharding the fastest micro-batch alone.
+    """
+    found = {}
     for change in changes_that_save(setup):
         changed = with_settings(setup, change)
         figures = predict(cfg, gpu, changed)
-        if figures["fits"]:
-            found.append((change, changed, figures))
-    return sorted(found, key=lambda way: way[2]["step_s"])
+        kind = changed.recomputed, changed.shards
+        if figures["fits"] and (kind not in found or figures["step_s"] < found[kind][2]["step_s"]):
+            found[kind] = change, changed, figures
+    return sorted(found.values(), key=lambda way: way[2]["step_s"])
 
 
 def scaling(cfg, gpu, setup):
@@ -278,19 +284,6 @@ def scaling(cfg, gpu, setup):
     return rows
 
 
-def stops_paying(rows):
-    """The numbers of GPUs from which twice as many are less than 1.5 times as fast: (same batch, growing batch).
-
-    None where that never is.
-    """
-    found = []
-    for column in zip(*rows):
-        known = [row for row in column if row]
-        slow = (a["n_gpus"] for a, b in zip(known, known[1:]) if b["tokens_per_s"] < 1.5 * a["tokens_per_s"])
-        found.append(next(slow, None))
-    return found
-
-
 def compare(cfg):
     """Predictions for each known GPU, with the fastest change that makes it fit: those that fit first, by days."""
     rows = []
@@ -305,181 +298,6 @@ def compare(cfg):
             change, _, figures = next(iter(to_fit(one, gpu, setup)), ({}, setup, figures))
         rows.append(figures | {"change": flags(change)})
     return sorted(rows, key=lambda row: (not row["fits"], row["days"]))
-
-
-# ---- what people read
-
-PARTS = {  # of a step: what they are called, and what lowers them
-    "matmul_s": ("matrix multiplications", "only faster GPUs, or more of them, lower that"),
-    "attention_s": ("attention", "a shorter --seq_len lowers that"),
-    "memory_s": ("norms, activations, loss", "bound by memory bandwidth: compiling, or faster memory, lowers that"),
-    "head_s": ("the loss", "a smaller vocabulary lowers that"),
-    "overhead_s": ("launching operators", "a larger --micro_batch_size, or compiling, lowers that"),
-    "communication_s": ("waiting for other GPUs", "larger micro-batches, fewer GPUs, or a faster network lower that"),
-    "optimizer_s": ("optimizer", "a larger --batch_tokens, or --strategy=fsdp, lowers that"),
-}
-
-
-def report(cfg, gpu, setup, f, fitting, rows):
-    """The lines of a plan, for people."""
-    yield from report_setup(cfg, gpu, f, setup)
-    yield from report_memory(f)
-    if fitting:
-        yield "to fit     one of these would do, the fastest first; what follows below is of the first:"
-        for change, _, after in fitting[:4]:
-            yield f"           {flags(change)}: {after['memory_gib']['reserved']:.1f} GiB, {_of_run(after)}"
-        f = fitting[0][2]
-    elif not f["fits"]:
-        yield "to fit     no change of micro-batch, recomputation or sharding would do; take more GPUs, or larger ones"
-        yield "           what follows is as if it did fit"
-    yield from report_time(cfg, gpu, f)
-    yield from report_scaling(cfg, rows)
-    names = ("efficiency", "gpu_load", "host_share", "pue", "availability", "fragmentation", "context_gib")
-    settings = as_dict(cfg)
-    yield "assumed    " + " ".join(f"--{name}={settings[name]:g}" for name in names)
-    yield "           --help tells where these are from"
-
-
-def report_setup(cfg, gpu, f, s):
-    """Model, batch and GPUs."""
-    m = cfg.model
-    yield (
-        f"model      {f['n_params']:,} parameters: {m.n_layer} layers {m.n_embd} wide; "
-        f"{f['flops_per_token'] / 1e9:,.4g} GFLOP a token by PaLM's count, "
-        f"{f['flops_per_token_causal'] / 1e9:,.4g} by the causal one"
-    )
-    yield (
-        f"a step     {cfg.data.batch_tokens:,} tokens = {s.micro_steps} micro-steps x {s.copies * s.shards} ranks x "
-        f"{s.micro_batch_size} sequences x {s.seq_len} tokens"
-    )
-    yield f"data       {f['tokens'] // cfg.data.batch_tokens:,} steps, {f['tokens'] / 1e9:,.4g} billion tokens"
-    layout = f"{s.copies} copies x {s.shards} shards x {s.tp} tensor parallel"
-    runs = f"{s.precision}, {'compiled' if s.compiled else 'eager'}, recomputation {s.recomputed}, {s.optimizer}"
-    yield f"on         {s.ranks} x {gpu.name}, {min(cfg.plan.gpus_per_node, s.ranks)} a node, {layout}; {runs}"
-    price = "no price known, give --gpu_price" if gpu.price is None else f"${gpu.price:.2f} an hour"
-    watts = "" if gpu.watts is None else f"{gpu.watts:g} W, "
-    yield (
-        f"a GPU      {gpu.tflops:,.4g} TFLOP/s, {gpu.memory_gib:,.4g} GiB at {gpu.memory_gbs:,.4g} GB/s, "
-        f"{watts}{price}; link {gpu.link_gbs:g} GB/s, network {gpu.network_gbs:g} GB/s"
-    )
-
-
-def report_memory(f):
-    """Memory by what it is for."""
-    need = f["memory_gib"]
-    verdict = "FITS" if f["fits"] else "DOES NOT FIT"
-    yield (
-        f"memory     {verdict}: {need['reserved']:.1f} GiB a GPU with fragmentation, of {need['available']:.1f} "
-        f"that are there beside driver and NCCL"
-    )
-    for name in ("weights", "gradients", "optimizer", "activations", "logits", "other"):
-        yield f"           {name:<12}{need[name]:7.2f} GiB  {'#' * round(40 * need[name] / need['total'])}"
-    largest = f["largest_micro_batch_size"]
-    yield f"           largest micro-batch that fits: {largest or 'none'}{' sequences' if largest else ''}"
-
-
-def report_time(cfg, gpu, f):
-    """Step time by what it goes to, and what the run comes to."""
-    money = "" if f["cost"] is None else f"; of the run's {_money(f['cost'])} that is"
-    yield f"time       a step takes {_seconds(f['step_s'])}{money}:"
-    parts = sorted(f["step_parts_s"].items(), key=lambda part: -part[1])
-    for name, seconds in parts:
-        share = seconds / f["step_s"]
-        money = "" if f["cost"] is None else f"{_money(share * f['cost']):>12}"
-        yield f"           {PARTS[name][0]:<26}{share:6.1%}{money}  {'#' * round(40 * share)}".rstrip()
-    yield f"           so the run is limited by {PARTS[parts[0][0]][0]}: {PARTS[parts[0][0]][1]}"
-    yield (
-        f"speed      {f['tokens_per_s']:,.0f} tokens/s, {f['tokens_per_s_per_gpu']:,.0f} a GPU; mfu {f['mfu']:.1%} "
-        f"by PaLM's count, {f['mfu_causal']:.1%} by the causal one"
-    )
-    yield f"the run    takes {_of_run(f)}"
-    if f["kwh"] is not None:
-        p = cfg.plan
-        yield f"           at {gpu.watts:g} W a GPU x load {p.gpu_load:g} x (1 + host {p.host_share:g}) x PUE {p.pue:g}"
-
-
-def report_scaling(cfg, rows):
-    """The same run on other numbers of GPUs: the same batch, or one that grows with them."""
-    yield f"more GPUs  {'the same batch:':<57}a batch that grows with them:"
-    yield "               GPUs          time   GPU-hours         cost  fits    tokens/s a GPU    fits"
-    for same, grown in rows:
-        text = f"{'cannot be divided so':>45}"
-        if same:
-            text = (
-                f"{_days(same['days']):>14}{same['gpu_hours']:12,.0f}{_money(same['cost']):>13}{_yes(same['fits']):>6}"
-            )
-        here = "  <- asked for" if grown["n_gpus"] == cfg.plan.n_gpus else ""
-        of_grown = f"{grown['tokens_per_s_per_gpu']:18,.0f}{_yes(grown['fits']):>8}"
-        yield f"           {grown['n_gpus']:8,}{text}{of_grown}{here}"
-    for count, what in zip(stops_paying(rows), ("the same batch", "a batch that grows")):
-        if count:
-            yield f"           with {what}, twice as many as {count:,} GPUs are less than 1.5 times as fast"
-
-
-def report_compared(cfg, rows):
-    """A row for each GPU."""
-    yield f"{cfg.plan.n_gpus} of each: those that the run fits first, by days"
-    yield f"{'GPU':<10}  fits {'GiB of':>8}{'':>6}  {'step':>8}{'mfu':>7}{'time':>12}{'cost':>12}{'kWh':>11}  with"
-    for row in rows:
-        need = row["memory_gib"]
-        kwh = "-" if row["kwh"] is None else f"{row['kwh']:,.0f}"
-        yield (
-            f"{row['gpu']:<10}  {_yes(row['fits']):<4} {need['reserved']:8.1f}{need['available']:6.0f}  "
-            f"{_seconds(row['step_s']):>8}{row['mfu']:7.1%}{_days(row['days']):>12}{_money(row['cost']):>12}{kwh:>11}  "
-            f"{row['change']}"
-        )
-    yield "memory is reserved, of what a GPU has; costs are of prices that move (--gpu_price); - is not known"
-
-
-def _of_run(f):
-    kwh = "" if f["kwh"] is None else f", {f['kwh']:,.0f} kWh"
-    cost = "" if f["cost"] is None else f", {_money(f['cost'])}"
-    return f"{_days(f['days'])}, {f['gpu_hours']:,.0f} GPU-hours{kwh}{cost}"
-
-
-def _days(days):
-    return (
-        f"{days:,.1f} days" if days >= 2 else f"{24 * days:.1f} hours" if days >= 0.1 else f"{1440 * days:.0f} minutes"
-    )
-
-
-def _seconds(seconds):
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
-
-
-def _money(dollars):
-    return "-" if dollars is None else f"${dollars:,.0f}" if dollars >= 10 else f"${dollars:.2f}"
-
-
-def _yes(true):
-    return "yes" if true else "no"
-
-
-def draw(cfg, rows):
-    """Draws plan.png: memory per GPU, by what it is for, and days, against the number of GPUs."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    memory_axes, time_axes = figure.subplots(1, 2)
-    same = [same for same, _ in rows if same]
-    bottom, labels = [0.0] * len(same), [f"{row['n_gpus']:,}" for row in same]
-    for name in ("weights", "gradients", "optimizer", "activations", "logits", "other"):
-        heights = [row["memory_gib"][name] for row in same]
-        memory_axes.bar(labels, heights, bottom=bottom, label=name)
-        bottom = [a + b for a, b in zip(bottom, heights)]
-    memory_axes.axhline(same[0]["memory_gib"]["available"], color="black", linestyle="--", label="there is")
-    memory_axes.set(xlabel="GPUs", ylabel="GiB a GPU", title=f"memory, of {cfg.plan.gpu}")
-    counts, days = [row["n_gpus"] for row in same], [row["days"] for row in same]
-    time_axes.loglog(counts, days, marker="o", label="the same batch")
-    time_axes.loglog(counts, [days[0] * counts[0] / n for n in counts], ":", color="gray", label="if GPUs never waited")
-    tokens = same[0]["tokens"]
-    grown = [(row["n_gpus"], tokens / row["tokens_per_s"] / 86400) for _, row in rows]
-    time_axes.loglog(*zip(*grown), marker=".", label="a batch that grows")
-    time_axes.set(xlabel="GPUs", ylabel="days", title=f"time of {tokens / 1e9:,.4g} billion tokens")
-    for axes in (memory_axes, time_axes):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.savefig("plan.png", dpi=120)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import machine
 import meters
 import parallel
 import plan
-import report
+import report_bench
 import sweep
 import train
 from data import Split, TrainOrder
@@ -364,8 +364,8 @@ def test_without_preset_and_model_the_machine_is_measured_for_the_planner(small_
 
 
 def test_without_matplotlib_there_is_no_picture_and_one_line_says_so(capsys, monkeypatch):
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
-    report.draw({"matmul_tflops": {}}, "")
+    monkeypatch.setattr(report_bench.importlib.util, "find_spec", lambda name: None)
+    report_bench.draw({"matmul_tflops": {}}, "")
     assert capsys.readouterr().out == "no bench.png: pip install matplotlib draws it\n"
 
 

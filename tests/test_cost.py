@@ -203,10 +203,16 @@ def counted(layout, precision):
     return sent.n_bytes
 
 
-@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
-def test_bytes_sent_are_what_collectives_are_given(precision):
-    found = on_ranks(4, *((counted, layout, precision) for layout in LAYOUTS))
-    for (layout, (copies, shards, settings)), answers in zip(LAYOUTS.items(), found):
+FEW = {name: LAYOUTS[name] for name in ("fsdp", "hsdp", "tp recomputed")}
+
+
+@pytest.mark.parametrize(("precision", "layouts"), [
+    ("bf16", FEW),
+    pytest.param("bf16", LAYOUTS, marks=pytest.mark.slow), pytest.param("fp32", LAYOUTS, marks=pytest.mark.slow),
+], ids=["few", "bf16", "fp32"])  # fmt: skip
+def test_bytes_sent_are_what_collectives_are_given(precision, layouts):
+    found = on_ranks(4, *((counted, layout, precision) for layout in layouts))
+    for (layout, (copies, shards, settings)), answers in zip(layouts.items(), found):
         cfg, sent = ParallelConfig(**settings), answers[0]
         setup = cost.Setup(T, BATCH, MICRO_STEPS, copies, shards, cfg.tp, precision, strategy=cfg.strategy,
                            reshard=cfg.reshard, accumulate=cfg.accumulate, grad_compression=cfg.grad_compression,

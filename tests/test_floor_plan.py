@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "hardware": set(),
     "cost": {"hardware", "objective", "parallel"},
     "memory": {"cost", "data", "model", "optim", "parallel"},
-    "plan": {"config", "model", "objective", "data", "optim", "parallel", "ceilings"} | COSTS,
+    "plan": {"config", "model", "objective", "data", "optim", "parallel", "ceilings", "report_plan"} | COSTS,
     "log": {"config", "objective", "rundir", "parallel"} | COSTS,  # what a run tells: the half of train.py that is not the loop
     "prepare": {"config", "corpus", "tokenizer", "data"},
     "train": BELOW_SCRIPTS | {"log"},
@@ -35,10 +35,11 @@ MAY_IMPORT = {
     "machine": {"data", "objective", "parallel", "hardware"},  # what this machine does, whatever is trained on it
     "ceilings": {"machine", "model", "optim", "parallel"},  # what a step's parts take on this machine
     "meters": {"health", "optim", "parallel"},  # what of a step goes where
-    "report": set(),  # figures in words and pictures
+    "report_bench": set(),  # figures in words and pictures
+    "report_plan": {"config", "memory"},
     "sweep": {"config"},  # starts bench.py as a person would
     # A benchmark must time the code that trains.
-    "bench": BELOW_SCRIPTS | {"train", "machine", "ceilings", "meters", "report", "sweep"},
+    "bench": BELOW_SCRIPTS | {"train", "machine", "ceilings", "meters", "report_bench", "sweep"},
     "convert": {"config", "model", "tokenizer", "checkpoint"},
 }
 FILES = sorted(ROOT.glob("*.py"))

@@ -82,9 +82,12 @@ def saved_bytes_of_a_block(cfg, *how):
     return (three - two) / TOKENS
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+OF_FORWARD = [("none", shape) for shape in SHAPES]
+RECOMPUTED = [(kind, shape) for kind in ("selective", "full") for shape in ("gpt", "modern", "dropout")]
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("recomputed", ["none", "selective", "full"])
+@pytest.mark.parametrize(("recomputed", "shape"), OF_FORWARD + RECOMPUTED)
 def test_activation_bytes_of_a_block_are_what_autograd_keeps(shape, precision, recomputed):
     """The third block's. At 256 tokens, and, where attention in bf16 is torch's kernel on CPUs too, at 1,024."""
     for seq_len in (256, 1024):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import config
-import plan
+import cost
 import train
 from checkpoint import checkpoints, load_checkpoint, load_model, newest_checkpoint, read_manifest
 from data import Split, TrainOrder
@@ -237,7 +237,7 @@ def test_mfu_of_a_masked_run_counts_the_head_at_masked_places_alone(masked_nine)
     for line in lines:
         if "mfu" in line:
             flops = line["mfu"] * start["peak_flops"] / line["tokens_per_s"]
-            assert flops == pytest.approx(plan.flops_per_token(cfg, 7, 2 / 7), rel=1e-9)
+            assert flops == pytest.approx(cost.flops_per_token(cfg, 7, 2 / 7), rel=1e-9)
 
 
 def test_a_killed_masked_run_goes_on_as_if_nothing_had_been(masked_dir, tmp_path, no_curves):
