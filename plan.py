@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import ceilings
 import cost
 import hardware
-from config import as_dict, run_script
+from config import run_script
 from data import DataConfig, accumulation_steps, vocab_size_of
 from memory import changes_that_save, flags, memory, with_settings
 from model import ModelConfig

@@ -302,22 +302,6 @@ def small_machine(tmp_path, monkeypatch):
             monkeypatch.setattr(module, name, value)
 
 
-def test_a_prediction_stands_beside_what_was_measured_with_its_error(small_machine, tmp_path, capsys):
-    assert "step_s" not in benched(tmp_path)["predicted"]  # nothing is known of this machine
-    bench.main(config.load(bench.Settings, ["--device=cpu", "--precision=fp32", "--picture=false"]))
-    f = benched(tmp_path, "--batch_tokens=21000", "--bench_seconds=0.001")
-    told, error = f["predicted"], f["error"]
-    assert told["tokens_per_s"] * told["step_s"] == pytest.approx(21)  # of the micro-step that was timed
-    assert error["step_s"] == pytest.approx(told["step_s"] / (f["step_ms"] / 1e3) - 1)
-    assert error["mfu"] == pytest.approx(told["mfu"] / f["mfu"] - 1)
-    assert error["memory_gib.total"] == pytest.approx(told["memory_gib"]["total"] / f["memory_gib"]["total"] - 1)
-    assert abs(error["memory_gib.weights"]) < 0.05  # the planner pads the vocabulary, too
-    lines = capsys.readouterr().out.splitlines()
-    start = len(lines) - 1 - lines[::-1].index("")
-    assert [line.split()[:1] for line in lines[start + 2 :]][:3] == [["step,"], ["tokens/s"], ["mfu"]]
-    assert benched(tmp_path, "--precision=bf16")["predicted"].keys() == {"memory_gib"}  # which was not measured
-
-
 def test_compare_prints_figures_side_by_side_with_their_ratio(tmp_path, capsys):
     a, b = tmp_path / "a.json", tmp_path / "b.json"
     a.write_text('{"step_ms": 8.0, "device": "x", "memory_gib": {"total": 2.0}, "none": null, "zero": 0}')
@@ -347,20 +331,36 @@ def test_bare_json_is_one_object_on_the_last_line_behind_the_picture(small_machi
         config.load(bench.Settings, [f"--json={tmp_path}/no/b.json"])
 
 
-def test_without_preset_and_model_the_machine_is_measured_for_the_planner(small_machine, tmp_path, capsys):
+def test_the_machine_is_measured_for_the_planner_and_for_predictions_beside_what_is_measured(
+    small_machine, tmp_path, capsys
+):
+    assert "step_s" not in benched(tmp_path)["predicted"]  # nothing is known of this machine
     bench.main(config.load(bench.Settings, ["--device=cpu", "--precision=fp32", "--json"]))
     out = capsys.readouterr().out
     figures = json.loads(out.splitlines()[-1])
     assert figures == json.loads((tmp_path / "out/machine.json").read_text())
     assert "matmul     TFLOP/s" in out and "overhead, ms" in out and (tmp_path / "bench.png").exists()
+
     cfg = plan.resolve(config.load(plan.Settings, [*GPT, "--gpu=this", "--precision=fp32"]))
     gpu = plan.gpu_of(cfg.plan)
-    f = plan.predict(cfg, gpu, plan.setup_of(cfg, gpu, cfg.plan.n_gpus))
-    assert (f["gpu"], f["n_gpus"], f["fits"]) == ("this", 1, True) and f["step_s"] > 0
-    parts = ceilings.step_seconds(cfg.model, plan.setup_of(cfg, gpu, 1), figures)
-    assert f["step_s"] == pytest.approx(sum(parts.values()))
+    setup = plan.setup_of(cfg, gpu, cfg.plan.n_gpus)
+    f = plan.predict(cfg, gpu, setup)
+    assert (f["gpu"], f["n_gpus"], f["fits"]) == ("this", 1, True)
+    assert f["step_s"] == pytest.approx(sum(ceilings.step_seconds(cfg.model, setup, figures).values())) > 0
     with pytest.raises(ValueError, match="run python bench.py --precision=bf16, which measures it"):
-        plan.predict(cfg, gpu, dataclasses.replace(plan.setup_of(cfg, gpu, 1), precision="bf16"))
+        plan.predict(cfg, gpu, dataclasses.replace(setup, precision="bf16"))
+
+    f = benched(tmp_path, "--batch_tokens=21000", "--bench_seconds=0.001")
+    told, error = f["predicted"], f["error"]
+    assert told["tokens_per_s"] * told["step_s"] == pytest.approx(21)  # of the micro-step that was timed
+    assert error["step_s"] == pytest.approx(told["step_s"] / (f["step_ms"] / 1e3) - 1)
+    assert error["mfu"] == pytest.approx(told["mfu"] / f["mfu"] - 1)
+    assert error["memory_gib.total"] == pytest.approx(told["memory_gib"]["total"] / f["memory_gib"]["total"] - 1)
+    assert abs(error["memory_gib.weights"]) < 0.05  # the planner pads the vocabulary, too
+    lines = capsys.readouterr().out.splitlines()
+    start = len(lines) - 1 - lines[::-1].index("")
+    assert [line.split()[:1] for line in lines[start + 2 :]][:3] == [["step,"], ["tokens/s"], ["mfu"]]
+    assert benched(tmp_path, "--precision=bf16")["predicted"].keys() == {"memory_gib"}  # which was not measured
 
 
 def test_without_matplotlib_there_is_no_picture_and_one_line_says_so(capsys, monkeypatch):
@@ -410,6 +410,7 @@ def test_micro_batches_of_a_sweep_divide_the_step():
     assert sweep.sizes_around(1, 1) == [1]
 
 
+@pytest.mark.slow
 def test_a_sweep_under_a_limit_of_memory_has_a_row_for_what_does_not_fit_and_ends_in_a_preset_that_trains(
     tmp_path, capsys, monkeypatch
 ):

@@ -203,7 +203,7 @@ def counted(layout, precision):
     return sent.n_bytes
 
 
-FEW = {name: LAYOUTS[name] for name in ("fsdp", "hsdp", "tp recomputed")}
+FEW = {name: LAYOUTS[name] for name in ("hsdp", "tp recomputed")}
 
 
 @pytest.mark.parametrize(("precision", "layouts"), [

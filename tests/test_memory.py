@@ -78,8 +78,8 @@ def saved_bytes(cfg, precision, recomputed, compiled=False):
 
 
 def saved_bytes_of_a_block(cfg, *how):
-    three, two = (saved_bytes(replace(cfg, n_layer=n), *how) for n in (3, 2))
-    return (three - two) / TOKENS
+    two, one = (saved_bytes(replace(cfg, n_layer=n), *how) for n in (2, 1))
+    return (two - one) / TOKENS
 
 
 OF_FORWARD = [("none", shape) for shape in SHAPES]
@@ -89,7 +89,7 @@ RECOMPUTED = [(kind, shape) for kind in ("selective", "full") for shape in ("gpt
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize(("recomputed", "shape"), OF_FORWARD + RECOMPUTED)
 def test_activation_bytes_of_a_block_are_what_autograd_keeps(shape, precision, recomputed):
-    """The third block's. At 256 tokens, and, where attention in bf16 is torch's kernel on CPUs too, at 1,024."""
+    """The second block's. At 256 tokens, and, where attention in bf16 is torch's kernel on CPUs too, at 1,024."""
     for seq_len in (256, 1024):
         cfg = ModelConfig(**BASE, block_size=seq_len, **SHAPES[shape])
         setup = cost.Setup(seq_len, TOKENS // seq_len, precision=precision, on_cpu=True)

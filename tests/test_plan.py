@@ -12,7 +12,7 @@ import hardware
 import plan
 import report_plan
 from conftest import ROOT
-from memory import with_settings
+from memory import flags, with_settings
 
 JSON = {"n_params", "flops_per_token", "flops_per_token_causal", "memory_gib", "fits", "step_s", "tokens_per_s_per_gpu",
         "mfu", "days", "gpu_hours", "kwh", "cost"}  # fmt: skip
@@ -30,13 +30,22 @@ def figures(*args):
     return plan.predict(*planned(*args))
 
 
-def run(*args, cwd):
-    command = [sys.executable, str(ROOT / "plan.py"), *args]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs the planner's main in an empty folder; gives what it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        plan.main(config.load(plan.Settings, list(args)))
+        return capsys.readouterr().out
+
+    return run
 
 
 def test_command_prints_its_figures_as_one_object_on_the_last_line(tmp_path):
-    done = run("config/gpt2_124m.py", "--gpu=h100-sxm", "--n_gpus=8", "--max_tokens=10e9", "--json", cwd=tmp_path)
+    command = "plan.py config/gpt2_124m.py --gpu=h100-sxm --n_gpus=8 --max_tokens=10e9 --json".split()
+    command[:1] = [sys.executable, str(ROOT / "plan.py")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     f = json.loads(done.stdout.splitlines()[-1])
     assert JSON <= f.keys()
@@ -119,27 +128,26 @@ def test_largest_micro_batch_is_the_last_that_fits():
     assert largest > 1 and fitting <= available < too_large
 
 
-def test_what_does_not_fit_comes_with_changes_that_do(tmp_path):
-    cfg, gpu, setup = planned("config/gpt2_1558m.py", "--gpu=a100-40", "--n_gpus=4")
+def test_what_does_not_fit_comes_with_changes_that_do(run):
+    args = ["config/gpt2_1558m.py", "--gpu=a100-40", "--n_gpus=4"]
+    cfg, gpu, setup = planned(*args)
     ways = plan.to_fit(cfg, gpu, setup)
     assert not plan.predict(cfg, gpu, setup)["fits"] and ways
     times = [after["step_s"] for _, _, after in ways]
     assert times == sorted(times) and all(after["fits"] for _, _, after in ways)
     for change, changed, _ in ways:
         assert changed == with_settings(setup, change)
-    done = run("config/gpt2_1558m.py", "--gpu=a100-40", "--n_gpus=4", cwd=tmp_path)
-    told = plan.flags(ways[0][0])
-    assert done.stdout.count("DOES NOT FIT") == 1 and f"---- the same run with {told}\n" in done.stdout
-    again = run("config/gpt2_1558m.py", "--gpu=a100-40", "--n_gpus=4", *told.split(), cwd=tmp_path)
-    assert again.returncode == 0 and "DOES NOT FIT" not in again.stdout
+    told, out = flags(ways[0][0]), run(*args)
+    assert out.count("DOES NOT FIT") == 1 and f"---- the same run with {told}\n" in out
+    assert "DOES NOT FIT" not in run(*args, *told.split())
 
 
-def test_compared_gpus_are_all_that_are_known_those_that_fit_first_by_days(tmp_path):
-    done = run(*BIG, "--compare", "--json", "--n_gpus=16", cwd=tmp_path)
-    rows = json.loads(done.stdout.splitlines()[-1])["devices"]
+def test_compared_gpus_are_all_that_are_known_those_that_fit_first_by_days(run):
+    out = run(*BIG, "--compare", "--json", "--n_gpus=16")
+    rows = json.loads(out.splitlines()[-1])["devices"]
     assert {row["gpu"] for row in rows} == hardware.DEVICES.keys()
     assert [(not row["fits"], row["days"]) for row in rows] == sorted((not row["fits"], row["days"]) for row in rows)
-    assert all(f"\n{name} " in done.stdout for name in hardware.DEVICES)
+    assert all(f"\n{name} " in out for name in hardware.DEVICES)
 
 
 def test_where_twice_as_many_gpus_pay_no_longer_is_told():

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import optim
 import parallel
-import memory
+from memory import held as numbers_held
 from checkpoint import RunConfig, Saver, _tensors, load_checkpoint
 from model import ModelConfig, Transformer
 from objective import IGNORE
@@ -365,7 +365,7 @@ def test_compressed_gradients_train_nearly_as_whole_ones(others):
 def held(layout):
     """(parameters, bytes) that this rank holds."""
     with a_model("gpt", **LAYOUTS[layout]) as (_, _, optimizer):
-        return memory.held(optimizer)
+        return numbers_held(optimizer)
 
 
 def test_ranks_hold_the_model_once_a_copy(others):
@@ -538,7 +538,7 @@ def memory(layout):
         for _ in range(2):
             train_step(model, optimizer, scaler, [(ids[:, :-1], ids[:, 1:])], 1.0, world)
         assert sum(p.numel() for p in model.parameters()) > 200e6
-        return seen[1], memory.held(optimizer)[1] / MIB
+        return seen[1], numbers_held(optimizer)[1] / MIB
 
 
 @pytest.mark.slow
