@@ -346,7 +346,7 @@ def test_the_machine_is_measured_for_the_planner_and_for_predictions_beside_what
     setup = plan.setup_of(cfg, gpu, cfg.plan.n_gpus)
     f = plan.predict(cfg, gpu, setup)
     assert (f["gpu"], f["n_gpus"], f["fits"]) == ("this", 1, True)
-    assert f["step_s"] == pytest.approx(sum(ceilings.step_seconds(cfg.model, setup, figures).values())) > 0
+    assert 0 < f["step_s"] == pytest.approx(sum(ceilings.step_seconds(cfg.model, setup, figures).values()))
     with pytest.raises(ValueError, match="run python bench.py --precision=bf16, which measures it"):
         plan.predict(cfg, gpu, dataclasses.replace(setup, precision="bf16"))
 

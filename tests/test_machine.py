@@ -8,11 +8,8 @@ import types
 import pytest
 import torch
 
-import bench
-import config
 import machine
 import parallel
-import plan
 from ranks import on_ranks
 
 SMALL = {
