@@ -278,9 +278,7 @@ def recomputed_flops(cfg, world, causal):
     """
     blocks, twice_as_long = (cost.flops_per_token(cfg.model, n * cfg.data.seq_len, 0.0, causal) for n in (1, 2))
     attention = twice_as_long - blocks  # all that grows with seq_len
-    on_cpu, on_mps = world.device.type == "cpu", world.device.type == "mps"
-    by_matmuls = on_mps or (on_cpu and world.precision == "bf16" and cfg.data.seq_len <= 512)
-    runs_again = by_matmuls or cfg.model.dropout > 0
+    runs_again = setup_here(cfg, world).attends_by_matmuls or cfg.model.dropout > 0
     again = {"none": 0, "full": blocks, "selective": attention if runs_again else 0}
     return again[cfg.parallel.activation_checkpointing] / 3
 

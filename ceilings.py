@@ -244,8 +244,9 @@ def step_seconds(m, s, figures):
     is_modern = (m.position == "rope") + m.qk_norm + swiglu >= 2
     # Shares of forward and backward that are computed again: of matmuls, of attention, of element-wise work. Selective
     # keeps what torch's kernel gives, not what matmuls of short sequences on a CPU do.
-    by_matmuls = s.on_cpu and s.seq_len <= 512
-    again = {"none": (0, 0, 0), "selective": (0, by_matmuls / 3, 0.4), "full": (1 / 3, 1 / 3, 0.4)}[s.recomputed]
+    again = {"none": (0, 0, 0), "selective": (0, s.attends_by_matmuls / 3, 0.4), "full": (1 / 3, 1 / 3, 0.4)}[
+        s.recomputed
+    ]
     attention = c["attention"]["full" if masked else "causal"]
     of_micro_step = {
         "matmul_s": (1 + again[0]) * sum(extra("linear", c["linear"], n, rows) for n in weights),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from hardware import CONTENTION, COPY_SHARE, collective_s, nvls_share, rates_of, rounds
+from model import BY_MATMULS
 from objective import head_share
 from parallel import POWERSGD_RANK
 
@@ -52,6 +53,11 @@ class Setup:
     def tokens(self):
         """Tokens of a micro-step on a rank, those that tp ranks share counted whole."""
         return self.micro_batch_size * self.seq_len
+
+    @property
+    def attends_by_matmuls(self):
+        """Whether attention runs as matmuls, not in torch's kernel."""
+        return self.on_cpu and self.precision == "bf16" and self.seq_len <= BY_MATMULS
 
     @property
     def width(self):

@@ -33,9 +33,7 @@ def memory(cfg, s):
         copies = (2 if s.reshard else cfg.n_layer) * s.width * one_block
         if s.shards > 1:
             copies += s.weight_bytes * (n - blocks)
-            sent = (
-                s.width + 2 * s.gradient_bytes
-            ) * one_block  # as gradients come and as they go, the last block's too
+            sent = (s.width + 2 * s.gradient_bytes) * one_block  # gradients as they come, and go, two blocks' at a time
     elif s.width < s.weight_bytes:
         copies = 2 * cfg.n_layer * block_weights(cfg)
     copies_later = copies if is_sharded or s.recomputed == "none" else copies / cfg.n_layer
@@ -87,17 +85,18 @@ def block_activation_bytes(cfg, s, recomputed="none"):
     """
     d, q, kv, f, w = cfg.n_embd, cfg.n_head * cfg.head_width, cfg.kv_heads * cfg.head_width, cfg.inner_width, s.width
     up = 2 if cfg.mlp == "swiglu" else 1  # matrices
-    by_matmuls = s.on_cpu and s.precision == "bf16" and s.seq_len <= 512  # attend in model.py
     kernel = w * (2 * q + 2 * kv) + 4 * cfg.n_head  # queries, keys, values, what comes out, and sums of softmax
     x = s.residual_bytes * d
     if recomputed == "full":
         return x / s.tp
     if recomputed == "selective":  # what matmuls gave, and the kernel
-        runs_again = by_matmuls or cfg.dropout
+        runs_again = s.attends_by_matmuls or cfg.dropout
         return (x + w * (q + 2 * kv + 2 * d + up * f) + (0 if runs_again else w * q + 4 * cfg.n_head)) / s.tp
     attention = kernel
-    if by_matmuls or (s.on_cpu and cfg.dropout):  # with heads' copies of keys and values, and the weights of attention
-        score = s.width if by_matmuls else 4
+    if s.attends_by_matmuls or (
+        s.on_cpu and cfg.dropout
+    ):  # with heads' copies of keys and values, and the weights of attention
+        score = s.width if s.attends_by_matmuls else 4
         attention = score * (3 * q + cfg.n_head * s.seq_len * (3 if cfg.dropout else 1)) + w * q
     stats = 4 if cfg.norm == "rmsnorm" else 8  # bytes a norm and row
     unfused = 2 if cfg.norm == "rmsnorm" and s.on_cpu else 1  # CPUs keep what is normalised, too

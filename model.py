@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 IGNORE = -100  # a target that takes no part in the loss
+BY_MATMULS = 512  # tokens up to which a CPU in bf16 trains attention by matmuls
 
 # The non-linearity of each kind of MLP. GPT-2's GELU is the tanh approximation, BERT's (and nanoGPT's) the exact one.
 ACTIVATIONS = {
@@ -166,11 +167,11 @@ def attend(q, k, v, mask=None, causal=False, dropout=0.0):
     """softmax(q k' / sqrt(D)) v of q (B, H, T, D) and of k and v (B, H, S, D), or fewer heads, shared by queries'.
 
     mask (B, 1, 1 or T, S) is True where a query may look. torch's kernel, except for training on a CPU in bf16 with
-    sequences up to 512: there it takes, gradients included, 1.7 to 5 times as long as matmuls do (2.13). These round
-    the scores to bf16, which the kernel does not.
+    sequences up to BY_MATMULS: there it takes, gradients included, 1.7 to 5 times as long as matmuls do (2.13). These
+    round the scores to bf16, which the kernel does not.
     """
     (B, H, T, D), S = q.shape, k.shape[2]
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or S > 512 or not torch.is_grad_enabled():
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or S > BY_MATMULS or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=k.shape[1] != H)
     q, k, v = (x[:, :, None].expand(-1, -1, H // x.shape[1], -1, -1).flatten(0, 2) for x in (q, k, v))  # B*H S D
     mask = torch.ones(T, S, dtype=torch.bool).tril() if causal else mask

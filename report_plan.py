@@ -1,9 +1,10 @@
 """A plan's figures for people: in words, in tables, as a picture."""
 
-from config import as_dict
+from config import as_dict, comments
 from memory import flags
 
 
+ASSUMED = ("efficiency", "availability", "fragmentation", "context_gib", "gpu_load", "host_share", "pue")
 PARTS = {  # of a step: what they are called, and what shortens them
     "matmul_s": ("matrix multiplications", "faster GPUs shorten them, more GPUs share them"),
     "attention_s": ("attention", "a shorter --seq_len shortens it"),
@@ -35,11 +36,11 @@ def report(cfg, gpu, setup, f, fitting, rows):
         yield "\n---- the same run, if it did fit\n"
     yield from report_time(cfg, gpu, f)
     yield from report_scaling(cfg, rows)
-    names = ("efficiency", "gpu_load", "host_share", "pue", "availability", "fragmentation", "context_gib")
-    settings = as_dict(cfg)
-    yield "assumed    " + " ".join(f"--{name}={settings[name]:g}" for name in names)
-    yield "           as fitted to published runs (--efficiency=1), of which those of other code were 15 % off in the"
-    yield "           median; evaluations, saves and restarts are in --availability; --help tells all sources"
+    yield "assumed    GPUs by data sheets, rates fitted to published runs, prices of spring 2026 (hardware.py); of other"
+    yield "           code's published runs, step times were off by 15 % in the median (README.md); and, all to be set:"
+    settings, sources = as_dict(cfg), comments(type(cfg))
+    for name in ASSUMED:
+        yield f"           {f'--{name}={settings[name]:g}':<21} {sources[name]}"
 
 
 def report_run(cfg, gpu, f):

@@ -125,19 +125,19 @@ def as_dict(cfg):
 
 def as_preset(cfg):
     """The settings of a script as the text of a preset file that reproduces them."""
-    comments = _comments(type(cfg))
-    return "".join(f"{name} = {value!r}  # {comments[name]}\n" for name, value in as_dict(cfg).items())
+    told = comments(type(cfg))
+    return "".join(f"{name} = {value!r}  # {told[name]}\n" for name, value in as_dict(cfg).items())
 
 
 def help_text(cfg, doc):
     """Every setting of a script with its value and its comment, below the script's docstring."""
     lines = [doc.strip(), "", "Settings, written --name=value or, in a preset file, name = value:"]
-    comments, last = _comments(type(cfg)), None
+    told, last = comments(type(cfg)), None
     for name, (section, _) in settings_of(type(cfg)).items():
         if section != last:
             lines.append(f"\n  {section}")
             last = section
-        lines.append(f"    {f'--{name}={_text(as_dict(cfg)[name])}':<36} {comments[name]}")
+        lines.append(f"    {f'--{name}={_text(as_dict(cfg)[name])}':<36} {told[name]}")
     return "\n".join(lines)
 
 
@@ -301,8 +301,8 @@ def _sections(settings_type):
     return [f for f in dataclasses.fields(settings_type) if dataclasses.is_dataclass(f.type)]
 
 
-def _comments(settings_type):
-    """{name: the comment that ends its line in the class}"""
+def comments(settings_type):
+    """{name: the comment that ends its line in the class} of every setting of a script."""
     found = {}
     for section in _sections(settings_type):
         found.update(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(section.type), re.MULTILINE))

@@ -22,7 +22,7 @@ ARGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_ceilings_are_measured_told_and_make_up_a_step(precision, monkeypatch):
     for name, value in SMALL.items():
         monkeypatch.setattr(ceilings, name, value)

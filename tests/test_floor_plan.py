@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "parallel": {"model", "shard", "guard"},
     "checkpoint": {"model", "optim", "rundir"},
     "hardware": set(),
-    "cost": {"hardware", "objective", "parallel"},
+    "cost": {"hardware", "model", "objective", "parallel"},
     "memory": {"cost", "data", "model", "optim", "parallel"},
     "plan": {"config", "model", "objective", "data", "optim", "parallel", "ceilings", "report_plan"} | COSTS,
     "log": {"config", "objective", "rundir", "parallel"} | COSTS,  # what a run tells: the half of train.py that is not the loop

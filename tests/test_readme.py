@@ -32,7 +32,7 @@ TINY_MODEL = "--n_layer=2 --n_embd=32 --n_head=2 --n_inner=48 --block_size=32 --
 TINY_STEP = f"{TINY_MODEL} --batch_tokens=128 --micro_batch_size=2 --precision=fp32"
 TINY = {
     "train.py": f"{TINY_STEP} --max_steps=3 --eval_tokens=256 --save_interval=2",
-    "bench.py": f"{TINY_STEP} --bench_steps=3 --bench_warmup=1",
+    "bench.py": f"{TINY_STEP} --bench_steps=3 --bench_warmup=1 --picture=false",
     "sample.py": "--max_new_tokens=5 --device=cpu",
     "prepare.py": "--workers=2",
 }
@@ -97,8 +97,8 @@ def needs_gpt2_tokenizer(command):
     return "tokenizer=gpt2" in command or "data/books" in command or ("sample.py" in command and "gpt2" in command)
 
 
-# A minute each: one measures the machine, whatever the model, one plans with what it has measured, one tries settings.
-LONG = ("python bench.py", "--gpu=this", "--sweep")
+# Some a minute: one measures the machine, whatever the model, one plans with what it has measured, one tries settings.
+LONG = ("python bench.py", "--gpu=this", "--sweep", "--profile", "b.json")
 SHOWN = [
     pytest.param(c, marks=pytest.mark.slow) if c == LONG[0] or c.endswith(LONG[1:]) else c
     for c in COMMANDS
