@@ -175,8 +175,7 @@ def measure(cfg, world):
     )
     total = traced if world.device.type == "cpu" else peak["peak_memory_gib"] - memory_before
     figures |= memory_of_fullest(peak | {"total": total}, parts, world)
-    timed_cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch_tokens=figures["tokens"]))
-    figures["predicted"] = predicted(timed_cfg, world, 1e12 * figures["peak_tflops"])
+    figures["predicted"] = predicted(cfg, world, n, 1e12 * figures["peak_tflops"])
     figures["error"] = errors(figures, figures["predicted"])
     if world.is_main:
         report(figures)
@@ -307,8 +306,8 @@ def memory_of_fullest(peak, parts, world):
     return peak | {"memory_gib": parts | {"other": total - sum(parts.values()), "total": total}}
 
 
-def predicted(cfg, world, peak):
-    """What the planner expects: memory_gib in the measured parts, and step_s, tokens_per_s and mfu.
+def predicted(cfg, world, micro_steps, peak):
+    """What the planner expects: memory_gib in the measured parts, and step_s, tokens_per_s and mfu of some micro-steps.
 
     Time by the data sheet of a known GPU, else by what python bench.py has measured of this machine, or not at all.
     """
@@ -317,8 +316,9 @@ def predicted(cfg, world, peak):
     figures = {"memory_gib": parts | {"total": sum(parts.values())}}
     gpu = known_device(device_name(world.device)) or measured_here(cfg.plan.machine, world)
     if gpu is not None:
-        step_s = sum(step_parts(cfg.model, setup, gpu, cfg.plan).values())
-        tokens_per_s = cfg.data.batch_tokens / step_s
+        timed = dataclasses.replace(setup, micro_steps=micro_steps)
+        step_s = sum(step_parts(cfg.model, timed, gpu, cfg.plan).values())
+        tokens_per_s = timed.tokens * micro_steps * world.data_ranks / step_s
         flops = cost.flops_per_token(cfg.model, setup.seq_len, setup.head_share)
         figures |= {"step_s": step_s, "tokens_per_s": tokens_per_s, "mfu": tokens_per_s * flops / peak / world.size}
     return figures

@@ -29,11 +29,10 @@ def memory(cfg, s):
     blocks, n = cfg.n_layer * block_params(cfg) / s.tp, num_params(cfg, padded=True) / s.tp
     one_block, is_sharded = blocks / cfg.n_layer, s.ranks > 1 and (s.strategy == "fsdp" or s.tp > 1)
     weights, copies, sent = s.weight_bytes * n / s.shards, 0, 0
-    if is_sharded:  # the block that computes and the next are gathered, and all else that is not in blocks
-        copies = (2 if s.reshard else cfg.n_layer) * s.width * one_block
-        if s.shards > 1:
-            copies += s.weight_bytes * (n - blocks)
-            sent = (s.width + 2 * s.gradient_bytes) * one_block  # gradients as they come, and go, two blocks' at a time
+    if is_sharded:  # the block that computes and the next are gathered, or all, and all else that is not in blocks
+        copies = (2 if s.reshard and s.shards > 1 else cfg.n_layer) * s.width * one_block
+        copies += s.weight_bytes * (n - blocks)
+        sent = (s.width + 2 * s.gradient_bytes) * one_block  # gradients as they come, and go, two blocks' at a time
     elif s.width < s.weight_bytes:
         copies = 2 * cfg.n_layer * block_weights(cfg)
     copies_later = copies if is_sharded or s.recomputed == "none" else copies / cfg.n_layer

@@ -472,6 +472,17 @@ def sync_gradients(model, last):
         model.set_requires_all_reduce(last)
     elif hasattr(model, "set_requires_gradient_sync"):  # DDP
         model.set_requires_gradient_sync(last)
+        for p in model.parameters():
+            if p.grad is None:  # what is there in the first forward, DDP takes into its buckets
+                p.grad = torch.zeros_like(p)
+
+
+def keeps_gradients(model):
+    """Whether gradients lie in DDP's buckets, and are to be zeroed there: dropped, they would be summed up beside them.
+
+    In all micro-steps but the last, that is, which sends them: as much again as they take.
+    """
+    return hasattr(model, "set_requires_gradient_sync") and not hasattr(model, "set_requires_all_reduce")
 
 
 def reshard(model):

@@ -43,6 +43,7 @@ from parallel import (
     distribute,
     end_process,
     init_world,
+    keeps_gradients,
     reshard,
     seed_step,
     sync_gradients,
@@ -210,7 +211,7 @@ def train_step(model, optimizer, scaler, batches, grad_clip, world, judge=defect
     if not wrong:
         scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=not keeps_gradients(model))
     return loss, grad_norm, wrong
 
 

@@ -110,6 +110,7 @@ def two_ranks(data_dirs):
     cases = {("step", *args): (one_step, *args, args in COUNTED) for args in STEPS}
     cases |= {("eval", name, size): (evaluated, name, data_dirs[name], size) for name, size in EVALUATIONS}
     cases["dropout"] = (dropout_losses,)
+    cases["buckets"] = (places_of_gradients,)
     return dict(zip(cases, on_ranks(2, *cases.values())))
 
 
@@ -155,6 +156,27 @@ def test_two_ranks_give_the_loss_and_gradients_of_one_process(case, two_ranks):
 def test_gradients_are_synchronised_once_a_step(two_ranks):
     """As many collectives in six micro-steps as in one: of targets' number, gradients, and the step's two figures."""
     assert {case: two_ranks["step", *case][0][3] for case in COUNTED} == dict.fromkeys(COUNTED, 3)
+
+
+def places_of_gradients():
+    """The number of allocations that this rank's gradients lie in, before each micro-step of three steps."""
+    seen, ids = [], torch.zeros(2, T, dtype=torch.long)
+    with init_world(ParallelConfig(device="cpu", precision="fp32")) as world:
+        model = Transformer(SMALL)
+        distribute(model, ParallelConfig(), world, seed=1)
+        model.register_forward_pre_hook(
+            lambda *args: seen.append({p.grad.untyped_storage().data_ptr() for p in model.parameters()})
+        )
+        optimizer, scaler = build_optimizer(model, OptimConfig()), torch.amp.GradScaler("cpu", enabled=False)
+        for _ in range(3):
+            train_step(model, optimizer, scaler, [(ids, ids)] * 2, 1.0, world)
+    return [len(places) for places in seen]
+
+
+def test_gradients_of_ddp_lie_in_its_buckets_alone_from_the_first_micro_step_on(two_ranks):
+    """Else micro-steps that send nothing would sum them up beside the buckets: 4 bytes a parameter more."""
+    for places in two_ranks["buckets"]:
+        assert places[1:] == [1] * 5  # of a small model there is one bucket
 
 
 # ---- evaluation
