@@ -93,10 +93,16 @@ def main(cfg):
         compare(*cfg.files)
     elif cfg.sweep.sweep:
         write_json(sweep_settings(cfg), cfg.output.json)
-    elif not cfg.presets and cfg.model == ModelConfig():
+    elif is_of_machine(cfg):
         bench_machine(cfg)
     else:
         bench_training(cfg)
+
+
+def is_of_machine(cfg):
+    """Whether a command names nothing that is trained, nor how."""
+    plain = (ModelConfig(), DataConfig(), OptimConfig(), BenchConfig(picture=cfg.bench.picture))
+    return not cfg.presets and (cfg.model, cfg.data, cfg.optim, cfg.bench) == plain
 
 
 def bench_machine(cfg):
@@ -315,7 +321,12 @@ def predicted(cfg, world, micro_steps, peak):
     parts = {name: n_bytes / 2**30 for name, n_bytes in memory(cfg.model, setup).items()}
     figures = {"memory_gib": parts | {"total": sum(parts.values())}}
     gpu = known_device(device_name(world.device)) or measured_here(cfg.plan.machine, world)
-    if gpu is not None:
+    if gpu is None and world.is_main:
+        print(
+            f"predicted  memory alone: {cfg.plan.machine} is not of this device and torch, {world.size} ranks and "
+            f"{world.precision}, as python bench.py would measure it"
+        )
+    if gpu is not None and (gpu.machine is None or world.tp == 1):
         timed = dataclasses.replace(setup, micro_steps=micro_steps)
         step_s = sum(step_parts(cfg.model, timed, gpu, cfg.plan).values())
         tokens_per_s = timed.tokens * micro_steps * world.data_ranks / step_s

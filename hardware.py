@@ -195,11 +195,12 @@ def collective_s(kind, n_bytes, ranks, ranks_per_node, link_gbs, network_gbs, nv
     between nodes. nvls: the share of links that sums in NVSwitches use, NCCL's nvlsEfficiency: Hopper 0.85, Blackwell
     0.74, others 0. Messages that are small get less bandwidth, as what starts early moves it slowly.
     """
-    local, n_rounds = min(ranks, ranks_per_node), rounds(kind)
-    if ranks % local:
-        raise ValueError(f"ranks {ranks} are not a multiple of ranks_per_node {local}; fill all nodes alike")
+    n_rounds = rounds(kind)
+    local = max(n for n in range(1, min(ranks, ranks_per_node) + 1) if ranks % n == 0)  # as many in each node
     if ranks == 1:
         return 0.0
+    if not link_gbs:
+        raise ValueError("how fast GPUs send to each other is not known; give --gpu_link_gbs")
     nodes, hop = ranks // local, 2 if link_gbs <= PCIE_GBS else 1
     inside, between = LINK_SHARE * link_gbs * 1e3, NETWORK_SHARE * network_gbs * 1e3 * local  # bytes/us; of all NICs
     # A ring passes each node once, its channels through the NICs of all GPUs, so it moves as much there as inside.
@@ -227,11 +228,6 @@ def collective_s(kind, n_bytes, ranks, ranks_per_node, link_gbs, network_gbs, nv
     return (LAUNCH_US + min(times_us)) * 1e-6
 
 
-def bus_bandwidth_gbs(kind, n_bytes, ranks, *where):
-    """What nccl-tests calls busbw, 1e9 bytes/s: what each GPU would send in a ring, by the time; where as above."""
-    return rounds(kind) * (ranks - 1) / ranks * n_bytes / collective_s(kind, n_bytes, ranks, *where) / 1e9
-
-
 # ---- the machine at hand
 
 
@@ -243,7 +239,7 @@ def this(figures):
     return Device(
         "this",
         known.family if known else "ampere",
-        tflops.get("bf16", tflops["fp32"]),
+        tflops[figures["precision"]],
         tflops["fp32"],
         figures["memory_gib"],
         figures["bandwidth_gb_per_s"]["memory copy"][0],
@@ -259,6 +255,11 @@ def measured(path):
     """What python bench.py has written of the machine at hand; ValueError where it has not."""
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            figures = json.load(file)
     except FileNotFoundError:
         raise ValueError(f"gpu is this, and there is no {path}; run python bench.py first, which measures it") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not what python bench.py writes of a machine: {error}") from None
+    if not isinstance(figures, dict) or "ceilings" not in figures:
+        raise ValueError(f"{path} is not what python bench.py writes of a machine; run python bench.py again")
+    return figures

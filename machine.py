@@ -21,7 +21,7 @@ from parallel import device_name, memory_bytes
 # What is measured: (on a CPU, on an accelerator): sizes of matrices, bytes of messages.
 MATMUL_SIZES = (512, 1024, 2048), (2048, 4096, 8192, 16384)
 MESSAGES = (2**16, 2**20, 2**24, 2**26), (2**20, 2**24, 2**28, 2**30)
-LOADER_SECONDS = 0.5  # of one reading
+LOADER_SECONDS = 0.2  # of one reading, which must not reach the end of the file
 COPIED, SHARD_TOKENS, CHECKPOINT_BYTES = 2**29, 2**25, 2**28
 
 
@@ -61,25 +61,31 @@ def driver():
         return None
     import pynvml
 
-    pynvml.nvmlInit()
-    return pynvml.nvmlSystemGetDriverVersion()
+    try:
+        pynvml.nvmlInit()
+        return pynvml.nvmlSystemGetDriverVersion()
+    except pynvml.NVMLError:
+        return None
 
 
 def timed(work, world, seconds=0.15, repeats=None, between=None, at_least=3):
     """[median, least, most] seconds of work(), the first time apart; of so many repeats, or of at_least.
 
-    What is done between two times is not timed.
+    What is done between two times is not timed; without it, a device that is given work ahead gets some at once, so
+    that giving it is not timed, either.
     """
     work()
+    n_calls = 1 if between or world.device.type == "cpu" else 10
     times, end = [], time.perf_counter() + seconds
     while len(times) < (repeats or at_least) or (repeats is None and time.perf_counter() < end):
         if between:
             between()
         world.synchronize()
         start = time.perf_counter()
-        work()
+        for _ in range(n_calls):
+            work()
         world.synchronize()
-        times.append(time.perf_counter() - start)
+        times.append((time.perf_counter() - start) / n_calls)
     return [statistics.median(times), min(times), max(times)]
 
 
@@ -102,7 +108,7 @@ def matmuls(world):
     is_cuda = world.device.type == "cuda"
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     dtypes |= {"tf32": torch.float32, "fp16": torch.float16} if is_cuda else {}
-    if is_cuda and torch.cuda.get_device_capability(world.device) >= (8, 9):
+    if is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(world.device) >= (8, 9):
         dtypes["fp8"] = torch.float8_e4m3fn
     before, found = torch.get_float32_matmul_precision(), {}
     try:
@@ -218,7 +224,6 @@ def table(figures):
         median, least, most = rates
         return f"{median:.3g} ({least:.3g}-{most:.3g})"
 
-    f = figures
     f, rows = figures, []
     memory = f"{f['memory_gib']:.1f} GiB"
     yield f"machine    {f['ranks']} x {f['device']}, {memory}, torch {f['torch']}, {f['threads']} threads"

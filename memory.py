@@ -36,6 +36,7 @@ def memory(cfg, s):
     elif s.width < s.weight_bytes:
         copies = 2 * cfg.n_layer * block_weights(cfg)
     copies_later = copies if is_sharded or s.recomputed == "none" else copies / cfg.n_layer
+    unsent = 4 * n if s.grad_compression == "powersgd" else 0  # which it remembers, for the next steps
     gradients = s.gradient_bytes * n / (s.shards if is_sharded and s.accumulate == "sharded" else 1)
     are_there_before = s.micro_steps > 1 or (s.ranks > 1 and not is_sharded)  # DDP keeps its buckets
     before = gradients if are_there_before else 0
@@ -56,7 +57,7 @@ def memory(cfg, s):
         "optimizer": optimizer_bytes(cfg, s, n),
         "activations": activations,
         "logits": logits,
-        "other": other,
+        "other": other + unsent,
     }
 
 
@@ -189,14 +190,14 @@ def changes_that_save(setup):
     values = (
         [None] + [m for m in range(n - 1, 0, -1) if n % m == 0],
         [None, *recomputed[recomputed.index(setup.recomputed) + 1 :]],
-        [None] + [shards] * (setup.copies > 1),
+        [None] + [shards] * (setup.copies > 1 and setup.grad_compression is None),
     )
     changes = [{name: v for name, v in zip(KINDS, change) if v} for change in itertools.product(*values)]
     return sorted(filter(None, changes), key=len)
 
 
 def with_settings(setup, way):
-    """The Setup after a change of settings, of those that ways_to_fit names."""
+    """The Setup after a change of settings, of those that changes_that_save names."""
     n = way.get("micro_batch_size", setup.micro_batch_size)
     shards = way.get("shard_size", setup.shards)
     return dataclasses.replace(

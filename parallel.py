@@ -164,6 +164,8 @@ class World:
         """Waits until the device has done what it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
     def autocast(self):
         """A context in which matmuls run in the run's precision."""

@@ -29,8 +29,10 @@ class OutputConfig:
     compare: bool = False  # plan.py: a row for each known GPU; bench.py: two of its JSON files side by side
 
     def __post_init__(self):
-        if isinstance(self.json, str) and not os.path.isdir(os.path.dirname(self.json) or "."):
-            raise ValueError(f"json is {self.json}; its folder does not exist: make it first")
+        if isinstance(self.json, str) and (
+            os.path.isdir(self.json) or not os.path.isdir(os.path.dirname(self.json) or ".")
+        ):
+            raise ValueError(f"json is {self.json}; it must name a file in a folder that exists")
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,27 @@ class PlanConfig:
     machine: str = "out/machine.json"  # what python bench.py has measured, for --gpu=this
 
     def __post_init__(self):
-        may_be_0 = ("host_share", "context_gib", "optimizer_bytes", "tp_hidden")
+        may_be_0 = {"host_share", "context_gib", "optimizer_bytes", "tp_hidden"}
         wrong = [
             f"{name} is {value}; it must be above 0"
             for name, value in vars(self).items()
-            if isinstance(value, (int, float)) and value <= 0 and name not in may_be_0
+            if isinstance(value, (int, float)) and value <= 0 and name not in may_be_0 | {"pue", "fragmentation"}
+        ]
+        bounds = {
+            "tp_hidden": (0, 1),
+            "availability": (0, 1),
+            "gpu_load": (0, 1),
+            "pue": (1, 10),
+            "fragmentation": (1, 10),
+        }
+        wrong += [
+            f"{name} is {getattr(self, name)}; it must be from {least} to {most}"
+            for name, (least, most) in bounds.items()
+            if not least <= getattr(self, name) <= most
         ]
         wrong += [
             f"{name} is {getattr(self, name)}; it must not be negative"
-            for name in may_be_0
+            for name in may_be_0 - bounds.keys()
             if (getattr(self, name) or 0) < 0
         ]
         if self.gpu == "other":
@@ -100,16 +114,20 @@ def main(cfg):
     available = figures["memory_gib"]["available"] * 2**30 / cfg.plan.fragmentation
     figures["largest_micro_batch_size"] = largest_micro_batch(cfg.model, setup, available)
     fitting = [] if figures["fits"] else to_fit(cfg, gpu, setup)
+    figures["to_fit"] = [after | {"change": flags(change)} for change, _, after in fitting]
     chosen = fitting[0][1] if fitting else setup
     rows = scaling(cfg, gpu, chosen)
     if cfg.output.compare:
-        figures["devices"] = compare(cfg)
+        figures["devices"] = compare(cfg, gpu)
         lines = report_compared(cfg, figures["devices"])
     else:
         lines = report(cfg, gpu, setup, figures, fitting, rows)
     print(*lines, sep="\n")
     if importlib.util.find_spec("matplotlib"):
-        draw(cfg, rows)
+        try:
+            draw(cfg, rows)
+        except OSError as error:
+            raise ValueError(f"plan.png cannot be written here: {error}; go to another folder") from None
         print("picture    plan.png")
     else:
         print("matplotlib is not installed, so there is no plan.png")
@@ -143,18 +161,19 @@ def resolve(cfg):
     return cfg
 
 
-def gpu_of(plan, name=None):
-    """The GPU of a plan, or that of a name, with what the settings give by hand."""
-    if (name or plan.gpu) == "this":
+def gpu_of(plan):
+    """The GPU of a plan, with what the settings give by hand."""
+    if plan.gpu == "this":
         gpu = hardware.this(hardware.measured(plan.machine))
     else:
-        gpu = hardware.DEVICES.get(name or plan.gpu) or hardware.Device("other", "hopper", 0, 0, 0, 0, link_gbs=31)
+        gpu = hardware.DEVICES.get(plan.gpu) or hardware.Device("other", "hopper", 0, 0, 0, 0)
     by_hand = {
-        "tflops": plan.gpu_tflops, "fp32_tflops": plan.gpu_tflops, "memory_gib": plan.gpu_memory_gib,
-        "memory_gbs": plan.gpu_memory_gbs,
+        "tflops": plan.gpu_tflops, "memory_gib": plan.gpu_memory_gib, "memory_gbs": plan.gpu_memory_gbs,
         "link_gbs": plan.gpu_link_gbs, "network_gbs": plan.network_gbs, "watts": plan.gpu_watts,
         "price": plan.gpu_price,
     }  # fmt: skip
+    if gpu.name == "other":
+        by_hand |= {"fp32_tflops": plan.gpu_tflops, "link_gbs": plan.gpu_link_gbs or hardware.PCIE_GBS / 2}
     return dataclasses.replace(gpu, **{name: value for name, value in by_hand.items() if value is not None})
 
 
@@ -210,6 +229,7 @@ def predict(cfg, gpu, s):
         "tokens_per_s_per_gpu": tokens_per_s / s.ranks,
         "mfu": tokens_per_s * flops / peak,
         "mfu_causal": tokens_per_s * causal / peak,
+        "sent_gb_per_step": sum(cost.bytes_sent(m, s, p.gpus_per_node).values()) / 1e9,
         "days": hours / 24,
         "gpu_hours": hours * s.ranks,
         "kwh": kwh,
@@ -226,7 +246,10 @@ def step_parts(m, s, gpu, p):
             f"precision is {s.precision}, and {p.machine} of {gpu.machine['precision']}; "
             f"run python bench.py --precision={s.precision}, which measures it"
         )
+    if s.tp > 1:
+        raise ValueError(f"tp is {s.tp}, and what is measured of this machine does not tell its cost; name a --gpu")
     parts = ceilings.step_seconds(m, s, gpu.machine)
+    parts["optimizer_s"] /= s.shards
     waited = cost.waited_seconds(m, s, gpu, p.gpus_per_node, sum(parts.values()) / s.micro_steps) if s.ranks > 1 else 0
     return {name: seconds / p.efficiency for name, seconds in parts.items()} | {"communication_s": waited}
 
@@ -266,12 +289,14 @@ def scaling(cfg, gpu, setup):
 
     The same batch is taken in the largest micro-batches up to the Setup's, as far as it can be divided.
     """
+    most = gpu.machine["ranks"] if gpu.machine and not gpu.link_gbs else 16_384  # without links none can be priced
+    counts = {setup.ranks} | {setup.tp * 2**k for k in range(15)}
+    is_whole = setup.strategy == "fsdp" and setup.copies == 1 and cfg.parallel.shard_size is None
     rows = []
-    for n_gpus in (setup.tp * 2**k for k in range(15)):
+    for n_gpus in sorted(n for n in counts if n <= most):
         data_ranks = n_gpus // setup.tp
-        is_whole = setup.strategy == "fsdp" and cfg.parallel.shard_size is None
-        shards = data_ranks if is_whole else min(setup.shards, data_ranks)
-        if data_ranks % shards or n_gpus > 16_384:
+        shards = data_ranks if is_whole and cfg.parallel.strategy == "fsdp" else min(setup.shards, data_ranks)
+        if data_ranks % shards:
             continue
         grown = dataclasses.replace(setup, copies=data_ranks // shards, shards=shards)
         sequences, rest = divmod(cfg.data.batch_tokens // setup.seq_len, data_ranks)
@@ -284,11 +309,15 @@ def scaling(cfg, gpu, setup):
     return rows
 
 
-def compare(cfg):
-    """Predictions for each known GPU, with the fastest change that makes it fit: those that fit first, by days."""
+def compare(cfg, asked):
+    """Predictions for each known GPU and for the one asked for, those that fit first, by days.
+
+    Each with the fastest change that makes it fit, if it does not without.
+    """
     rows = []
-    for name in hardware.DEVICES:
-        gpu = gpu_of(cfg.plan, name)
+    for gpu in (hardware.DEVICES | {asked.name: asked}).values():
+        if cfg.plan.network_gbs:
+            gpu = dataclasses.replace(gpu, network_gbs=cfg.plan.network_gbs)
         one = cfg
         if not gpu.has_bf16 and cfg.parallel.precision == "bf16":
             one = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, precision="fp16"))

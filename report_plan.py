@@ -26,7 +26,7 @@ def report(cfg, gpu, setup, f, fitting, rows):
     if fitting:
         yield "to fit     one of these would do, in the order of time; the first is planned below:"
         for change, _, after in fitting:
-            yield f"           {flags(change):<64} {after['memory_gib']['reserved']:5.1f} GiB  {_of_run(after)}"
+            yield f"           {flags(change):<68} {after['memory_gib']['reserved']:5.1f} GiB  {_of_run(after)}"
         change, setup, f = fitting[0]
         yield f"\n---- the same run with {flags(change)}\n"
         yield from report_layout(cfg, gpu, setup)
@@ -36,8 +36,8 @@ def report(cfg, gpu, setup, f, fitting, rows):
         yield "\n---- the same run, if it did fit\n"
     yield from report_time(cfg, gpu, f)
     yield from report_scaling(cfg, rows)
-    yield "assumed    GPUs by data sheets, rates fitted to published runs, prices of spring 2026 (hardware.py); of other"
-    yield "           code's published runs, step times were off by 15 % in the median (README.md); and, all to be set:"
+    yield "assumed    GPUs by data sheets, rates fitted to published runs, prices of spring 2026 (hardware.py); step times"
+    yield "           of other code's published runs were off by 15 % in the median (README.md); and, all to be set:"
     settings, sources = as_dict(cfg), comments(type(cfg))
     for name in ASSUMED:
         yield f"           {f'--{name}={settings[name]:g}':<21} {sources[name]}"
@@ -59,7 +59,13 @@ def report_run(cfg, gpu, f):
         f"GPUs       {f['n_gpus']} x {gpu.name}, {min(cfg.plan.gpus_per_node, f['n_gpus'])} a node; each "
         f"{gpu.tflops:,.4g} TFLOP/s, {gpu.memory_gib:,.4g} GiB at {gpu.memory_gbs:,.4g} GB/s, {watts}{price}"
     )
-    yield f"           and sends {gpu.link_gbs:g} GB/s to its node, {gpu.network_gbs:g} GB/s beyond, one way"
+    if gpu.machine:
+        yield f"           which is {gpu.machine['device']}, as python bench.py measured it"
+    if f["n_gpus"] > 1:
+        yield (
+            f"           and sends {f['sent_gb_per_step']:.3g} GB a step, at up to {gpu.link_gbs:g} GB/s in its node, "
+            f"{gpu.network_gbs:g} GB/s beyond"
+        )
 
 
 def report_layout(cfg, gpu, s):
@@ -79,10 +85,14 @@ def report_memory(cfg, gpu, f):
     need, p = f["memory_gib"], cfg.plan
     for name in ("weights", "gradients", "optimizer", "activations", "logits", "other"):
         start = "memory" if name == "weights" else ""
-        yield f"{start:<10} {name:<12}{need[name]:7.2f} GiB  {'#' * round(40 * need[name] / need['total'])}".rstrip()
+        yield f"{start:<10} {name:<12}{need[name]:9.2f} GiB  {'#' * round(40 * need[name] / need['total'])}".rstrip()
+    if not need["gradients"]:
+        yield "           at the peak, in the loss of the only micro-step, there are no gradients yet"
     verdict = "FITS" if f["fits"] else "DOES NOT FIT"
     reserved = f"{need['total']:.1f} x {p.fragmentation:g} for fragmentation = {need['reserved']:.1f} GiB a GPU"
-    there = f"{need['available']:.1f} ({gpu.usable_memory_gib:.1f} less {p.context_gib:g} of driver and NCCL)"
+    there = f"{need['available']:.1f}"
+    if gpu.device_type == "cuda":
+        there += f" ({gpu.usable_memory_gib:.1f} less {p.context_gib:g} of driver and NCCL)"
     yield f"           {reserved}, of {there}: {verdict}"
 
 
@@ -136,13 +146,13 @@ def _dividing(f):
 def report_compared(cfg, rows):
     """A row for each GPU."""
     yield f"{cfg.plan.n_gpus} of each: those that the run fits first, by days"
-    yield f"{'GPU':<10}  fits {'GiB of':>8}{'':>6}  {'step':>8}{'mfu':>7}{'time':>12}{'cost':>12}{'kWh':>11}  with"
+    yield f"{'GPU':<10}  fits {'GiB of':>8}{'':>6}  {'step':>8}{'mfu':>7}{'time':>14}{'cost':>12}{'kWh':>11}  with"
     for row in rows:
         need = row["memory_gib"]
         kwh = "-" if row["kwh"] is None else f"{row['kwh']:,.0f}"
         yield (
             f"{row['gpu']:<10}  {_yes(row['fits']):<4} {need['reserved']:8.1f}{need['available']:6.0f}  "
-            f"{_seconds(row['step_s']):>8}{row['mfu']:7.1%}{_days(row['days']):>12}{_money(row['cost']):>12}{kwh:>11}  "
+            f"{_seconds(row['step_s']):>8}{row['mfu']:7.1%}{_days(row['days']):>14}{_money(row['cost']):>12}{kwh:>11}  "
             f"{row['change']}"
         )
     yield "memory is reserved, of what a GPU has; costs are of prices that move (--gpu_price); - is not known"

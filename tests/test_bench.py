@@ -38,7 +38,7 @@ SMALL = [
 ]  # fmt: skip
 
 
-GPT = SMALL[:8]
+GPT = SMALL[:7] + ["--batch_tokens=21"]
 MASKED = ["config/quickstart_bert.py", "--n_inner=33", "--head_dim=6", "--mask_prob=0.3"]
 
 
@@ -91,6 +91,16 @@ def test_ranks_that_share_layers_share_their_tokens_too(args, data_ranks, tmp_pa
     held = cost.num_params(ModelConfig(vocab_size=64, block_size=11, n_layer=3, n_head=2, n_embd=20)) * 4 / 2**30
     assert f["memory_gib"]["weights"] == f["memory_gib"]["gradients"] < held * 1.001
     assert (f["memory_gib"]["weights"] < 0.9 * held) == (data_ranks == 1)  # tp halves most of it
+
+
+@pytest.mark.parametrize("args", [
+    ["--strategy=ddp"], ["--strategy=fsdp"], ["--strategy=fsdp", "--accumulate=whole", "--reshard=false"],
+], ids=" ".join)  # fmt: skip
+def test_memory_of_ranks_that_share_the_work_is_what_was_predicted(args, tmp_path):
+    sizes = ["--vocab_size=640", "--n_head=4", "--n_embd=128", "--n_layer=6", "--seq_len=64", "--block_size=64"]
+    batch = ["--micro_batch_size=8", "--batch_tokens=2048", "--precision=bf16"]
+    on_ranks(2, (benched_on_ranks, str(tmp_path), [*sizes, *batch, *args]))
+    assert abs(json.loads((tmp_path / "b.json").read_text())["error"]["memory_gib.total"]) < 0.1
 
 
 def test_steps_too_long_to_time_whole_are_timed_in_part_and_say_so(tmp_path, capsys):
@@ -326,7 +336,7 @@ def test_bare_json_is_one_object_on_the_last_line_behind_the_picture(small_machi
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["tokens"] == 63 and figures["time_share"].keys() == set(meters.PHASES)
     assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(ValueError, match="its folder does not exist"):
+    with pytest.raises(ValueError, match="must name a file in a folder that exists"):
         config.load(bench.Settings, [f"--json={tmp_path}/no/b.json"])
 
 
@@ -348,6 +358,14 @@ def test_the_machine_is_measured_for_the_planner_and_for_predictions_beside_what
     assert 0 < f["step_s"] == pytest.approx(sum(ceilings.step_seconds(cfg.model, setup, figures).values()))
     with pytest.raises(ValueError, match="run python bench.py --precision=bf16, which measures it"):
         plan.predict(cfg, gpu, dataclasses.replace(setup, precision="bf16"))
+    for args in ([], ["--compare"]):
+        plan.main(config.load(plan.Settings, [*GPT, "--gpu=this", "--precision=fp32", *args]))
+        assert "this" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="give --gpu_link_gbs"):
+        plan.main(config.load(plan.Settings, [*GPT, "--batch_tokens=42", "--gpu=this", "--n_gpus=2"]))
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ValueError, match="bad.json is not what python bench.py writes"):
+        plan.main(config.load(plan.Settings, [*GPT, "--gpu=this", "--machine=bad.json"]))
 
     f = benched(tmp_path, "--batch_tokens=21000", "--bench_seconds=0.001")
     told, error = f["predicted"], f["error"]

@@ -127,7 +127,7 @@ PRESETS = (
 
 @pytest.mark.slow
 def test_steps_take_the_predicted_time_and_memory(tmp_path, monkeypatch):
-    """From what python bench.py measures alone. Goals are 20 % and 10 %, on a machine that is otherwise idle."""
+    """From what python bench.py measures alone, on a machine that is otherwise idle."""
     monkeypatch.chdir(tmp_path)
     bench.main(config.load(bench.Settings, ["--device=cpu"]))
     for preset in PRESETS:
@@ -135,4 +135,4 @@ def test_steps_take_the_predicted_time_and_memory(tmp_path, monkeypatch):
         bench.main(config.load(bench.Settings, args))
         error = json.loads((tmp_path / "b.json").read_text())["error"]
         print(f"{preset[0]:<30} step {error['step_s']:+.1%} memory {error['memory_gib.total']:+.1%}")
-        assert abs(error["step_s"]) < 0.35 and abs(error["memory_gib.total"]) < 0.1
+        assert abs(error["step_s"]) < 0.2 and abs(error["memory_gib.total"]) < 0.1

@@ -150,6 +150,43 @@ def test_compared_gpus_are_all_that_are_known_those_that_fit_first_by_days(run):
     assert all(f"\n{name} " in out for name in hardware.DEVICES)
 
 
+def test_a_gpu_given_by_hand_is_compared_with_the_known_ones_as_they_are(run):
+    by_hand = ["--gpu=other", "--gpu_tflops=100", "--gpu_memory_gib=24", "--gpu_memory_gbs=1000"]
+    known, with_other = (
+        json.loads(run("config/gpt2_124m.py", "--compare", "--json", *args).splitlines()[-1])["devices"]
+        for args in ([], by_hand)
+    )
+    assert len(with_other) == len(known) + 1
+    by_name = {row["gpu"]: row["step_s"] for row in with_other}
+    assert all(by_name[row["gpu"]] == row["step_s"] for row in known) and by_name["other"] > by_name["h100-sxm"]
+
+
+@pytest.mark.parametrize("args", [
+    ["--n_gpus=12", "--batch_tokens=589824", "--micro_batch_size=4"], ["--n_gpus=6", "--gpus_per_node=4",
+     "--batch_tokens=589824", "--micro_batch_size=8"], ["--n_gpus=8", "--strategy=fsdp", "--shard_size=4"],
+    ["--n_gpus=16", "--tp=4", "--gpus_per_node=2"], ["--n_gpus=8", "--grad_compression=powersgd"],
+], ids=" ".join)  # fmt: skip
+def test_the_number_of_gpus_asked_for_is_among_those_of_the_table(args, run):
+    out = run("config/gpt2_124m.py", *args)
+    [line] = [line for line in out.splitlines() if line.endswith("  <")]
+    assert line.split()[0] == args[0].partition("=")[2]
+
+
+@pytest.mark.parametrize("args", [[], ["--grad_compression=bf16"], ["--strategy=fsdp", "--shard_size=2"], ["--tp=2"]])
+def test_changes_that_are_recommended_can_be_made_and_fit(args):
+    args = ["config/gpt2_774m.py", "--gpu=rtx4090", "--n_gpus=4", "--micro_batch_size=32", *args]
+    ways = plan.to_fit(*planned(*args))
+    assert not figures(*args)["fits"] and ways
+    for change, _, after in ways:
+        again = figures(*args, *flags(change).split())
+        assert again["fits"] and again["step_s"] == pytest.approx(after["step_s"])
+
+
+def test_figures_of_what_does_not_fit_come_with_those_of_what_would(run):
+    f = json.loads(run("config/gpt2_1558m.py", "--gpu=a100-40", "--n_gpus=4", "--json").splitlines()[-1])
+    assert not f["fits"] and f["to_fit"][0]["change"] == "--micro_batch_size=2" and f["to_fit"][0]["fits"]
+
+
 def test_where_twice_as_many_gpus_pay_no_longer_is_told():
     rows = [({"n_gpus": n, "tokens_per_s": speed}, None) for n, speed in ((8, 100), (16, 190), (32, 280), (64, 300))]
     assert report_plan.stops_paying(rows)[0] == 16
@@ -171,7 +208,13 @@ def test_unknown_gpu_is_given_by_hand():
     (["--n_gpus=3"], "batch_tokens 524288 is not a multiple"),
     (["--n_gpus=6", "--tp=4"], "6 processes are not a multiple of tp 4"),
     (["--gpu=this", "--machine=none.json"], "there is no none.json; run python bench.py first"),
-    (["--pue=0"], "pue is 0.0; it must be above 0"),
+    (["--pue=0"], "pue is 0.0; it must be from 1 to 10"),
+    (["--availability=2"], "availability is 2.0; it must be from 0 to 1"),
+    (["--availability=0"], "availability is 0.0; it must be above 0"),
+    (["--tp_hidden=2"], "tp_hidden is 2.0; it must be from 0 to 1"),
+    (["--json=/tmp"], "json is /tmp; it must name a file in a folder that exists"),
+    (["--json=no/such.json"], "json is no/such.json; it must name a file in a folder that exists"),
+    (["--gpu=this", "--machine=/tmp"], "/tmp is not what python bench.py writes of a machine"),
     (["--host_share=-1"], "host_share is -1.0; it must not be negative"),
     (["--seq_len=4096"], "seq_len 4096 is above block_size 1024"),
     (["--vocab_size=none", "--data_dir=nowhere"], "or give --vocab_size"),

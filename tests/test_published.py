@@ -10,6 +10,7 @@ import cost
 import memory
 from fit_rates import (
     FITTED,
+    OUTLIERS,
     PUBLISHED,
     best_efficiency,
     fitted,
@@ -25,11 +26,6 @@ from fit_rates import (
 from hardware import EAGER
 
 ROWS = read_published()
-# KF11 fills 128 of 141 GiB and is slower than KF10, the same model on four times as many GPUs. Of NVIDIA's BERT, BE3
-# and BE7 count padding, half of Wikipedia's 512 (arXiv 2107.02027), that is faster than their 128 without it could be.
-OUTLIERS = {"KF11", "BE3", "BE7"}
-
-
 def all_rows():
     with open(PUBLISHED, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -46,6 +42,7 @@ def test_parameters_are_those_of_every_row_of_llm_foundry():
 @pytest.mark.parametrize("gpu", ["h100-sxm", "a100-80", "a100-40"])
 def test_model_sizes_that_the_fit_has_not_seen_are_predicted(gpu):
     errors = abs(left_out_errors(of_group(ROWS, "llm-foundry", gpus=[gpu])))
+    print(f"{gpu}, sizes left out: median {np.median(errors):.1%}, 90th percentile {np.quantile(errors, 0.9):.1%}")
     assert np.median(errors) < 0.08 and np.quantile(errors, 0.9) < 0.15
 
 
