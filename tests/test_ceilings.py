@@ -119,20 +119,32 @@ def test_overhead_is_that_of_the_nearer_kind_of_block():
 PRESETS = (
     ["config/quickstart.py", "--vocab_size=4096"], ["config/quickstart_bert.py", "--vocab_size=4096"],
     ["config/shakespeare_char.py", "--vocab_size=256"],
-    ["config/gpt2_124m.py", "--micro_batch_size=4", "--batch_tokens=4096"],
-    ["config/bert_base.py", "--batch_tokens=4096"],
-    ["config/modern_124m.py", "--micro_batch_size=4", "--batch_tokens=4096"],
+    ["config/gpt2_124m.py", "--micro_batch_size=1", "--batch_tokens=1024"],
+    ["config/bert_base.py", "--micro_batch_size=8", "--batch_tokens=1024"],
+    ["config/modern_124m.py", "--micro_batch_size=1", "--batch_tokens=1024"],
 )  # fmt: skip
+
+
+def errors_of_predictions(folder):
+    """{preset: (of a step's time, of its memory)}, from what python bench.py measures alone."""
+    bench.main(config.load(bench.Settings, ["--device=cpu", "--picture=false"]))
+    found = {}
+    for preset in PRESETS:
+        args = [*preset, "--device=cpu", "--json=b.json", "--bench_seconds=4", "--picture=false"]
+        bench.main(config.load(bench.Settings, args))
+        error = json.loads((folder / "b.json").read_text())["error"]
+        found[preset[0]] = error["step_s"], error["memory_gib.total"]
+    return found
 
 
 @pytest.mark.slow
 def test_steps_take_the_predicted_time_and_memory(tmp_path, monkeypatch):
-    """From what python bench.py measures alone, on a machine that is otherwise idle."""
+    """On a machine that is otherwise idle: so it is given three chances to be."""
     monkeypatch.chdir(tmp_path)
-    bench.main(config.load(bench.Settings, ["--device=cpu"]))
-    for preset in PRESETS:
-        args = [*preset, "--device=cpu", "--json=b.json", "--bench_seconds=8", "--picture=false"]
-        bench.main(config.load(bench.Settings, args))
-        error = json.loads((tmp_path / "b.json").read_text())["error"]
-        print(f"{preset[0]:<30} step {error['step_s']:+.1%} memory {error['memory_gib.total']:+.1%}")
-        assert abs(error["step_s"]) < 0.2 and abs(error["memory_gib.total"]) < 0.1
+    for _ in range(3):
+        found = errors_of_predictions(tmp_path)
+        print({preset: f"step {step:+.1%} memory {memory:+.1%}" for preset, (step, memory) in found.items()})
+        assert all(abs(memory) < 0.1 for _, memory in found.values())
+        if all(abs(step) < 0.2 for step, _ in found.values()):
+            return
+    raise AssertionError(found)
