@@ -97,8 +97,8 @@ def needs_gpt2_tokenizer(command):
     return "tokenizer=gpt2" in command or "data/books" in command or ("sample.py" in command and "gpt2" in command)
 
 
-# Some a minute: one measures the machine, whatever the model, one plans with what it has measured, one tries settings.
-LONG = ("python bench.py", "--gpu=this", "--sweep", "--profile", "b.json")
+# A minute each: one measures the machine, whatever the model, one plans with what it has measured, one tries settings.
+LONG = ("python bench.py", "--gpu=this", "--sweep")
 SHOWN = [
     pytest.param(c, marks=pytest.mark.slow) if c == LONG[0] or c.endswith(LONG[1:]) else c
     for c in COMMANDS
