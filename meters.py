@@ -15,7 +15,7 @@ from torch.autograd import DeviceType
 
 from health import defect
 from optim import local
-from parallel import World
+from parallel import World, keeps_gradients
 
 
 # The first word of what train.py tells a world, and what of a step then begins.
@@ -168,11 +168,9 @@ def memory_parts(run_step, model, optimizer, world, recomputed):
     found["weights"] = n_bytes(model.parameters())
     found["optimizer"] = n_bytes(v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
     found |= kept_by_forward(events, world.device)
-    is_whole = not hasattr(model, "set_requires_all_reduce")  # not FSDP
-    held = found["weights"] + found["optimizer"]
-    if world.size > 1 and is_whole:  # DDP keeps its buckets from step to step
-        held += found["gradients"]
-    if is_whole and world.precision != "fp32" and recomputed == "none" and "activations" in found:
+    held = found["weights"] + found["optimizer"] + (found["gradients"] if keeps_gradients(model) else 0)
+    is_sharded = hasattr(model, "set_requires_all_reduce")  # FSDP gathers weights in the precision of matmuls
+    if not is_sharded and world.precision != "fp32" and recomputed == "none" and "activations" in found:
         cast = sum(2 * p.numel() for p in model.blocks.parameters() if p.dim() == 2)
         found["weights"] += cast
         found["activations"] -= cast

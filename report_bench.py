@@ -13,9 +13,7 @@ GIB = 2**30
 
 
 def errors(figures, prediction):
-    """{figure: predicted over measured, minus 1}, flat; None without a prediction."""
-    if prediction is None:
-        return None
+    """{figure: predicted over measured, minus 1}, flat."""
     measured = flat({name: figures[name] for name in ("tokens_per_s", "mfu", "memory_gib")})
     measured["step_s"] = figures["step_ms"] / 1e3
     expected = flat(prediction)
@@ -83,18 +81,16 @@ def report_utilization(f):
 
 
 def report_table(f):
-    """Prints the parts of memory, and, where there is a prediction, it and its error beside what was measured."""
-    expected, error = flat(f["predicted"] or {}), f["error"] or {}
-    rows = [(f"  {part}", f"memory_gib.{part}", gib, ".3f") for part, gib in f["memory_gib"].items()]
-    if expected:
-        rows = [
-            ("step, s", "step_s", f["step_ms"] / 1e3, ",.3f"),
-            ("tokens/s", "tokens_per_s", f["tokens_per_s"], ",.0f"),
-            ("mfu", "mfu", f["mfu"], ".2%"),
-            ("memory, GiB", None, None, ""),
-            *rows,
-        ]
-    print(f"\n{'' if expected else 'GiB':<16}{'measured':>12}{'predicted':>12}{'error':>9}"[: None if expected else 29])
+    """Prints step time and the parts of memory as measured, as predicted, and the error of the prediction."""
+    expected, error = flat(f["predicted"]), f["error"]
+    rows = [
+        ("step, s", "step_s", f["step_ms"] / 1e3, ",.3f"),
+        ("tokens/s", "tokens_per_s", f["tokens_per_s"], ",.0f"),
+        ("mfu", "mfu", f["mfu"], ".2%"),
+        ("memory, GiB", None, None, ""),
+        *((f"  {part}", f"memory_gib.{part}", gib, ".3f") for part, gib in f["memory_gib"].items()),
+    ]
+    print(f"\n{'':<16}{'measured':>12}{'predicted':>12}{'error':>9}")
     for label, name, value, form in rows:
         told = [format(v, form) if v is not None else "" for v in (value, expected.get(name))]
         off = f"{error[name]:+.1%}" if name in error else ""

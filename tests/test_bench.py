@@ -94,9 +94,9 @@ def test_ranks_that_share_layers_share_their_tokens_too(args, data_ranks, tmp_pa
 
 
 @pytest.mark.parametrize("args", [
-    ["--strategy=fsdp"], pytest.param(["--strategy=ddp"], marks=pytest.mark.slow),
-    pytest.param(["--strategy=fsdp", "--accumulate=whole", "--reshard=false"], marks=pytest.mark.slow),
+    ["--strategy=ddp"], ["--strategy=fsdp"], ["--strategy=fsdp", "--accumulate=whole", "--reshard=false"],
 ], ids=" ".join)  # fmt: skip
+@pytest.mark.slow
 def test_memory_of_ranks_that_share_the_work_is_what_was_predicted(args, tmp_path):
     sizes = ["--vocab_size=640", "--n_head=4", "--n_embd=128", "--n_layer=6", "--seq_len=64", "--block_size=64"]
     batch = ["--micro_batch_size=8", "--batch_tokens=2048", "--precision=bf16"]

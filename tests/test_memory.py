@@ -131,7 +131,7 @@ RUNS = {
 }  # fmt: skip
 
 
-OFTEN = ("2 micro-steps", "full", "modern", "masked", "muon")
+OFTEN = ("2 micro-steps", "full", "modern", "masked")
 
 
 @pytest.mark.parametrize("run", [pytest.param(r, marks=[] if r in OFTEN else pytest.mark.slow) for r in RUNS])
