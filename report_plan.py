@@ -56,7 +56,7 @@ def report_run(cfg, gpu, f):
     price = "price unknown, give --gpu_price" if gpu.price is None else f"${gpu.price:.2f} an hour, power included"
     watts = "" if gpu.watts is None else f"{gpu.watts:g} W, "
     yield (
-        f"GPUs       {f['n_gpus']} x {gpu.name}, {min(cfg.plan.gpus_per_node, f['n_gpus'])} a node; each "
+        f"GPUs       {f['n_gpus']} x {gpu.name}, up to {cfg.plan.gpus_per_node} a node; each "
         f"{gpu.tflops:,.4g} TFLOP/s, {gpu.memory_gib:,.4g} GiB at {gpu.memory_gbs:,.4g} GB/s, {watts}{price}"
     )
     if gpu.machine:
@@ -75,7 +75,8 @@ def report_layout(cfg, gpu, s):
         f"{s.seq_len} tokens; {s.copies} copies of the model x {s.shards} shards x {s.tp} tensor parallel"
     )
     yield (
-        f"           matmuls in {s.precision}, weights kept in {'float32' if s.weight_bytes == 4 else 'fewer bytes'}; "
+        f"           matmuls in {s.precision}; weights kept in {8 * s.weight_bytes:g} bits"
+        f"{f', with copies in {s.precision}' if s.width < s.weight_bytes else ''}; "
         f"{'compiled' if s.compiled else 'eager'}; activation_checkpointing {s.recomputed}; {s.optimizer}"
     )
 
