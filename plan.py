@@ -2,6 +2,9 @@
 
 python plan.py config/gpt2_124m.py --gpu=h100-sxm --n_gpus=8 --max_tokens=10e9
 python plan.py config/gpt2_1558m.py --n_gpus=64 --strategy=fsdp --compare
+
+GPUs: v100 t4 rtx3090 rtx4090 rtx5090 a10 a10g a100-40 a100-80 l4 l40s h100-pcie h100-sxm h200 b200 gb200 mi250x mi300x,
+this (the machine at hand), other (given by hand).
 """
 
 import dataclasses

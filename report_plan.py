@@ -36,8 +36,8 @@ def report(cfg, gpu, setup, f, fitting, rows):
         yield "\n---- the same run, if it did fit\n"
     yield from report_time(cfg, gpu, f)
     yield from report_scaling(cfg, rows)
-    yield "assumed    GPUs by data sheets, rates fitted to published runs, prices of spring 2026 (hardware.py); step times"
-    yield "           of other code's published runs were off by 15 % in the median (README.md); and, all to be set:"
+    yield "assumed    GPUs by data sheets, rates fitted to published runs, prices of spring 2026 (hardware.py); step"
+    yield "           times of other code's published runs were off by 15 % in the median (README.md); and, to be set:"
     settings, sources = as_dict(cfg), comments(type(cfg))
     for name in ASSUMED:
         yield f"           {f'--{name}={settings[name]:g}':<21} {sources[name]}"

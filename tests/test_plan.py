@@ -193,6 +193,10 @@ def test_where_twice_as_many_gpus_pay_no_longer_is_told():
     assert report_plan.stops_paying(rows[:2])[0] is None
 
 
+def test_help_names_every_gpu():
+    assert set(plan.__doc__.replace(",", " ").split()) >= hardware.DEVICES.keys() | {"this", "other"}
+
+
 def test_unknown_gpu_is_given_by_hand():
     by_hand = ["--gpu=other", "--gpu_tflops=989", "--gpu_memory_gib=80", "--gpu_memory_gbs=3350", "--gpu_link_gbs=450",
                "--network_gbs=50"]  # fmt: skip
