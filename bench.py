@@ -22,7 +22,7 @@ import machine
 import meters
 from ceilings import ceilings_table, measure_ceilings
 from config import only, run_script
-from data import DataConfig, Loader, Split, TrainOrder, accumulation_steps
+from data import DataConfig, Loader, Split, TrainOrder, accumulation_steps, seq_len_of
 from hardware import known_device, measured, measured_matmul_flops, peak_flops, this
 from health import defect
 from memory import explaining_out_of_memory, memory, setup_here
@@ -42,7 +42,7 @@ from parallel import (
 from plan import OutputConfig, PlanConfig, step_parts, write_json
 from report_bench import compare, draw, draw_memory, errors, print_operators, report
 from sweep import SweepConfig, sweep
-from train import build, model_of, prepare_command, seq_len_of, train_step, windows_for
+from train import build, model_of, prepare_command, train_step, windows_for
 
 
 @dataclass(frozen=True)

@@ -267,10 +267,8 @@ def step_seconds(cfg, s, gpu, gpus_per_node=8, efficiency=1.0, rates=None):
     # Ten published rows of compiled code with tensor parallelism are no faster than eager ones.
     rates = rates or rates_of(gpu, s.compiled and s.tp == 1)
     matmuls, attention, n_bytes = work(cfg, s)
-    peak, bandwidth = (
-        efficiency * gpu.peak_tflops(s.precision) * gpu.sustained * 1e12,
-        efficiency * gpu.memory_gbs * 1e9,
-    )
+    peak = efficiency * gpu.peak_tflops(s.precision) * gpu.sustained * 1e12
+    bandwidth = efficiency * gpu.memory_gbs * 1e9
     parts = matmuls / peak / rates.matmul, attention / peak / rates.attention, n_bytes / bandwidth / rates.memory
     return {
         "matmul_s": s.micro_steps * parts[0],

@@ -41,6 +41,14 @@ class DataConfig:
             raise ValueError("\n".join(wrong))
 
 
+def seq_len_of(cfg):
+    """Tokens of a training sequence: seq_len, or block_size where it is none."""
+    seq_len, block_size = cfg.data.seq_len, cfg.model.block_size
+    if seq_len is not None and seq_len > block_size:
+        raise ValueError(f"seq_len {seq_len} is above block_size {block_size}; lower it, or raise block_size")
+    return seq_len or block_size
+
+
 def accumulation_steps(cfg, seq_len, ranks):
     """Micro-steps of an optimizer step: batch_tokens over what all ranks hold at once."""
     at_once = cfg.micro_batch_size * seq_len * ranks

@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class Device:
-    """A device by its data sheet, units as above; what is None is not known."""
+    """A device by its data sheet; what is None is not known."""
 
     name: str
     family: str
@@ -53,9 +53,8 @@ DEVICES = {
         Device("t4", "turing", 65, 8.1, 16, 320, 16, 6.25, 70, 0.59),
         Device("rtx3090", "ampere", 71, 35.6, 24, 936, 31, 3.1, 350, 0.39),
         Device("rtx4090", "ada", 165.2, 82.6, 24, 1008, 31, 3.1, 450, 0.60),
-        Device(
-            "rtx5090", "ada", 209.5, 104.8, 32, 1792, 63, 3.1, 575, 1.22
-        ),  # its matmuls are the 4090's, not a B200's
+        # Its matmuls are the 4090's, not a B200's.
+        Device("rtx5090", "ada", 209.5, 104.8, 32, 1792, 63, 3.1, 575, 1.22),
         # Its 150 W do not carry the sheet's 125 TFLOP/s; llm-analysis has 70.
         Device("a10", "ampere", 125, 31.2, 24, 600, 31, 6.25, 150, 0.86, sustained=0.56),
         Device("a10g", "ampere", 70, 31.2, 24, 600, 31, 3.1, 300),
@@ -68,9 +67,8 @@ DEVICES = {
         Device("h200", "hopper", 989, 67, 141, 4800, 450, 50, 700, 6.35),
         Device("b200", "blackwell", 2250, 80, 180, 8000, 900, 50, 1000, 10.57),
         Device("gb200", "blackwell", 2500, 80, 186, 8000, 900, 50, 1200),
-        Device(
-            "mi250x", "cdna2", 191.5, 24, 64, 1640, 175, 25, 250
-        ),  # one of a card's two dies, as torch counts devices
+        # One of a card's two dies, as torch counts devices.
+        Device("mi250x", "cdna2", 191.5, 24, 64, 1640, 175, 25, 250),
         Device("mi300x", "cdna3", 1307, 163.4, 192, 5300, 448, 50, 750),
     )
 }

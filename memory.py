@@ -93,9 +93,8 @@ def block_activation_bytes(cfg, s, recomputed="none"):
         runs_again = s.attends_by_matmuls or cfg.dropout
         return (x + w * (q + 2 * kv + 2 * d + up * f) + (0 if runs_again else w * q + 4 * cfg.n_head)) / s.tp
     attention = kernel
-    if s.attends_by_matmuls or (
-        s.on_cpu and cfg.dropout
-    ):  # with heads' copies of keys and values, and the weights of attention
+    # By matmuls, or in torch's way round its kernel: with heads' copies of keys and values, and attention's weights.
+    if s.attends_by_matmuls or (s.on_cpu and cfg.dropout):
         score = s.width if s.attends_by_matmuls else 4
         attention = score * (3 * q + cfg.n_head * s.seq_len * (3 if cfg.dropout else 1)) + w * q
     stats = 4 if cfg.norm == "rmsnorm" else 8  # bytes a norm and row
@@ -196,10 +195,10 @@ def changes_that_save(setup):
     return sorted(filter(None, changes), key=len)
 
 
-def with_settings(setup, way):
+def with_settings(setup, change):
     """The Setup after a change of settings, of those that changes_that_save names."""
-    n = way.get("micro_batch_size", setup.micro_batch_size)
-    shards = way.get("shard_size", setup.shards)
+    n = change.get("micro_batch_size", setup.micro_batch_size)
+    shards = change.get("shard_size", setup.shards)
     return dataclasses.replace(
         setup,
         micro_batch_size=n,
@@ -207,13 +206,14 @@ def with_settings(setup, way):
         shards=shards,
         copies=setup.copies * setup.shards // shards,
         strategy="fsdp" if shards > 1 else setup.strategy,
-        recomputed=way.get("activation_checkpointing", setup.recomputed),
+        recomputed=change.get("activation_checkpointing", setup.recomputed),
     )
 
 
-def flags(way):
+def flags(change):
     """A change of settings as a command line has it."""
-    return " ".join(f"--{name}={value}" for name, value in way.items()) + " --strategy=fsdp" * ("shard_size" in way)
+    named = [f"--{name}={value}" for name, value in change.items()]
+    return " ".join(named + ["--strategy=fsdp"] * ("shard_size" in change))
 
 
 def setup_here(cfg, world):

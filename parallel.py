@@ -474,8 +474,8 @@ def sync_gradients(model, last):
         model.set_requires_all_reduce(last)
     elif hasattr(model, "set_requires_gradient_sync"):  # DDP
         model.set_requires_gradient_sync(last)
-        for p in model.parameters():
-            if p.grad is None:  # what is there in the first forward, DDP takes into its buckets
+        if next(model.parameters()).grad is None:  # what is there in the first forward, DDP takes into its buckets
+            for p in model.parameters():
                 p.grad = torch.zeros_like(p)
 
 

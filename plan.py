@@ -17,7 +17,7 @@ import ceilings
 import cost
 import hardware
 from config import run_script
-from data import DataConfig, accumulation_steps, vocab_size_of
+from data import DataConfig, accumulation_steps, seq_len_of, vocab_size_of
 from memory import changes_that_save, flags, memory, with_settings
 from model import ModelConfig
 from objective import ObjectiveConfig
@@ -128,7 +128,7 @@ def main(cfg):
     print(*lines, sep="\n")
     if importlib.util.find_spec("matplotlib"):
         try:
-            draw(cfg, rows)
+            draw(rows)
         except OSError as error:
             raise ValueError(f"plan.png cannot be written here: {error}; go to another folder") from None
         print("picture    plan.png")
@@ -148,9 +148,7 @@ def write_json(figures, where):
 
 def resolve(cfg):
     """The settings with what they leave open filled in: the GPUs' number, the data's vocabulary, seq_len."""
-    seq_len = cfg.data.seq_len or cfg.model.block_size
-    if seq_len > cfg.model.block_size:
-        raise ValueError(f"seq_len {seq_len} is above block_size {cfg.model.block_size}; lower it, or raise block_size")
+    seq_len = seq_len_of(cfg)
     command = f"python prepare.py {' '.join(cfg.presets)}, or give --vocab_size"
     vocab_size = cfg.model.vocab_size or vocab_size_of(cfg.data.data_dir, command)
     n_gpus = cfg.plan.n_gpus or (hardware.measured(cfg.plan.machine)["ranks"] if cfg.plan.gpu == "this" else 8)

@@ -5,6 +5,7 @@ from memory import flags
 
 
 ASSUMED = ("efficiency", "availability", "fragmentation", "context_gib", "gpu_load", "host_share", "pue")
+MEMORY = ("weights", "gradients", "optimizer", "activations", "logits", "other")  # what it is for
 PARTS = {  # of a step: what they are called, and what shortens them
     "matmul_s": ("matrix multiplications", "faster GPUs shorten them, more GPUs share them"),
     "attention_s": ("attention", "a shorter --seq_len shortens it"),
@@ -84,7 +85,7 @@ def report_layout(cfg, gpu, s):
 def report_memory(cfg, gpu, f):
     """Memory by what it is for."""
     need, p = f["memory_gib"], cfg.plan
-    for name in ("weights", "gradients", "optimizer", "activations", "logits", "other"):
+    for name in MEMORY:
         start = "memory" if name == "weights" else ""
         yield f"{start:<10} {name:<12}{need[name]:9.2f} GiB  {'#' * round(40 * need[name] / need['total'])}".rstrip()
     if not need["gradients"]:
@@ -196,7 +197,7 @@ def stops_paying(rows):
     return found
 
 
-def draw(cfg, rows):
+def draw(rows):
     """Draws plan.png: memory per GPU, by what it is for, and days, against the number of GPUs."""
     from matplotlib.figure import Figure
 
@@ -204,7 +205,7 @@ def draw(cfg, rows):
     memory_axes, time_axes = figure.subplots(1, 2)
     same = [same for same, _ in rows if same]
     bottom, labels = [0.0] * len(same), [f"{row['n_gpus']:,}" for row in same]
-    for name in ("weights", "gradients", "optimizer", "activations", "logits", "other"):
+    for name in MEMORY:
         heights = [row["memory_gib"][name] for row in same]
         memory_axes.bar(labels, heights, bottom=bottom, label=name)
         bottom = [a + b for a, b in zip(bottom, heights)]
@@ -213,9 +214,8 @@ def draw(cfg, rows):
     counts, days = [row["n_gpus"] for row in same], [row["days"] for row in same]
     time_axes.plot(counts, [days[0] * counts[0] / n for n in counts], ":", color="gray", label="if GPUs never waited")
     time_axes.plot(counts, days, marker="o", label="the same batch")
-    # The same tokens, in larger batches.
-    grown = [row["tokens"] / row["tokens_per_s"] / 86400 / cfg.plan.availability for _, row in rows]
-    time_axes.plot([row["n_gpus"] for _, row in rows], grown, marker=".", label="a batch that grows")
+    grown = [(row["n_gpus"], row["days"]) for _, row in rows]
+    time_axes.plot(*zip(*grown), marker=".", label="a batch that grows")
     time_axes.set(xlabel="GPUs", ylabel="days", title=f"time of {same[0]['tokens'] / 1e9:,.4g} billion tokens")
     time_axes.set(xscale="log", yscale="log")
     for axis in (time_axes.xaxis, time_axes.yaxis):

@@ -29,7 +29,17 @@ from checkpoint import (
     step_of,
 )
 from config import as_dict, as_preset, preset_value, run_script
-from data import DataConfig, Loader, Split, TrainOrder, accumulation_steps, eval_batches, read_meta, vocab_size_of
+from data import (
+    DataConfig,
+    Loader,
+    Split,
+    TrainOrder,
+    accumulation_steps,
+    eval_batches,
+    read_meta,
+    seq_len_of,
+    vocab_size_of,
+)
 from guard import CrashReports, StopRequests
 from health import HealthConfig, defect, first_bad_tensor
 from log import Log
@@ -291,14 +301,6 @@ def model_of(cfg):
     """The model's settings, with the data's vocabulary where vocab_size is none."""
     vocab_size = cfg.model.vocab_size or vocab_size_of(cfg.data.data_dir, prepare_command(cfg))
     return dataclasses.replace(cfg.model, vocab_size=vocab_size)
-
-
-def seq_len_of(cfg):
-    """Tokens of a training sequence: seq_len, or block_size where it is none."""
-    seq_len, block_size = cfg.data.seq_len, cfg.model.block_size
-    if seq_len is not None and seq_len > block_size:
-        raise ValueError(f"seq_len {seq_len} is above block_size {block_size}; lower it, or raise block_size")
-    return seq_len or block_size
 
 
 def windows_for(cfg, seed):
