@@ -21,6 +21,7 @@ import cost
 import machine
 import meters
 from ceilings import ceilings_table, measure_ceilings
+from checkpoint import RunConfig
 from config import only, run_script
 from data import DataConfig, Loader, Split, TrainOrder, accumulation_steps, seq_len_of
 from hardware import known_device, measured, measured_matmul_flops, peak_flops, this
@@ -42,7 +43,7 @@ from parallel import (
 from plan import OutputConfig, PlanConfig, step_parts, write_json
 from report_bench import compare, draw, draw_memory, errors, print_operators, report
 from sweep import SweepConfig, sweep
-from train import build, model_of, prepare_command, train_step, windows_for
+from train import build, filled_in, prepare_command, train_step, windows_for
 
 
 @dataclass(frozen=True)
@@ -77,15 +78,18 @@ class Settings:
     data: DataConfig
     optim: OptimConfig
     parallel: ParallelConfig
+    run: RunConfig = only("init_from")  # whose shape is measured, with random weights
     presets: tuple = ()
     files: tuple = ()
+    given: frozenset = dataclasses.field(default=frozenset(), compare=False)
 
     def __post_init__(self):
         if self.output.compare and len(self.files) != 2:
             raise ValueError(f"compare takes two files, not {len(self.files)}: bench.py --compare A.json B.json")
         if self.files and not self.output.compare:
             raise ValueError(f"{' '.join(self.files)}: files of figures are read by --compare alone")
-        seq_len_of(self)  # raises where it does not fit the model
+        if not self.run.init_from:  # whose block_size may be another
+            seq_len_of(self)  # raises where it does not fit the model
 
 
 def main(cfg):
@@ -101,8 +105,8 @@ def main(cfg):
 
 def is_of_machine(cfg):
     """Whether a command names nothing that is trained, nor how."""
-    plain = (ModelConfig(), DataConfig(), OptimConfig(), BenchConfig(picture=cfg.bench.picture))
-    return not cfg.presets and (cfg.model, cfg.data, cfg.optim, cfg.bench) == plain
+    plain = (ModelConfig(), DataConfig(), OptimConfig(), BenchConfig(picture=cfg.bench.picture), RunConfig())
+    return not cfg.presets and (cfg.model, cfg.data, cfg.optim, cfg.bench, cfg.run) == plain
 
 
 def bench_machine(cfg):
@@ -126,9 +130,9 @@ def sweep_settings(cfg):
     """The figures of sweep.py."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("sweep starts processes itself, one after the other, for one device: run it without torchrun")
-    accumulation_steps(cfg.data, seq_len_of(cfg), 1)  # raises where micro_batch_size does not fit
-    filled_in = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, seq_len=seq_len_of(cfg)))
-    return sweep(filled_in, cfg, compiled_by_default=pick_device(cfg.parallel.device).type == "cuda")
+    given, cfg = cfg, filled_in(cfg)
+    accumulation_steps(cfg.data, cfg.data.seq_len, 1)  # raises where micro_batch_size does not fit
+    return sweep(cfg, given, compiled_by_default=pick_device(cfg.parallel.device).type == "cuda")
 
 
 # ---- a benchmark of training
@@ -137,8 +141,7 @@ def sweep_settings(cfg):
 def bench_training(cfg):
     """Measures training, and prints, draws and writes the figures."""
     with init_world(cfg.parallel) as world:
-        seq_len = seq_len_of(cfg)
-        cfg = dataclasses.replace(cfg, model=model_of(cfg), data=dataclasses.replace(cfg.data, seq_len=seq_len))
+        cfg = filled_in(cfg)
         with explaining_out_of_memory(cfg, world):
             figures = measure(cfg, world)
         if world.is_main:

@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from model import ModelConfig, Transformer
+from model import ModelConfig
 from optim import local
 from rundir import sha256
 
@@ -33,7 +33,7 @@ class RunConfig:
     out_dir: str | None = None  # folder of the run; none: out/ and the last preset's name
     seed: int = 1337  # of initial weights, order of the data, and dropout
     resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest checkpoint in out_dir; never: refuse to
-    init_from: str | None = None  # folder of a run whose weights to start from
+    init_from: str | None = None  # weights to start from: a run's folder, or a Hugging Face model's folder or name
     save_interval: int | None = 1000  # steps between checkpoints, the last step is always saved; none: no checkpoints
     keep_checkpoints: int = 3  # newest checkpoints kept, beside the best by validation loss
     keep_every: int | None = None  # checkpoints of steps that this divides are kept for good
@@ -286,7 +286,7 @@ def load_checkpoint(path, model, optimizer=None):
     import torch.distributed.checkpoint as dcp
 
     manifest = read_manifest(path)
-    wanted, found = asdict(model.cfg), asdict(_model_config(path, manifest))
+    wanted, found = asdict(model.cfg), asdict(config_of_checkpoint(path, manifest))
     differing = [
         f"{name} {found[name]} there, {wanted[name]} here"
         for name in sorted(wanted.keys() - {"dropout", "label_smoothing"})  # which have no weights
@@ -299,19 +299,17 @@ def load_checkpoint(path, model, optimizer=None):
     return manifest
 
 
-def load_model(run_dir, device):
-    """The model of a run's newest checkpoint, ready to evaluate, and the checkpoint's manifest."""
-    path = newest_checkpoint(run_dir)
-    manifest = read_manifest(path)
-    with torch.device("meta"):
-        model = Transformer(_model_config(path, manifest))
-    model.to_empty(device=device)
-    model.tie_weights()
-    load_checkpoint(path, model)
-    return model.eval(), manifest
+def read_tensor(path, name, shape):
+    """A tensor of a checkpoint's model, whole, on the CPU."""
+    import torch.distributed.checkpoint as dcp
+
+    _quieten()
+    tensor = torch.empty(shape)
+    dcp.load({f"model.{name}": tensor}, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
+    return tensor
 
 
-def _model_config(path, manifest):
+def config_of_checkpoint(path, manifest):
     """The settings of a checkpoint's model; those that are younger than it have their defaults."""
     if unknown := manifest["model"].keys() - {field.name for field in fields(ModelConfig)}:
         raise ValueError(

@@ -45,6 +45,8 @@ class ModelConfig:
     qk_norm: bool = False  # normalise queries and keys, head by head
     position: Literal["learned", "rope"] = "learned"  # a table of positions, or rotations of queries and keys
     rope_theta: float = 10_000.0  # base of rope's wavelengths
+    rope_scale: float = 1.0  # rope's waves too long for rope_context are this much longer, as in Llama 3.1; 1: none are
+    rope_context: int = 8192  # tokens that a model with rope_scale could hold before
     n_token_types: int | None = None  # token types, of which BERT has 2; none: no table of them
     bias: bool = True  # biases in linear layers and norms
     dropout: float = 0.0  # after the embedding, in attention and after each residual branch
@@ -73,8 +75,11 @@ class ModelConfig:
             )
         if self.norm_eps < 0:
             wrong.append(f"norm_eps is {self.norm_eps}; it must not be negative")
-        if self.rope_theta <= 0:
-            wrong.append(f"rope_theta is {self.rope_theta}; it must be above 0")
+        wrong += [
+            f"{name} is {getattr(self, name)}; it must be above 0"
+            for name in ("rope_theta", "rope_scale", "rope_context")
+            if getattr(self, name) <= 0
+        ]
         wrong += [
             f"{name} is {getattr(self, name)}; it must be at least 0 and below 1"
             for name in ("dropout", "label_smoothing")
@@ -148,9 +153,16 @@ class Linear(nn.Linear):
         return super().forward(x)
 
 
-def rope_table(positions, head_dim, theta):
-    """Cosines and sines (T, D) that turn heads at positions (T,), in the signs that rotate wants; arXiv 2104.09864."""
+def rope_table(positions, head_dim, theta, scale=1.0, context=8192):
+    """Cosines and sines (T, D) that turn heads at positions (T,), in the signs that rotate wants; arXiv 2104.09864.
+
+    With a scale, frequencies that turn less than once in a context are divided by it, those that turn 4 times and more
+    are left, and those between are in between: Llama 3.1's way to longer contexts (arXiv 2407.21783).
+    """
     frequencies = theta ** -(torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
+    if scale != 1:
+        left = ((context * frequencies / (2 * math.pi) - 1) / 3).clamp(0, 1)
+        frequencies = frequencies * (left + (1 - left) / scale)
     angles = positions[:, None] * frequencies  # T D/2
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
@@ -300,18 +312,18 @@ class Transformer(nn.Module):
         count_correct, without gradients, returns beside the loss the number of targets that are the likeliest
         token.
         """
-        T, start = ids.shape[1], 0 if cache is None else cache.length
-        if start + T > self.cfg.block_size:
-            raise ValueError(
-                f"{start + T} tokens do not fit into block_size {self.cfg.block_size}; shorten the sequence"
-            )
+        cfg, T, start = self.cfg, ids.shape[1], 0 if cache is None else cache.length
+        if start + T > cfg.block_size:
+            raise ValueError(f"{start + T} tokens do not fit into block_size {cfg.block_size}; shorten the sequence")
         assert start == 0 or T == 1, f"{T} tokens behind a cache of {start}: after the prompt they come one at a time"
         place, mask = torch.arange(start, start + T, device=ids.device), None
         x = self.embed(ids, place, token_types)  # B T C
-        rope = rope_table(place, self.cfg.head_width, self.cfg.rope_theta) if self.wpe is None else None
+        rope = None
+        if self.wpe is None:
+            rope = rope_table(place, cfg.head_width, cfg.rope_theta, cfg.rope_scale, cfg.rope_context)
         if attention_mask is not None:
             mask = attention_mask.bool()[:, None, None, :]  # B 1 1 T
-            mask = mask & (place <= place[:, None]) if self.cfg.objective == "clm" else mask
+            mask = mask & (place <= place[:, None]) if cfg.objective == "clm" else mask
         for i, block in enumerate(self.blocks):
             x = block(x, rope, mask, None if cache is None else cache.layers[i])
         if positions is not None:
@@ -320,14 +332,14 @@ class Transformer(nn.Module):
             x = x[:, -1:]
         x = self.transform(self.norm_f(x))
         if targets is None:
-            return self.head(x)[..., : self.cfg.vocab_size]
+            return self.head(x)[..., : cfg.vocab_size]
         return self.cross_entropy(
             x.flatten(0, 1),
             self.head.weight,
             targets.flatten(),
-            self.cfg.vocab_size,
+            cfg.vocab_size,
             self.head.bias,
-            self.cfg.label_smoothing if self.training else 0.0,
+            cfg.label_smoothing if self.training else 0.0,
             count_correct,
         )
 
@@ -376,7 +388,7 @@ class Transformer(nn.Module):
 
 
 class Cache:
-    """Keys and values of the tokens so far, for generation: one preallocated tensor of block_size tokens a layer."""
+    """Keys and values of the tokens so far, for generation: one preallocated tensor a layer."""
 
     class Layer:
         def __init__(self, shape, **kind):
@@ -391,8 +403,9 @@ class Cache:
             self.length = end
             return self.k[:, :, :end], self.v[:, :, :end]
 
-    def __init__(self, cfg, batch_size, device, dtype):
-        shape = (batch_size, cfg.kv_heads, cfg.block_size, cfg.head_width)
+    def __init__(self, cfg, batch_size, device, dtype, n_tokens=None):
+        """n_tokens: that it can hold; none: block_size."""
+        shape = (batch_size, cfg.kv_heads, n_tokens or cfg.block_size, cfg.head_width)
         self.layers = [Cache.Layer(shape, device=device, dtype=dtype) for _ in range(cfg.n_layer)]
 
     @property

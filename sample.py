@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import RunConfig, load_model
+from checkpoint import RunConfig
 from config import only, run_script
 from model import Cache
 from objective import special_id
 from parallel import ParallelConfig, pick_device, pick_precision
-from rundir import tokenizer_of
+from pretrained import load_model, place_of
 from tokenizer import load_tokenizer
 
 
@@ -57,22 +57,17 @@ class Settings:
 
 
 def main(cfg):
-    run_dir = cfg.run.init_from or cfg.run.out_dir or (f"out/{Path(cfg.presets[-1]).stem}" if cfg.presets else None)
-    if run_dir is None:
-        raise ValueError("out_dir is none; name the folder of a trained run, as in --out_dir=out/quickstart")
     device = pick_device(cfg.parallel.device)
-    model, manifest = load_model(run_dir, device)
+    model, source = load_model(place_of(cfg), device)
     dtype = generation_dtype(cfg.parallel.precision, device, model.num_params())
     model.to(dtype)  # not autocast, which would cast each weight anew for each token
-    tokenizer = load_tokenizer(tokenizer_of(run_dir))
-    print(
-        f"{run_dir}, step {manifest['step']}, {model.num_params():,} parameters on {device} in {dtype}", file=sys.stderr
-    )
+    tokenizer = load_tokenizer(source.tokenizer)
+    print(f"{source.name}, {model.num_params():,} parameters on {device} in {dtype}", file=sys.stderr)
 
     if tokenizer.vocab_size > model.cfg.vocab_size:
         raise ValueError(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model a vocab_size of "
-            f"{model.cfg.vocab_size}; name the tokenizer of its data in {run_dir}/meta.json"
+            f"{model.cfg.vocab_size}; name the tokenizer of its data in {source.folder}/meta.json"
         )
 
     prompt = read_prompt(cfg.sample.prompt)
@@ -160,7 +155,8 @@ def generate(model, ids, cfg, seed, vocab_size):
     """
     block_size = model.cfg.block_size
     generator = torch.Generator(ids.device).manual_seed(seed)
-    cache = Cache(model.cfg, len(ids), ids.device, model.wte.weight.dtype)
+    n_tokens = min(block_size, ids.shape[1] + cfg.max_new_tokens)
+    cache = Cache(model.cfg, len(ids), ids.device, model.wte.weight.dtype, n_tokens)
     unread, recent = ids, ids
     for _ in range(cfg.max_new_tokens):
         if cache.length + unread.shape[1] > block_size:

@@ -58,6 +58,7 @@ from parallel import (
     seed_step,
     sync_gradients,
 )
+from pretrained import keep_carried, load_weights, open_model, starting_config
 from rundir import check_shared, locked, writing_to
 
 
@@ -98,9 +99,11 @@ class Settings:
     health: HealthConfig
     train: TrainConfig
     presets: tuple = ()
+    given: frozenset = dataclasses.field(default=frozenset(), compare=False)
 
     def __post_init__(self):
-        seq_len_of(self)  # raises where it does not fit the model
+        if not self.run.init_from:  # whose block_size may be another
+            seq_len_of(self)  # raises where it does not fit the model
 
 
 @dataclass
@@ -285,20 +288,24 @@ def say_finished(cfg, state, world):
 
 
 def resolve(cfg):
-    """The settings with what they leave open filled in: the data's vocabulary, seq_len, out_dir."""
+    """The settings with what they leave open filled in: out_dir, the model's, seq_len."""
     if cfg.run.save_interval and importlib.util.find_spec("safetensors") is None:
         raise ValueError("checkpoints need safetensors: pip install safetensors, or --save_interval=none to go without")
     out_dir = cfg.run.out_dir or f"out/{Path(cfg.presets[-1]).stem if cfg.presets else 'run'}"
-    return dataclasses.replace(
-        cfg,
-        model=model_of(cfg),
-        data=dataclasses.replace(cfg.data, seq_len=seq_len_of(cfg)),
-        run=dataclasses.replace(cfg.run, out_dir=out_dir),
-    )
+    return filled_in(dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, out_dir=out_dir)))
+
+
+def filled_in(cfg):
+    """The settings with those of the model and seq_len that they leave open filled in."""
+    cfg = dataclasses.replace(cfg, model=model_of(cfg))
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, seq_len=seq_len_of(cfg)))
 
 
 def model_of(cfg):
-    """The model's settings, with the data's vocabulary where vocab_size is none."""
+    """The model's settings: those of the weights that it starts from, or its own with the data's vocabulary."""
+    if cfg.run.init_from:
+        has_begun = cfg.run.out_dir and checkpoints(cfg.run.out_dir)
+        return starting_config(cfg.run.out_dir if has_begun else cfg.run.init_from, cfg.model, cfg.given)
     vocab_size = cfg.model.vocab_size or vocab_size_of(cfg.data.data_dir, prepare_command(cfg))
     return dataclasses.replace(cfg.model, vocab_size=vocab_size)
 
@@ -324,7 +331,7 @@ def resume_or_init(cfg, settings, model, optimizer, scaler, world):
     found = world.gather(checkpoints(cfg.run.out_dir))[0]  # rank 0's, as a network's disk may show others less
     if not found:
         if cfg.run.init_from:
-            load_checkpoint(newest_checkpoint(cfg.run.init_from, world), model)
+            start_from(cfg.run, model, world)
         return State(), []
     if cfg.run.resume == "never":
         raise ValueError(
@@ -335,6 +342,16 @@ def resume_or_init(cfg, settings, model, optimizer, scaler, world):
     fixed |= {"seq_len", "seed", "optimizer", "data_fingerprint"}
     changes = changed_settings(read_manifest(newest)["settings"], settings, fixed)
     return restore(newest, cfg, model, optimizer, scaler, world), changes
+
+
+def start_from(cfg, model, world):
+    """Takes the weights that a run is to start from."""
+    source = open_model(cfg.init_from, world)
+    load_weights(source, model)
+    if world.is_main:
+        with writing_to(cfg.out_dir):
+            keep_carried(source, cfg.out_dir)
+        print(f"weights    of {source.name}")
 
 
 def restore(path, cfg, model, optimizer, scaler, world):

@@ -9,6 +9,7 @@ a field's line is its help text. A script composes the classes it needs and read
         run: RunConfig = only("out_dir", "seed")  # of RunConfig, just these are settings of this script
         presets: tuple = ()  # filled with the preset files of the command
         files: tuple = ()  # where a script has it, with the .json files of the command
+        given: frozenset = ...  # likewise, with the names that presets or the command line set
 
 A preset is a Python file of plain assignments, run in a namespace of its own. Wrong values in combination are found by
 the classes themselves: __post_init__ raises a ValueError, a line for each mistake.
@@ -54,8 +55,8 @@ def load(settings_type, argv):
     """
     owners = settings_of(settings_type)
     words = [arg for arg in argv if not arg.startswith("--")]
-    takes_files = "files" in {field.name for field in dataclasses.fields(settings_type)}
-    files = [word for word in words if takes_files and word.endswith(".json")]
+    names = {field.name for field in dataclasses.fields(settings_type)}
+    files = [word for word in words if "files" in names and word.endswith(".json")]
     presets = [word for word in words if word not in files]
     values, failed, errors = {}, set(), []
     for path in presets:
@@ -91,8 +92,8 @@ def load(settings_type, argv):
             errors.append(str(error))
     if sections.keys() == {section.name for section in _sections(settings_type)}:
         try:
-            others = {"files": tuple(files)} if takes_files else {}
-            cfg = settings_type(**sections, presets=tuple(presets), **others)
+            others = {"presets": tuple(presets), "files": tuple(files), "given": frozenset(values)}
+            cfg = settings_type(**sections, **{name: others[name] for name in others.keys() & names})
         except ValueError as error:  # of settings of several classes together
             errors.append(str(error))
     if errors:

@@ -12,12 +12,13 @@ import torch
 import checkpoint
 import rundir
 from checkpoint import (
-    RunConfig, Saver, changed_settings, checkpoints, load_checkpoint, load_model, newest_checkpoint, read_manifest,
+    RunConfig, Saver, changed_settings, checkpoints, load_checkpoint, newest_checkpoint, read_manifest,
     remove_old_checkpoints,
 )  # fmt: skip
 from model import ModelConfig, Transformer
 from optim import OptimConfig, build_optimizer
 from parallel import World
+from pretrained import load_model
 from rundir import tokenizer_of
 
 SMALL = ModelConfig(vocab_size=37, block_size=11, n_layer=3, n_head=5, n_embd=20)
@@ -79,8 +80,8 @@ def test_loading_gives_back_every_bit(optimizer, tied, tmp_path):
 
 def test_load_model_needs_no_settings_and_is_ready_to_evaluate(saved):
     run_dir, model, _ = saved
-    loaded, manifest = load_model(run_dir, "cpu")
-    assert loaded.cfg == SMALL and not loaded.training and manifest["step"] == 7
+    loaded, source = load_model(run_dir, "cpu")
+    assert loaded.cfg == SMALL and not loaded.training and source.manifest["step"] == 7
     assert same(loaded.state_dict(), model.state_dict())
     assert loaded.head.weight is loaded.wte.weight
 

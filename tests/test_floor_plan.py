@@ -10,7 +10,7 @@ from conftest import ROOT
 
 LIBRARIES = {"model", "tokenizer", "corpus", "data", "objective", "optim", "config"}
 COSTS = {"hardware", "cost", "memory"}
-BELOW_SCRIPTS = LIBRARIES | COSTS | {"rundir", "guard", "health", "parallel", "checkpoint", "plan"}
+BELOW_SCRIPTS = LIBRARIES | COSTS | {"rundir", "guard", "health", "parallel", "checkpoint", "pretrained", "plan"}
 MAY_IMPORT = {
     "model": set(),
     "tokenizer": set(),
@@ -24,6 +24,9 @@ MAY_IMPORT = {
     "health": {"optim"},  # to look at a sharded tensor's own part
     "parallel": {"model", "shard", "guard"},
     "checkpoint": {"model", "optim", "rundir"},
+    "families": {"model"},  # what others call what is ours
+    "hub": {"families", "model"},
+    "pretrained": {"checkpoint", "hub", "model", "rundir", "shard"},
     "hardware": set(),
     "cost": {"hardware", "model", "objective", "parallel"},
     "memory": {"cost", "data", "model", "optim", "parallel"},
@@ -31,7 +34,7 @@ MAY_IMPORT = {
     "log": {"config", "objective", "rundir", "parallel"} | COSTS,  # what a run tells: the half of train.py that is not the loop
     "prepare": {"config", "corpus", "tokenizer", "data"},
     "train": BELOW_SCRIPTS | {"log"},
-    "sample": {"config", "model", "tokenizer", "objective", "rundir", "parallel", "checkpoint"},
+    "sample": {"config", "model", "tokenizer", "objective", "pretrained", "parallel", "checkpoint"},
     "machine": {"data", "objective", "parallel", "hardware"},  # what this machine does, whatever is trained on it
     "ceilings": {"machine", "model", "optim", "parallel"},  # what a step's parts take on this machine
     "meters": {"health", "optim", "parallel"},  # what of a step goes where
@@ -40,7 +43,7 @@ MAY_IMPORT = {
     "sweep": {"config"},  # starts bench.py as a person would
     # A benchmark must time the code that trains.
     "bench": BELOW_SCRIPTS | {"train", "machine", "ceilings", "meters", "report_bench", "sweep"},
-    "convert": {"config", "model", "tokenizer", "checkpoint"},
+    "convert": {"config", "families", "pretrained", "checkpoint", "tokenizer"},
 }
 FILES = sorted(ROOT.glob("*.py"))
 PRESETS = sorted((ROOT / "config").glob("[!_]*.py"))

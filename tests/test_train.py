@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 import config
 import cost
 import train
-from checkpoint import checkpoints, load_checkpoint, load_model, newest_checkpoint, read_manifest
+from checkpoint import checkpoints, load_checkpoint, newest_checkpoint, read_manifest
 from data import Split, TrainOrder
 from model import ModelConfig, Transformer
 from optim import OptimConfig, build_optimizer, lr_at
 from objective import IGNORE, Masked
 from parallel import World
+from pretrained import load_model
 from ranks import (
     SMALL, copy_run, launch, logged, on_ranks, records, run, settings, without_matplotlib, write_data,
 )  # fmt: skip
@@ -370,8 +371,8 @@ def test_a_change_of_micro_batch_changes_no_loss(micro_batch_size, data_dir, fou
 
 def test_after_a_change_of_batch_size_the_next_sequences_follow(data_dir, four, tmp_path, no_curves):
     out_dir = copy_run(four, tmp_path / "run")
-    model, manifest = load_model(out_dir, "cpu")
-    assert manifest["state"]["sequences_seen"] == 4 * 6
+    model, source = load_model(out_dir, "cpu")
+    assert source.manifest["state"]["sequences_seen"] == 4 * 6
     run(data_dir, out_dir, batch_tokens=63, max_steps=6)
     assert records(out_dir)[5] == pytest.approx(loss_of_sequences(model, data_dir, range(24, 33)), rel=1e-5)
     assert read_manifest(newest_checkpoint(out_dir))["state"]["sequences_seen"] == 24 + 2 * 9
@@ -582,7 +583,7 @@ BAD_SETTINGS = {
     "device": ({"device": "mps"}, "device is mps.*use --device=cpu"),
     "min_lr": ({"min_lr": 0.5}, "min_lr 0.5 is above learning_rate 0.01; lower it"),
     "interval": ({"eval_interval": 0}, "eval_interval is 0; it must be at least 1"),
-    "init_from": ({"init_from": "/nowhere"}, "/nowhere does not exist; train.py makes one"),
+    "init_from": ({"init_from": "/nowhere"}, "/nowhere does not exist; give the out_dir of a run, or"),
 }  # fmt: skip
 
 

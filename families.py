@@ -1,0 +1,342 @@
+"""What Hugging Face calls the models, settings and tensors that ours are.
+
+Known are GPT-2, BERT, Llama with Mistral, and Qwen3, as transformers computes them.
+"""
+
+import re
+from dataclasses import dataclass, replace
+
+import torch
+
+from model import ModelConfig, Transformer
+
+# Modules, theirs: ours. Where several of ours are one of theirs, its rows are theirs in this order.
+GPT2_NAMES = {
+    "transformer.wte": ("wte",),
+    "transformer.wpe": ("wpe",),
+    "transformer.h.{i}.ln_1": ("blocks.{i}.norm1",),
+    "transformer.h.{i}.attn.c_attn": ("blocks.{i}.attn.q", "blocks.{i}.attn.k", "blocks.{i}.attn.v"),
+    "transformer.h.{i}.attn.c_proj": ("blocks.{i}.attn.proj",),
+    "transformer.h.{i}.ln_2": ("blocks.{i}.norm2",),
+    "transformer.h.{i}.mlp.c_fc": ("blocks.{i}.mlp.up",),
+    "transformer.h.{i}.mlp.c_proj": ("blocks.{i}.mlp.down",),
+    "transformer.ln_f": ("norm_f",),
+    "lm_head": ("head",),
+}
+BERT_NAMES = {
+    "bert.embeddings.word_embeddings": ("wte",),
+    "bert.embeddings.position_embeddings": ("wpe",),
+    "bert.embeddings.token_type_embeddings": ("wtt",),
+    "bert.embeddings.LayerNorm": ("norm_e",),
+    "bert.encoder.layer.{i}.attention.self.query": ("blocks.{i}.attn.q",),
+    "bert.encoder.layer.{i}.attention.self.key": ("blocks.{i}.attn.k",),
+    "bert.encoder.layer.{i}.attention.self.value": ("blocks.{i}.attn.v",),
+    "bert.encoder.layer.{i}.attention.output.dense": ("blocks.{i}.attn.proj",),
+    "bert.encoder.layer.{i}.attention.output.LayerNorm": ("blocks.{i}.norm1",),
+    "bert.encoder.layer.{i}.intermediate.dense": ("blocks.{i}.mlp.up",),
+    "bert.encoder.layer.{i}.output.dense": ("blocks.{i}.mlp.down",),
+    "bert.encoder.layer.{i}.output.LayerNorm": ("blocks.{i}.norm2",),
+    "cls.predictions.transform.dense": ("transform.dense",),
+    "cls.predictions.transform.LayerNorm": ("transform.norm",),
+    "cls.predictions.bias": ("head.bias",),
+    "cls.predictions.decoder": ("head",),
+}
+LLAMA_NAMES = {
+    "model.embed_tokens": ("wte",),
+    "model.layers.{i}.input_layernorm": ("blocks.{i}.norm1",),
+    "model.layers.{i}.self_attn.q_proj": ("blocks.{i}.attn.q",),
+    "model.layers.{i}.self_attn.k_proj": ("blocks.{i}.attn.k",),
+    "model.layers.{i}.self_attn.v_proj": ("blocks.{i}.attn.v",),
+    "model.layers.{i}.self_attn.q_norm": ("blocks.{i}.attn.q_norm",),
+    "model.layers.{i}.self_attn.k_norm": ("blocks.{i}.attn.k_norm",),
+    "model.layers.{i}.self_attn.o_proj": ("blocks.{i}.attn.proj",),
+    "model.layers.{i}.post_attention_layernorm": ("blocks.{i}.norm2",),
+    "model.layers.{i}.mlp.gate_proj": ("blocks.{i}.mlp.gate",),
+    "model.layers.{i}.mlp.up_proj": ("blocks.{i}.mlp.up",),
+    "model.layers.{i}.mlp.down_proj": ("blocks.{i}.mlp.down",),
+    "model.norm": ("norm_f",),
+    "lm_head": ("head",),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model of transformers, of those that compute what ours does with some settings."""
+
+    name: str
+    model_type: str
+    architecture: str
+    base: str  # what names start with, but for files of the model without its head
+    head: str  # the module that is tied to the embedding, if it is
+    names: dict
+    keys: dict  # of config.json: our setting
+    defaults: dict  # of keys that may be missing
+    activations: dict  # theirs: our mlp
+    fixed: dict  # our settings that it always has
+    filled: dict  # what it always has and ours may lack: with zeros ours becomes it
+    needs: dict  # keys of config.json that may only have this value
+    activation: str = "hidden_act"
+    transposed: str = "$^"  # tensors whose matrices are (in, out)
+    ignored: str = "$^"  # tensors that are no weights
+    carried: str = "$^"  # weights that ours has no place for, and hands on
+
+    def complete(self, cfg):
+        """The settings with all that is filled."""
+        return replace(cfg, **{name: value for name, value in self.filled.items() if not getattr(cfg, name)})
+
+
+CLASSIC = {"norm": "layernorm", "position": "learned", "qk_norm": False}
+MODERN = {
+    "objective": "clm",
+    "norm": "rmsnorm",
+    "norm_position": "pre",
+    "position": "rope",
+    "n_token_types": None,
+}
+GELUS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+COMMON_KEYS = {
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "block_size",
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "n_inner",
+    "tie_word_embeddings": "tie_embeddings",
+}
+GPT2 = Family(
+    name="GPT-2",
+    model_type="gpt2",
+    architecture="GPT2LMHeadModel",
+    base="transformer.",
+    head="lm_head",
+    names=GPT2_NAMES,
+    keys={
+        "vocab_size": "vocab_size",
+        "n_positions": "block_size",
+        "n_embd": "n_embd",
+        "n_layer": "n_layer",
+        "n_head": "n_head",
+        "n_inner": "n_inner",
+        "layer_norm_epsilon": "norm_eps",
+        "tie_word_embeddings": "tie_embeddings",
+    },
+    defaults={"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+    activation="activation_function",
+    activations=GELUS,
+    fixed=CLASSIC | {"objective": "clm", "norm_position": "pre", "n_token_types": None},
+    filled={"bias": True},
+    needs={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+    transposed=r"\.(c_attn|c_proj|c_fc)\.weight$",
+    ignored=r"\.attn\.(masked_)?bias$",  # old files' causal mask
+)
+BERT = Family(
+    name="BERT",
+    model_type="bert",
+    architecture="BertForMaskedLM",
+    base="bert.",
+    head="cls.predictions.decoder",
+    names=BERT_NAMES,
+    keys=COMMON_KEYS | {"type_vocab_size": "n_token_types", "layer_norm_eps": "norm_eps"},
+    defaults={"layer_norm_eps": 1e-12, "type_vocab_size": 2, "tie_word_embeddings": True},
+    activations=GELUS,
+    fixed=CLASSIC | {"objective": "mlm", "norm_position": "post"},
+    filled={"bias": True, "n_token_types": 2},
+    needs={"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False},
+    ignored=r"\.position_ids$",
+    carried=r"^(bert\.pooler|cls\.seq_relationship)\.",
+)
+LLAMA = Family(
+    name="Llama",
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    base="model.",
+    head="lm_head",
+    names=LLAMA_NAMES,
+    keys=COMMON_KEYS | {"num_key_value_heads": "n_kv_head", "head_dim": "head_dim", "rms_norm_eps": "norm_eps"},
+    defaults={"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+    activations={"silu": "swiglu"},
+    fixed=MODERN | {"qk_norm": False},
+    filled={},
+    needs={},
+    ignored=r"\.rotary_emb\.inv_freq$",
+)
+QWEN3 = replace(
+    LLAMA,
+    name="Qwen3",
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    defaults=LLAMA.defaults | {"head_dim": 128},
+    fixed=MODERN | {"qk_norm": True, "bias": False},
+    needs={"attention_bias": False},
+)
+FAMILIES = {"gpt2": GPT2, "bert": BERT, "llama": LLAMA, "mistral": LLAMA, "qwen3": QWEN3}
+
+
+# ---- settings
+
+
+def family_of(cfg):
+    """The family that computes what a model does; ValueError that names the settings where none does."""
+    if cfg.objective == "mlm":
+        family = BERT
+    elif cfg.position == "learned":
+        family = GPT2
+    else:
+        family = QWEN3 if cfg.qk_norm else LLAMA
+    wrong = [
+        f"{name} is {getattr(cfg, name)}, where {family.name} has {value}"
+        for name, value in family.fixed.items()
+        if getattr(cfg, name) != value
+    ]
+    if cfg.mlp not in family.activations.values():
+        wrong.append(f"mlp is {cfg.mlp}, where {family.name} has {' or '.join(sorted({*family.activations.values()}))}")
+    if family in (GPT2, BERT) and (cfg.kv_heads != cfg.n_head or cfg.head_width * cfg.n_head != cfg.n_embd):
+        wrong.append(
+            f"n_kv_head is {cfg.kv_heads} and head_dim {cfg.head_width}, where {family.name} has as many as n_head and "
+            f"n_embd / n_head"
+        )
+    if wrong:
+        raise ValueError(
+            f"transformers has no model that computes this one; {family.name} is the nearest, but {'; '.join(wrong)}"
+        )
+    return family
+
+
+def config_of(cfg, special_ids, dtype):
+    """What config.json says of a model; special_ids are its {name of a token's id: id}, dtype a name as float32."""
+    family = family_of(cfg)
+    complete = family.complete(cfg)
+    values = {their_name: getattr(complete, name) for their_name, name in family.keys.items()}
+    values[family.activation] = next(theirs for theirs, ours in family.activations.items() if ours == cfg.mlp)
+    if family is GPT2:
+        values |= {"resid_pdrop": cfg.dropout, "embd_pdrop": cfg.dropout, "attn_pdrop": cfg.dropout}
+    elif family is BERT:
+        values |= {
+            "intermediate_size": cfg.inner_width,
+            "hidden_dropout_prob": cfg.dropout,
+            "attention_probs_dropout_prob": cfg.dropout,
+        }
+    else:
+        rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
+        if cfg.rope_scale != 1:
+            rope |= {"rope_type": "llama3", "factor": cfg.rope_scale, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+            rope["original_max_position_embeddings"] = cfg.rope_context
+        values |= {
+            "num_key_value_heads": cfg.kv_heads,
+            "head_dim": cfg.head_width,
+            "intermediate_size": cfg.inner_width,
+            "attention_bias": cfg.bias,
+            "attention_dropout": cfg.dropout,
+            "rope_theta": cfg.rope_theta,  # for transformers below 5
+            "rope_scaling": rope if cfg.rope_scale != 1 else None,  # likewise
+            "rope_parameters": rope,
+        }
+        if family is LLAMA:
+            values["mlp_bias"] = cfg.bias
+    lacks = {name: getattr(cfg, name) for name in family.filled if getattr(cfg, name) != getattr(complete, name)}
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **values,
+        **special_ids,
+        "initializer_range": 0.02,
+        "torch_dtype": dtype,
+        **({"flatlm": lacks} if lacks else {}),  # by which we know it again
+    }
+
+
+def model_config(config):
+    """(our settings of a model, the longest sequence that ours computes as theirs; none: any) by its config.json."""
+    family = FAMILIES[config["model_type"]]
+    given = {name: config.get(key, family.defaults.get(key)) for key, name in family.keys.items()}
+    if missing := [key for key in family.keys if key not in config and key not in family.defaults]:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    wrong = [f"{key} {config[key]!r}" for key, value in family.needs.items() if config.get(key, value) != value]
+    wrong += ["quantization_config"] if config.get("quantization_config") else []
+    activation = config.get(family.activation, next(iter(family.activations)))
+    wrong += [] if activation in family.activations else [f"{family.activation} {activation!r}"]
+    longest = given["block_size"]
+    if family in (GPT2, BERT):
+        given |= {name: value for name, value in family.filled.items() if name not in given}
+        lacking = config.get("flatlm") or {}
+        given |= {name: value for name, value in {"bias": False, "n_token_types": None}.items() if name in lacking}
+    else:
+        longest = sliding_window(config)
+        given["block_size"] = min(given["block_size"], longest or given["block_size"])
+        given |= rope_settings(config, wrong) | {"bias": bool(config.get("attention_bias"))}
+        if family is LLAMA and bool(config.get("mlp_bias")) != given["bias"]:
+            wrong.append("biases in one of attention and MLP alone")
+    if wrong:
+        raise ValueError(f"it has {', '.join(wrong)}, which this project's models do not compute")
+    return ModelConfig(**given | {"mlp": family.activations[activation], **family.fixed}), longest
+
+
+def sliding_window(config):
+    """Tokens of a window past which some layer does not look back; none: there is none."""
+    layers = config.get("layer_types") or ["sliding_attention"]
+    is_used = config.get("use_sliding_window", config["model_type"] == "mistral")
+    return config.get("sliding_window") if is_used and "sliding_attention" in layers else None
+
+
+def rope_settings(config, wrong):
+    """Our settings of rope; what ours cannot compute goes to the list `wrong`."""
+    rope = {"rope_theta": config.get("rope_theta", 10_000.0)}  # as before transformers 5, with rope_scaling
+    rope |= (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    factors = rope.get("low_freq_factor"), rope.get("high_freq_factor")
+    if kind not in ("default", "llama3") or (kind == "llama3" and factors != (1, 4)):
+        wrong.append(f"rope of type {kind!r}" + (f" with factors {factors}" if kind == "llama3" else ""))
+    if rope.get("partial_rotary_factor", 1) != 1:
+        wrong.append(f"partial_rotary_factor {rope['partial_rotary_factor']}")
+    if kind != "llama3":
+        return {"rope_theta": rope["rope_theta"]}
+    context = rope.get("original_max_position_embeddings", config.get("max_position_embeddings"))
+    return {"rope_theta": rope["rope_theta"], "rope_scale": rope.get("factor"), "rope_context": context}
+
+
+# ---- tensors
+
+
+def slots(family, cfg):
+    """[(their tensor, our tensors that its rows are, the shapes of ours)] of a complete model, in their order."""
+    with torch.device("meta"):
+        params = dict(Transformer(cfg).named_parameters())  # a tied head is not among them
+    found = []
+    for module, ours in family.names.items():
+        if module == family.head and cfg.tie_embeddings:
+            continue
+        for i in range(cfg.n_layer if "{i}" in module else 1):
+            for kind in ("",) if module.endswith(".bias") else (".weight", ".bias"):
+                names = [f"{name}{kind}".format(i=i) for name in ours]
+                if names[0] in params:
+                    shapes = [[*params[name].shape] for name in names]
+                    if names[0].startswith(("wte.", "head.")):
+                        shapes[0][0] = cfg.vocab_size  # theirs pad nothing
+                    found.append((f"{module}{kind}".format(i=i), names, shapes))
+    return found
+
+
+def their_tensors(cfg, read, carried):
+    """Yields (name, shape, function that makes the tensor) of all tensors of a model's file.
+
+    read(name) gives our tensor whole, padding and all; carried are theirs that ours has no place for.
+    """
+    family = family_of(cfg)
+    complete = family.complete(cfg)
+    with torch.device("meta"):
+        present = {name for name, _ in Transformer(cfg).named_parameters()}
+
+    def make(their_name, names, shapes):
+        parts = [
+            read(name)[: shape[0]] if name in present else torch.zeros(shape) for name, shape in zip(names, shapes)
+        ]
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return (tensor.T if re.search(family.transposed, their_name) else tensor).contiguous()
+
+    for their_name, names, shapes in slots(family, complete):
+        if their_name not in carried:
+            shape = [sum(rows for rows, *_ in shapes), *shapes[0][1:]]
+            shape = shape[::-1] if re.search(family.transposed, their_name) else shape
+            yield their_name, shape, lambda slot=(their_name, names, shapes): make(*slot)
+    for their_name, tensor in carried.items():
+        yield their_name, [*tensor.shape], lambda tensor=tensor: tensor

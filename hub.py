@@ -1,0 +1,208 @@
+"""A Hugging Face model, in a folder or on the hub, read a tensor at a time."""
+
+import json
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+
+from families import FAMILIES, model_config, slots
+from model import Transformer
+
+MODELS = ("config.json", "model*.safetensors", "model.safetensors.index.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt")
+PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+
+class HubModel:
+    """A model in a Hugging Face folder, read a tensor at a time.
+
+    cfg are our settings of it, longest the sequence up to which ours computes what theirs does (none: any length),
+    carried {name: tensor} what ours has no place for.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.config = Path(folder), read_config(folder)
+        self.cfg, self.longest = settings_of(self.folder, self.config)
+        self.family = FAMILIES[self.config["model_type"]]
+        self.name = f"{folder}, a Hugging Face model of {self.family.name}'s kind"
+        self._files = TensorFiles(self.folder)
+        expected = slots(self.family, self.family.complete(self.cfg))
+        self._slots = {name: (theirs, names, shapes) for theirs, names, shapes in expected for name in names}
+        self._keys, carried = self._assign({theirs for theirs, *_ in expected})
+        self._check_shapes()
+        self.carried = {name: self._files.read(key) for name, key in carried.items()}
+        with torch.device("meta"):
+            own = {name for name, _ in Transformer(self.cfg).named_parameters()}
+        if spoilt := [name for name in self._slots if name not in own and self.read(name).any()]:
+            raise ValueError(f"{self.folder} is to have none of {', '.join(spoilt[:3])}, but they are not zero")
+
+    def read(self, name):
+        """Our tensor of a name, whole, without rows that pad the vocabulary, in the dtype of the file."""
+        theirs, names, shapes = self._slots[name]
+        tensor = self._files.read(self._keys[theirs])
+        if not tensor.isfinite().all():
+            raise ValueError(f"{self.folder}: {self._keys[theirs]} holds numbers that are not finite; copy it again")
+        tensor = tensor.T if re.search(self.family.transposed, theirs) else tensor
+        return tensor.split([rows for rows, *_ in shapes])[names.index(name)]
+
+    def _assign(self, known):
+        """({their tensor: its name in the files} of what ours is made of, the same of what is carried)."""
+        used = {theirs for theirs, *_ in self._slots.values()}
+        keys, carried, strange, family = {}, {}, [], self.family
+        for key in self._files.names:
+            # TensorFlow's names of norms, in old files of BERT
+            name = re.sub(r"\.(gamma|beta)$", lambda m: {"gamma": ".weight", "beta": ".bias"}[m[1]], key)
+            if name not in known and not re.search(family.carried, name):
+                based = family.base + name
+                name = based if based in known or re.search(family.carried, based) else name
+            if name in used:
+                keys[name] = key
+            elif name in known or re.search(family.carried, name):
+                carried[name] = key
+            elif not re.search(family.ignored, name) and not (self.cfg.tie_embeddings and name.startswith(family.head)):
+                strange.append(key)
+        if missing := sorted(used - keys.keys()):
+            raise ValueError(
+                f"{self.folder} lacks {len(missing)} tensors of a {family.architecture}, {missing[0]} for one; "
+                f"its files are not whole, or of another model than its config.json"
+            )
+        if strange:
+            raise ValueError(
+                f"{self.folder} has {len(strange)} tensors that no {family.architecture} has, {strange[0]} for one; "
+                f"its files are of another model than its config.json"
+            )
+        return keys, carried
+
+    def _check_shapes(self):
+        for theirs, _, shapes in self._slots.values():
+            wanted = [sum(rows for rows, *_ in shapes), *shapes[0][1:]]
+            wanted = wanted[::-1] if re.search(self.family.transposed, theirs) else wanted
+            found = self._files.shape(self._keys[theirs])
+            if found != wanted:
+                raise ValueError(
+                    f"{self.folder}: {self._keys[theirs]} has the shape {found}, by config.json {wanted}; "
+                    f"its files are of another model than its config.json"
+                )
+
+
+class TensorFiles:
+    """The tensors of a folder's safetensors files, or, where there are none, of its pytorch_model*.bin.
+
+    The latter are pickles, read by torch's loader of plain weights, which runs no code of theirs.
+    """
+
+    def __init__(self, folder):
+        self._folder, self._open = folder, {}
+        self._file_of = self._files("model", "safetensors") or self._files("pytorch_model", "bin")
+        if not self._file_of:
+            raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin; copy its weights there")
+
+    @property
+    def names(self):
+        return self._file_of.keys()
+
+    def shape(self, name):
+        """Of a tensor, as a list."""
+        tensors = self._tensors(self._file_of[name])
+        return [*tensors[name].shape] if isinstance(tensors, dict) else tensors.get_slice(name).get_shape()
+
+    def read(self, name):
+        """A tensor, on the CPU."""
+        tensors = self._tensors(self._file_of[name])
+        return tensors[name] if isinstance(tensors, dict) else tensors.get_tensor(name)
+
+    def _files(self, stem, suffix):
+        """{name of a tensor: its file} by an index, or of the one file; {} where there are neither."""
+        index, single = self._folder / f"{stem}.{suffix}.index.json", self._folder / f"{stem}.{suffix}"
+        if single.exists():
+            return dict.fromkeys(self._tensors(single.name).keys(), single.name)
+        if not index.exists():
+            return {}
+        try:
+            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = {name: Path(file).name for name, file in files.items()}  # of this folder, whatever it says
+            missing = [name for name, file in files.items() if name not in self._tensors(file).keys()]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} cannot be used ({error}); copy the files that it names again") from error
+        if missing:
+            raise ValueError(f"{index} names {missing[0]}, which its file lacks; copy the files that it names again")
+        return files
+
+    def _tensors(self, file):
+        if file not in self._open:
+            self._open[file] = _open_tensors(self._folder / file)
+        return self._open[file]
+
+
+def _open_tensors(path):
+    """The tensors of a file, mapped into memory: safetensors' handle, or a dict."""
+    try:
+        if path.suffix == ".bin":
+            # Older than torch 1.6, they cannot be mapped.
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+                raise TypeError("it holds other things than tensors")
+            return tensors
+        import safetensors
+
+        return safetensors.safe_open(path, "pt")
+    except ImportError as error:
+        raise ValueError(f"{path} needs safetensors; install it with: pip install safetensors") from error
+    except Exception as error:  # whatever a damaged or a hostile file makes the two raise
+        reason = str(error).strip().splitlines() or [""]
+        raise ValueError(
+            f"{path} holds no tensors that can be read ({type(error).__name__}: {reason[0]}); copy it from its source "
+            f"again"
+        ) from error
+
+
+def read_config(folder):
+    """config.json of a Hugging Face folder, as a dict."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} has no config.json, so it is no Hugging Face model; name another folder") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}); copy it from its source again") from error
+    if not isinstance(config, dict) or config.get("model_type") not in FAMILIES:
+        kind = config.get("model_type") if isinstance(config, dict) else None
+        raise ValueError(
+            f"{path} is of a model of type {kind!r}, which is unknown here; known are {', '.join(FAMILIES)}"
+        )
+    return config
+
+
+def settings_of(folder, config):
+    """(our settings of a model, the longest sequence that ours computes as theirs; none: any), of its config.json."""
+    try:
+        return model_config(config)
+    except (ValueError, TypeError, AttributeError) as error:  # the latter two where a value is of an odd type
+        raise ValueError(f"{folder / 'config.json'}: {'; '.join(str(error).splitlines())}") from error
+
+
+# ---- from the hub
+
+
+def folder_of(where):
+    """The local folder of a Hugging Face model by path or, fetched into Hugging Face's cache, by its name on the hub."""
+    if Path(where).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", where):
+        return Path(where)
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ValueError(
+            f"{where} is no folder here; to fetch a model of that name: pip install huggingface_hub"
+        ) from error
+    try:
+        folder = Path(huggingface_hub.snapshot_download(where, allow_patterns=[*MODELS, *TOKENIZERS]))
+        if not any(folder.glob("*.safetensors")):
+            huggingface_hub.snapshot_download(where, allow_patterns=PICKLES)
+        return folder
+    except Exception as error:  # a dozen kinds, of network and of hub
+        raise ValueError(
+            f"{where} is no folder here, and the Hugging Face hub did not give a model of that name "
+            f"({type(error).__name__}); check the name and the network, or fetch it elsewhere and name its folder"
+        ) from error

@@ -1,0 +1,161 @@
+"""Where a model starts from: the weights of a run, or of a Hugging Face model."""
+
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import torch
+
+from checkpoint import checkpoints, config_of_checkpoint, newest_checkpoint, read_manifest, read_tensor
+from hub import HubModel, folder_of, read_config, settings_of
+from model import ModelConfig, Transformer
+from rundir import tokenizer_of
+
+FREE = {"dropout", "label_smoothing"}  # settings that have no weights
+
+
+class RunModel:
+    """The model of a run's newest checkpoint, read a tensor at a time; what HubModel is of Hugging Face's."""
+
+    def __init__(self, run_dir, world=None):
+        self.folder, self.path = Path(run_dir), newest_checkpoint(run_dir, world)
+        self.manifest = read_manifest(self.path)
+        self.cfg = config_of_checkpoint(self.path, self.manifest)
+        self.name = f"{run_dir}, step {self.manifest['step']}"
+        with torch.device("meta"):
+            self._shapes = {name: param.shape for name, param in Transformer(self.cfg).named_parameters()}
+
+    @property
+    def tokenizer(self):
+        """What load_tokenizer calls its tokenizer."""
+        return tokenizer_of(self.folder)
+
+    @property
+    def carried(self):
+        """{name: tensor} of what a Hugging Face model, which the run started from, has beside its weights."""
+        path = self.folder / "carried.safetensors"
+        if not path.exists():
+            return {}
+        from safetensors.torch import load_file
+
+        return load_file(path)
+
+    def read(self, name):
+        """A tensor of a name, whole."""
+        return read_tensor(self.path, name, self._shapes[name])
+
+
+def place_of(cfg):
+    """Where the model that a command is about lies: init_from, or the run in out_dir or of the last preset's name."""
+    if cfg.run.init_from:
+        return cfg.run.init_from
+    run_dir = cfg.run.out_dir or (f"out/{Path(cfg.presets[-1]).stem}" if cfg.presets else None)
+    if run_dir is None:
+        raise ValueError("out_dir is none; name the folder of a trained run, as in --out_dir=out/quickstart")
+    if not is_run(run_dir):  # and never a name on the hub
+        there = "holds no checkpoint of flatlm's (ckpt/step_*)" if Path(run_dir).is_dir() else "does not exist"
+        raise ValueError(
+            f"{run_dir} {there}; train.py makes one, in its out_dir; other models are named by --init_from="
+        )
+    return run_dir
+
+
+def is_run(where):
+    """Whether a place is a folder of a run, not a Hugging Face model."""
+    return (Path(where) / "ckpt").is_dir()
+
+
+def open_model(where, world=None):
+    """The model of a run's folder, or of a Hugging Face folder or name."""
+    return RunModel(where, world) if is_run(where) else HubModel(hub_folder(where))
+
+
+def hub_folder(where):
+    """The folder of a Hugging Face model by folder or name; ValueError where it is neither that nor a run."""
+    folder = folder_of(where)
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise ValueError(f"{where} {what}; give the out_dir of a run, or the folder of a Hugging Face model")
+    if not (folder / "config.json").exists():
+        raise ValueError(
+            f"{where} holds no checkpoint of flatlm's (ckpt/step_*), and no config.json of a Hugging Face model; "
+            f"give the out_dir of a run, or another folder"
+        )
+    return folder
+
+
+def starting_config(where, wanted, given):
+    """The settings of a model that starts from the weights in a place: those that it has there.
+
+    Of those wanted, block_size may be shorter, dropout and label_smoothing are free, and what is in `given`, the names
+    that the user has set, must be as it is there.
+    """
+    if is_run(where):
+        source = run_config(where)
+        longest = source.block_size if source.position == "learned" else None
+    else:
+        folder = hub_folder(where)
+        source, longest = settings_of(folder, read_config(folder))
+    automatic = {"vocab_size"} if wanted.vocab_size is None else set()
+    names = ({field.name for field in fields(ModelConfig)} & set(given) - automatic) | FREE
+    cfg = replace(source, **{name: getattr(wanted, name) for name in names})
+    found, here = _resolved(source), _resolved(cfg)
+    differing = [
+        f"{name} {found[name]} there, {here[name]} here"
+        for name in sorted(here.keys() - FREE - {"block_size"})
+        if here[name] != found[name]
+    ]
+    if differing:
+        raise ValueError(f"{where} is of another model: {', '.join(differing)}; leave these settings out")
+    if longest and cfg.block_size > longest:
+        raise ValueError(f"block_size is {cfg.block_size}, but {where} is of at most {longest} tokens; lower it")
+    return cfg
+
+
+def _resolved(cfg):
+    return asdict(cfg) | {"n_kv_head": cfg.kv_heads, "head_dim": cfg.head_width, "n_inner": cfg.inner_width}
+
+
+def run_config(run_dir):
+    """The settings of a run's model, by the newest of its checkpoints whose manifest can be read."""
+    paths = checkpoints(run_dir)
+    for path in reversed(paths):
+        try:
+            return config_of_checkpoint(path, read_manifest(path))
+        except ValueError:  # newest_checkpoint will tell, and pass over it
+            if path == paths[0]:
+                raise
+    raise ValueError(f"{run_dir} holds no checkpoint of flatlm's (ckpt/step_*); train.py makes one, in its out_dir")
+
+
+@torch.no_grad()
+def load_weights(source, model):
+    """Fills a model, sharded or not, with the weights of an opened one; of a table of positions the first ones."""
+    for name, param in model.named_parameters():
+        weight, read = torch.zeros(param.shape), source.read(name)  # rows that pad the vocabulary stay zero
+        n_rows = min(len(weight), len(read))
+        weight[:n_rows] = read[:n_rows]
+        if hasattr(param, "placements"):
+            from shard import fill
+
+            fill(param, weight)
+        else:
+            param.copy_(weight)
+
+
+def load_model(where, device):
+    """The model in a place, ready to evaluate, and what it was read from."""
+    source = open_model(where)
+    with torch.device("meta"):
+        model = Transformer(source.cfg)
+    model.to_empty(device=device)
+    model.tie_weights()
+    load_weights(source, model)
+    return model.eval(), source
+
+
+def keep_carried(source, out_dir):
+    """Writes what a model has beside its weights into the folder of the run that starts from it."""
+    if source.carried:
+        from safetensors.torch import save_file
+
+        save_file(source.carried, Path(out_dir) / "carried.safetensors")
