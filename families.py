@@ -202,8 +202,11 @@ def family_of(cfg):
     return family
 
 
-def config_of(cfg, special_ids, dtype):
-    """What config.json says of a model; special_ids are its {name of a token's id: id}, dtype a name as float32."""
+def config_of(cfg, special_ids, dtype, carried=()):
+    """What config.json says of a model; special_ids are its {name of a token's id: id}, dtype a name as float32.
+
+    carried are tensors of theirs beside ours: a BERT with its next-sentence head is of another class.
+    """
     family = family_of(cfg)
     complete = family.complete(cfg)
     values = {their_name: getattr(complete, name) for their_name, name in family.keys.items()}
@@ -235,7 +238,7 @@ def config_of(cfg, special_ids, dtype):
             values["mlp_bias"] = cfg.bias
     lacks = {name: getattr(cfg, name) for name in family.filled if getattr(cfg, name) != getattr(complete, name)}
     return {
-        "architectures": [family.architecture],
+        "architectures": ["BertForPreTraining" if "cls.seq_relationship.weight" in carried else family.architecture],
         "model_type": family.model_type,
         **values,
         **special_ids,

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from families import FAMILIES, model_config, slots
+from hub_tokenizer import hub_tokenizer_file
 from model import Transformer
 
 MODELS = ("config.json", "model*.safetensors", "model.safetensors.index.json")
@@ -33,10 +34,16 @@ class HubModel:
         self._keys, carried = self._assign({theirs for theirs, *_ in expected})
         self._check_shapes()
         self.carried = {name: self._files.read(key) for name, key in carried.items()}
+        self.dtype = str(self.read("wte.weight").dtype).removeprefix("torch.")
         with torch.device("meta"):
             own = {name for name, _ in Transformer(self.cfg).named_parameters()}
         if spoilt := [name for name in self._slots if name not in own and self.read(name).any()]:
             raise ValueError(f"{self.folder} is to have none of {', '.join(spoilt[:3])}, but they are not zero")
+
+    @property
+    def tokenizer(self):
+        """What load_tokenizer calls its tokenizer."""
+        return hub_tokenizer_file(self.folder)
 
     def read(self, name):
         """Our tensor of a name, whole, without rows that pad the vocabulary, in the dtype of the file."""

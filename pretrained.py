@@ -16,6 +16,8 @@ FREE = {"dropout", "label_smoothing"}  # settings that have no weights
 class RunModel:
     """The model of a run's newest checkpoint, read a tensor at a time; what HubModel is of Hugging Face's."""
 
+    dtype = "float32"
+
     def __init__(self, run_dir, world=None):
         self.folder, self.path = Path(run_dir), newest_checkpoint(run_dir, world)
         self.manifest = read_manifest(self.path)

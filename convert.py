@@ -1,0 +1,202 @@
+"""Models in and out.
+
+    python convert.py --out_dir=out/quickstart --to_hf=exported         # a run, to a Hugging Face model
+    python convert.py --init_from=gpt2 --to_hf=copy                     # a Hugging Face model, to another one
+    python convert.py --from_nanogpt=out/ckpt.pt --out_dir=out/nanogpt  # nanoGPT's checkpoint, to a run
+
+Weights of Hugging Face need no conversion to start from: train.py, sample.py and bench.py take --init_from=.
+"""
+
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from checkpoint import RunConfig
+from config import only, run_script
+from families import config_of, family_of, their_tensors
+from hub_tokenizer import write_tokenizer
+from nanogpt import import_nanogpt
+from pretrained import open_model, place_of
+from tokenizer import load_tokenizer
+
+SHARD_BYTES = 5 * 10**9  # of a file of weights, as transformers below 5 writes them
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    to_hf: str | None = None  # folder to write a Hugging Face model to
+    hf_dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the weights in it; none: as they are
+    from_nanogpt: str | None = None  # nanoGPT's ckpt.pt, to become a run in out_dir
+    nanogpt_meta: str | None = None  # meta.pkl of its data, where that is of characters; none: gpt2's tokens
+
+    def __post_init__(self):
+        if (self.to_hf is None) == (self.from_nanogpt is None):
+            raise ValueError(
+                "give one of to_hf, the folder of a Hugging Face model to write, and from_nanogpt, a ckpt.pt to read"
+            )
+
+
+@dataclass(frozen=True)
+class Settings:
+    convert: ConvertConfig
+    run: RunConfig = only("out_dir", "init_from")
+    presets: tuple = ()
+
+
+def main(cfg):
+    if cfg.convert.from_nanogpt:
+        if not cfg.run.out_dir:
+            raise ValueError("out_dir is none; name the folder of the run to make, as in --out_dir=out/nanogpt")
+        import_nanogpt(cfg.convert.from_nanogpt, cfg.run.out_dir, cfg.convert.nanogpt_meta)
+    else:
+        export(open_model(place_of(cfg)), cfg.convert.to_hf, cfg.convert.hf_dtype)
+
+
+def export(source, folder, dtype=None):
+    """Writes an opened model as a Hugging Face model into a folder, which appears only when it is whole.
+
+    A model that transformers cannot compute raises ValueError, as does a folder that holds something.
+    """
+    final = Path(folder)
+    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty; name another folder with --to_hf=, or remove it")
+    family = family_of(source.cfg)
+    tokenizer = tokenizer_of(source)
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was cut short
+    try:
+        partial.mkdir(parents=True)
+        special_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # theirs have ids of their own
+        if tokenizer:
+            special_ids |= write_tokenizer(tokenizer, partial, source.cfg.objective, source.cfg.block_size)
+        carried = source.carried
+        config = config_of(source.cfg, special_ids, dtype or source.dtype, carried)
+        write_json(config, partial / "config.json")
+        if source.cfg.objective == "clm":
+            known_ids = {name: id_ for name, id_ in special_ids.items() if id_ is not None}
+            write_json(known_ids, partial / "generation_config.json")
+        n_bytes = write_weights(their_tensors(source.cfg, source.read, carried), partial, dtype)
+        (partial / "README.md").write_text(card(source, family, final.name, tokenizer), encoding="utf-8")
+        final.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(partial, final)
+    except OSError as error:
+        raise ValueError(f"to_hf {folder} cannot be written ({error}); make room, or name another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"{source.name}: written to {folder} as {config['architectures'][0]}, {n_bytes / 1e6:,.1f} MB of weights")
+
+
+def tokenizer_of(source):
+    """The tokenizer of an opened model; None, with a line that says why, where it is not known."""
+    try:
+        name = source.tokenizer
+    except ValueError as error:
+        print(f"no tokenizer is written: {error}")
+        return None
+    tokenizer = load_tokenizer(name)
+    if tokenizer.vocab_size > source.cfg.vocab_size:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model a vocab_size of "
+            f"{source.cfg.vocab_size}; name the tokenizer of its data in {source.folder}/meta.json"
+        )
+    return tokenizer
+
+
+def write_weights(tensors, folder, dtype=None, shard_bytes=SHARD_BYTES):
+    """Writes (name, shape, function that makes the tensor) as safetensors, shard_bytes a file; returns all bytes.
+
+    A file's tensors are made when it is their turn, so that no more than one file is in memory.
+    """
+    from safetensors.torch import save_file
+
+    itemsize = torch.empty(0, dtype=getattr(torch, dtype or "float32")).itemsize
+    shards, n_bytes = [[]], 0
+    for name, shape, make in tensors:
+        size = math.prod(shape) * itemsize
+        if shards[-1] and n_bytes + size > shard_bytes:
+            shards, n_bytes = [*shards, []], 0
+        shards[-1].append((name, make))
+        n_bytes += size
+    total, file_of = 0, {}
+    for i, shard in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        made = {name: make().to(getattr(torch, dtype)) if dtype else make() for name, make in shard}
+        save_file(made, folder / file, metadata={"format": "pt"})
+        file_of |= dict.fromkeys(made, file)
+        total += sum(tensor.nbytes for tensor in made.values())
+    if len(shards) > 1:
+        write_json({"metadata": {"total_size": total}, "weight_map": file_of}, folder / "model.safetensors.index.json")
+    return total
+
+
+def write_json(value, path):
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ---- the model card
+
+
+PRIVATE = {"out_dir", "resume", "device", "data_fingerprint", "wandb", "wandb_project", "wandb_run_name"}
+
+
+def card(source, family, name, tokenizer):
+    """README.md of an exported model: what it is, what it was trained on, how long, to which loss, how to use it."""
+    cfg, is_masked = source.cfg, source.cfg.objective == "mlm"
+    auto, task = ("AutoModelForMaskedLM", "fill-mask") if is_masked else ("AutoModelForCausalLM", "text-generation")
+    aim = "masked tokens" if is_masked else "the next token"
+    blocks = [
+        f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags: [flatlm]\n---\n# {name}",
+        f"A {family.name} model that predicts {aim}: {cfg.n_layer} layers {cfg.n_embd} wide, {cfg.n_head} heads, "
+        f"{cfg.vocab_size:,} token ids, sequences of up to {cfg.block_size:,} tokens. From {source.name}.",
+        "```python\n"
+        f"from transformers import AutoTokenizer, {auto}\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+        f'model = {auto}.from_pretrained("{name}")\n```',
+    ]
+    if tokenizer and tokenizer.specials:
+        blocks.append(
+            f"The name of a special token in a text, such as `{next(iter(tokenizer.specials))}`, is read as that token "
+            "by this tokenizer; in training it was ordinary text."
+        )
+    return "\n\n".join(blocks + training_facts(source)) + "\n"
+
+
+def training_facts(source):
+    """What a model card says of the run that a model comes from; nothing where it comes from none."""
+    manifest = getattr(source, "manifest", None)
+    if manifest is None:
+        return []
+    state, settings, data = manifest.get("state", {}), manifest.get("settings", {}), data_of(source.folder)
+    rows = {
+        "steps": f"{manifest['step']:,}",
+        "tokens": f"{state.get('sequences_seen', 0) * settings.get('seq_len', 0):,}",
+        "hours": f"{state.get('hours', 0):.2f}",
+        "validation loss": None if state.get("val_loss") is None else f"{state['val_loss']:.4f} nats a token",
+    }
+    split = data.get("splits", {}).get("val", {})
+    if state.get("val_loss") is not None and split.get("bytes") and source.cfg.objective == "clm":
+        bits = state["val_loss"] / math.log(2) * split["tokens"] / split["bytes"]
+        rows["validation bits per byte"] = f"{bits:.4f}"
+    rows["tokenizer"] = data.get("tokenizer")
+    rows["data made by"] = f"`{data['command']}`" if data.get("command") else None
+    for name, split in data.get("splits", {}).items():
+        rows[f"{name} tokens of the data"] = f"{split.get('tokens', 0):,}"
+    table = ["| training | |", "|---|---|"] + [f"| {name} | {value} |" for name, value in rows.items() if value]
+    preset = [f"{name} = {value!r}" for name, value in settings.items() if name not in PRIVATE and value is not None]
+    return ["\n".join(table), "Settings:", "```python\n" + "\n".join(preset) + "\n```"]
+
+
+def data_of(run_dir):
+    """meta.json of a run's data, as much as there is of it."""
+    path = run_dir / "meta.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+if __name__ == "__main__":
+    run_script(main, Settings, __doc__)
