@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "sweep": {"config"},  # starts bench.py as a person would
     # A benchmark must time the code that trains.
     "bench": BELOW_SCRIPTS | {"train", "machine", "ceilings", "meters", "report_bench", "sweep"},
+    "nanogpt": {"model", "tokenizer", "data", "optim", "rundir", "parallel", "checkpoint"},
     "convert": {"config", "model", "tokenizer", "checkpoint"},
 }
 FILES = sorted(ROOT.glob("*.py"))
