@@ -33,7 +33,7 @@ class ConvertConfig:
     to_hf: str | None = None  # folder to write a Hugging Face model to
     hf_dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the weights in it; none: as they are
     from_nanogpt: str | None = None  # nanoGPT's ckpt.pt, to become a run in out_dir
-    nanogpt_meta: str | None = None  # meta.pkl of its data, where that is of characters; none: gpt2's tokens
+    nanogpt_tokenizer: str | None = None  # meta.pkl of its data, or as in prepare.py; none: gpt2, if its size is that
 
     def __post_init__(self):
         if (self.to_hf is None) == (self.from_nanogpt is None):
@@ -53,7 +53,8 @@ def main(cfg):
     if cfg.convert.from_nanogpt:
         if not cfg.run.out_dir:
             raise ValueError("out_dir is none; name the folder of the run to make, as in --out_dir=out/nanogpt")
-        import_nanogpt(cfg.convert.from_nanogpt, cfg.run.out_dir, cfg.convert.nanogpt_meta)
+        print(*import_nanogpt(cfg.convert.from_nanogpt, cfg.run.out_dir, cfg.convert.nanogpt_tokenizer), sep="\n")
+        print(f"{cfg.convert.from_nanogpt}: now the run in {cfg.run.out_dir}; python train.py {cfg.run.out_dir}/config.py goes on")
     else:
         export(open_model(place_of(cfg)), cfg.convert.to_hf, cfg.convert.hf_dtype)
 

@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "parallel": {"model", "shard", "guard"},
     "checkpoint": {"model", "optim", "rundir"},
     "families": {"model"},  # what others call what is ours
-    "hub": {"families", "model"},
+    "hub_tokenizer": {"tokenizer"},
+    "hub": {"families", "hub_tokenizer", "model"},
     "pretrained": {"checkpoint", "hub", "model", "rundir", "shard"},
     "hardware": set(),
     "cost": {"hardware", "model", "objective", "parallel"},
@@ -43,7 +44,8 @@ MAY_IMPORT = {
     "sweep": {"config"},  # starts bench.py as a person would
     # A benchmark must time the code that trains.
     "bench": BELOW_SCRIPTS | {"train", "machine", "ceilings", "meters", "report_bench", "sweep"},
-    "convert": {"config", "families", "pretrained", "checkpoint", "tokenizer"},
+    "nanogpt": {"model", "tokenizer", "data", "optim", "rundir", "parallel", "checkpoint"},
+    "convert": {"config", "families", "hub_tokenizer", "nanogpt", "pretrained", "checkpoint", "tokenizer"},
 }
 FILES = sorted(ROOT.glob("*.py"))
 PRESETS = sorted((ROOT / "config").glob("[!_]*.py"))

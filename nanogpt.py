@@ -1,0 +1,326 @@
+"""nanoGPT's checkpoints as runs."""
+
+import itertools
+import json
+import math
+import pickle
+import shutil
+import warnings
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import tokenizer as tokenizers_of_ours
+from checkpoint import FILE_BYTES, Failure, RunConfig, checkpoints, write_checkpoint
+from data import DataConfig
+from model import ModelConfig
+from optim import OptimConfig
+from parallel import World
+from rundir import sha256, writing_to
+from tokenizer import WordPieceTokenizer, load_tokenizer
+
+# What nanoGPT calls a part of a parameter's name, and what it is called here; qkv are three.
+NAMES = {
+    "transformer.h.": "blocks.", "transformer.": "", "ln_f.": "norm_f.", "ln_1.": "norm1.", "ln_2.": "norm2.",
+    "attn.c_attn.": "attn.qkv.", "attn.c_proj.": "attn.proj.", "mlp.c_fc.": "mlp.up.", "mlp.c_proj.": "mlp.down.",
+}  # fmt: skip
+MODEL_ARGS = {
+    "n_layer": int, "n_head": int, "n_embd": int, "block_size": int, "vocab_size": int, "bias": bool, "dropout": float,
+}  # fmt: skip
+SETTINGS = {
+    "dataset": str, "gradient_accumulation_steps": int, "batch_size": int, "eval_interval": int, "eval_iters": int,
+    "log_interval": int, "learning_rate": float, "min_lr": float, "decay_lr": bool, "max_iters": int,
+    "warmup_iters": int, "lr_decay_iters": int, "grad_clip": float, "device": str, "dtype": str, "wandb_log": bool,
+    "wandb_project": str, "wandb_run_name": str,
+}  # fmt: skip
+KEYS = {"model": dict, "optimizer": dict, "model_args": dict, "iter_num": int, "best_val_loss": float, "config": dict}
+GPT2_SIZES = (50257, 50304)  # the vocabulary of GPT-2's tokenizer, and nanoGPT's rounding of it
+
+
+def import_nanogpt(path, out_dir, tokenizer=None):
+    """Makes a run in out_dir of nanoGPT's ckpt.pt, to sample from or to go on with; returns lines to tell the user.
+
+    Weights and the optimizer's moments come along, so `train.py out_dir/config.py` goes on where nanoGPT stopped; the
+    order of the data, which nanoGPT draws at random, is this project's. tokenizer: the data's meta.pkl or what
+    load_tokenizer takes; none: gpt2 where the vocabulary is that. Nothing in the files is run. ValueError where they
+    are not what nanoGPT writes, or out_dir holds a run. Memory: about that of the embedding and its moments, the rest
+    stays on the disk. Checkpoints older than June 2023 may be of the tanh GELU, which no checkpoint tells.
+    """
+    if checkpoints(out_dir) or any((Path(out_dir) / name).exists() for name in ("config.py", "log.jsonl")):
+        raise ValueError(f"out_dir {out_dir} holds a run already; use another --out_dir")
+    saved = _load(path)
+    cfg, preset, tensors, lines = _translated(path, saved)
+    preset["out_dir"] = str(out_dir)
+    with writing_to(out_dir):
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        lines += _keep_tokenizer(tokenizer, cfg.vocab_size, out_dir)
+    step = saved["iter_num"]
+    state = {
+        "step": step,
+        "sequences_seen": step * preset["batch_tokens"] // cfg.block_size,
+        "val_loss": saved["best_val_loss"],
+    }
+    facts = {"model": asdict(cfg), "state": state, "settings": preset, "scaler": {}, "val_loss": state["val_loss"]}
+    starts = itertools.accumulate((tensor.nbytes for tensor in tensors.values()), initial=0)
+    file_numbers = {name: 1 + start // FILE_BYTES for name, start in zip(tensors, starts)}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is one process
+            write_checkpoint(out_dir, step, tensors, file_numbers, facts, World(0, 1, torch.device("cpu"), "fp32"))
+    except Failure as error:
+        if not error.is_of_disk:
+            raise
+        raise ValueError(f"out_dir {out_dir} cannot be written to ({error}); make room, or use another") from error
+    with writing_to(out_dir):
+        (Path(out_dir) / "config.py").write_text("".join(f"{name} = {value!r}\n" for name, value in preset.items()))
+    return lines
+
+
+def _load(path):
+    """What torch.save wrote for nanoGPT's train.py, of the right types; its tensors are read when they are used."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error}); name the ckpt.pt that nanoGPT's train.py wrote") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is damaged, or holds Python objects, which could run code, and is not loaded: a ckpt.pt of "
+            f"nanoGPT's holds tensors and plain values alone"
+        ) from error
+    except Exception as error:  # whatever a damaged file makes torch raise
+        what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(f"{path} is damaged, or no ckpt.pt of nanoGPT's ({what}); copy it again") from error
+    saved = _typed(saved, KEYS, path)
+    if saved["iter_num"] < 1:
+        raise ValueError(f"{path} has iter_num {saved['iter_num']}; nanoGPT saves after step 1 at the earliest")
+    for name, kinds in (("model_args", MODEL_ARGS), ("config", SETTINGS)):
+        saved[name] = _typed(saved[name], kinds, f"{path}: {name}")
+    return saved
+
+
+def _typed(values, kinds, where):
+    """The values that `kinds` names, each of its kind; ValueError where one is missing or of another."""
+    if not isinstance(values, dict) or (missing := [name for name in kinds if name not in values]):
+        missing = ", ".join(missing) if isinstance(values, dict) else "all"
+        raise ValueError(f"{where} lacks {missing} of what nanoGPT's train.py saves; name its ckpt.pt")
+    typed = {}
+    for name, kind in kinds.items():
+        value = values[name]
+        value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+        is_number = type(value) in (int, float) and (kind is float or (math.isfinite(value) and value == int(value)))
+        if not (is_number if kind in (int, float) else isinstance(value, kind)):
+            raise ValueError(f"{where} has {name} {str(value)[:40]!r}, where nanoGPT has a {kind.__name__}")
+        typed[name] = kind(value)
+    return typed
+
+
+def _translated(path, saved):
+    """The model's settings, a preset of all settings, {name: tensor} of a checkpoint, and lines to tell the user."""
+    model_args, theirs = saved["model_args"], saved["config"]
+    # torch.compile's models have a prefix.
+    weights = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()}
+    n_layer = sum(name.endswith(".attn.c_attn.weight") for name in weights)
+    if n_layer != model_args["n_layer"]:
+        raise ValueError(f"{path} has model_args of n_layer {model_args['n_layer']}, but weights of {n_layer} layers")
+    try:
+        cfg = ModelConfig(mlp="gelu", **model_args)
+        tensors, (decayed, _) = _tensors(saved, weights, cfg)
+        preset, lines = _preset(theirs, decayed, cfg, saved["iter_num"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {'; '.join(str(error).splitlines())}") from error
+    return cfg, preset, tensors, lines
+
+
+def _preset(theirs, decayed, cfg, step):
+    """nanoGPT's settings under our names, and lines that say where they are not the same.
+
+    decayed: the optimizer's first group, whose settings nanoGPT goes on with whatever its config says.
+    """
+    sequences = theirs["gradient_accumulation_steps"] * theirs["batch_size"]  # of all processes, before they share it
+    floor = min(theirs["min_lr"], theirs["learning_rate"])
+    wandb = {"wandb": True, "wandb_project": theirs["wandb_project"], "wandb_run_name": theirs["wandb_run_name"]}
+    preset = {
+        **asdict(cfg),
+        "data_dir": f"data/{theirs['dataset']}",
+        "seq_len": cfg.block_size,
+        "batch_tokens": sequences * cfg.block_size,
+        "micro_batch_size": theirs["batch_size"],
+        "eval_tokens": theirs["eval_iters"] * theirs["batch_size"] * cfg.block_size,
+        "optimizer": "adamw",
+        "learning_rate": theirs["learning_rate"],
+        "max_steps": theirs["max_iters"],
+        "weight_decay": decayed["weight_decay"],
+        "beta1": decayed["betas"][0],
+        "beta2": decayed["betas"][1],
+        "grad_clip": theirs["grad_clip"] or None,
+        "seed": 1337,
+        "eval_interval": theirs["eval_interval"],
+        "save_interval": theirs["eval_interval"],
+        "log_interval": theirs["log_interval"],
+        # Its bf16 or fp16 is what the machine could do, as auto is here; on a CPU it computes in float32 anyway.
+        "precision": "fp32" if theirs["dtype"] == "float32" or theirs["device"] == "cpu" else "auto",
+        **(wandb if theirs["wandb_log"] else {}),
+    }
+    schedule = {"schedule": "constant", "min_lr": 0.0, "warmup_steps": 0}  # without decay it has no warm-up either
+    lines = []
+    if theirs["decay_lr"]:
+        schedule = {"schedule": "cosine", "min_lr": floor, "warmup_steps": theirs["warmup_iters"]}
+        schedule["lr_decay_steps"] = theirs["lr_decay_iters"]
+        if floor < theirs["min_lr"]:
+            lines.append(f"min_lr is {floor}, the learning_rate: nanoGPT's {theirs['min_lr']} is above it")
+        if step < theirs["warmup_iters"]:
+            lines.append(
+                f"to step {theirs['warmup_iters']} the learning rate is 1/{theirs['warmup_iters']} above nanoGPT's, "
+                f"whose warm-up is a step longer; after that it is the same"
+            )
+    preset |= schedule
+    for owner in (DataConfig, OptimConfig, RunConfig):  # which raise where a value is impossible
+        owner(**{field.name: preset[field.name] for field in fields(owner) if field.name in preset})
+    if not (Path(preset["data_dir"]) / "train.bin").exists():
+        lines.append(
+            f"to train on, link or copy nanoGPT's {preset['data_dir']} here, or give --data_dir=: its train.bin and "
+            f"val.bin are read as they are"
+        )
+    return preset, lines
+
+
+def _tensors(saved, weights, cfg):
+    """{name: tensor} of a checkpoint, by the names that checkpoint.py gives; and the optimizer's groups."""
+    shapes = _shapes(cfg)
+    weights = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}  # a mask, of old
+    _check_shapes(shapes | {"lm_head.weight": shapes["transformer.wte.weight"]}, weights)
+    if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
+        raise ValueError("lm_head.weight is not transformer.wte.weight, which in nanoGPT are one")
+    tensors = {}
+    for name in shapes:
+        tensors |= {f"model.{ours}": part for ours, part in _parts(name, weights[name], cfg)}
+    # Its groups are of the matrices and of all else, each in the order of the model's parameters.
+    names = [name for name in shapes if len(shapes[name]) > 1], [name for name in shapes if len(shapes[name]) == 1]
+    groups, state = _groups(saved["optimizer"], names)
+    for group, of_group in zip(groups, names):
+        for i, name in zip(group["params"], of_group):
+            moments = {"exp_avg": shapes[name], "exp_avg_sq": shapes[name], "step": ()}
+            _check_shapes(moments, state[i] if isinstance(state.get(i), dict) else {}, f"the optimizer's {name} ")
+            for ours, _ in _parts(name, weights[name], cfg):
+                tensors[f"optimizer.state.{ours}.step"] = state[i]["step"].float().clone()  # none may share memory
+            for moment in ("exp_avg", "exp_avg_sq"):
+                for ours, part in _parts(name, state[i][moment], cfg):
+                    tensors[f"optimizer.state.{ours}.{moment}"] = part
+    return tensors, groups
+
+
+def _shapes(cfg):
+    """{name: shape} of nanoGPT's parameters, in the order of its model's."""
+    C = cfg.n_embd
+    shapes = {"transformer.wte.weight": (cfg.vocab_size, C), "transformer.wpe.weight": (cfg.block_size, C)}
+    layers = {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C)}
+    layers |= {"ln_2": (C,), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
+    named = [(f"transformer.h.{i}.{name}", shape) for i in range(cfg.n_layer) for name, shape in layers.items()]
+    for name, shape in [*named, ("transformer.ln_f", (C,))]:
+        shapes[f"{name}.weight"] = shape
+        if cfg.bias:
+            shapes[f"{name}.bias"] = shape[:1]
+    return shapes
+
+
+def _check_shapes(shapes, tensors, owner=""):
+    """ValueError that names the first of the tensors that are missing, too many, or of another shape or kind."""
+    for name in [*shapes, *(name for name in tensors if name not in shapes)]:
+        tensor, wanted = tensors.get(name), shapes.get(name)
+        is_sound = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+        found = tuple(tensor.shape) if is_sound else "nothing" if tensor is None else "no floats"
+        if found != wanted:
+            by_args = "is not to be" if wanted is None else f"by model_args is {wanted}"
+            raise ValueError(
+                f"{owner}{name} {by_args}, and there is {found}; weights and model_args are not of one model"
+            )
+
+
+def _groups(optimizer, names):
+    """The optimizer's two groups and {number of a parameter: its state}; ValueError where they are not AdamW's."""
+    groups, state = optimizer.get("param_groups"), optimizer.get("state")
+    try:
+        sizes = [len(group["params"]) for group in groups]
+        (b1, b2), decay, other_decay = groups[0]["betas"], groups[0]["weight_decay"], groups[1]["weight_decay"]
+        are_sound = isinstance(state, dict) and all(type(value) in (int, float) for value in (b1, b2, decay))
+        are_sound = are_sound and groups[0]["eps"] == 1e-8 and not groups[0].get("amsgrad") and other_decay == 0
+        are_sound = are_sound and [i for group in groups for i in group["params"]] == list(range(sum(sizes)))
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"its optimizer is no AdamW of torch's in two groups ({type(error).__name__})") from error
+    if not are_sound:
+        raise ValueError("its optimizer is not nanoGPT's AdamW: eps 1e-8, no amsgrad, weight_decay of matrices alone")
+    if sizes != [len(of_group) for of_group in names]:
+        raise ValueError(
+            f"its optimizer has {' and '.join(map(str, sizes))} parameters in its groups, where nanoGPT has "
+            f"{' and '.join(str(len(of_group)) for of_group in names)}; of before May 2023, with another GELU, "
+            f"it cannot be taken over"
+        )
+    return groups, state
+
+
+def _parts(name, tensor, cfg):
+    """(our name, tensor) of what one of nanoGPT's parameters, or a moment of it, is here: views, but for padding."""
+    for theirs, ours in NAMES.items():
+        name = name.replace(theirs, ours)
+    tensor = tensor.float()
+    if name == "wte.weight":
+        return [(name, F.pad(tensor, (0, 0, 0, cfg.padded_vocab_size - cfg.vocab_size)))]
+    if ".qkv." in name:
+        return [(name.replace("qkv", part), chunk) for part, chunk in zip("qkv", tensor.chunk(3))]
+    return [(name, tensor)]
+
+
+# ---- its tokenizer
+
+
+def _keep_tokenizer(tokenizer, vocab_size, out_dir):
+    """Writes meta.json, and the tokenizer's file if it has one, to the run; returns lines to tell the user."""
+    if tokenizer is None and vocab_size not in GPT2_SIZES:
+        return [
+            f"its tokenizer is unknown, so it trains but cannot be sampled from; give --tokenizer=data/NAME/meta.pkl "
+            f'of nanoGPT\'s data, or write {{"tokenizer": NAME}} into {Path(out_dir) / "meta.json"}'
+        ]
+    file = Path(out_dir) / "tokenizer.json"
+    name = tokenizer or "gpt2"
+    if name.endswith(".pkl"):
+        characters = read_characters(name)
+        if len(characters) != vocab_size:
+            raise ValueError(f"{name} has {len(characters)} characters, the model a vocab_size of {vocab_size}")
+        tokenizers_of_ours.save_characters(characters, file)
+    elif tokenizer is not None:
+        loaded = load_tokenizer(name)
+        if loaded.vocab_size > vocab_size:
+            raise ValueError(f"tokenizer {name} has {loaded.vocab_size} ids, the model a vocab_size of {vocab_size}")
+        if isinstance(loaded, WordPieceTokenizer):
+            loaded.save(file)
+        elif name.endswith(".json"):
+            shutil.copyfile(name, file)
+    has_file = name.endswith((".pkl", ".json", ".txt"))
+    meta = {"tokenizer": file.name, "tokenizer_sha256": sha256(file)} if has_file else {"tokenizer": name}
+    (Path(out_dir) / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    return []
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads numbers, texts, lists and dicts alone: whatever else a pickle does, it does by a name that it looks up."""
+
+    def find_class(self, module, name):
+        raise ValueError(f"it wants to call {module}.{name}")
+
+
+def read_characters(path):
+    """The characters, in the order of their ids, of the meta.pkl that nanoGPT's character-level data come with.
+
+    ValueError where it is anything else; a pickle with code in it does not run.
+    """
+    try:
+        with open(path, "rb") as file:
+            itos = _PlainUnpickler(file).load()["itos"]
+        characters = [itos[i] for i in range(len(itos))]
+    except Exception as error:  # whatever a damaged pickle raises
+        raise ValueError(f"{path} is no meta.pkl of nanoGPT's ({type(error).__name__}: {error})") from error
+    if not all(isinstance(c, str) and len(c) == 1 for c in characters) or len(set(characters)) < len(characters):
+        raise ValueError(f"{path} has ids that are not one character each, all different; give another --tokenizer")
+    return characters
