@@ -4,6 +4,7 @@ python sample.py --out_dir=out/quickstart --prompt="def main(" --num_samples=3
 python sample.py --out_dir=out/quickstart_bert --prompt="for i in [MASK](10):"
 python sample.py --out_dir=out/quickstart --prompt=FILE:prompt.txt
 echo "import os" | python sample.py --out_dir=out/quickstart --prompt=-
+python sample.py --out_dir=out/quickstart --score --prompt="import os"
 """
 
 import codecs
@@ -22,12 +23,14 @@ from model import Cache
 from objective import special_id
 from parallel import ParallelConfig, pick_device, pick_precision
 from pretrained import load_model, place_of
+from score import print_scores, read_requests
 from tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     prompt: str | None = None  # text to go on from, or whose [MASK]s to fill; FILE:path reads a file, - stdin
+    score: bool = False  # print the prompt's log-likelihood instead; of each line, where it is FILE:x.jsonl
     num_samples: int = 1  # continuations of the prompt, made in one batch
     max_new_tokens: int = 256  # tokens of each; end-of-text ends it earlier
     temperature: float = 0.8  # divides the logits: below 1 likelier tokens, 0 always the likeliest
@@ -59,7 +62,8 @@ class Settings:
 def main(cfg):
     device = pick_device(cfg.parallel.device)
     model, source = load_model(place_of(cfg), device)
-    dtype = generation_dtype(cfg.parallel.precision, device, model.num_params())
+    precision = "fp32" if cfg.sample.score and cfg.parallel.precision == "auto" else cfg.parallel.precision
+    dtype = generation_dtype(precision, device, model.num_params())
     model.to(dtype)  # not autocast, which would cast each weight anew for each token
     tokenizer = load_tokenizer(source.tokenizer)
     print(f"{source.name}, {model.num_params():,} parameters on {device} in {dtype}", file=sys.stderr)
@@ -71,6 +75,8 @@ def main(cfg):
         )
 
     prompt = read_prompt(cfg.sample.prompt)
+    if cfg.sample.score:
+        return print_scores(model, tokenizer, read_requests(cfg.sample.prompt, prompt))
     if model.cfg.objective == "mlm":
         return print_candidates(model, tokenizer, prompt, cfg.sample.top_k or 5, device)
     ids = tokenizer.encode(prompt).tolist() if prompt else [tokenizer.eot]

@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "log": {"config", "objective", "rundir", "parallel"} | COSTS,  # what a run tells: the half of train.py that is not the loop
     "prepare": {"config", "corpus", "tokenizer", "data"},
     "train": BELOW_SCRIPTS | {"log"},
-    "sample": {"config", "model", "tokenizer", "objective", "pretrained", "parallel", "checkpoint"},
+    "score": {"model"},
+    "sample": {"config", "model", "tokenizer", "objective", "pretrained", "parallel", "checkpoint", "score"},
     "machine": {"data", "objective", "parallel", "hardware"},  # what this machine does, whatever is trained on it
     "ceilings": {"machine", "model", "optim", "parallel"},  # what a step's parts take on this machine
     "meters": {"health", "optim", "parallel"},  # what of a step goes where
