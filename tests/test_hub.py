@@ -1,0 +1,391 @@
+"""Models of Hugging Face's come in as they are, or are refused in one line."""
+
+import dataclasses
+import json
+import os
+import pickle
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import config
+import train
+from data import Split
+from hub import HubModel
+from hugging_face import KINDS, LLAMA3, T, V, logits_of, random_model, saved
+from model import ModelConfig, Transformer
+from pretrained import load_model, load_weights, open_model, starting_config
+from ranks import SMALL, on_ranks, records, settings, write_data
+from tokenizer import SPECIALS
+
+IDS = torch.randint(V, (3, 7), generator=torch.Generator().manual_seed(2))
+REAL = torch.arange(7) < torch.tensor([7, 4, 6])[:, None]  # (B, T): sequences of 7, 4 and 6 tokens
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{kind: (model of transformers, its folder)}, each made when it is first asked for."""
+
+    class Folders(dict):
+        def __missing__(self, kind):
+            self[kind] = saved(kind, tmp_path_factory.mktemp("theirs"))
+            return self[kind]
+
+    return Folders()
+
+
+@pytest.fixture
+def copy(folders, tmp_path):
+    """A function that copies the folder of a kind, to be damaged, and changes its config.json."""
+
+    def make(kind="gpt2", **changes):
+        folder = tmp_path / "copy"
+        shutil.copytree(folders[kind][1], folder)
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        return folder
+
+    return make
+
+
+def ours(folder):
+    return load_model(str(folder), "cpu")[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_transformers_has_its_logits_here(kind, folders):
+    theirs, folder = folders[kind]
+    model, expected = ours(folder), logits_of(theirs, IDS)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS), expected, rtol=0, atol=1e-4)
+    assert expected.std() > 0.3
+    assert model.cfg.objective == ("mlm" if "bert" in kind else "clm")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "llama", "qwen3"])
+def test_a_padded_batch_has_transformers_logits_where_tokens_are_real(kind, folders):
+    theirs, folder = folders[kind]
+    types = torch.randint(2, IDS.shape, generator=torch.Generator().manual_seed(3)) if kind == "bert" else None
+    more = {} if types is None else {"token_type_ids": types}
+    expected = logits_of(theirs, IDS, attention_mask=REAL.long(), **more)
+    with torch.no_grad():
+        logits = ours(folder)(IDS, attention_mask=REAL, token_types=types)
+    torch.testing.assert_close(logits[REAL], expected[REAL], rtol=0, atol=1e-4)
+
+
+def test_rope_of_llama_31_is_transformers_at_every_wavelength(folders):
+    """The scale matters here: without it logits differ by a thousand times the tolerance."""
+    theirs, folder = folders["llama 3.1"]
+    model = ours(folder)
+    assert (model.cfg.rope_scale, model.cfg.rope_context) == (8.0, 64)
+    ids = torch.randint(V, (2, T), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), logits_of(theirs, ids), rtol=0, atol=1e-4)
+        model.cfg = dataclasses.replace(model.cfg, rope_scale=1.0)
+        assert (model(ids) - logits_of(theirs, ids)).abs().max() > 0.1
+
+
+# ---- files as they are found
+
+def same_weights(model, other):
+    return all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_old_files_of_gpt2_without_prefix_and_with_masks_are_read(copy, folders):
+    folder = copy("gpt2")
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(folder / "model.safetensors").items()}
+    for i in range(3):
+        tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, T, T).tril(), f"h.{i}.attn.masked_bias": torch.tensor(-1e4)}
+    tensors["lm_head.weight"] = tensors["wte.weight"].clone()  # tied, and there all the same
+    save_file(tensors, folder / "model.safetensors")
+    assert same_weights(ours(folder), ours(folders["gpt2"][1]))
+
+
+def test_old_files_of_bert_with_tensorflows_names_and_a_next_sentence_head_are_read(copy, folders):
+    folder = copy("bert whole")
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {re.sub("LayerNorm.weight", "LayerNorm.gamma", name): t for name, t in tensors.items()}
+    tensors = {re.sub("LayerNorm.bias", "LayerNorm.beta", name): t for name, t in tensors.items()}
+    tensors["bert.embeddings.position_ids"] = torch.arange(T)[None]
+    save_file(tensors, folder / "model.safetensors")
+    assert same_weights(ours(folder), ours(folders["bert whole"][1]))
+    assert open_model(str(folder)).carried.keys() == {
+        f"{module}.{kind}" for module in ("bert.pooler.dense", "cls.seq_relationship") for kind in ("weight", "bias")
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_old_pickles_of_plain_weights_are_read(zipped, copy, folders):
+    folder = copy("gpt2")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    assert same_weights(ours(folder), ours(folders["gpt2"][1]))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_weights_in_several_files_are_read(suffix, copy, folders):
+    folder = copy("llama")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    stem, weight_map = "model" if suffix == "safetensors" else "pytorch_model", {}
+    for i in range(3):
+        part = {name: tensors[name] for name in sorted(tensors)[i::3]}
+        file = f"{stem}-{i + 1:05d}-of-00003.{suffix}"
+        save_file(part, folder / file) if suffix == "safetensors" else torch.save(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert same_weights(ours(folder), ours(folders["llama"][1]))
+
+
+def test_weights_in_bf16_come_in_unchanged(tmp_path):
+    theirs = random_model("qwen3").bfloat16()
+    theirs.save_pretrained(tmp_path)
+    model = ours(tmp_path)
+    assert model.wte.weight.dtype == torch.float32
+    assert torch.equal(model.blocks[1].mlp.up.weight, theirs.model.layers[1].mlp.up_proj.weight.float())
+    assert open_model(str(tmp_path)).dtype == "bfloat16"
+
+
+def test_settings_of_rope_as_transformers_below_5_wrote_them_are_read(copy):
+    folder = copy("llama 3.1", rope_theta=500.0, rope_scaling=LLAMA3 | {"type": "llama3"}, rope_parameters=None)
+    cfg = HubModel(folder).cfg
+    assert (cfg.rope_theta, cfg.rope_scale, cfg.rope_context) == (500.0, 8.0, 64)
+
+
+# ---- another context
+
+def starting(folder, *arguments, **wanted):
+    return starting_config(str(folder), ModelConfig(**wanted), {*arguments, *wanted})
+
+
+def test_a_shorter_context_takes_the_first_positions(folders):
+    theirs, folder = folders["gpt2"]
+    cfg = starting(folder, block_size=9)
+    model = Transformer(cfg)
+    load_weights(open_model(str(folder)), model)
+    assert model.wpe.weight.shape == (9, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS), logits_of(theirs, IDS), rtol=0, atol=1e-4)
+
+
+def test_a_longer_context_is_refused_for_learned_positions_and_taken_by_rope(folders):
+    with pytest.raises(ValueError, match=f"block_size is 24, but .* is of at most {T} tokens; lower it"):
+        starting(folders["gpt2"][1], block_size=T + 1)
+    assert starting(folders["llama"][1], block_size=99).block_size == 99
+
+
+def test_a_sliding_window_bounds_the_context(copy):
+    folder = copy("mistral", sliding_window=9)
+    assert starting(folder).block_size == 9
+    with pytest.raises(ValueError, match="block_size is 10, but .* is of at most 9 tokens"):
+        starting(folder, block_size=10)
+
+
+def test_within_its_sliding_window_a_model_is_transformers(tmp_path):
+    theirs, folder = saved("mistral", tmp_path, sliding_window=7)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(folder)(IDS), logits_of(theirs, IDS), rtol=0, atol=1e-4)
+
+
+def test_what_the_user_has_set_must_be_as_it_is_there(folders):
+    folder = folders["gpt2"][1]
+    with pytest.raises(ValueError, match="another model: n_embd 20 there, 25 here, n_layer 3 there, 2 here; leave"):
+        starting(folder, n_layer=2, n_embd=25, n_head=5)
+    cfg = starting(folder, n_layer=3, dropout=0.1, n_inner=80, n_kv_head=5, vocab_size=None)
+    assert (cfg.dropout, cfg.n_layer, cfg.vocab_size) == (0.1, 3, V)
+
+
+# ---- bad input: each one clear line
+
+def tampered(folder, change):
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    path.write_bytes(change(data))
+
+
+def edited(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+BAD = {
+    "no config": (lambda f: (f / "config.json").unlink(), "holds no checkpoint of flatlm's.*no config.json"),
+    "a config that is no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read as JSON"),
+    "a config of something else": (lambda f: (f / "config.json").write_text("[]"), "of a model of type None"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor pytorch_model.bin"),
+    "truncated": (lambda f: tampered(f, lambda d: d[:-5]), "holds no tensors that can be read .SafetensorError"),
+    "cut in its header": (lambda f: tampered(f, lambda d: d[:99]), "holds no tensors that can be read"),
+    "empty": (lambda f: tampered(f, lambda d: b""), "holds no tensors that can be read"),
+    "a header that lies": (lambda f: tampered(f, lambda d: b"\xff" * 8 + d[8:]), "holds no tensors that can be read"),
+    "offsets that lie": (lambda f: tampered(f, lambda d: d.replace(b'"data_offsets":[0,', b'"data_offsets":[8,', 1)),
+                         "holds no tensors that can be read"),
+    "not finite": (lambda f: edited(f, lambda t: t["transformer.ln_f.weight"].fill_(float("nan"))),
+                   "transformer.ln_f.weight holds numbers that are not finite"),
+    "missing": (lambda f: edited(f, lambda t: t.pop("transformer.h.2.ln_1.bias")),
+                "lacks 1 tensors of a GPT2LMHeadModel, transformer.h.2.ln_1.bias for one"),
+    "one too many": (lambda f: edited(f, lambda t: t.update(lora_A=torch.ones(2))),
+                     "1 tensors that no GPT2LMHeadModel has, lora_A for one"),
+    "another shape": (lambda f: edited(f, lambda t: t.update({"transformer.wpe.weight": torch.ones(9, 20)})),
+                      r"wpe.weight has the shape \[9, 20\], by config.json \[23, 20\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage, told", BAD.values(), ids=BAD)
+def test_a_bad_folder_is_refused_in_one_line(damage, told, copy):
+    folder = copy("gpt2")
+    damage(folder)
+    with pytest.raises(ValueError, match=told) as error:
+        load_model(str(folder), "cpu")
+    assert "\n" not in str(error.value) and config.is_users(error.value)
+
+
+UNKNOWN = {
+    "architecture": ("gpt2", {"model_type": "mamba"}, "of a model of type 'mamba', which is unknown here; known are"),
+    "lacking": ("gpt2", {"n_embd": None}, "config.json: "),
+    "of another type": ("gpt2", {"n_layer": "three"}, "config.json: "),
+    "impossible": ("gpt2", {"n_head": 3}, "config.json: n_embd 20 is not a multiple of n_head 3"),
+    "activation": ("gpt2", {"activation_function": "relu"}, "activation_function 'relu', which this project's"),
+    "inverse layers": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
+    "decoder": ("bert", {"is_decoder": True}, "is_decoder True"),
+    "yarn": ("llama", {"rope_parameters": LLAMA3 | {"rope_type": "yarn"}}, "rope of type 'yarn'"),
+    "other llama3": ("llama", {"rope_parameters": LLAMA3 | {"low_freq_factor": 2.0}}, r"with factors \(2.0, 4.0\)"),
+    "part of heads": ("llama", {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.5}},
+                      "partial_rotary_factor 0.5"),
+    "quantized": ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+    "half biased": ("llama", {"attention_bias": True}, "biases in one of attention and MLP alone"),
+    "biased": ("qwen3", {"attention_bias": True}, "attention_bias True"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, changes, told", UNKNOWN.values(), ids=UNKNOWN)
+def test_a_model_that_cannot_be_computed_here_is_refused_in_one_line(kind, changes, told, copy):
+    with pytest.raises(ValueError, match=told) as error:
+        load_model(str(copy(kind, **changes)), "cpu")
+    assert "\n" not in str(error.value) and config.is_users(error.value)
+
+
+def test_code_in_a_pickle_does_not_run(copy):
+    class Planted:
+        def __reduce__(self):
+            return os.system, (f"touch {folder / 'it_ran'}",)
+
+    folder = copy("gpt2")
+    (folder / "model.safetensors").unlink()
+    torch.save({"transformer.wte.weight": Planted()}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin holds no tensors that can be read .UnpicklingError") as error:
+        load_model(str(folder), "cpu")
+    assert "\n" not in str(error.value) and not (folder / "it_ran").exists()
+    pickle.loads(pickle.dumps(Planted()))
+    assert (folder / "it_ran").exists(), "the plant itself works"
+
+
+def test_a_pickle_of_other_things_than_tensors_is_refused(copy):
+    folder = copy("gpt2")
+    (folder / "model.safetensors").unlink()
+    torch.save({"state_dict": {}}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds other things than tensors"):
+        load_model(str(folder), "cpu")
+
+
+def test_an_index_leads_nowhere_but_into_its_folder(copy, folders):
+    folder = copy("gpt2")
+    (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+    names = load_file(folder.parent / "elsewhere.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "../elsewhere.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="holds no tensors that can be read"):
+        load_model(str(folder), "cpu")
+
+
+# ---- by name
+
+def test_a_name_is_read_from_hugging_faces_cache_and_one_that_is_not_there_is_refused(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    there = tmp_path / "models--someone--tiny"
+    shutil.copytree(folders["gpt2"][1], there / "snapshots" / ("a" * 40))
+    (there / "refs").mkdir()
+    (there / "refs" / "main").write_text("a" * 40)
+    assert same_weights(ours("someone/tiny"), ours(folders["gpt2"][1]))
+    with pytest.raises(ValueError, match="someone/other is no folder here, and the Hugging Face hub did not give") as error:
+        ours("someone/other")
+    assert "\n" not in str(error.value) and config.is_users(error.value)
+
+
+# ---- training from there
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"), vocab_size=V - 4)
+
+
+def train_from(folder, data_dir, out_dir, **changes):
+    """A small run that takes its model from a folder."""
+    own = {"vocab_size", "block_size", "n_layer", "n_head", "n_embd"}
+    names = {name: value for name, value in SMALL.items() if name not in own}
+    names |= {"data_dir": data_dir, "out_dir": out_dir, "init_from": folder} | changes
+    train.main(config.load(train.Settings, [f"--{name}={value}" for name, value in names.items()]))
+    return out_dir
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3"])
+def test_a_model_of_transformers_trains_on_from_its_loss(kind, folders, data_dir, tmp_path, no_curves):
+    theirs, folder = folders[kind]
+    out_dir = train_from(folder, data_dir, tmp_path / "run", max_steps=3, learning_rate=1e-3, eval_interval=3)
+    tokens = torch.from_numpy(np.concatenate(Split(data_dir, "val", V).shards).astype(np.int64))[:141]
+    rows = tokens.unfold(0, 8, 7)  # the windows of evaluation: 20 of 7 tokens and the one after
+    expected = F.cross_entropy(logits_of(theirs, rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+    losses = records(out_dir, "val_loss")
+    assert losses[0] == pytest.approx(expected.item(), rel=1e-5)
+    assert losses[3] < losses[0]
+
+
+def test_a_bert_of_transformers_trains_on_and_keeps_its_next_sentence_head(folders, tmp_path, no_curves):
+    theirs, folder = folders["bert whole"]
+    specials = {name: V - 5 + i for i, name in enumerate(SPECIALS)}
+    data_dir = write_data(tmp_path / "data", vocab_size=V, specials=specials)
+    out_dir = train_from(folder, data_dir, tmp_path / "run", max_steps=3, learning_rate=1e-3, eval_interval=3)
+    losses = records(out_dir, "val_loss")
+    assert losses[3] < losses[0]
+    carried = open_model(str(out_dir)).carried
+    assert torch.equal(carried["bert.pooler.dense.weight"], theirs.bert.pooler.dense.weight)
+    assert torch.equal(carried["cls.seq_relationship.bias"], theirs.cls.seq_relationship.bias)
+    again = train_from(out_dir, data_dir, tmp_path / "again", max_steps=1)
+    assert open_model(str(again)).carried.keys() == carried.keys()
+
+
+def test_a_run_that_started_there_goes_on_when_the_folder_is_gone(folders, data_dir, tmp_path, no_curves):
+    folder = shutil.copytree(folders["gpt2"][1], tmp_path / "theirs")
+    train_from(folder, data_dir, tmp_path / "run", max_steps=2)
+    shutil.rmtree(folder)
+    train_from(folder, data_dir, tmp_path / "run", max_steps=4)
+    assert list(records(tmp_path / "run")) == [1, 2, 3, 4]
+
+
+def test_a_vocabulary_smaller_than_the_datas_is_refused(folders, tmp_path, no_curves):
+    data_dir = write_data(tmp_path / "data", vocab_size=V + 1)
+    with pytest.raises(ValueError, match=f"vocab_size is {V}, but .* was made with a vocabulary of {V + 1}"):
+        train_from(folders["gpt2"][1], data_dir, tmp_path / "run")
+
+
+@pytest.mark.parametrize("layout", [{"strategy": "fsdp"}, {"tp": 2}], ids=["fsdp", "tp"])
+def test_sharded_runs_start_from_the_same_weights(layout, folders, tmp_path, no_curves):
+    folder, data_dir = folders["llama"][1], write_data(tmp_path / "data", vocab_size=V)
+    sizes = {"n_head": 6, "n_kv_head": 2, "n_embd": 48, "n_inner": 33, "vocab_size": V, "block_size": 8, "seq_len": 6,
+             "batch_tokens": 36, "init_from": folder, "max_steps": 2}  # fmt: skip
+    if "tp" in layout:  # which cannot share out a width of 33
+        folder = saved("llama", tmp_path / "even", intermediate_size=34)[1]
+        sizes |= {"n_inner": 34, "init_from": folder}
+    one = train_from(folder, data_dir, tmp_path / "one", **sizes)
+    cfg = settings(data_dir, tmp_path / "two", **sizes, **layout)
+    cfg = dataclasses.replace(cfg, given=frozenset({"block_size"}))
+    on_ranks(2, (train.main, cfg))
+    assert list(records(tmp_path / "two").values()) == pytest.approx(list(records(one).values()), rel=1e-5)
