@@ -68,6 +68,9 @@ class TiktokenTokenizer(Tokenizer):
     def __init__(self, name, encoding):
         super().__init__(name, encoding.n_vocab, dict(encoding._special_tokens))
         self.encoding = encoding
+        self._unused = set(range(encoding.n_vocab)).difference(
+            encoding._mergeable_ranks.values(), self.specials.values()
+        )
 
     def encode(self, text):
         """Ids of a text, as a numpy array."""
@@ -80,8 +83,11 @@ class TiktokenTokenizer(Tokenizer):
             return np.concatenate([self.encode(text[:half]), self.encode(text[half:])])
 
     def decode_bytes(self, ids):
-        """UTF-8 bytes of ids, special tokens by name; the bytes may end inside a character."""
-        return self.encoding.decode_bytes(ids)
+        """UTF-8 bytes of ids, special tokens by name; the bytes may end inside a character.
+
+        Ids that stand for no token, as 100256 of cl100k_base does, are nothing.
+        """
+        return self.encoding.decode_bytes([i for i in ids if i not in self._unused] if self._unused else ids)
 
 
 class WordPieceTokenizer(Tokenizer):
