@@ -103,7 +103,7 @@ def starting_config(where, wanted, given):
     found, here = _resolved(source), _resolved(cfg)
     differing = [
         f"{name} {found[name]} there, {here[name]} here"
-        for name in sorted(here.keys() - FREE - {"block_size"})
+        for name in sorted(names - FREE - {"block_size"})
         if here[name] != found[name]
     ]
     if differing:

@@ -196,7 +196,7 @@ def test_within_its_sliding_window_a_model_is_transformers(tmp_path):
 def test_what_the_user_has_set_must_be_as_it_is_there(folders):
     folder = folders["gpt2"][1]
     with pytest.raises(ValueError, match="another model: n_embd 20 there, 25 here, n_layer 3 there, 2 here; leave"):
-        starting(folder, n_layer=2, n_embd=25, n_head=5)
+        starting(folder, n_layer=2, n_embd=25)
     cfg = starting(folder, n_layer=3, dropout=0.1, n_inner=80, n_kv_head=5, vocab_size=None)
     assert (cfg.dropout, cfg.n_layer, cfg.vocab_size) == (0.1, 3, V)
 
@@ -352,9 +352,9 @@ def test_a_bert_of_transformers_trains_on_and_keeps_its_next_sentence_head(folde
     theirs, folder = folders["bert whole"]
     specials = {name: V - 5 + i for i, name in enumerate(SPECIALS)}
     data_dir = write_data(tmp_path / "data", vocab_size=V, specials=specials)
-    out_dir = train_from(folder, data_dir, tmp_path / "run", max_steps=3, learning_rate=1e-3, eval_interval=3)
+    out_dir = train_from(folder, data_dir, tmp_path / "run", max_steps=9)
     losses = records(out_dir, "val_loss")
-    assert losses[3] < losses[0]
+    assert losses[9] < losses[0] - 0.1
     carried = open_model(str(out_dir)).carried
     assert torch.equal(carried["bert.pooler.dense.weight"], theirs.bert.pooler.dense.weight)
     assert torch.equal(carried["cls.seq_relationship.bias"], theirs.cls.seq_relationship.bias)
