@@ -1,7 +1,8 @@
 """Log-likelihoods of given texts under a causal model.
 
-They are those of the two requests of EleutherAI's evaluation harness (lm-eval), on the same model and in its precision,
-but for text such as "<|endoftext|>": Hugging Face's tokenizers make a special token of it, ours do not.
+They are those of the two requests of EleutherAI's evaluation harness (lm-eval), on the same model and in its precision.
+Where they differ, the text spells a special token and the harness's tokenizer, unlike ours, makes it one: see its
+split_special_tokens.
 """
 
 import json

@@ -22,9 +22,11 @@ from tokenizer import load_tokenizer, train_bpe
 
 KINDS = {"gpt2": SMALL, "llama": replace(MODERN, qk_norm=False, n_embd=24), "qwen3": MODERN}
 TEXTS = ["a", "ROMEO: what light?\n\n", "To be, or not to be: that is the question. " * 5, "œuvre, naïve – 日本語 😀"]
+TEXTS += ["<|endoftext|>x", "a <|mask|> b"]
 PAIRS = [
     ("The capital of France is", " Paris"), ("The capital of France is ", "Paris"), ("", "Paris is"), ("x \n\t ", " y"),
     ("not to b", "e or not"), ("To be, or not to be: that is the question. " * 5, "To be"), ("日本", "語 😀"),
+    ("", "<|endoftext|>"), ("<|endoftext|>", "x"),
 ]  # fmt: skip
 
 
@@ -34,8 +36,9 @@ def exported(run_dir, folder):
 
     model, _ = load_model(run_dir, "cpu")
     (hugging_face_twin if model.cfg.position == "learned" else llama_twin)(model).save_pretrained(folder)
-    names = {"eos_token": "<|endoftext|>", "clean_up_tokenization_spaces": False}
-    PreTrainedTokenizerFast(tokenizer_file=str(run_dir / "tokenizer.json"), **names).save_pretrained(folder)
+    # split_special_tokens: text that spells a special token stays text, as with our tokenizers.
+    how = {"eos_token": "<|endoftext|>", "clean_up_tokenization_spaces": False, "split_special_tokens": True}
+    PreTrainedTokenizerFast(tokenizer_file=str(run_dir / "tokenizer.json"), **how).save_pretrained(folder)
 
 
 # Tasks of the two kinds, in words that the harness knows; FOLDER stands for theirs.

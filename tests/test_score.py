@@ -232,6 +232,14 @@ def test_each_text_has_a_line_and_all_have_their_sum(model, capsys):
     assert float(total[3]) == pytest.approx(-float(total[0]) / math.log(2) / 7, rel=1e-3) and total[4] == "-"
 
 
+def test_what_the_model_would_write_itself_is_marked_as_greedy(model, capsys):
+    with torch.no_grad():
+        likeliest = model(torch.arange(128)[:, None])[:, 0].argmax(-1).tolist()
+    first, then = next((chr(a), chr(b)) for a, b in enumerate(likeliest) if chr(a).isalpha() and b < 128)
+    print_scores(model, BYTE, [(first, then), (first, chr(ord(then) ^ 1))])
+    assert [row[4] for row in table(capsys.readouterr().out)] == ["yes", "no", "1/2"]
+
+
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     """A run of three steps on bytes."""
