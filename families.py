@@ -236,7 +236,10 @@ def config_of(cfg, special_ids, dtype, carried=()):
         }
         if family is LLAMA:
             values["mlp_bias"] = cfg.bias
-    lacks = {name: getattr(cfg, name) for name in family.filled if getattr(cfg, name) != getattr(complete, name)}
+    own = {name: getattr(cfg, name) for name in family.filled if getattr(cfg, name) != getattr(complete, name)}
+    if cfg.rope_scale != 1:  # transformers wants a context there that is longer than it was before
+        values["max_position_embeddings"] = max(cfg.block_size, int(cfg.rope_scale * cfg.rope_context))
+        own["block_size"] = cfg.block_size
     return {
         "architectures": ["BertForPreTraining" if "cls.seq_relationship.weight" in carried else family.architecture],
         "model_type": family.model_type,
@@ -244,7 +247,7 @@ def config_of(cfg, special_ids, dtype, carried=()):
         **special_ids,
         "initializer_range": 0.02,
         "torch_dtype": dtype,
-        **({"flatlm": lacks} if lacks else {}),  # by which we know it again
+        **({"flatlm": own} if own else {}),  # by which we know it again
     }
 
 
@@ -258,14 +261,13 @@ def model_config(config):
     wrong += ["quantization_config"] if config.get("quantization_config") else []
     activation = config.get(family.activation, next(iter(family.activations)))
     wrong += [] if activation in family.activations else [f"{family.activation} {activation!r}"]
-    longest = given["block_size"]
+    own, longest = config.get("flatlm") or {}, given["block_size"]
     if family in (GPT2, BERT):
         given |= {name: value for name, value in family.filled.items() if name not in given}
-        lacking = config.get("flatlm") or {}
-        given |= {name: value for name, value in {"bias": False, "n_token_types": None}.items() if name in lacking}
+        given |= {name: value for name, value in {"bias": False, "n_token_types": None}.items() if name in own}
     else:
         longest = sliding_window(config)
-        given["block_size"] = min(given["block_size"], longest or given["block_size"])
+        given["block_size"] = min(n for n in (given["block_size"], longest, own.get("block_size")) if n)
         given |= rope_settings(config, wrong) | {"bias": bool(config.get("attention_bias"))}
         if family is LLAMA and bool(config.get("mlp_bias")) != given["bias"]:
             wrong.append("biases in one of attention and MLP alone")

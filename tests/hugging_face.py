@@ -10,7 +10,7 @@ DECODER = SHAPE | {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_h
 GPT2 = {"vocab_size": V, "n_embd": 20, "n_layer": 3, "n_head": 5, "n_positions": T, "bos_token_id": 0,
         "eos_token_id": 0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 64}  # fmt: skip
+          "original_max_position_embeddings": 16}  # fmt: skip
 
 # What each kind is: transformers' class, that of its config, and the config.
 KINDS = {

@@ -82,7 +82,7 @@ def test_rope_of_llama_31_is_transformers_at_every_wavelength(folders):
     """The scale matters here: without it logits differ by a thousand times the tolerance."""
     theirs, folder = folders["llama 3.1"]
     model = ours(folder)
-    assert (model.cfg.rope_scale, model.cfg.rope_context) == (8.0, 64)
+    assert (model.cfg.rope_scale, model.cfg.rope_context) == (8.0, 16)
     ids = torch.randint(V, (2, T), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         torch.testing.assert_close(model(ids), logits_of(theirs, ids), rtol=0, atol=1e-4)
@@ -155,7 +155,7 @@ def test_weights_in_bf16_come_in_unchanged(tmp_path):
 def test_settings_of_rope_as_transformers_below_5_wrote_them_are_read(copy):
     folder = copy("llama 3.1", rope_theta=500.0, rope_scaling=LLAMA3 | {"type": "llama3"}, rope_parameters=None)
     cfg = HubModel(folder).cfg
-    assert (cfg.rope_theta, cfg.rope_scale, cfg.rope_context) == (500.0, 8.0, 64)
+    assert (cfg.rope_theta, cfg.rope_scale, cfg.rope_context) == (500.0, 8.0, 16)
 
 
 # ---- another context
@@ -195,9 +195,9 @@ def test_within_its_sliding_window_a_model_is_transformers(tmp_path):
 
 def test_what_the_user_has_set_must_be_as_it_is_there(folders):
     folder = folders["gpt2"][1]
-    with pytest.raises(ValueError, match="another model: n_embd 20 there, 25 here, n_layer 3 there, 2 here; leave"):
-        starting(folder, n_layer=2, n_embd=25)
-    cfg = starting(folder, n_layer=3, dropout=0.1, n_inner=80, n_kv_head=5, vocab_size=None)
+    with pytest.raises(ValueError, match="another model: n_embd 20 there, 60 here, n_layer 3 there, 2 here; leave"):
+        starting(folder, n_layer=2, n_embd=60)
+    cfg = starting(folder, n_layer=3, dropout=0.1, n_inner=80, vocab_size=None)
     assert (cfg.dropout, cfg.n_layer, cfg.vocab_size) == (0.1, 3, V)
 
 

@@ -1,0 +1,273 @@
+"""Models go out to Hugging Face's folders and come back as they were."""
+
+import dataclasses
+import json
+import logging
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import config
+import convert
+from checkpoint import RunConfig, Saver
+from convert import export, write_weights
+from hugging_face import logits_of, saved
+from model import ModelConfig, Transformer
+from parallel import World
+from pretrained import load_model, open_model
+from tokenizer import load_tokenizer
+
+T, V = 23, 269  # more ids than the byte tokenizer has, and no multiple of 64
+GPT2 = ModelConfig(vocab_size=V, block_size=T, n_layer=3, n_head=5, n_embd=20)
+BERT = replace(GPT2, objective="mlm", n_inner=33, mlp="gelu", norm_position="post", norm_eps=1e-3, n_token_types=2)
+LLAMA = replace(
+    GPT2, n_head=6, n_kv_head=2, n_embd=48, n_inner=33, mlp="swiglu", norm="rmsnorm", norm_eps=1e-3, position="rope",
+    rope_theta=500.0, bias=False, tie_embeddings=False,
+)  # fmt: skip
+MODELS = {
+    "gpt2": GPT2,
+    "gpt2 untied": replace(GPT2, tie_embeddings=False, mlp="gelu", n_inner=33, dropout=0.1),
+    "gpt2 without biases": replace(GPT2, bias=False),
+    "bert": BERT,
+    "bert untied": replace(BERT, tie_embeddings=False, mlp="gelu_tanh"),
+    "bert without biases or token types": replace(BERT, bias=False, n_token_types=None),
+    "llama": LLAMA,
+    "llama tied, with biases": replace(LLAMA, bias=True, tie_embeddings=True),
+    "llama 3.1": replace(LLAMA, rope_scale=8.0, rope_context=64),
+    "qwen3": replace(LLAMA, qk_norm=True, head_dim=10, tie_embeddings=True),
+}
+CLASSES = {"gpt2": "GPT2LMHeadModel", "bert": "BertForMaskedLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+IDS = torch.randint(V, (3, 7), generator=torch.Generator().manual_seed(2))
+
+
+def make_run(folder, cfg, tokenizer="byte"):
+    """A run's folder with a checkpoint of a random model, every weight drawn; returns the folder as text."""
+    torch.manual_seed(1)
+    model = Transformer(cfg)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(std=0.3).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        for table in (model.wte.weight, model.head.weight, *[b for b in [model.head.bias] if b is not None]):
+            table[cfg.vocab_size :] = 0
+    saver = Saver(RunConfig(out_dir=str(folder)), World(0, 1, torch.device("cpu"), "fp32"))
+    settings = {"seq_len": 7, "learning_rate": 0.01, "out_dir": "/home/someone/secret"}
+    state = {"sequences_seen": 420, "hours": 1.5, "val_loss": 2.5}
+    saver.save(60, model, None, {"settings": settings, "state": state})
+    saver.wait()
+    if tokenizer:
+        splits = {name: {"tokens": n, "bytes": 2 * n} for name, n in (("train", 9000), ("val", 1000))}
+        meta = {"tokenizer": tokenizer, "vocab_size": 261, "command": "python prepare.py --input=x", "splits": splits}
+        (folder / "meta.json").write_text(json.dumps(meta))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """{kind of MODELS: (run, folder of its export)}, each made when it is first asked for."""
+
+    class Exported(dict):
+        def __missing__(self, kind):
+            folder = tmp_path_factory.mktemp("exported")
+            run = make_run(folder / "run", MODELS[kind])
+            export(open_model(run), folder / "hf")
+            self[kind] = run, folder / "hf"
+            return self[kind]
+
+    return Exported()
+
+
+def loaded_there(folder, auto):
+    """What transformers loads from a folder, without any extra argument; asserts that it says nothing about it."""
+    import transformers
+    from transformers.utils import logging as theirs
+
+    heard, handler = [], logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    logger = theirs.get_logger("transformers")
+    logger.addHandler(handler)
+    try:
+        model, info = getattr(transformers, auto).from_pretrained(folder, output_loading_info=True)
+    finally:
+        logger.removeHandler(handler)
+    said = [line for line in heard if "torchvision" not in line]
+    assert not said and not any(info.values()), (said, info)
+    return model
+
+
+def auto_class(cfg):
+    return "AutoModelForMaskedLM" if cfg.objective == "mlm" else "AutoModelForCausalLM"
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_transformers_loads_an_export_without_a_word_and_has_its_logits(kind, exported):
+    run, folder = exported[kind]
+    model, theirs = load_model(run, "cpu")[0], loaded_there(folder, auto_class(MODELS[kind]))
+    assert type(theirs).__name__ == CLASSES[kind.split()[0]]
+    with torch.no_grad():
+        expected = model(IDS)
+    torch.testing.assert_close(logits_of(theirs, IDS), expected, rtol=0, atol=1e-4)
+    assert expected.std() > 0.3 and theirs.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_ours_to_hugging_face_and_back_is_the_same_to_the_bit(kind, exported):
+    run, folder = exported[kind]
+    (before, _), (after, source) = load_model(run, "cpu"), load_model(str(folder), "cpu")
+    there = dataclasses.asdict(after.cfg) | {"dropout": before.cfg.dropout}  # which is no part of a model
+    cfg = before.cfg
+    made_explicit = {"n_inner": cfg.inner_width}
+    if cfg.position == "rope":
+        made_explicit |= {"head_dim": cfg.head_width, "n_kv_head": cfg.kv_heads}
+    for name in {"n_inner"} if there["n_inner"] is None else ():
+        made_explicit[name] = None
+    assert there == dataclasses.asdict(cfg) | made_explicit
+    ours, theirs = dict(before.named_parameters()), dict(after.named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt2 untied", "bert", "bert untied", "bert whole", "llama",
+                                  "llama tied, biases", "llama 3.1", "mistral", "qwen3"])  # fmt: skip
+def test_hugging_face_to_ours_and_back_is_the_same_to_the_bit(kind, tmp_path):
+    theirs, folder = saved(kind, tmp_path / "theirs")
+    export(open_model(str(folder)), tmp_path / "back")
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    auto = {"bert whole": "AutoModelForPreTraining"}.get(kind, auto_class(open_model(str(folder)).cfg))
+    again = loaded_there(tmp_path / "back", auto)
+    assert type(again).__name__ == type(theirs).__name__.replace("Mistral", "Llama")
+    torch.testing.assert_close(logits_of(again, IDS % 131), logits_of(theirs, IDS % 131), rtol=0, atol=1e-6)
+
+
+def test_next_sentence_weights_go_out_from_a_run_that_started_with_them(exported, tmp_path):
+    theirs, folder = saved("bert whole", tmp_path / "theirs")
+    source = open_model(str(folder))
+    run = make_run(tmp_path / "run", source.cfg, tokenizer=None)
+    shutil.copy(folder / "model.safetensors", tmp_path / "whole")
+    from pretrained import keep_carried
+
+    keep_carried(source, run)
+    export(open_model(run), tmp_path / "back")
+    again = loaded_there(tmp_path / "back", "AutoModelForPreTraining")
+    assert torch.equal(again.bert.pooler.dense.weight, theirs.bert.pooler.dense.weight)
+    assert torch.equal(again.cls.seq_relationship.bias, theirs.cls.seq_relationship.bias)
+
+
+def test_weights_keep_the_dtype_that_they_have_or_get_the_one_asked_for(exported, tmp_path):
+    run, folder = exported["qwen3"]
+    export(open_model(run), tmp_path / "half", "bfloat16")
+    half = load_file(tmp_path / "half" / "model.safetensors")
+    assert all(torch.equal(t, half[name].float()) or torch.allclose(t, half[name].float(), rtol=2**-8)
+               for name, t in load_file(folder / "model.safetensors").items())  # fmt: skip
+    assert loaded_there(tmp_path / "half", "AutoModelForCausalLM").dtype == torch.bfloat16
+    export(open_model(str(tmp_path / "half")), tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(t.dtype == torch.bfloat16 and torch.equal(t, again[name]) for name, t in half.items())
+
+
+def test_large_models_are_written_in_several_files(exported, tmp_path):
+    run, folder = exported["llama"]
+    source, whole = open_model(run), load_file(folder / "model.safetensors")
+    shutil.copytree(folder, tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    total = write_weights(convert.their_tensors(source.cfg, source.read, {}), tmp_path / "hf", shard_bytes=60_000)
+    files = sorted((tmp_path / "hf").glob("model-*.safetensors"))
+    assert [f.name for f in files] == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, 1 + len(files))]
+    assert len(files) > 2 and sum(t.nbytes for t in whole.values()) == total
+    found = {name: t for f in files for name, t in load_file(f).items()}
+    assert found.keys() == whole.keys() and all(torch.equal(t, found[name]) for name, t in whole.items())
+    assert all(sum(t.nbytes for t in load_file(f).values()) <= 60_000 for f in files)
+    theirs = loaded_there(tmp_path / "hf", "AutoModelForCausalLM")
+    assert torch.equal(theirs.lm_head.weight, whole["lm_head.weight"])
+    assert torch.equal(load_model(str(tmp_path / "hf"), "cpu")[0].blocks[2].mlp.up.weight, theirs.model.layers[2].mlp.up_proj.weight)
+
+
+REFUSED = {
+    "relu2": (replace(GPT2, mlp="relu2"), "mlp is relu2, where GPT-2 has gelu or gelu_tanh"),
+    "the modern encoder": (replace(LLAMA, objective="mlm"), "norm is rmsnorm, where BERT has layernorm; position is rope"),
+    "grouped heads": (replace(GPT2, n_head=4, n_kv_head=2), "n_kv_head is 2 .*where GPT-2 has as many as n_head"),
+    "norms behind": (replace(LLAMA, norm_position="post"), "norm_position is post, where Llama has pre"),
+    "biases": (replace(LLAMA, bias=True, qk_norm=True), "bias is True, where Qwen3 has False"),
+    "token types": (replace(GPT2, n_token_types=2), "n_token_types is 2, where GPT-2 has None"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cfg, told", REFUSED.values(), ids=REFUSED)
+def test_what_transformers_cannot_compute_is_refused_by_the_settings_name(cfg, told, tmp_path):
+    run = make_run(tmp_path / "run", cfg)
+    with pytest.raises(ValueError, match=told) as error:
+        export(open_model(run), tmp_path / "hf")
+    assert "\n" not in str(error.value) and config.is_users(error.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_folder_that_holds_something_is_not_written_to(exported, tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "precious").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is not empty; name another folder"):
+        export(open_model(exported["gpt2"][0]), tmp_path / "hf")
+    assert [p.name for p in (tmp_path / "hf").iterdir()] == ["precious"]
+
+
+def test_an_export_that_fails_leaves_nothing(exported, tmp_path):
+    source = open_model(exported["gpt2"][0])
+    source.read = lambda name: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        export(source, tmp_path / "hf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_of_more_ids_than_the_model_is_refused(tmp_path):
+    run = make_run(tmp_path / "run", replace(GPT2, vocab_size=260))
+    with pytest.raises(ValueError, match="the tokenizer byte has 261 ids, the model a vocab_size of 260"):
+        export(open_model(run), tmp_path / "hf")
+
+
+def test_without_a_known_tokenizer_weights_go_out_alone_and_a_line_says_so(tmp_path, capsys):
+    export(open_model(make_run(tmp_path / "run", GPT2, tokenizer=None)), tmp_path / "hf")
+    assert "no tokenizer is written: " in capsys.readouterr().out
+    assert not list((tmp_path / "hf").glob("tokenizer*"))
+    loaded_there(tmp_path / "hf", "AutoModelForCausalLM")
+
+
+def test_the_model_card_tells_settings_data_losses_tokens_and_hours(exported):
+    card = (exported["gpt2"][1] / "README.md").read_text()
+    for fact in ("| steps | 60 |", f"| tokens | {420 * 7:,} |", "| hours | 1.50 |", "| validation loss | 2.5000 nats",
+                 "| validation bits per byte | 1.8034 |", "| data made by | `python prepare.py --input=x` |",
+                 "| train tokens of the data | 9,000 |", "learning_rate = 0.01", "AutoModelForCausalLM"):  # fmt: skip
+        assert fact in card, fact
+    assert "secret" not in card
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_transformers_generates_the_tokens_that_sample_does(kind, exported, capsys):
+    from transformers import AutoTokenizer
+
+    import sample
+
+    run, folder = exported[kind]
+    arguments = [f"--out_dir={run}", "--prompt=def f(", "--temperature=0", "--max_new_tokens=9", "--device=cpu"]
+    sample.main(config.load(sample.Settings, arguments))
+    ours = capsys.readouterr().out
+    tokenizer, theirs = AutoTokenizer.from_pretrained(folder), loaded_there(folder, "AutoModelForCausalLM")
+    ids = tokenizer("def f(", return_tensors="pt")
+    out = theirs.generate(**ids, do_sample=False, max_new_tokens=9)[0].tolist()
+    end = out.index(256) if 256 in out else len(out)
+    assert load_tokenizer("byte").decode(out[:end]) == ours.removesuffix("\n")
+
+
+@pytest.mark.parametrize("arguments, told", [
+    ([], "give one of to_hf"),
+    (["--to_hf=x", "--from_nanogpt=y"], "give one of to_hf"),
+    (["--to_hf=x", "--out_dir=/nowhere"], "/nowhere does not exist; train.py makes one"),
+    (["--to_hf=x"], "out_dir is none"),
+    (["--from_nanogpt=x"], "out_dir is none"),
+])  # fmt: skip
+def test_a_wrong_command_is_told_in_one_line(arguments, told):
+    with pytest.raises(ValueError, match=told) as error:
+        convert.main(config.load(convert.Settings, arguments))
+    assert "\n" not in str(error.value)
