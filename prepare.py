@@ -30,7 +30,15 @@ import numpy as np
 from config import as_dict, only, run_script
 from corpus import Corpus
 from data import DataConfig, ShardWriter, is_own_shard, open_shard, read_meta
-from tokenizer import SMALLEST_BPE, WordPieceTokenizer, file_sha256, load_tokenizer, train_bpe
+from tokenizer import (
+    END_OF_TEXT,
+    SMALLEST_BPE,
+    FileTokenizer,
+    WordPieceTokenizer,
+    file_sha256,
+    load_tokenizer,
+    train_bpe,
+)
 
 TASK_BYTES = 1 << 20  # text that goes to a worker at a time
 BPE_BYTES = 200 << 20  # text that a BPE is learnt from, at most
@@ -42,7 +50,7 @@ class PrepareConfig:
     input: str | None = None  # files, folder, glob or URL of text; of fineweb10b, a local folder of its shards
     text_field: str = "text"  # field of .jsonl objects, column of .parquet files
     doc_separator: str | None = None  # text between the documents of a .txt file; none: a file is one document
-    tokenizer: str = "gpt2"  # byte, bpe (learnt from the corpus), a tiktoken name, tokenizer.json, or BERT's vocab.txt
+    tokenizer: str = "gpt2"  # byte, bpe (learnt from the corpus), a tiktoken name, tokenizer.json, vocab.txt
     bpe_vocab_size: int = 4096  # ids of bpe, special tokens included
     val_fraction: float = 0.01  # share of documents in the validation split, by hash; of a single document, its tail
     shard_tokens: int = 100_000_000  # tokens of a shard
@@ -117,7 +125,7 @@ def make_tokenizer(cfg, corpus, folder):
         train_bpe(_texts(corpus), cfg.bpe_vocab_size, saved)
         return str(saved)
     tokenizer = load_tokenizer(cfg.tokenizer)
-    if isinstance(tokenizer, WordPieceTokenizer):
+    if isinstance(tokenizer, (WordPieceTokenizer, FileTokenizer)):
         tokenizer.save(saved)
     elif not cfg.tokenizer.endswith(".json"):
         return cfg.tokenizer
@@ -139,6 +147,11 @@ def _texts(corpus):
 def tokenize(corpus, tokenizer_name, cfg, folder):
     """Encodes the corpus and writes its shards; returns what meta.json says of them."""
     tokenizer = load_tokenizer(tokenizer_name)
+    if tokenizer.eot is None:
+        raise ValueError(
+            f"the tokenizer {cfg.tokenizer} has no special token to end documents with, only "
+            f"{', '.join(tokenizer.specials) or 'none'}; use one that has {', '.join(END_OF_TEXT[:3])} or the like"
+        )
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     writers = {split: ShardWriter(folder, split, dtype, cfg.shard_tokens) for split in ("train", "val")}
     counts = {split: collections.Counter(documents=0, tokens=0, bytes=0) for split in writers}

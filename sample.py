@@ -78,7 +78,9 @@ def main(cfg):
     prompt = read_prompt(cfg.sample.prompt)
     if model.cfg.objective == "mlm":
         return print_candidates(model, tokenizer, prompt, cfg.sample.top_k or 5, device)
-    ids = tokenizer.encode(prompt).tolist() if prompt else [tokenizer.eot]
+    ids = tokenizer.encode(prompt).tolist() or [tokenizer.eot]
+    if ids == [None]:
+        raise ValueError(f"the tokenizer {tokenizer.name} has no end-of-text token to start from; give a --prompt=")
     ids = as_batch(ids, model, device).repeat(cfg.sample.num_samples, 1)  # B T
     start = time.perf_counter()
     samples = stream(

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "plan": {"config", "model", "objective", "data", "optim", "parallel", "ceilings", "report_plan"} | COSTS,
     "log": {"config", "objective", "rundir", "parallel"} | COSTS,  # what a run tells: the half of train.py that is not the loop
     "prepare": {"config", "corpus", "tokenizer", "data"},
+    "hub_tokenizer": {"tokenizer"},
     "train": BELOW_SCRIPTS | {"log"},
     "sample": {"config", "model", "tokenizer", "objective", "rundir", "parallel", "checkpoint"},
     "machine": {"data", "objective", "parallel", "hardware"},  # what this machine does, whatever is trained on it

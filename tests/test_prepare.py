@@ -348,6 +348,40 @@ def test_a_run_loads_the_wordpiece_of_its_data_when_vocab_txt_is_gone(tmp_path):
         run(tmp_path / "other", f"--input={tmp_path / 'in'}", tokenizer=str(vocab))
 
 
+def hub_file(path, end="</s>"):
+    """A tokenizer.json of words, as Hugging Face's libraries write it."""
+    import tokenizers
+
+    vocab = {token: i for i, token in enumerate(["[UNK]", "the", "quick", "fox", end, "a"])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["[UNK]", end, "<extra>"])
+    made.save(str(path))
+    return str(path)
+
+
+def test_any_tokenizer_json_is_copied_to_the_data_and_a_run_loads_it_from_there(tmp_path):
+    file = Path(hub_file(tmp_path / "theirs.json"))
+    documents = [f"the quick fox {'a ' * i}</s> the" for i in range(25)]
+    meta = run(tmp_path / "data", f"--input={write_txt(tmp_path / 'in', documents)}", "--val_fraction=0.3", tokenizer=str(file))
+    assert (meta["vocab_size"], meta["tokenizer"]) == (7, "tokenizer.json")
+    assert meta["specials"] == {"[UNK]": 0, "</s>": 4, "<extra>": 6}
+    seen = np.concatenate([tokens_of(tmp_path / "data", split) for split in ("train", "val")])
+    assert (seen == 4).sum() == 25 and (seen == 0).sum() == 25  # "</s>" in text is what the words know nothing of
+    file.unlink()
+    (tmp_path / "run").mkdir()
+    keep_tokenizer(tmp_path / "data", tmp_path / "run")
+    loaded = load_tokenizer(tokenizer_of(tmp_path / "run"))
+    assert loaded.encode("the quick </s> fox").tolist() == [1, 2, 0, 3] and loaded.eot == 4
+
+
+def test_tokenizer_without_end_of_text_is_refused_with_those_that_would_do(tmp_path):
+    file = hub_file(tmp_path / "theirs.json", end="<end>")
+    with pytest.raises(ValueError, match=r"no special token to end documents with, only \[UNK\], <end>, <extra>; use one"):
+        run(tmp_path / "data", f"--input={write_txt(tmp_path / 'in')}", tokenizer=file)
+    assert not (tmp_path / "data/meta.json").exists()
+
+
 @pytest.mark.parametrize("tokenizer", ["byte", pytest.param("gpt2", marks=needs_gpt2), "vocab.txt"])
 def test_a_tokenizer_that_an_interrupted_prepare_left_is_not_taken_for_another(tmp_path, monkeypatch, tokenizer):
     write_txt(tmp_path / "in", SENTENCES)

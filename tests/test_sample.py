@@ -17,7 +17,7 @@ from parallel import pick_precision
 from objective import special_id
 from ranks import run, write_data
 from sample import SampleConfig, draw, generate, generation_dtype, masked_ids, print_candidates, stream
-from tokenizer import SPECIALS, load_tokenizer, train_bpe
+from tokenizer import SPECIALS, load_tokenizer, train_bpe, write_character_tokenizer
 
 V = 37
 SMALL = ModelConfig(vocab_size=V, block_size=11, n_layer=3, n_head=5, n_embd=20)
@@ -375,3 +375,18 @@ def test_a_trained_masked_run_is_sampled_from_its_folder_alone(tmp_path, capsys)
     assert sampled(capsys, *args, "--precision=bf16").count("%  ") == 10
     with pytest.raises(ValueError, match=r"write \[MASK\] where"):
         sampled(capsys, f"--out_dir={run_dir}")
+
+
+def test_a_run_in_characters_goes_on_from_a_prompt_and_asks_for_one(tmp_path, capsys):
+    data = write_data(tmp_path / "data", vocab_size=16)
+    run_dir = run(data, tmp_path / "run", vocab_size=16, max_steps=3, log_interval=3)
+    write_character_tokenizer("\nabcdefghijklmno", tmp_path / "run/tokenizer.json")
+    (tmp_path / "run/meta.json").write_text('{"tokenizer": "tokenizer.json"}')
+    capsys.readouterr()
+    args = f"--out_dir={run_dir}", "--max_new_tokens=9", "--num_samples=2"
+    first, second = sampled(capsys, *args, "--prompt=\nab").split("\n" + "-" * 40 + "\n")
+    assert first.startswith("\nab") and second.startswith("\nab") and len(first) == len("\nab") + 9
+    with pytest.raises(ValueError, match="has no end-of-text token to start from; give a --prompt="):
+        sampled(capsys, *args)
+    with pytest.raises(ValueError, match="knows 16 characters alone, and the text has others: 'é'"):
+        sampled(capsys, *args, "--prompt=aé")

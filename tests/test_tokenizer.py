@@ -13,12 +13,15 @@ import tokenizers
 
 from conftest import ROOT
 from objective import special_id
-from tokenizer import BERT_SPECIALS, SPECIALS, ByteTokenizer, file_sha256, load_tokenizer, train_bpe
+from tokenizer import (
+    BERT_SPECIALS, SPECIALS, ByteTokenizer, FileTokenizer, file_sha256, load_tokenizer, train_bpe, write_character_tokenizer,
+)  # fmt: skip
 
 BERT_VOCAB = Path(ROOT).parent / "shared/data/bert_uncased_vocab.txt"
 GPT2_FILES = Path(ROOT).parent / "shared/data/tiktoken_cache"
 CORPUS = [Path(ROOT / name).read_text() for name in ("tokenizer.py", "data.py")] 
 CORPUS += ["ünïcödé 日本語 日本語 日本語 🙂🙂🙂 we'll they're I've I'd it's I'm don't 'llama " * 7]
+PLAIN = CORPUS[1:]  # has no special token's name in it
 
 HOSTILE = [
     "", "a", " ", "hello world", "\n", "\r\n", "line\r\nline\r\n\r\n", "    indented\n\t\ttabs \n", "a" * 999,
@@ -446,19 +449,328 @@ def test_our_other_tokenizers_have_special_tokens_by_role_too(tokenizer):
     assert len(tokenizer.continuations) == 0
 
 
-@pytest.mark.parametrize("change, told", [
-    ({"pre_tokenizer": {"type": "WhitespaceSplit"}}, "WhitespaceSplit"),  # which would let [MASK] in text through
-    ({"model": {"unk_token": "<unk>"}}, "<unk>"),
-    ({"model": {"continuing_subword_prefix": "@@"}}, "@@"),
+@pytest.mark.parametrize("change", [
+    {"pre_tokenizer": {"type": "WhitespaceSplit"}}, {"model": {"unk_token": "[MASK]"}},
+    {"model": {"continuing_subword_prefix": "@@"}},
 ], ids=["words", "unknown", "prefix"])  # fmt: skip
-def test_wordpiece_that_is_not_built_as_berts_is_refused(tmp_path, change, told):
+def test_wordpiece_that_is_not_built_as_berts_gives_hugging_faces_ids_and_no_special_tokens(tmp_path, change):
     load_tokenizer(vocab_file(tmp_path)).save(tmp_path / "other.json")
     saved = json.loads((tmp_path / "other.json").read_text())
     for name, value in change.items():
         saved[name] |= value
     (tmp_path / "other.json").write_text(json.dumps(saved))
-    with pytest.raises(ValueError, match=f"other.json is no readable.*built of .*{told}.*where BERT's"):
-        load_tokenizer(str(tmp_path / "other.json"))
+    ours, theirs = load_tokenizer(str(tmp_path / "other.json")), tokenizers.Tokenizer.from_str(json.dumps(saved))
+    assert isinstance(ours, FileTokenizer)
+    for text in PLAIN + random_texts(50, seed=5):
+        assert ours.encode(text).tolist() == theirs.encode(text, add_special_tokens=False).ids
+    kept = {id_ for name, id_ in ours.specials.items() if name != saved["model"]["unk_token"]}
+    for text in [f"the {name} quick" for name in BERT_SPECIALS]:
+        assert kept.isdisjoint(ours.encode(text).tolist())
+
+
+# ---- any tokenizer.json
+
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def byte_level_like(kind):
+    """A small byte-level BPE as GPT-2's own, Llama 3's or Qwen3's file has it, learnt from CORPUS."""
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    made = tokenizers.Tokenizer(models.BPE(ignore_merges=kind == "llama3"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.post_processor = processors.ByteLevel(trim_offsets=False)
+    specials = {"gpt2": ["<|endoftext|>"], "llama3": ["<|begin_of_text|>", "<|end_of_text|>"]}.get(kind, [])
+    if kind != "gpt2":
+        cut = pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated")
+        made.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    if kind == "qwen3":
+        made.normalizer, specials = normalizers.NFC(), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=555, initial_alphabet=alphabet, show_progress=False))
+    made.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in specials])
+    if kind == "qwen3":  # words that are not special, and come after those that are
+        made.add_tokens(["<think>", AddedToken("</think>", normalized=False), "é\u0301 \ud55c"])
+    if kind == "llama3":
+        frame = processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 555)])
+        made.post_processor = processors.Sequence([made.post_processor, frame])
+    return made
+
+
+def sentencepiece_like(kind):
+    """A small BPE with bytes to fall back on, as in Llama 2's file (prepend) or in Mistral's later ones (metaspace)."""
+    from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    learnt = tokenizers.Tokenizer(models.BPE())
+    learnt.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    learnt.train_from_iterator(CORPUS[:2], trainers.BpeTrainer(vocab_size=444, show_progress=False))
+    model = json.loads(learnt.to_str())["model"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *model["vocab"]]
+    made = tokenizers.Tokenizer(models.BPE(
+        {token: i for i, token in enumerate(tokens)}, [tuple(pair) for pair in model["merges"]],
+        unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    strip = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(strip)
+    if kind == "metaspace":
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    frame = [("<s>", 1)]
+    made.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s>:1 $B:1", special_tokens=frame)
+    made.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in ("<unk>", "<s>", "</s>")])
+    return made
+
+
+def unigram_like(_):
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    made = Tokenizer(models.Unigram())
+    made.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("  ", " ")])
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    specials = ["<pad>", "</s>", "<unk>", "<mask>"]
+    made.train_from_iterator(CORPUS, trainers.UnigramTrainer(
+        vocab_size=333, special_tokens=specials, unk_token="<unk>", show_progress=False))
+    return made
+
+
+def word_level_like(_):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.WordLevelTrainer(vocab_size=222, special_tokens=["[PAD]", "[UNK]", "<eos>"], show_progress=False)
+    made.train_from_iterator(CORPUS, trainer)
+    return made
+
+
+FILES = {"gpt2": byte_level_like, "llama3": byte_level_like, "qwen3": byte_level_like, "prepend": sentencepiece_like,
+         "metaspace": sentencepiece_like, "unigram": unigram_like, "words": word_level_like}  # fmt: skip
+LOSSLESS = ("gpt2", "llama3", "prepend", "metaspace")
+
+
+@pytest.fixture(scope="module", params=FILES)
+def any_file(request, tmp_path_factory):
+    """(kind, path of its tokenizer.json)."""
+    path = tmp_path_factory.mktemp(request.param) / "tokenizer.json"
+    FILES[request.param](request.param).save(str(path))
+    return request.param, path
+
+
+@pytest.fixture(scope="module")
+def file_tokenizer(any_file):
+    return load_tokenizer(str(any_file[1]))
+
+
+def test_file_ids_equal_those_of_autotokenizer(any_file, file_tokenizer, tmp_path):
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_file=str(any_file[1])).save_pretrained(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    texts = [text for text in HOSTILE + CORPUS + random_texts(300, seed=6) + ["a <think> b</think>é\u0301 \ud55c"]
+             if not any(name in text for name in file_tokenizer.specials)]  # fmt: skip
+    assert len(texts) > 250 and isinstance(file_tokenizer, FileTokenizer)
+    for text in texts:
+        ids = file_tokenizer.encode(text)
+        assert isinstance(ids, np.ndarray) and ids.dtype.kind == "u" and ids.ndim == 1
+        assert ids.tolist() == theirs(text, add_special_tokens=False)["input_ids"], text[:50]
+    assert file_tokenizer.vocab_size == 1 + max(theirs.get_vocab().values())
+    assert file_tokenizer.specials == {token: theirs.convert_tokens_to_ids(token) for token in theirs.all_special_tokens
+                                       } | {t.content: i for i, t in theirs.added_tokens_decoder.items() if t.special}
+
+
+def test_text_never_becomes_a_special_token_of_a_file(file_tokenizer):
+    kept = {id_ for name, id_ in file_tokenizer.specials.items() if "unk" not in name.lower()}
+    for text in HOSTILE + [text for name in file_tokenizer.specials for text in (name, f"a {name} b{name}{name}")]:
+        assert kept.isdisjoint(file_tokenizer.encode(text).tolist()), text
+    assert file_tokenizer.eot in kept
+
+
+def test_tokens_of_a_file_give_text_one_by_one(any_file, file_tokenizer):
+    """What sample.py prints as it comes; the space before the first word is the tokenizer's own."""
+    kind, _ = any_file
+    for text in HOSTILE + PLAIN + random_texts(50, seed=7) if kind in LOSSLESS else ():
+        ids = file_tokenizer.encode(text)
+        parts = b"".join(file_tokenizer.decode_bytes([i]) for i in ids)
+        assert parts == file_tokenizer.decode_bytes(ids)
+        prepended = bool(text) and (kind == "prepend" or kind == "metaspace" and not text.startswith(" "))
+        assert parts.decode() == " " * prepended + text
+    ids = [*file_tokenizer.encode("the quick").tolist(), file_tokenizer.eot]
+    if kind != "words":
+        eot = next(name for name, id_ in file_tokenizer.specials.items() if id_ == file_tokenizer.eot)
+        assert file_tokenizer.decode(ids).lstrip(" ") == f"the quick{eot}"
+
+
+def test_tokens_of_a_file_decode_as_the_tokenizers_library_does_it(any_file, file_tokenizer):
+    theirs = tokenizers.Tokenizer.from_file(str(any_file[1]))
+    for text in ["the self.encode [7]", "日本語 🙂 don't", *PLAIN, *random_texts(50, seed=8)]:
+        ids = [i for i in file_tokenizer.encode(text).tolist() if i not in file_tokenizer.specials.values()]
+        ours = file_tokenizer.decode(ids)  # in which the space before the first word stays
+        assert theirs.decode(ids) == (ours if any_file[0] in ("gpt2", "llama3", "qwen3") else ours.removeprefix(" "))
+
+
+def test_space_begins_words_where_tokens_hold_it(any_file, file_tokenizer):
+    assert file_tokenizer.space_begins_word
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udc80b"])
+def test_half_a_surrogate_pair_is_a_question_mark_to_a_file(file_tokenizer, text):
+    marked = "".join("?" if "\ud800" <= c <= "\udfff" else c for c in text)
+    assert file_tokenizer.encode(text).tolist() == file_tokenizer.encode(marked).tolist()
+
+
+def test_saved_file_gives_the_same_ids(file_tokenizer, tmp_path):
+    file_tokenizer.save(tmp_path / "again.json")
+    again = load_tokenizer(str(tmp_path / "again.json"))
+    assert (again.vocab_size, again.specials, again.eot) == (
+        file_tokenizer.vocab_size, file_tokenizer.specials, file_tokenizer.eot)
+    for text in CORPUS:
+        assert again.encode(text).tolist() == file_tokenizer.encode(text).tolist()
+
+
+def test_truncation_and_padding_of_a_file_change_no_ids(tmp_path):
+    made = byte_level_like("gpt2")
+    expected = made.encode(PLAIN[0]).ids
+    made.enable_truncation(4)
+    made.enable_padding(length=9)
+    made.save(str(tmp_path / "t.json"))
+    assert load_tokenizer(str(tmp_path / "t.json")).encode(PLAIN[0]).tolist() == expected
+
+
+def test_merges_to_a_special_token_are_left_out(tmp_path):
+    """A token that text would merge to, made special later, as people do with fine-tuned models."""
+    merges = [("e", "o"), ("eo", "s"), ("a", "eos")]
+    vocab = {token: i for i, token in enumerate([*"aeos<>", "eo", "eos", "aeos"])}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    made.add_special_tokens(["eos"])
+    made.save(str(tmp_path / "t.json"))
+    ours = load_tokenizer(str(tmp_path / "t.json"))
+    assert ours.encode("eoa eos aeos").tolist() == [6, 0, 6, 3, 0, 6, 3]
+    assert ours.specials == {"eos": 7} and ours.vocab_size == 9
+
+
+@pytest.mark.parametrize("name", ["</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|endoftext|>", "[SEP]", "<other>"])
+def test_end_of_text_is_found_by_its_usual_names(tmp_path, name):
+    made = byte_level_like("gpt2")
+    saved = json.loads(made.to_str())
+    saved["added_tokens"][0]["content"] = name
+    (tmp_path / "t.json").write_text(json.dumps(saved))
+    assert load_tokenizer(str(tmp_path / "t.json")).eot == (None if name == "<other>" else 555)
+
+
+def test_file_of_old_without_the_models_type_is_read(tmp_path):
+    made = byte_level_like("gpt2")
+    saved = json.loads(made.to_str())
+    del saved["model"]["type"]
+    saved["model"]["merges"] = [" ".join(pair) for pair in saved["model"]["merges"]]
+    (tmp_path / "t.json").write_text(json.dumps(saved))
+    ours = load_tokenizer(str(tmp_path / "t.json"))
+    for text in PLAIN:
+        assert ours.encode(text).tolist() == made.encode(text).ids
+    assert ours.specials == {"<|endoftext|>": 555}
+
+
+def test_gpt2s_pair_of_files_gives_hugging_faces_ids(tmp_path):
+    from transformers import GPT2Tokenizer
+
+    saved = json.loads(byte_level_like("gpt2").to_str())
+    saved["model"]["vocab"]["<|endoftext|>"] = 555
+    (tmp_path / "vocab.json").write_text(json.dumps(saved["model"]["vocab"]))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, saved["model"]["merges"])) + "\n")
+    ours, theirs = load_tokenizer(str(tmp_path / "vocab.json")), GPT2Tokenizer.from_pretrained(tmp_path)
+    assert (ours.vocab_size, ours.specials, ours.eot) == (556, {"<|endoftext|>": 555}, 555)
+    for text in HOSTILE + CORPUS:
+        if "<|endoftext|>" not in text:
+            assert ours.encode(text).tolist() == theirs(text)["input_ids"]
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(ValueError, match="vocab.json is no readable tokenizer file") as caught:
+        load_tokenizer(str(tmp_path / "vocab.json"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage, told", [
+    (lambda saved: saved.update(decoder={"type": "CTC", "pad_token": "x", "word_delimiter_token": "|", "cleanup": True}),
+     "its decoder is CTC"),
+    (lambda saved: saved["model"].update(vocab={}, merges=[]), "its vocabulary is empty"),
+    (lambda saved: saved["model"].update(type="Nothing"), ""),
+    (lambda saved: saved["model"]["merges"].append(["no", "such"]), ""),
+    (lambda saved: saved.update(pre_tokenizer={"type": "Split", "pattern": {"Regex": "("}}), ""),
+    (lambda saved: saved["added_tokens"][0].pop("special"), ""),
+    (lambda saved: saved.pop("model"), ""),
+])  # fmt: skip
+def test_damaged_file_of_any_kind_is_refused_by_name(tmp_path, damage, told):
+    saved = json.loads(byte_level_like("gpt2").to_str())
+    damage(saved)
+    (tmp_path / "broken.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=f"broken.json is no readable tokenizer file .*{told}") as caught:
+        load_tokenizer(str(tmp_path / "broken.json"))
+    assert "\n" not in str(caught.value)
+
+
+def test_text_that_a_file_has_no_tokens_for_is_an_error_of_one_line(tmp_path):
+    made = word_level_like(None)
+    saved = json.loads(made.to_str())
+    saved["model"]["unk_token"] = "<none>"
+    (tmp_path / "t.json").write_text(json.dumps(saved))
+    ours = load_tokenizer(str(tmp_path / "t.json"))
+    assert len(ours.encode("import numpy")) == 2
+    with pytest.raises(ValueError, match="t.json cannot encode the text .*use another") as caught:
+        ours.encode("import nothingofthekind")
+    assert "\n" not in str(caught.value)
+
+
+# ---- characters
+
+CHARACTERS = ["b", "\n", " ", "a", "é", "日", "🙂", "\u2028", "\t", "\0", '"', "\\", "▁", "\u0301", "'", "<"]
+
+
+@pytest.fixture(scope="module")
+def characters(tmp_path_factory):
+    path = tmp_path_factory.mktemp("characters") / "tokenizer.json"
+    write_character_tokenizer(CHARACTERS, path)
+    return load_tokenizer(str(path))
+
+
+def test_characters_ids_are_their_places_in_the_list(characters):
+    assert characters.encode("".join(CHARACTERS)).tolist() == list(range(len(CHARACTERS)))
+    assert (characters.vocab_size, characters.specials, characters.eot) == (len(CHARACTERS), {}, None)
+    assert not characters.space_begins_word
+    for text in ["", "ab\n\n  ba", "\n" * 99, "🙂'日\u2028\0", "e\u0301".replace("e", "a"), "a\tb▁b"]:
+        ids = characters.encode(text)
+        assert ids.tolist() == [CHARACTERS.index(c) for c in text]
+        assert characters.decode(ids) == b"".join(characters.decode_bytes([i]) for i in ids).decode() == text
+
+
+@pytest.mark.parametrize("text", ["c", "ab c", "B", "a\r\nb", "\ud800"])
+def test_character_that_is_not_in_the_list_is_an_error_that_names_it(characters, text):
+    lacking = sorted(set(text.replace("\ud800", "?")) - set(CHARACTERS))
+    with pytest.raises(ValueError, match="knows 16 characters alone") as caught:
+        characters.encode(text)
+    assert repr(lacking[0]) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_autotokenizer_reads_a_file_of_characters(characters, tmp_path):
+    from transformers import AutoTokenizer
+
+    characters.save(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = "".join(random.Random(0).choices(CHARACTERS, k=999))
+    ids = theirs(text)["input_ids"]
+    assert ids == characters.encode(text).tolist() and theirs.decode(ids) == text
+    with pytest.raises(Exception, match="Missing .UNK. token"):
+        theirs("c")
+
+
+@pytest.mark.parametrize("wrong, told", [
+    (["a", "bc"], "'bc' is no character"), (["a", ""], "'' is no character"), (["a", 7], "7 is no character"),
+    (["a", "\udc80"], "is no character"), (["a", "b", "a"], "'a' is in the list twice"), ([], "is empty"),
+])  # fmt: skip
+def test_list_that_is_not_of_characters_is_refused(tmp_path, wrong, told):
+    with pytest.raises(ValueError, match=told):
+        write_character_tokenizer(wrong, tmp_path / "t.json")
 
 
 # ---- names and files that are wrong
@@ -490,15 +802,13 @@ def damaged(change):
     lambda saved: "{}",
     damaged(lambda saved: saved.update(model={"type": "WordPiece", "vocab": {}})),
     damaged(lambda saved: saved.update(pre_tokenizer=None)),
-    damaged(lambda saved: saved.update(added_tokens=[])),
     damaged(lambda saved: saved.update(added_tokens=[{}])),
-    damaged(lambda saved: saved["added_tokens"][0].update(content="<eos>")),
     damaged(lambda saved: saved["model"].update(vocab=["a"])),
     damaged(lambda saved: saved["model"]["vocab"].update({"a b": 999})),  # a blank is written as another character
     damaged(lambda saved: saved["model"]["vocab"].popitem()),
     damaged(lambda saved: saved["model"]["vocab"].update({"a": 300})),
     damaged(lambda saved: saved["added_tokens"][0].update(id=5)),
-], ids=range(14))  # fmt: skip
+], ids=range(12))  # fmt: skip
 def test_damaged_file_is_refused_by_name(tmp_path, bpe_file, damage):
     path = tmp_path / "broken.json"
     path.write_text(damage(json.loads(bpe_file.read_text())))
