@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 import config
 import sample
-import tokenizer
 import train
 from checkpoint import checkpoints, load_model, newest_checkpoint
 from nanogpt import import_nanogpt, read_characters
@@ -34,9 +33,6 @@ CONFIG = {  # what nanoGPT's train.py saves beside its tensors
 }  # fmt: skip
 STEPS = 4
 CHARACTERS = [chr(0x4E00 + i) for i in range(ARGS["vocab_size"])]
-has_characters = pytest.mark.skipif(
-    not hasattr(tokenizer, "save_characters"), reason="tokenizer.py cannot save characters yet"
-)
 
 
 def parameters(bias, args=ARGS, seed=0):
@@ -322,7 +318,6 @@ def test_characters_come_from_meta_pkl_in_the_order_of_their_ids(tmp_path):
     assert read_characters(meta_pkl(tmp_path, itos=dict(reversed(list(enumerate("xyz")))))) == ["x", "y", "z"]
 
 
-@has_characters
 def test_a_run_of_characters_can_be_sampled_from(theirs, tmp_path, capsys):
     w, _, path, _ = theirs
     import_nanogpt(path, tmp_path / "run", tokenizer=meta_pkl(tmp_path))
