@@ -111,7 +111,7 @@ def _typed(values, kinds, where):
         value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
         is_number = type(value) in (int, float) and (kind is float or (math.isfinite(value) and value == int(value)))
         if not (is_number if kind in (int, float) else isinstance(value, kind)):
-            raise ValueError(f"{where} has {name} {str(value)[:40]!r}, where nanoGPT has a {kind.__name__}")
+            raise ValueError(f"{where} has {name} {str(value)[:40]!r}, which in nanoGPT is of type {kind.__name__}")
         typed[name] = kind(value)
     return typed
 

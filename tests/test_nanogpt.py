@@ -430,7 +430,7 @@ FC = "transformer.h.1.mlp.c_fc.weight"
     (["config"], None, "ckpt.pt lacks config"),
     (["config", "batch_size"], None, "ckpt.pt: config lacks batch_size"),
     (["model_args", "n_embd"], None, "ckpt.pt: model_args lacks n_embd"),
-    (["model_args", "n_embd"], "20", "model_args has n_embd '20', where nanoGPT has a int"),
+    (["model_args", "n_embd"], "20", "model_args has n_embd '20', which in nanoGPT is of type int"),
     (["model_args", "n_embd"], 25, r"transformer.wte.weight by model_args is \(131, 25\), and there is \(131, 20\)"),
     (["model_args", "n_head"], 3, "n_embd 20 is not a multiple of n_head 3"),
     (["model_args", "n_layer"], 10**9, "model_args of n_layer 1000000000, but weights of 3 layers"),
