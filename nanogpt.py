@@ -12,14 +12,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import tokenizer as tokenizers_of_ours
 from checkpoint import FILE_BYTES, Failure, RunConfig, checkpoints, write_checkpoint
 from data import DataConfig
 from model import ModelConfig
 from optim import OptimConfig
 from parallel import World
 from rundir import sha256, writing_to
-from tokenizer import WordPieceTokenizer, load_tokenizer
+from tokenizer import FileTokenizer, WordPieceTokenizer, load_tokenizer, write_character_tokenizer
 
 # What nanoGPT calls a part of a parameter's name, and what it is called here; qkv are three.
 NAMES = {
@@ -45,8 +44,9 @@ def import_nanogpt(path, out_dir, tokenizer=None):
     Weights and the optimizer's moments come along, so `train.py out_dir/config.py` goes on where nanoGPT stopped; the
     order of the data, which nanoGPT draws at random, is this project's. tokenizer: the data's meta.pkl or what
     load_tokenizer takes; none: gpt2 where the vocabulary is that. Nothing in the files is run. ValueError where they
-    are not what nanoGPT writes, or out_dir holds a run. Memory: about that of the embedding and its moments, the rest
-    stays on the disk. Checkpoints older than June 2023 may be of the tanh GELU, which no checkpoint tells.
+    are not what nanoGPT writes, or out_dir holds a run. Memory is that of the embedding and its moments, where they
+    are padded, and of a file of the checkpoint; the rest stays on the disk. What is older than June 2023 may have been
+    trained with the tanh GELU, which no checkpoint tells.
     """
     if checkpoints(out_dir) or any((Path(out_dir) / name).exists() for name in ("config.py", "log.jsonl")):
         raise ValueError(f"out_dir {out_dir} holds a run already; use another --out_dir")
@@ -111,7 +111,7 @@ def _typed(values, kinds, where):
         value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
         is_number = type(value) in (int, float) and (kind is float or (math.isfinite(value) and value == int(value)))
         if not (is_number if kind in (int, float) else isinstance(value, kind)):
-            raise ValueError(f"{where} has {name} {str(value)[:40]!r}, where nanoGPT has a {kind.__name__}")
+            raise ValueError(f"{where} has {name} {str(value)[:40]!r}, which in nanoGPT is of type {kind.__name__}")
         typed[name] = kind(value)
     return typed
 
@@ -265,7 +265,7 @@ def _parts(name, tensor, cfg):
     for theirs, ours in NAMES.items():
         name = name.replace(theirs, ours)
     tensor = tensor.float()
-    if name == "wte.weight":
+    if name == "wte.weight" and cfg.padded_vocab_size > cfg.vocab_size:
         return [(name, F.pad(tensor, (0, 0, 0, cfg.padded_vocab_size - cfg.vocab_size)))]
     if ".qkv." in name:
         return [(name.replace("qkv", part), chunk) for part, chunk in zip("qkv", tensor.chunk(3))]
@@ -288,12 +288,12 @@ def _keep_tokenizer(tokenizer, vocab_size, out_dir):
         characters = read_characters(name)
         if len(characters) != vocab_size:
             raise ValueError(f"{name} has {len(characters)} characters, the model a vocab_size of {vocab_size}")
-        tokenizers_of_ours.save_characters(characters, file)
+        write_character_tokenizer(characters, file)
     elif tokenizer is not None:
         loaded = load_tokenizer(name)
         if loaded.vocab_size > vocab_size:
             raise ValueError(f"tokenizer {name} has {loaded.vocab_size} ids, the model a vocab_size of {vocab_size}")
-        if isinstance(loaded, WordPieceTokenizer):
+        if isinstance(loaded, (WordPieceTokenizer, FileTokenizer)):
             loaded.save(file)
         elif name.endswith(".json"):
             shutil.copyfile(name, file)

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 import config
 import sample
-import tokenizer
 import train
 from checkpoint import checkpoints, load_model, newest_checkpoint
 from nanogpt import import_nanogpt, read_characters
@@ -28,19 +27,16 @@ CONFIG = {  # what nanoGPT's train.py saves beside its tensors
     "out_dir": "out", "eval_interval": 2, "log_interval": 1, "eval_iters": 5, "eval_only": False,
     "always_save_checkpoint": True, "init_from": "scratch", "wandb_log": False, "wandb_project": "owt",
     "wandb_run_name": "gpt2", "dataset": "letters", "gradient_accumulation_steps": 2, "batch_size": 3, "block_size": 11,
-    "n_layer": 3, "n_head": 5, "n_embd": 20, "dropout": 0.0, "bias": False, "learning_rate": 0.01, "max_iters": 8,
+    "n_layer": 3, "n_head": 5, "n_embd": 20, "dropout": 0.0, "bias": False, "learning_rate": 1e-3, "max_iters": 8,
     "weight_decay": 0.2, "beta1": 0.8, "beta2": 0.97, "grad_clip": 0.5, "decay_lr": True, "warmup_iters": 3,
-    "lr_decay_iters": 20, "min_lr": 1e-3, "backend": "nccl", "device": "cpu", "dtype": "bfloat16", "compile": True,
+    "lr_decay_iters": 20, "min_lr": 1e-4, "backend": "nccl", "device": "cpu", "dtype": "bfloat16", "compile": True,
 }  # fmt: skip
 STEPS = 4
 CHARACTERS = [chr(0x4E00 + i) for i in range(ARGS["vocab_size"])]
-has_characters = pytest.mark.skipif(
-    not hasattr(tokenizer, "save_characters"), reason="tokenizer.py cannot save characters yet"
-)
 
 
 def parameters(bias, args=ARGS, seed=0):
-    """nanoGPT's parameters, in its order; large enough that a wrong one shows."""
+    """nanoGPT's parameters, in its order: large enough that a wrong one shows, and no GELU is dead."""
     C, random = args["n_embd"], torch.Generator().manual_seed(seed)
     shapes = {"transformer.wte.weight": (args["vocab_size"], C), "transformer.wpe.weight": (args["block_size"], C)}
     for i in range(args["n_layer"]):
@@ -51,7 +47,7 @@ def parameters(bias, args=ARGS, seed=0):
     shapes["transformer.ln_f.weight"] = (C,)
     shapes |= {"transformer.ln_f.bias": (C,)} if bias else {}
     return {
-        name: (torch.randn(shape, generator=random) * 0.3 + ("ln_" in name)).requires_grad_()
+        name: (torch.randn(shape, generator=random) * 0.15 + ("ln_" in name)).requires_grad_()
         for name, shape in shapes.items()
     }
 
@@ -247,7 +243,7 @@ def test_without_decay_the_rate_is_constant_and_grad_clip_0_is_none(saved, tmp_p
     run_dir, _ = imported(saved, tmp_path)
     cfg = settings_of(run_dir)
     assert cfg.optim.grad_clip is None and cfg.parallel.precision == "auto"
-    assert [lr_at(step, cfg.optim, 8) for step in range(9)] == [0.01] * 9
+    assert [lr_at(step, cfg.optim, 8) for step in range(9)] == [1e-3] * 9
 
 
 def test_where_the_learning_rate_is_not_nanogpts_a_line_says_so(saved, tmp_path):
@@ -255,7 +251,7 @@ def test_where_the_learning_rate_is_not_nanogpts_a_line_says_so(saved, tmp_path)
     saved["config"] |= {"min_lr": 0.5}
     _, lines = imported(saved, tmp_path)
     assert any("to step 3 the learning rate is 1/3 above" in line for line in lines)
-    assert any("min_lr is 0.01, the learning_rate: nanoGPT's 0.5" in line for line in lines)
+    assert any("min_lr is 0.001, the learning_rate: nanoGPT's 0.5" in line for line in lines)
 
 
 def test_training_goes_on_without_a_jump(theirs, tmp_path, capsys):
@@ -322,7 +318,6 @@ def test_characters_come_from_meta_pkl_in_the_order_of_their_ids(tmp_path):
     assert read_characters(meta_pkl(tmp_path, itos=dict(reversed(list(enumerate("xyz")))))) == ["x", "y", "z"]
 
 
-@has_characters
 def test_a_run_of_characters_can_be_sampled_from(theirs, tmp_path, capsys):
     w, _, path, _ = theirs
     import_nanogpt(path, tmp_path / "run", tokenizer=meta_pkl(tmp_path))
@@ -435,7 +430,7 @@ FC = "transformer.h.1.mlp.c_fc.weight"
     (["config"], None, "ckpt.pt lacks config"),
     (["config", "batch_size"], None, "ckpt.pt: config lacks batch_size"),
     (["model_args", "n_embd"], None, "ckpt.pt: model_args lacks n_embd"),
-    (["model_args", "n_embd"], "20", "model_args has n_embd '20', where nanoGPT has a int"),
+    (["model_args", "n_embd"], "20", "model_args has n_embd '20', which in nanoGPT is of type int"),
     (["model_args", "n_embd"], 25, r"transformer.wte.weight by model_args is \(131, 25\), and there is \(131, 20\)"),
     (["model_args", "n_head"], 3, "n_embd 20 is not a multiple of n_head 3"),
     (["model_args", "n_layer"], 10**9, "model_args of n_layer 1000000000, but weights of 3 layers"),
