@@ -71,7 +71,6 @@ class Saver:
         """newest: step of the checkpoint that the run goes on from, which need not be written again."""
         self.cfg, self.world, self.newest = cfg, world, newest
         self._stager = self._thread = self._problem = None
-        _quieten()
 
     @property
     def failed(self):
@@ -146,6 +145,7 @@ def write_checkpoint(out_dir, step, tensors, file_numbers, facts, world):
     """Writes checkpoint `step` beside its place, syncs it, then renames it; Failure on all ranks where one fails."""
     import torch.distributed.checkpoint as dcp  # here, since it takes half a second
 
+    _quieten()
     final = Path(out_dir) / "ckpt" / f"step_{step:08d}"
     partial = final.with_name(f".{final.name}.partial")
 

@@ -22,8 +22,7 @@ from config import only, run_script
 from families import config_of, family_of, their_tensors
 from hub_tokenizer import write_tokenizer
 from nanogpt import import_nanogpt
-from pretrained import open_model, place_of
-from tokenizer import load_tokenizer
+from pretrained import load_tokenizer_of, open_model, place_of
 
 SHARD_BYTES = 5 * 10**9  # of a file of weights, as transformers below 5 writes them
 
@@ -35,12 +34,6 @@ class ConvertConfig:
     from_nanogpt: str | None = None  # nanoGPT's ckpt.pt, to become a run in out_dir
     nanogpt_tokenizer: str | None = None  # meta.pkl of its data, or as in prepare.py; none: gpt2, if its size is that
 
-    def __post_init__(self):
-        if (self.to_hf is None) == (self.from_nanogpt is None):
-            raise ValueError(
-                "give one of to_hf, the folder of a Hugging Face model to write, and from_nanogpt, a ckpt.pt to read"
-            )
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -50,11 +43,16 @@ class Settings:
 
 
 def main(cfg):
+    if (cfg.convert.to_hf is None) == (cfg.convert.from_nanogpt is None):
+        raise ValueError(
+            "give one of to_hf, the folder of a Hugging Face model to write, and from_nanogpt, a ckpt.pt to read"
+        )
     if cfg.convert.from_nanogpt:
         if not cfg.run.out_dir:
             raise ValueError("out_dir is none; name the folder of the run to make, as in --out_dir=out/nanogpt")
-        print(*import_nanogpt(cfg.convert.from_nanogpt, cfg.run.out_dir, cfg.convert.nanogpt_tokenizer), sep="\n")
-        print(f"{cfg.convert.from_nanogpt}: now the run in {cfg.run.out_dir}; python train.py {cfg.run.out_dir}/config.py goes on")
+        lines = import_nanogpt(cfg.convert.from_nanogpt, cfg.run.out_dir, cfg.convert.nanogpt_tokenizer)
+        written = f"{cfg.convert.from_nanogpt}: written to {cfg.run.out_dir} as a run, which goes on by:"
+        print(*lines, f"{written} python train.py {cfg.run.out_dir}/config.py", sep="\n")
     else:
         export(open_model(place_of(cfg)), cfg.convert.to_hf, cfg.convert.hf_dtype)
 
@@ -68,7 +66,7 @@ def export(source, folder, dtype=None):
     if final.exists() and not (final.is_dir() and not any(final.iterdir())):
         raise ValueError(f"{folder} exists and is not empty; name another folder with --to_hf=, or remove it")
     family = family_of(source.cfg)
-    tokenizer = tokenizer_of(source)
+    tokenizer = tokenizer_for(source)
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was cut short
     try:
@@ -93,20 +91,14 @@ def export(source, folder, dtype=None):
     print(f"{source.name}: written to {folder} as {config['architectures'][0]}, {n_bytes / 1e6:,.1f} MB of weights")
 
 
-def tokenizer_of(source):
+def tokenizer_for(source):
     """The tokenizer of an opened model; None, with a line that says why, where it is not known."""
     try:
-        name = source.tokenizer
+        source.tokenizer
     except ValueError as error:
         print(f"no tokenizer is written: {error}")
         return None
-    tokenizer = load_tokenizer(name)
-    if tokenizer.vocab_size > source.cfg.vocab_size:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model a vocab_size of "
-            f"{source.cfg.vocab_size}; name the tokenizer of its data in {source.folder}/meta.json"
-        )
-    return tokenizer
+    return load_tokenizer_of(source)
 
 
 def write_weights(tensors, folder, dtype=None, shard_bytes=SHARD_BYTES):

@@ -194,7 +194,7 @@ def settings_of(folder, config):
 
 
 def folder_of(where):
-    """The local folder of a Hugging Face model by path or, fetched into Hugging Face's cache, by its name on the hub."""
+    """The folder of a Hugging Face model by path or, fetched into Hugging Face's cache, by its name on the hub."""
     if Path(where).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", where):
         return Path(where)
     try:

@@ -5,7 +5,6 @@ import json
 import math
 import pickle
 import shutil
-import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -66,9 +65,7 @@ def import_nanogpt(path, out_dir, tokenizer=None):
     starts = itertools.accumulate((tensor.nbytes for tensor in tensors.values()), initial=0)
     file_numbers = {name: 1 + start // FILE_BYTES for name, start in zip(tensors, starts)}
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is one process
-            write_checkpoint(out_dir, step, tensors, file_numbers, facts, World(0, 1, torch.device("cpu"), "fp32"))
+        write_checkpoint(out_dir, step, tensors, file_numbers, facts, World(0, 1, torch.device("cpu"), "fp32"))
     except Failure as error:
         if not error.is_of_disk:
             raise
@@ -279,8 +276,8 @@ def _keep_tokenizer(tokenizer, vocab_size, out_dir):
     """Writes meta.json, and the tokenizer's file if it has one, to the run; returns lines to tell the user."""
     if tokenizer is None and vocab_size not in GPT2_SIZES:
         return [
-            f"its tokenizer is unknown, so it trains but cannot be sampled from; give --tokenizer=data/NAME/meta.pkl "
-            f'of nanoGPT\'s data, or write {{"tokenizer": NAME}} into {Path(out_dir) / "meta.json"}'
+            f"its tokenizer is unknown, so it trains but cannot be sampled from; give nanoGPT's own, as in "
+            f'--nanogpt_tokenizer=data/NAME/meta.pkl, or write {{"tokenizer": NAME}} into {Path(out_dir) / "meta.json"}'
         ]
     file = Path(out_dir) / "tokenizer.json"
     name = tokenizer or "gpt2"
@@ -322,5 +319,7 @@ def read_characters(path):
     except Exception as error:  # whatever a damaged pickle raises
         raise ValueError(f"{path} is no meta.pkl of nanoGPT's ({type(error).__name__}: {error})") from error
     if not all(isinstance(c, str) and len(c) == 1 for c in characters) or len(set(characters)) < len(characters):
-        raise ValueError(f"{path} has ids that are not one character each, all different; give another --tokenizer")
+        raise ValueError(
+            f"{path} has ids that are not one character each, all different; give another --nanogpt_tokenizer"
+        )
     return characters

@@ -9,6 +9,7 @@ from checkpoint import checkpoints, config_of_checkpoint, newest_checkpoint, rea
 from hub import HubModel, folder_of, read_config, settings_of
 from model import ModelConfig, Transformer
 from rundir import tokenizer_of
+from tokenizer import load_tokenizer
 
 FREE = {"dropout", "label_smoothing"}  # settings that have no weights
 
@@ -153,6 +154,17 @@ def load_model(where, device):
     model.tie_weights()
     load_weights(source, model)
     return model.eval(), source
+
+
+def load_tokenizer_of(source):
+    """The tokenizer of an opened model; ValueError where it is unknown, or has more ids than the model."""
+    tokenizer = load_tokenizer(source.tokenizer)
+    if tokenizer.vocab_size > source.cfg.vocab_size:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model a vocab_size of "
+            f"{source.cfg.vocab_size}; name the tokenizer of its data in {source.folder}/meta.json"
+        )
+    return tokenizer
 
 
 def keep_carried(source, out_dir):

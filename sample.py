@@ -22,9 +22,8 @@ from config import only, run_script
 from model import Cache
 from objective import special_id
 from parallel import ParallelConfig, pick_device, pick_precision
-from pretrained import load_model, place_of
+from pretrained import load_model, load_tokenizer_of, place_of
 from score import print_scores, read_requests
-from tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -65,15 +64,8 @@ def main(cfg):
     precision = "fp32" if cfg.sample.score and cfg.parallel.precision == "auto" else cfg.parallel.precision
     dtype = generation_dtype(precision, device, model.num_params())
     model.to(dtype)  # not autocast, which would cast each weight anew for each token
-    tokenizer = load_tokenizer(source.tokenizer)
+    tokenizer = load_tokenizer_of(source)
     print(f"{source.name}, {model.num_params():,} parameters on {device} in {dtype}", file=sys.stderr)
-
-    if tokenizer.vocab_size > model.cfg.vocab_size:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model a vocab_size of "
-            f"{model.cfg.vocab_size}; name the tokenizer of its data in {source.folder}/meta.json"
-        )
-
     prompt = read_prompt(cfg.sample.prompt)
     if cfg.sample.score:
         return print_scores(model, tokenizer, read_requests(cfg.sample.prompt, prompt))

@@ -11,6 +11,7 @@ import torch
 
 import bench
 import config
+import convert
 import plan
 import prepare
 import sample
@@ -18,7 +19,9 @@ import train
 from conftest import ROOT
 from model import Transformer
 
-SCRIPTS = {"train": train, "prepare": prepare, "sample": sample, "bench": bench, "plan": plan}
+SCRIPTS = {
+    "train": train, "prepare": prepare, "sample": sample, "bench": bench, "plan": plan, "convert": convert
+}  # fmt: skip
 PRESETS = sorted(f"config/{path.name}" for path in (ROOT / "config").glob("[!_]*.py"))
 
 
@@ -282,6 +285,7 @@ def test_settings_written_as_a_preset_load_to_the_same_settings(preset, script):
         "prepare": ["--input=a*.txt", "--doc_separator=\\n\\n", "--val_fraction=0.3"],
         "sample": ["--prompt=two\nlines", "--top_p=0.7"],
         "bench": ["--json=x.json", "--n_layer=3"],
+        "convert": ["--to_hf=x", "--hf_dtype=bfloat16"],
         "plan": ["--json", "--gpu=a100-80", "--gpu_price=0.5"],
     }[script.__name__]  # fmt: skip
     cfg = load(*argv, script=script)
@@ -291,7 +295,7 @@ def test_settings_written_as_a_preset_load_to_the_same_settings(preset, script):
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_help_lists_every_setting_with_its_value_and_its_comment(script):
-    cfg = load("--input=x" if script is prepare else "--device=cpu", script=script)
+    cfg = load({prepare: "--input=x", convert: "--to_hf=x"}.get(script, "--device=cpu"), script=script)
     text = config.help_text(cfg, script.__doc__)
     assert text.startswith(script.__doc__.strip())
     for name, value in config.as_dict(cfg).items():

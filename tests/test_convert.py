@@ -17,7 +17,7 @@ from convert import export, write_weights
 from hugging_face import logits_of, saved
 from model import ModelConfig, Transformer
 from parallel import World
-from pretrained import load_model, open_model
+from pretrained import keep_carried, load_model, open_model
 from tokenizer import load_tokenizer
 
 T, V = 23, 269  # more ids than the byte tokenizer has, and no multiple of 64
@@ -39,7 +39,8 @@ MODELS = {
     "llama 3.1": replace(LLAMA, rope_scale=8.0, rope_context=64),
     "qwen3": replace(LLAMA, qk_norm=True, head_dim=10, tie_embeddings=True),
 }
-CLASSES = {"gpt2": "GPT2LMHeadModel", "bert": "BertForMaskedLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+CLASSES = {"gpt2": "GPT2LMHeadModel", "bert": "BertForMaskedLM", "llama": "LlamaForCausalLM",
+           "qwen3": "Qwen3ForCausalLM"}  # fmt: skip
 IDS = torch.randint(V, (3, 7), generator=torch.Generator().manual_seed(2))
 
 
@@ -115,7 +116,7 @@ def test_transformers_loads_an_export_without_a_word_and_has_its_logits(kind, ex
 @pytest.mark.parametrize("kind", MODELS)
 def test_ours_to_hugging_face_and_back_is_the_same_to_the_bit(kind, exported):
     run, folder = exported[kind]
-    (before, _), (after, source) = load_model(run, "cpu"), load_model(str(folder), "cpu")
+    (before, _), (after, _) = load_model(run, "cpu"), load_model(str(folder), "cpu")
     there = dataclasses.asdict(after.cfg) | {"dropout": before.cfg.dropout}  # which is no part of a model
     cfg = before.cfg
     made_explicit = {"n_inner": cfg.inner_width}
@@ -147,9 +148,6 @@ def test_next_sentence_weights_go_out_from_a_run_that_started_with_them(exported
     theirs, folder = saved("bert whole", tmp_path / "theirs")
     source = open_model(str(folder))
     run = make_run(tmp_path / "run", source.cfg, tokenizer=None)
-    shutil.copy(folder / "model.safetensors", tmp_path / "whole")
-    from pretrained import keep_carried
-
     keep_carried(source, run)
     export(open_model(run), tmp_path / "back")
     again = loaded_there(tmp_path / "back", "AutoModelForPreTraining")
@@ -176,19 +174,22 @@ def test_large_models_are_written_in_several_files(exported, tmp_path):
     (tmp_path / "hf" / "model.safetensors").unlink()
     total = write_weights(convert.their_tensors(source.cfg, source.read, {}), tmp_path / "hf", shard_bytes=60_000)
     files = sorted((tmp_path / "hf").glob("model-*.safetensors"))
-    assert [f.name for f in files] == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, 1 + len(files))]
+    n = len(files)
+    assert [f.name for f in files] == [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, 1 + n)]
     assert len(files) > 2 and sum(t.nbytes for t in whole.values()) == total
     found = {name: t for f in files for name, t in load_file(f).items()}
     assert found.keys() == whole.keys() and all(torch.equal(t, found[name]) for name, t in whole.items())
     assert all(sum(t.nbytes for t in load_file(f).values()) <= 60_000 for f in files)
     theirs = loaded_there(tmp_path / "hf", "AutoModelForCausalLM")
     assert torch.equal(theirs.lm_head.weight, whole["lm_head.weight"])
-    assert torch.equal(load_model(str(tmp_path / "hf"), "cpu")[0].blocks[2].mlp.up.weight, theirs.model.layers[2].mlp.up_proj.weight)
+    up = load_model(str(tmp_path / "hf"), "cpu")[0].blocks[2].mlp.up.weight
+    assert torch.equal(up, theirs.model.layers[2].mlp.up_proj.weight)
 
 
 REFUSED = {
     "relu2": (replace(GPT2, mlp="relu2"), "mlp is relu2, where GPT-2 has gelu or gelu_tanh"),
-    "the modern encoder": (replace(LLAMA, objective="mlm"), "norm is rmsnorm, where BERT has layernorm; position is rope"),
+    "the modern encoder": (replace(LLAMA, objective="mlm"),
+                           "norm is rmsnorm, where BERT has layernorm; position is rope"),
     "grouped heads": (replace(GPT2, n_head=4, n_kv_head=2), "n_kv_head is 2 .*where GPT-2 has as many as n_head"),
     "norms behind": (replace(LLAMA, norm_position="post"), "norm_position is post, where Llama has pre"),
     "biases": (replace(LLAMA, bias=True, qk_norm=True), "bias is True, where Qwen3 has False"),

@@ -27,17 +27,16 @@ MAY_IMPORT = {
     "families": {"model"},  # what others call what is ours
     "hub_tokenizer": {"tokenizer"},
     "hub": {"families", "hub_tokenizer", "model"},
-    "pretrained": {"checkpoint", "hub", "model", "rundir", "shard"},
+    "pretrained": {"checkpoint", "hub", "model", "rundir", "shard", "tokenizer"},
     "hardware": set(),
     "cost": {"hardware", "model", "objective", "parallel"},
     "memory": {"cost", "data", "model", "optim", "parallel"},
     "plan": {"config", "model", "objective", "data", "optim", "parallel", "ceilings", "report_plan"} | COSTS,
     "log": {"config", "objective", "rundir", "parallel"} | COSTS,  # what a run tells: the half of train.py that is not the loop
     "prepare": {"config", "corpus", "tokenizer", "data"},
-    "hub_tokenizer": {"tokenizer"},
     "train": BELOW_SCRIPTS | {"log"},
     "score": {"model"},
-    "sample": {"config", "model", "tokenizer", "objective", "pretrained", "parallel", "checkpoint", "score"},
+    "sample": {"config", "model", "objective", "pretrained", "parallel", "checkpoint", "score"},
     "machine": {"data", "objective", "parallel", "hardware"},  # what this machine does, whatever is trained on it
     "ceilings": {"machine", "model", "optim", "parallel"},  # what a step's parts take on this machine
     "meters": {"health", "optim", "parallel"},  # what of a step goes where
@@ -47,7 +46,7 @@ MAY_IMPORT = {
     # A benchmark must time the code that trains.
     "bench": BELOW_SCRIPTS | {"train", "machine", "ceilings", "meters", "report_bench", "sweep"},
     "nanogpt": {"model", "tokenizer", "data", "optim", "rundir", "parallel", "checkpoint"},
-    "convert": {"config", "families", "hub_tokenizer", "nanogpt", "pretrained", "checkpoint", "tokenizer"},
+    "convert": {"config", "families", "hub_tokenizer", "nanogpt", "pretrained", "checkpoint"},
 }
 FILES = sorted(ROOT.glob("*.py"))
 PRESETS = sorted((ROOT / "config").glob("[!_]*.py"))

@@ -279,7 +279,8 @@ def test_code_in_a_pickle_does_not_run(copy):
     folder = copy("gpt2")
     (folder / "model.safetensors").unlink()
     torch.save({"transformer.wte.weight": Planted()}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="pytorch_model.bin holds no tensors that can be read .UnpicklingError") as error:
+    told = "pytorch_model.bin holds no tensors that can be read .UnpicklingError"
+    with pytest.raises(ValueError, match=told) as error:
         load_model(str(folder), "cpu")
     assert "\n" not in str(error.value) and not (folder / "it_ran").exists()
     pickle.loads(pickle.dumps(Planted()))
@@ -315,7 +316,8 @@ def test_a_name_is_read_from_hugging_faces_cache_and_one_that_is_not_there_is_re
     (there / "refs").mkdir()
     (there / "refs" / "main").write_text("a" * 40)
     assert same_weights(ours("someone/tiny"), ours(folders["gpt2"][1]))
-    with pytest.raises(ValueError, match="someone/other is no folder here, and the Hugging Face hub did not give") as error:
+    told = "someone/other is no folder here, and the Hugging Face hub did not give"
+    with pytest.raises(ValueError, match=told) as error:
         ours("someone/other")
     assert "\n" not in str(error.value) and config.is_users(error.value)
 
