@@ -121,6 +121,7 @@ def write_weights(tensors, folder, dtype=None, shard_bytes=SHARD_BYTES):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         made = {name: make().to(getattr(torch, dtype)) if dtype else make() for name, make in shard}
         save_file(made, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors lets only the owner read
         file_of |= dict.fromkeys(made, file)
         total += sum(tensor.nbytes for tensor in made.values())
     if len(shards) > 1:
@@ -146,7 +147,7 @@ def card(source, family, name, tokenizer):
     blocks = [
         f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags: [flatlm]\n---\n# {name}",
         f"A {family.name} model that predicts {aim}: {cfg.n_layer} layers {cfg.n_embd} wide, {cfg.n_head} heads, "
-        f"{cfg.vocab_size:,} token ids, sequences of up to {cfg.block_size:,} tokens. From {source.name}.",
+        f"{cfg.vocab_size:,} token ids, sequences of up to {cfg.block_size:,} tokens.",
         "```python\n"
         f"from transformers import AutoTokenizer, {auto}\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
