@@ -86,7 +86,7 @@ def _may_be_gpt2(folder):
 
 
 def hub_json(tokenizer):
-    """A tokenizer's tokenizer.json, as a dict, without what frames texts."""
+    """A tokenizer's tokenizer.json, as a dict; a file's as it is, but that it cuts no texts and fills up none."""
     if isinstance(tokenizer, (WordPieceTokenizer, FileTokenizer)):
         return tokenizer.saved | {"truncation": None, "padding": None}
     if isinstance(tokenizer, ByteTokenizer):
@@ -107,8 +107,8 @@ def check_same_ids(tokenizer, theirs):
             )
     own = tokenizer.decode([i for i in range(min(tokenizer.vocab_size, 4096)) if i not in kept])
     for text in (*HARD_TEXTS, own):
-        for name in theirs.get_added_tokens_decoder().values():  # which they find in text, and we do not
-            text = text.replace(name.content, "")
+        for token in theirs.get_added_tokens_decoder().values():  # special ones, which they find in text, are not ours
+            text = text.replace(token.content, "")
         if (alphabet := getattr(tokenizer, "alphabet", None)) is not None:
             text = "".join(c for c in text if c in alphabet)
         ours, ids = tokenizer.encode(text).tolist(), theirs.encode(text, add_special_tokens=False).ids

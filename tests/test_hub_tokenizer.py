@@ -16,15 +16,16 @@ from conftest import ROOT
 from hub_tokenizer import check_same_ids, hub_tokenizer_file, merges_of, write_tokenizer
 from sample import masked_ids
 from test_tokenizer import (
-    BERT_VOCAB, CHARACTERS, CORPUS, GPT2_FILES, HOSTILE, byte_level_like, random_texts, sentencepiece_like, unigram_like,
-    vocab_file,
+    BERT_VOCAB, CHARACTERS, CORPUS, GPT2_FILES, HOSTILE, byte_level_like, random_texts, sentencepiece_like,
+    unigram_like, vocab_file,
 )  # fmt: skip
 from tokenizer import BERT_SPECIALS, SPECIALS, TiktokenTokenizer, load_tokenizer, train_bpe, write_character_tokenizer
 
 DATA = Path(ROOT).parent / "shared/data"
 REAL_TEXTS = [DATA / name for name in ("tinyshakespeare.txt", "wikitext2/valid.txt", "sst2/dev.tsv")]
 MASKED = ("byte", "bpe", "cased", "uncased")
-KINDS = (*MASKED, "gpt2", "cl100k_base", "o200k_base", "gpt2 file", "llama3 file", "llama2 file", "unigram file", "characters")
+KINDS = (*MASKED, "gpt2", "cl100k_base", "o200k_base", "gpt2 file", "llama3 file", "llama2 file", "unigram file",
+         "characters")  # fmt: skip
 TEXTS = HOSTILE + CORPUS + random_texts(200, seed=1)
 
 
@@ -59,7 +60,8 @@ def make(kind, folder):
         pattern = tiktoken_pattern(kind, patch)
     specials = {"<|endoftext|>": 775, "<|endofprompt|>": 790}  # ids with gaps, as theirs have
     ranks = load_tokenizer(str(path)).encoding._mergeable_ranks
-    return TiktokenTokenizer(kind, tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials))
+    encoding = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+    return TiktokenTokenizer(kind, encoding)
 
 
 def written(tokenizer, folder, objective):
@@ -148,9 +150,10 @@ def test_autotokenizer_gives_our_ids_of_whole_real_texts(causal, path):
     assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text).tolist()
 
 
-def test_words_are_cut_alike_at_every_kind_of_character(causal):
+@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_words_are_cut_alike_at_every_kind_of_character(causal, step):
     kind, ours, theirs, _, _ = causal
-    codes = [c for c in [*range(0x3000), *range(0x3000, 0x110000, 997)] if not 0xD800 <= c < 0xE000]
+    codes = [c for c in [*range(0, 0x3000, step), *range(0x3000, 0x110000, 997 * step)] if not 0xD800 <= c < 0xE000]
     texts = [f"a{chr(c)}b {chr(c)}{chr(c)} x'{chr(c)}'S\n{chr(c)}" for c in codes]
     texts = plain(["".join(texts[i : i + 32]) for i in range(0, len(texts), 32)], kind, ours)
     for text, ids in zip(texts, theirs(texts, add_special_tokens=False)["input_ids"]):
@@ -166,6 +169,8 @@ def test_what_is_written_comes_back_as_the_same_tokenizer(causal, tmp_path):
     if kind not in ("characters", "cased", "uncased"):
         for text in TEXTS:  # with special tokens' names
             assert again.encode(text).tolist() == ours.encode(text).tolist()
+    if kind == "gpt2":
+        return  # as the smaller ones, and slow
     assert write_tokenizer(again, tmp_path, "clm", 99_999_999) == ids
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert json.loads((tmp_path / name).read_text()) == json.loads((folder / name).read_text())
@@ -188,13 +193,15 @@ def test_causal_models_have_end_of_text_before_and_after_texts(causal):
     assert not json.loads((folder / "tokenizer_config.json").read_text())["clean_up_tokenization_spaces"]
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "qwen3", "mistral", "bert"])
-def test_a_models_config_beside_it_changes_no_ids(causal, model_type):
-    kind, ours, _, _, folder = causal
-    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
-    theirs = loaded(folder)
-    (folder / "config.json").unlink()
-    for text in plain(TEXTS[10:20], kind, ours):
+@pytest.mark.parametrize("model_type, kind", [
+    ("gpt2", "bpe"), ("llama", "llama2 file"), ("qwen3", "llama3 file"), ("mistral", "unigram file"), ("bert", "cased"),
+])  # fmt: skip
+def test_a_models_config_beside_it_changes_no_ids(tmp_path, model_type, kind):
+    ours = make(kind, tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/config.json").write_text(json.dumps({"model_type": model_type}))
+    theirs, _ = written(ours, tmp_path / "out", "mlm" if kind == "cased" else "clm")
+    for text in plain(TEXTS, kind, ours):
         assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text).tolist()
 
 
@@ -205,12 +212,14 @@ def role(ours, name):
 
 
 def test_masked_models_texts_are_framed_as_in_training(masked):
-    ours, theirs, ids, _ = masked
+    ours, theirs, ids, folder = masked
     cls, sep = role(ours, "cls"), role(ours, "sep")
+    again = load_tokenizer(hub_tokenizer_file(folder))
+    assert (again.specials, again.continuations) == (ours.specials, ours.continuations)
     for text in plain(TEXTS, "masked", ours):
         own = ours.encode(text).tolist()
         assert theirs(text)["input_ids"] == [cls, *own, sep]
-        assert theirs(text, add_special_tokens=False)["input_ids"] == own
+        assert theirs(text, add_special_tokens=False)["input_ids"] == again.encode(text).tolist() == own
     for name in ("mask", "cls", "sep", "pad"):
         assert getattr(theirs, f"{name}_token_id") == ids[f"{name}_token_id"] == role(ours, name)
     assert theirs.unk_token_id == ids.get("unk_token_id") == ours.specials.get("[UNK]")
@@ -269,7 +278,8 @@ def test_merges_are_those_that_were_learnt(tmp_path):
 @pytest.mark.skipif(not GPT2_FILES.is_dir(), reason=f"{GPT2_FILES} is absent")
 def test_merges_of_gpt2_are_those_of_its_own_file():
     merges = merges_of(load_tokenizer("gpt2").encoding._mergeable_ranks)
-    own = next(text for path in GPT2_FILES.iterdir() if (text := path.read_text(encoding="utf-8")).startswith("#version"))
+    files = [path.read_text(encoding="utf-8") for path in GPT2_FILES.iterdir()]
+    own = next(text for text in files if text.startswith("#version"))
     character = {byte: c for c, byte in hub_tokenizer.byte_of_character().items()}
     ours = [" ".join("".join(character[b] for b in part) for part in pair) for pair in merges]
     assert ours == own.strip().split("\n")[1:] and len(ours) == 50_000

@@ -363,7 +363,8 @@ def hub_file(path, end="</s>"):
 def test_any_tokenizer_json_is_copied_to_the_data_and_a_run_loads_it_from_there(tmp_path):
     file = Path(hub_file(tmp_path / "theirs.json"))
     documents = [f"the quick fox {'a ' * i}</s> the" for i in range(25)]
-    meta = run(tmp_path / "data", f"--input={write_txt(tmp_path / 'in', documents)}", "--val_fraction=0.3", tokenizer=str(file))
+    source = f"--input={write_txt(tmp_path / 'in', documents)}"
+    meta = run(tmp_path / "data", source, "--val_fraction=0.3", tokenizer=str(file))
     assert (meta["vocab_size"], meta["tokenizer"]) == (7, "tokenizer.json")
     assert meta["specials"] == {"[UNK]": 0, "</s>": 4, "<extra>": 6}
     seen = np.concatenate([tokens_of(tmp_path / "data", split) for split in ("train", "val")])
@@ -377,7 +378,8 @@ def test_any_tokenizer_json_is_copied_to_the_data_and_a_run_loads_it_from_there(
 
 def test_tokenizer_without_end_of_text_is_refused_with_those_that_would_do(tmp_path):
     file = hub_file(tmp_path / "theirs.json", end="<end>")
-    with pytest.raises(ValueError, match=r"no special token to end documents with, only \[UNK\], <end>, <extra>; use one"):
+    told = r"no special token to end documents with, only \[UNK\], <end>, <extra>; use one"
+    with pytest.raises(ValueError, match=told):
         run(tmp_path / "data", f"--input={write_txt(tmp_path / 'in')}", tokenizer=file)
     assert not (tmp_path / "data/meta.json").exists()
 

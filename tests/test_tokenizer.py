@@ -14,7 +14,8 @@ import tokenizers
 from conftest import ROOT
 from objective import special_id
 from tokenizer import (
-    BERT_SPECIALS, SPECIALS, ByteTokenizer, FileTokenizer, file_sha256, load_tokenizer, train_bpe, write_character_tokenizer,
+    BERT_SPECIALS, SPECIALS, ByteTokenizer, FileTokenizer, file_sha256, load_tokenizer, train_bpe,
+    write_character_tokenizer,
 )  # fmt: skip
 
 BERT_VOCAB = Path(ROOT).parent / "shared/data/bert_uncased_vocab.txt"
@@ -471,7 +472,8 @@ def test_wordpiece_that_is_not_built_as_berts_gives_hugging_faces_ids_and_no_spe
 # ---- any tokenizer.json
 
 LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
 )
 
 
@@ -691,8 +693,8 @@ def test_gpt2s_pair_of_files_gives_hugging_faces_ids(tmp_path):
 
 
 @pytest.mark.parametrize("damage, told", [
-    (lambda saved: saved.update(decoder={"type": "CTC", "pad_token": "x", "word_delimiter_token": "|", "cleanup": True}),
-     "its decoder is CTC"),
+    (lambda saved: saved.update(decoder={"type": "CTC", "pad_token": "x", "word_delimiter_token": "|", "cleanup": True}
+                                ), "its decoder is CTC"),
     (lambda saved: saved["model"].update(vocab={}, merges=[]), "its vocabulary is empty"),
     (lambda saved: saved["model"].update(type="Nothing"), ""),
     (lambda saved: saved["model"]["merges"].append(["no", "such"]), ""),
