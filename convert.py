@@ -7,6 +7,7 @@
 Weights of Hugging Face need no conversion to start from: train.py, sample.py and bench.py take --init_from=.
 """
 
+import ctypes
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import torch
 from checkpoint import RunConfig
 from config import only, run_script
 from families import config_of, family_of, their_tensors
+from hub import TOKENIZERS, HubModel
 from hub_tokenizer import write_tokenizer
 from nanogpt import import_nanogpt
 from pretrained import load_tokenizer_of, open_model, place_of
@@ -54,7 +56,16 @@ def main(cfg):
         written = f"{cfg.convert.from_nanogpt}: written to {cfg.run.out_dir} as a run, which goes on by:"
         print(*lines, f"{written} python train.py {cfg.run.out_dir}/config.py", sep="\n")
     else:
+        return_freed_memory()
         export(open_model(place_of(cfg)), cfg.convert.to_hf, cfg.convert.hf_dtype)
+
+
+def return_freed_memory():
+    """Has the C library return each tensor that is freed at once; it else keeps those up to 32 MiB, half a model's."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        mmap_threshold = -3  # the option's number in malloc.h
+        libc.mallopt(mmap_threshold, 2**17)
 
 
 def export(source, folder, dtype=None):
@@ -66,18 +77,16 @@ def export(source, folder, dtype=None):
     if final.exists() and not (final.is_dir() and not any(final.iterdir())):
         raise ValueError(f"{folder} exists and is not empty; name another folder with --to_hf=, or remove it")
     family = family_of(source.cfg)
-    tokenizer = tokenizer_for(source)
+    tokenizer = None if isinstance(source, HubModel) else tokenizer_for(source)
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was cut short
     try:
         partial.mkdir(parents=True)
-        special_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # theirs have ids of their own
-        if tokenizer:
-            special_ids |= write_tokenizer(tokenizer, partial, source.cfg.objective, source.cfg.block_size)
+        special_ids = put_tokenizer(source, tokenizer, partial)
         carried = source.carried
         config = config_of(source.cfg, special_ids, dtype or source.dtype, carried)
         write_json(config, partial / "config.json")
-        if source.cfg.objective == "clm":
+        if source.cfg.objective == "clm" and not (partial / "generation_config.json").exists():
             known_ids = {name: id_ for name, id_ in special_ids.items() if id_ is not None}
             write_json(known_ids, partial / "generation_config.json")
         n_bytes = write_weights(their_tensors(source.cfg, source.read, carried), partial, dtype)
@@ -89,6 +98,19 @@ def export(source, folder, dtype=None):
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"{source.name}: written to {folder} as {config['architectures'][0]}, {n_bytes / 1e6:,.1f} MB of weights")
+
+
+def put_tokenizer(source, tokenizer, folder):
+    """Writes a run's tokenizer, if it is known, or copies a Hugging Face model's; returns {name: id} for the configs."""
+    special_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # or theirs would have their own
+    if isinstance(source, HubModel):
+        for name in ("generation_config.json", "special_tokens_map.json", *TOKENIZERS):
+            if (source.folder / name).exists():
+                shutil.copyfile(source.folder / name, folder / name)
+        return {name: source.config.get(name) for name in special_ids}
+    if tokenizer:
+        special_ids |= write_tokenizer(tokenizer, folder, source.cfg.objective, source.cfg.block_size)
+    return special_ids
 
 
 def tokenizer_for(source):
@@ -154,9 +176,12 @@ def card(source, family, name, tokenizer):
         f'model = {auto}.from_pretrained("{name}")\n```',
     ]
     if tokenizer and tokenizer.specials:
+        how = (
+            "as that token" if is_masked else "as ordinary text, if not told otherwise by `split_special_tokens=False`"
+        )
         blocks.append(
-            f"The name of a special token in a text, such as `{next(iter(tokenizer.specials))}`, is read as that token "
-            "by this tokenizer; in training it was ordinary text."
+            f"In training no text held special tokens, such as `{next(iter(tokenizer.specials))}`, whatever it spelt; "
+            f"this tokenizer reads their names {how}."
         )
     return "\n\n".join(blocks + training_facts(source)) + "\n"
 

@@ -38,23 +38,23 @@ HARD_TEXTS = (
 def write_tokenizer(tokenizer, folder, objective, block_size):
     """Writes a tokenizer's tokenizer.json and tokenizer_config.json into a folder; returns {name: id} for its configs.
 
-    objective: clm, whose texts get no special tokens, or mlm, whose texts become [CLS] text [SEP]. The names are those
-    of Hugging Face's configs, such as eos_token_id. ValueError where `tokenizers` would not give our ids.
+    objective: clm, whose texts get no special tokens, and hold none whatever they spell, as in training; or mlm, whose
+    texts become [CLS] text [SEP] and may name [MASK]. The names are those of Hugging Face's configs, such as
+    eos_token_id. ValueError where `tokenizers` would not give our ids.
     """
     import tokenizers
 
-    saved = hub_json(tokenizer)
+    saved = hub_json(tokenizer) | {"post_processor": None}
     specials = _by_role(tokenizer.specials, objective)
     if objective == "mlm":
         saved = _framing(saved, tokenizer, specials)
-    elif isinstance(tokenizer, WordPieceTokenizer):  # whose file frames texts for BERT
-        saved = saved | {"post_processor": None}
     theirs = tokenizers.Tokenizer.from_str(json.dumps(saved))
     check_same_ids(tokenizer, theirs)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
+        "split_special_tokens": objective == "clm",
         # GPT-2 there adds an embedding for token types, even if all are 0, wherever it is given them.
         "model_input_names": ["input_ids", *["token_type_ids"] * (objective == "mlm"), "attention_mask"],
         **{f"{role}_token": name for role, name in specials.items()},

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     # A benchmark must time the code that trains.
     "bench": BELOW_SCRIPTS | {"train", "machine", "ceilings", "meters", "report_bench", "sweep"},
     "nanogpt": {"model", "tokenizer", "data", "optim", "rundir", "parallel", "checkpoint"},
-    "convert": {"config", "families", "hub_tokenizer", "nanogpt", "pretrained", "checkpoint"},
+    "convert": {"config", "families", "hub", "hub_tokenizer", "nanogpt", "pretrained", "checkpoint"},
 }
 FILES = sorted(ROOT.glob("*.py"))
 PRESETS = sorted((ROOT / "config").glob("[!_]*.py"))

@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import RunConfig, Saver, load_model
+from checkpoint import RunConfig, Saver
+from convert import export
 from parallel import World
+from pretrained import open_model
 from rundir import tokenizer_of
 from score import loglikelihood, loglikelihood_rolling, score_tokens
-from test_model import MODERN, SMALL, hugging_face_twin, llama_twin, random_model
+from test_model import MODERN, SMALL, random_model
 from tokenizer import load_tokenizer, train_bpe
 
 KINDS = {"gpt2": SMALL, "llama": replace(MODERN, qk_norm=False, n_embd=24), "qwen3": MODERN}
@@ -28,17 +30,6 @@ PAIRS = [
     ("not to b", "e or not"), ("To be, or not to be: that is the question. " * 5, "To be"), ("日本", "語 😀"),
     ("", "<|endoftext|>"), ("<|endoftext|>", "x"),
 ]  # fmt: skip
-
-
-def exported(run_dir, folder):
-    """The model and tokenizer of a run as Hugging Face's, in a folder."""
-    from transformers import PreTrainedTokenizerFast
-
-    model, _ = load_model(run_dir, "cpu")
-    (hugging_face_twin if model.cfg.position == "learned" else llama_twin)(model).save_pretrained(folder)
-    # split_special_tokens: text that spells a special token stays text, as with our tokenizers.
-    how = {"eos_token": "<|endoftext|>", "clean_up_tokenization_spaces": False, "split_special_tokens": True}
-    PreTrainedTokenizerFast(tokenizer_file=str(run_dir / "tokenizer.json"), **how).save_pretrained(folder)
 
 
 # Tasks of the two kinds, in words that the harness knows; FOLDER stands for theirs.
@@ -99,7 +90,7 @@ def trained(kind, folder):
     saver = Saver(RunConfig(out_dir=str(run_dir)), World(0, 1, torch.device("cpu"), "fp32"))
     saver.save(1, model, None, {})
     saver.wait()
-    exported(run_dir, folder / "hf")
+    export(open_model(str(run_dir)), folder / "hf")
     return model, tokenizer, folder / "hf"
 
 

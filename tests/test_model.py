@@ -175,7 +175,7 @@ def twin(model, theirs, names):
                 source, target = f"{our_name}.{kind}".format(i=i), f"{their_name}.{kind}".format(i=i)
                 if source in ours:
                     used.add(source)
-                    state[target] = ours[source][: model.cfg.vocab_size if our_name in ("wte", "head") else None]
+                    state[target] = ours[source][: V if our_name in ("wte", "head") else None]
     if "cls.predictions.bias" in theirs.state_dict():  # the decoder's, by another name
         state["cls.predictions.bias"] = state["cls.predictions.decoder.bias"]
     assert used == ours.keys()
@@ -202,7 +202,7 @@ def llama_twin(model):
 
     cfg = model.cfg
     shape = {
-        "vocab_size": cfg.vocab_size, "hidden_size": cfg.n_embd, "num_hidden_layers": cfg.n_layer,
+        "vocab_size": V, "hidden_size": cfg.n_embd, "num_hidden_layers": cfg.n_layer,
         "num_attention_heads": cfg.n_head, "num_key_value_heads": cfg.kv_heads, "head_dim": cfg.head_width,
         "intermediate_size": cfg.inner_width, "max_position_embeddings": cfg.block_size, "rms_norm_eps": cfg.norm_eps,
         "tie_word_embeddings": cfg.tie_embeddings, "attention_bias": cfg.bias,

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 import config
 import sample
 import train
-from checkpoint import checkpoints, load_model, newest_checkpoint
+from checkpoint import checkpoints, newest_checkpoint
 from nanogpt import import_nanogpt, read_characters
 from optim import lr_at, set_lr
 from parallel import World
 from ranks import records, run, without_matplotlib
+from pretrained import load_model
 from rundir import tokenizer_of
 from tokenizer import load_tokenizer
 
@@ -181,9 +182,9 @@ def renamed(name):
 def test_logits_are_nanogpts(theirs, ours):
     w, _, _, bias = theirs
     ids = torch.randint(131, (3, 11), generator=torch.Generator().manual_seed(1))
-    model, manifest = load_model(ours, "cpu")
+    model, source = load_model(ours, "cpu")
     assert (model(ids) - logits_of(w, ids)).abs().max() < 1e-5
-    assert (model.cfg.mlp, model.cfg.bias, model.cfg.vocab_size, manifest["step"]) == ("gelu", bias, 131, STEPS)
+    assert (model.cfg.mlp, model.cfg.bias, model.cfg.vocab_size, source.manifest["step"]) == ("gelu", bias, 131, STEPS)
     assert logits_of(w, ids).abs().max() > 1 and len(model.wte.weight) == 192 and not model.wte.weight[131:].any()
 
 
