@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import checkpoints, config_of_checkpoint, newest_checkpoint, read_manifest, read_tensor
+from config import preset_value
 from hub import HubModel, folder_of, read_config, settings_of
 from model import ModelConfig, Transformer
 from rundir import tokenizer_of
@@ -48,17 +49,19 @@ class RunModel:
 
 
 def place_of(cfg):
-    """Where the model that a command is about lies: init_from, or the run in out_dir or of the last preset's name."""
-    if cfg.run.init_from:
-        return cfg.run.init_from
+    """Where the model that a command is about lies: init_from, or the run in out_dir or of the last preset's name.
+
+    A preset's init_from is where its run starts, so that the run, once it has a checkpoint, comes first.
+    """
     run_dir = cfg.run.out_dir or (f"out/{Path(cfg.presets[-1]).stem}" if cfg.presets else None)
+    has_begun = run_dir is not None and is_run(run_dir)
+    if cfg.run.init_from and not (has_begun and preset_value(cfg.presets, "init_from") == cfg.run.init_from):
+        return cfg.run.init_from
     if run_dir is None:
         raise ValueError("out_dir is none; name the folder of a trained run, as in --out_dir=out/quickstart")
-    if not is_run(run_dir):  # and never a name on the hub
+    if not has_begun:  # which is never a name on the hub
         there = "holds no checkpoint of flatlm's (ckpt/step_*)" if Path(run_dir).is_dir() else "does not exist"
-        raise ValueError(
-            f"{run_dir} {there}; train.py makes one, in its out_dir; other models are named by --init_from="
-        )
+        raise ValueError(f"{run_dir} {there}; train.py makes one, in its out_dir; other models are named by --init_from=")
     return run_dir
 
 

@@ -64,14 +64,17 @@ DOCUMENTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
-    """The folder of two tasks made here: their .yaml and their data."""
-    folder = tmp_path_factory.mktemp("tasks")
+def write_tasks(folder):
     for name, task in TASKS.items():
         (folder / f"{name}.yaml").write_text(task.replace("FOLDER", str(folder)).replace("NAME", name))
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS[name]))
     return folder
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """The folder of two tasks made here: their .yaml and their data."""
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -11,11 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import config
 import train
+from hub_tokenizer import write_tokenizer
+from hugging_face import saved
 from parallel import check_tensor_parallel
 from ranks import free_port
+from test_harness import write_tasks
+from test_nanogpt import ARGS, checkpoint_of, optimizer_of, parameters
+from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = re.findall(r"^```\w*\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
@@ -23,7 +30,7 @@ COMMANDS = [
     line.partition("#")[0].strip()
     for block in BLOCKS
     for line in block.splitlines()
-    if re.match(r"(make|python3?|pip|source|torchrun|echo) ?", line)
+    if re.match(r"(make|python3?|pip|source|torchrun|echo|lm_eval) ?", line)
 ]
 SET_UP = ("python3 -m venv", "source ", "pip install")  # what made the environment that this test runs in
 
@@ -50,6 +57,9 @@ def folder(tmp_path_factory):
     (folder / "wikipedia" / "0.jsonl").write_text("\n".join(articles))
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] paris is the capital of france . ##1 ##2 0 1 2 3 4 5 6 7 8 9".split()
     (folder / "vocab.txt").write_text("\n".join(words))
+    make_theirs(folder)
+    (folder / "tasks").mkdir()
+    write_tasks(folder / "tasks")
     (folder / "fineweb").mkdir()
     for name in ("fineweb_val_000000.bin", "fineweb_train_000001.bin"):
         header = np.zeros(256, np.int32)
@@ -59,6 +69,26 @@ def folder(tmp_path_factory):
     return folder
 
 
+def make_theirs(folder):
+    """What the README starts from: Hugging Face's gpt2, but of TINY_MODEL's size, and a checkpoint of nanoGPT's."""
+    saved("gpt2", folder / "gpt2", vocab_size=50257, n_layer=2, n_embd=32, n_head=2, n_inner=48, n_positions=32)
+    if Path(os.environ["TIKTOKEN_CACHE_DIR"]).is_dir():
+        write_tokenizer(load_tokenizer("gpt2"), folder / "gpt2", "clm", block_size=32)
+    data = folder / "nanoGPT" / "data" / "shakespeare_char"
+    data.mkdir(parents=True)
+    (folder / "nanoGPT" / "out").mkdir()
+    characters = "".join(map(chr, range(1, 132)))
+    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 131, "itos": dict(enumerate(characters))}))
+    for split in ("train", "val"):
+        np.arange(2000, dtype=np.uint16).__mod__(131).tofile(data / f"{split}.bin")
+    weights = parameters(bias=False)
+    optimizer = optimizer_of(weights)
+    sum(p.sum() for p in weights.values()).backward()
+    optimizer.step()
+    checkpoint = checkpoint_of(weights, optimizer, ARGS | {"bias": False})
+    torch.save(checkpoint, folder / "nanoGPT" / "out" / "ckpt.pt")
+
+
 def run(command, folder, extra=""):
     words = shlex.split(command)
     script = next((word for word in words if word.endswith(".py") and "/" not in word), None)
@@ -66,7 +96,12 @@ def run(command, folder, extra=""):
         words[:1] = [sys.executable, "-m", "torch.distributed.run"]
         words = ["--nproc_per_node=2" if word.startswith("--nproc_per_node") else word for word in words]
     words = [sys.executable if word == "python" else str(ROOT / script) if word == script else word for word in words]
-    if command != "python bench.py":  # which is of no model
+    if words[0] == "lm_eval":
+        words[0] = str(Path(sys.executable).with_name("lm_eval"))
+        words = shlex.split(" ".join(words).replace("lambada_openai", "texts --include_path tasks"))
+    elif "train.py out/nanogpt" in command:  # which has a model and data of its own
+        words += ["--max_steps=6", "--device=cpu"]
+    elif command != "python bench.py":  # which is of no model
         words += shlex.split(TINY.get(script, "")) + shlex.split(extra)
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120)
 
@@ -94,11 +129,13 @@ def run_on_two_machines(script, folder, name, more=""):
 
 def needs_gpt2_tokenizer(command):
     """Whether a command needs it, or data that another one would have made with it."""
-    return "tokenizer=gpt2" in command or "data/books" in command or ("sample.py" in command and "gpt2" in command)
+    words = ("tokenizer=gpt2", "data/books", "finetune_gpt2")
+    return any(word in command for word in words) or ("sample.py" in command and "gpt2" in command)
 
 
-# A minute each: one measures the machine, whatever the model, one plans with what it has measured, one tries settings.
-LONG = ("python bench.py", "--gpu=this", "--sweep")
+# A minute each: one measures the machine, whatever the model, one plans with what it has measured, one tries settings;
+# and the evaluation harness starts slowly.
+LONG = ("python bench.py", "--gpu=this", "--sweep", "--device cpu")
 SHOWN = [
     pytest.param(c, marks=pytest.mark.slow) if c == LONG[0] or c.endswith(LONG[1:]) else c
     for c in COMMANDS
@@ -113,7 +150,7 @@ def test_readme_command_runs(command, folder):
     local = ""  # instead of what the command would fetch
     if "prepare.py" in command and "--input" not in command:
         local = "--input=fineweb --max_shards=1" if "gpt2" in command else local
-        local = "--dataset=none --input=books/0.txt" if "speedrun_cpu" in command else local
+        local = "--dataset=none --input=books/0.txt" if re.search("speedrun_cpu|finetune", command) else local
     done = run(command, folder, local)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     assert "error" not in done.stderr.lower(), done.stderr
