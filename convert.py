@@ -128,6 +128,7 @@ def write_weights(tensors, folder, dtype=None, shard_bytes=SHARD_BYTES):
 
     A file's tensors are made when it is their turn, so that no more than one file is in memory.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     itemsize = torch.empty(0, dtype=getattr(torch, dtype or "float32")).itemsize
@@ -142,7 +143,10 @@ def write_weights(tensors, folder, dtype=None, shard_bytes=SHARD_BYTES):
     for i, shard in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         made = {name: make().to(getattr(torch, dtype)) if dtype else make() for name, make in shard}
-        save_file(made, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(made, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # of a full disk, say
+            raise OSError(str(error)) from error
         shutil.copymode(folder / "config.json", folder / file)  # safetensors lets only the owner read
         file_of |= dict.fromkeys(made, file)
         total += sum(tensor.nbytes for tensor in made.values())

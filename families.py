@@ -5,6 +5,8 @@ Known are GPT-2, BERT, Llama with Mistral, and Qwen3, as transformers computes t
 
 import re
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -220,10 +222,15 @@ def config_of(cfg, special_ids, dtype, carried=()):
             "attention_probs_dropout_prob": cfg.dropout,
         }
     else:
-        rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
+        scaling = None
         if cfg.rope_scale != 1:
-            rope |= {"rope_type": "llama3", "factor": cfg.rope_scale, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-            rope["original_max_position_embeddings"] = cfg.rope_context
+            scaling = {
+                "rope_type": "llama3",
+                "factor": cfg.rope_scale,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": cfg.rope_context,
+            }
         values |= {
             "num_key_value_heads": cfg.kv_heads,
             "head_dim": cfg.head_width,
@@ -231,8 +238,8 @@ def config_of(cfg, special_ids, dtype, carried=()):
             "attention_bias": cfg.bias,
             "attention_dropout": cfg.dropout,
             "rope_theta": cfg.rope_theta,  # for transformers below 5
-            "rope_scaling": rope if cfg.rope_scale != 1 else None,  # likewise
-            "rope_parameters": rope,
+            "rope_scaling": scaling,  # likewise
+            "rope_parameters": {"rope_theta": cfg.rope_theta, **(scaling or {"rope_type": "default"})},
         }
         if family is LLAMA:
             values["mlp_bias"] = cfg.bias
@@ -302,8 +309,17 @@ def rope_settings(config, wrong):
 # ---- tensors
 
 
+class Slot(NamedTuple):
+    """A tensor of theirs, and what of ours it is made of."""
+
+    name: str  # theirs
+    ours: dict  # {name: shape} of our tensors, one after the other its rows
+    shape: list  # its own
+    is_transposed: bool  # whether it is (in, out), where ours are (out, in)
+
+
 def slots(family, cfg):
-    """[(their tensor, our tensors that its rows are, the shapes of ours)] of a complete model, in their order."""
+    """A Slot for each tensor of a model whose settings are complete."""
     with torch.device("meta"):
         params = dict(Transformer(cfg).named_parameters())  # a tied head is not among them
     found = []
@@ -313,11 +329,17 @@ def slots(family, cfg):
         for i in range(cfg.n_layer if "{i}" in module else 1):
             for kind in ("",) if module.endswith(".bias") else (".weight", ".bias"):
                 names = [f"{name}{kind}".format(i=i) for name in ours]
-                if names[0] in params:
-                    shapes = [[*params[name].shape] for name in names]
-                    if names[0].startswith(("wte.", "head.")):
-                        shapes[0][0] = cfg.vocab_size  # theirs pad nothing
-                    found.append((f"{module}{kind}".format(i=i), names, shapes))
+                if names[0] not in params:
+                    continue
+                shapes = [[*params[name].shape] for name in names]
+                if names[0].startswith(("wte.", "head.")):
+                    shapes[0][0] = cfg.vocab_size  # theirs pad nothing
+                name = f"{module}{kind}".format(i=i)
+                shape = [sum(rows for rows, *_ in shapes), *shapes[0][1:]]
+                is_transposed = bool(re.search(family.transposed, name))
+                found.append(
+                    Slot(name, dict(zip(names, shapes)), shape[::-1] if is_transposed else shape, is_transposed)
+                )
     return found
 
 
@@ -327,21 +349,16 @@ def their_tensors(cfg, read, carried):
     read(name) gives our tensor whole, padding and all; carried are theirs that ours has no place for.
     """
     family = family_of(cfg)
-    complete = family.complete(cfg)
     with torch.device("meta"):
         present = {name for name, _ in Transformer(cfg).named_parameters()}
 
-    def make(their_name, names, shapes):
-        parts = [
-            read(name)[: shape[0]] if name in present else torch.zeros(shape) for name, shape in zip(names, shapes)
-        ]
+    def make(slot):
+        parts = [read(name)[: shape[0]] if name in present else torch.zeros(shape) for name, shape in slot.ours.items()]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return (tensor.T if re.search(family.transposed, their_name) else tensor).contiguous()
+        return (tensor.T if slot.is_transposed else tensor).contiguous()
 
-    for their_name, names, shapes in slots(family, complete):
-        if their_name not in carried:
-            shape = [sum(rows for rows, *_ in shapes), *shapes[0][1:]]
-            shape = shape[::-1] if re.search(family.transposed, their_name) else shape
-            yield their_name, shape, lambda slot=(their_name, names, shapes): make(*slot)
-    for their_name, tensor in carried.items():
-        yield their_name, [*tensor.shape], lambda tensor=tensor: tensor
+    for slot in slots(family, family.complete(cfg)):
+        if slot.name not in carried:
+            yield slot.name, slot.shape, partial(make, slot)
+    for name, tensor in carried.items():
+        yield name, [*tensor.shape], tensor.clone

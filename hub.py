@@ -30,11 +30,10 @@ class HubModel:
         self.name = f"{folder}, a Hugging Face model of {self.family.name}'s kind"
         self._files = TensorFiles(self.folder)
         expected = slots(self.family, self.family.complete(self.cfg))
-        self._slots = {name: (theirs, names, shapes) for theirs, names, shapes in expected for name in names}
-        self._keys, carried = self._assign({theirs for theirs, *_ in expected})
+        self._slots = {name: slot for slot in expected for name in slot.ours}
+        self._keys, carried = self._assign({slot.name for slot in expected})
         self._check_shapes()
         self.carried = {name: self._files.read(key) for name, key in carried.items()}
-        self.dtype = str(self.read("wte.weight").dtype).removeprefix("torch.")
         with torch.device("meta"):
             own = {name for name, _ in Transformer(self.cfg).named_parameters()}
         if spoilt := [name for name in self._slots if name not in own and self.read(name).any()]:
@@ -45,18 +44,25 @@ class HubModel:
         """What load_tokenizer calls its tokenizer."""
         return hub_tokenizer_file(self.folder)
 
+    @property
+    def dtype(self):
+        """Of its weights, by torch's name."""
+        return self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+
     def read(self, name):
         """Our tensor of a name, whole, without rows that pad the vocabulary, in the dtype of the file."""
-        theirs, names, shapes = self._slots[name]
-        tensor = self._files.read(self._keys[theirs])
+        slot = self._slots[name]
+        key = self._keys[slot.name]
+        tensor = self._files.read(key)
         if not tensor.isfinite().all():
-            raise ValueError(f"{self.folder}: {self._keys[theirs]} holds numbers that are not finite; copy it again")
-        tensor = tensor.T if re.search(self.family.transposed, theirs) else tensor
-        return tensor.split([rows for rows, *_ in shapes])[names.index(name)]
+            raise ValueError(f"{self.folder}: {key} holds numbers that are not finite; copy it again")
+        tensor = tensor.T if slot.is_transposed else tensor
+        parts = tensor.split([rows for rows, *_ in slot.ours.values()])
+        return dict(zip(slot.ours, parts))[name]
 
     def _assign(self, known):
         """({their tensor: its name in the files} of what ours is made of, the same of what is carried)."""
-        used = {theirs for theirs, *_ in self._slots.values()}
+        used = {slot.name for slot in self._slots.values()}
         keys, carried, strange, family = {}, {}, [], self.family
         for key in self._files.names:
             # TensorFlow's names of norms, in old files of BERT
@@ -83,13 +89,11 @@ class HubModel:
         return keys, carried
 
     def _check_shapes(self):
-        for theirs, _, shapes in self._slots.values():
-            wanted = [sum(rows for rows, *_ in shapes), *shapes[0][1:]]
-            wanted = wanted[::-1] if re.search(self.family.transposed, theirs) else wanted
-            found = self._files.shape(self._keys[theirs])
-            if found != wanted:
+        for slot in self._slots.values():
+            key = self._keys[slot.name]
+            if (found := self._files.shape(key)) != slot.shape:
                 raise ValueError(
-                    f"{self.folder}: {self._keys[theirs]} has the shape {found}, by config.json {wanted}; "
+                    f"{self.folder}: {key} has the shape {found}, by config.json {slot.shape}; "
                     f"its files are of another model than its config.json"
                 )
 

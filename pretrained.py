@@ -61,7 +61,9 @@ def place_of(cfg):
         raise ValueError("out_dir is none; name the folder of a trained run, as in --out_dir=out/quickstart")
     if not has_begun:  # which is never a name on the hub
         there = "holds no checkpoint of flatlm's (ckpt/step_*)" if Path(run_dir).is_dir() else "does not exist"
-        raise ValueError(f"{run_dir} {there}; train.py makes one, in its out_dir; other models are named by --init_from=")
+        raise ValueError(
+            f"{run_dir} {there}; train.py makes one, in its out_dir; other models are named by --init_from="
+        )
     return run_dir
 
 

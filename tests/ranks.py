@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import runpy
 import shutil
 import socket
 import subprocess
@@ -136,6 +137,27 @@ def launch(n, cfg, told=None, before=None):
     """
     port = free_port()
     return [start(_train_rank, rank, n, port, cfg, told, before)[0] for rank in range(n)]
+
+
+def run_script(script, arguments, folder, patience=120):
+    """What `python script arguments`, typed in a folder, would give, as subprocess.run has it; but that it starts at once.
+
+    Not of scripts that start processes by multiprocessing.
+    """
+    told = [Path(folder) / name for name in (".stdout", ".stderr")]
+    process, _ = start(_script_main, str(script), arguments, str(folder), *map(str, told))
+    [code] = codes([process], patience)
+    stdout, stderr = (path.read_text() for path in told)
+    return subprocess.CompletedProcess([str(script), *arguments], code, stdout, stderr)
+
+
+def _script_main(pipe, script, arguments, folder, *told):
+    os.chdir(folder)
+    for number, path in enumerate(told, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+    sys.stdout.flush()
 
 
 def torchrun(n, script, cfg, told, *options):

@@ -3,8 +3,12 @@
 import dataclasses
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +21,7 @@ from convert import export, write_weights
 from hugging_face import logits_of, saved
 from model import ModelConfig, Transformer
 from parallel import World
-from pretrained import keep_carried, load_model, open_model
+from pretrained import keep_carried, load_model, open_model, place_of
 from tokenizer import load_tokenizer
 
 T, V = 23, 269  # more ids than the byte tokenizer has, and no multiple of 64
@@ -251,14 +255,80 @@ def test_transformers_generates_the_tokens_that_sample_does(kind, exported, caps
     import sample
 
     run, folder = exported[kind]
-    arguments = [f"--out_dir={run}", "--prompt=def f(", "--temperature=0", "--max_new_tokens=9", "--device=cpu"]
-    sample.main(config.load(sample.Settings, arguments))
+    arguments = ["--prompt=def f(", "--temperature=0", "--max_new_tokens=9", "--device=cpu"]
+    sample.main(config.load(sample.Settings, [f"--out_dir={run}", *arguments]))
     ours = capsys.readouterr().out
+    sample.main(config.load(sample.Settings, [f"--init_from={folder}", *arguments]))
+    assert capsys.readouterr().out == ours
     tokenizer, theirs = AutoTokenizer.from_pretrained(folder), loaded_there(folder, "AutoModelForCausalLM")
     ids = tokenizer("def f(", return_tensors="pt")
     out = theirs.generate(**ids, do_sample=False, max_new_tokens=9)[0].tolist()
     end = out.index(256) if 256 in out else len(out)
     assert load_tokenizer("byte").decode(out[:end]) == ours.removesuffix("\n")
+
+
+def test_a_presets_init_from_is_where_its_run_starts_and_the_run_comes_first(exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tuned.py").write_text("init_from = 'gpt2'")
+
+    def place(*arguments):
+        return place_of(config.load(convert.Settings, ["--to_hf=x", *arguments]))
+
+    assert place("tuned.py") == place("--init_from=gpt2") == "gpt2"
+    shutil.copytree(exported["gpt2"][0], tmp_path / "out" / "tuned")
+    assert place("tuned.py") == "out/tuned"
+    assert place("tuned.py", "--init_from=gpt2-large") == "gpt2-large"
+
+
+MEASURED = """
+import sys, threading, time
+import safetensors.torch, torch.distributed.checkpoint, transformers
+import convert
+from pretrained import open_model
+
+def private_mib():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
+
+def watch():
+    while True:
+        peak[0] = max(peak[0], private_mib())
+        time.sleep(0.001)
+
+peak, before = [0], private_mib()
+threading.Thread(target=watch, daemon=True).start()
+convert.return_freed_memory()
+convert.export(open_model(sys.argv[1]), sys.argv[2])
+print(peak[0] - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_an_export_takes_the_memory_of_about_one_copy_of_the_weights(tmp_path):
+    run = make_run(tmp_path / "run", ModelConfig(vocab_size=8000, block_size=64, n_layer=12, n_head=8, n_embd=768))
+    command = [sys.executable, "-c", MEASURED, run, str(tmp_path / "hf")]
+    done = subprocess.run(command, cwd=Path(convert.__file__).parent, capture_output=True, text=True, timeout=100, check=True)
+    weights_mib = (tmp_path / "hf" / "model.safetensors").stat().st_size / 2**20
+    assert weights_mib > 300
+    assert float(done.stdout.split()[-1]) < 1.2 * weights_mib
+
+
+@pytest.mark.slow
+def test_in_a_fresh_process_transformers_loads_an_export_and_says_nothing(exported):
+    code = """
+import sys, warnings
+warnings.simplefilter("error")
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+out = model.generate(**tokenizer("def f(", return_tensors="pt"), do_sample=False, max_new_tokens=5)
+print(type(model).__name__, tokenizer.decode(out[0])[:6])
+"""
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    command = [sys.executable, "-c", code, str(exported["gpt2"][1])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=env)
+    assert (done.returncode, done.stdout) == (0, "GPT2LMHeadModel def f(\n"), done.stderr
+    assert not [line for line in done.stderr.splitlines() if "Loading weights" not in line and line.strip()], done.stderr
 
 
 @pytest.mark.parametrize("arguments, told", [

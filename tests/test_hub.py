@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import bench
 import config
 import train
+from convert import export
 from data import Split
 from hub import HubModel
 from hugging_face import KINDS, LLAMA3, T, V, logits_of, random_model, saved
@@ -372,6 +374,17 @@ def test_a_run_that_started_there_goes_on_when_the_folder_is_gone(folders, data_
     assert list(records(tmp_path / "run")) == [1, 2, 3, 4]
 
 
+def test_the_model_of_a_folder_is_what_is_benchmarked(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    theirs, folder = folders["llama"]
+    arguments = ["--seq_len=11", "--batch_tokens=33", "--micro_batch_size=3", "--bench_steps=3", "--bench_warmup=0",
+                 "--picture=false", "--device=cpu", "--precision=fp32"]  # fmt: skip
+    bench.main(config.load(bench.Settings, [f"--init_from={folder}", *arguments, f"--json={tmp_path / 'a.json'}"]))
+    figures = json.loads((tmp_path / "a.json").read_text())
+    assert figures["n_params"] == sum(p.numel() for p in theirs.parameters())
+    assert figures["seq_len"] == 11
+
+
 def test_a_vocabulary_smaller_than_the_datas_is_refused(folders, tmp_path, no_curves):
     data_dir = write_data(tmp_path / "data", vocab_size=V + 1)
     with pytest.raises(ValueError, match=f"vocab_size is {V}, but .* was made with a vocabulary of {V + 1}"):
@@ -391,3 +404,10 @@ def test_sharded_runs_start_from_the_same_weights(layout, folders, tmp_path, no_
     cfg = dataclasses.replace(cfg, given=frozenset({"block_size"}))
     on_ranks(2, (train.main, cfg))
     assert list(records(tmp_path / "two").values()) == pytest.approx(list(records(one).values()), rel=1e-5)
+    for name, run in (("one", one), ("two", tmp_path / "two")):  # and a sharded checkpoint goes out as a whole one does
+        (run / "meta.json").unlink()  # of a tokenizer too large for these models
+        export(open_model(str(run)), tmp_path / "hf" / name)
+    whole, sharded = (load_file(tmp_path / "hf" / name / "model.safetensors") for name in ("one", "two"))
+    assert whole.keys() == sharded.keys()
+    for name in whole:
+        torch.testing.assert_close(sharded[name], whole[name], rtol=0, atol=1e-3)

@@ -19,7 +19,7 @@ import train
 from hub_tokenizer import write_tokenizer
 from hugging_face import saved
 from parallel import check_tensor_parallel
-from ranks import free_port
+from ranks import free_port, run_script
 from test_harness import write_tasks
 from test_nanogpt import ARGS, checkpoint_of, optimizer_of, parameters
 from tokenizer import load_tokenizer
@@ -103,6 +103,8 @@ def run(command, folder, extra=""):
         words += ["--max_steps=6", "--device=cpu"]
     elif command != "python bench.py":  # which is of no model
         words += shlex.split(TINY.get(script, "")) + shlex.split(extra)
+    if words[:2] == [sys.executable, str(ROOT / str(script))] and script != "prepare.py":
+        return run_script(words[1], words[2:], folder)
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
