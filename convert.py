@@ -169,10 +169,10 @@ def card(source, family, name, tokenizer):
     """README.md of an exported model: what it is, what it was trained on, how long, to which loss, how to use it."""
     cfg, is_masked = source.cfg, source.cfg.objective == "mlm"
     auto, task = ("AutoModelForMaskedLM", "fill-mask") if is_masked else ("AutoModelForCausalLM", "text-generation")
-    aim = "masked tokens" if is_masked else "the next token"
+    kind = "masked" if is_masked else "causal"
     blocks = [
         f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags: [flatlm]\n---\n# {name}",
-        f"A {family.name} model that predicts {aim}: {cfg.n_layer} layers {cfg.n_embd} wide, {cfg.n_head} heads, "
+        f"A {kind} language model of {family.name}'s kind: {cfg.n_layer} layers {cfg.n_embd} wide, {cfg.n_head} heads, "
         f"{cfg.vocab_size:,} token ids, sequences of up to {cfg.block_size:,} tokens.",
         "```python\n"
         f"from transformers import AutoTokenizer, {auto}\n\n"
@@ -198,7 +198,7 @@ def training_facts(source):
     state, settings, data = manifest.get("state", {}), manifest.get("settings", {}), data_of(source.folder)
     rows = {
         "steps": f"{manifest['step']:,}",
-        "tokens": f"{state.get('sequences_seen', 0) * settings.get('seq_len', 0):,}",
+        "tokens trained on": f"{state.get('sequences_seen', 0) * settings.get('seq_len', 0):,}",
         "hours": f"{state.get('hours', 0):.2f}",
         "validation loss": None if state.get("val_loss") is None else f"{state['val_loss']:.4f} nats a token",
     }
@@ -206,7 +206,7 @@ def training_facts(source):
     if state.get("val_loss") is not None and split.get("bytes") and source.cfg.objective == "clm":
         bits = state["val_loss"] / math.log(2) * split["tokens"] / split["bytes"]
         rows["validation bits per byte"] = f"{bits:.4f}"
-    rows["tokenizer"] = data.get("tokenizer")
+    rows["tokenizer"] = data.get("settings", data).get("tokenizer")
     rows["data made by"] = f"`{data['command']}`" if data.get("command") else None
     for name, split in data.get("splits", {}).items():
         rows[f"{name} tokens of the data"] = f"{split.get('tokens', 0):,}"
