@@ -299,14 +299,21 @@ def load_checkpoint(path, model, optimizer=None):
     return manifest
 
 
-def read_tensor(path, name, shape):
-    """A tensor of a checkpoint's model, whole, on the CPU."""
+def tensor_reader(path):
+    """A function that reads a tensor of a checkpoint's model by its name, whole, onto the CPU."""
     import torch.distributed.checkpoint as dcp
 
     _quieten()
-    tensor = torch.empty(shape)
-    dcp.load({f"model.{name}": tensor}, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
-    return tensor
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    metadata = reader.read_metadata()
+    reader.read_metadata = lambda: metadata  # dcp.load would read the headers of all files anew for each tensor
+
+    def read(name):
+        tensor = torch.empty(metadata.state_dict_metadata[f"model.{name}"].size)
+        dcp.load({f"model.{name}": tensor}, storage_reader=reader, no_dist=True)
+        return tensor
+
+    return read
 
 
 def config_of_checkpoint(path, manifest):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import checkpoints, config_of_checkpoint, newest_checkpoint, read_manifest, read_tensor
+from checkpoint import checkpoints, config_of_checkpoint, newest_checkpoint, read_manifest, tensor_reader
 from config import preset_value
 from hub import HubModel, folder_of, read_config, settings_of
 from model import ModelConfig, Transformer
@@ -25,8 +25,7 @@ class RunModel:
         self.manifest = read_manifest(self.path)
         self.cfg = config_of_checkpoint(self.path, self.manifest)
         self.name = f"{run_dir}, step {self.manifest['step']}"
-        with torch.device("meta"):
-            self._shapes = {name: param.shape for name, param in Transformer(self.cfg).named_parameters()}
+        self.read = tensor_reader(self.path)  # a tensor of a name, whole
 
     @property
     def tokenizer(self):
@@ -42,10 +41,6 @@ class RunModel:
         from safetensors.torch import load_file
 
         return load_file(path)
-
-    def read(self, name):
-        """A tensor of a name, whole."""
-        return read_tensor(self.path, name, self._shapes[name])
 
 
 def place_of(cfg):
@@ -174,7 +169,7 @@ def load_tokenizer_of(source):
 
 def keep_carried(source, out_dir):
     """Writes what a model has beside its weights into the folder of the run that starts from it."""
-    if source.carried:
+    if carried := source.carried:
         from safetensors.torch import save_file
 
-        save_file(source.carried, Path(out_dir) / "carried.safetensors")
+        save_file(carried, Path(out_dir) / "carried.safetensors")
