@@ -3,6 +3,7 @@
 Known are GPT-2, BERT, Llama with Mistral, and Qwen3, as transformers computes them.
 """
 
+import itertools
 import re
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from model import ModelConfig, Transformer
+from model import ModelConfig, parameter_shapes
 
 # Modules, theirs: ours. Where several of ours are one of theirs, its rows are theirs in this order.
 GPT2_NAMES = {
@@ -316,30 +317,28 @@ class Slot(NamedTuple):
     ours: dict  # {name: shape} of our tensors, one after the other its rows
     shape: list  # its own
     is_transposed: bool  # whether it is (in, out), where ours are (out, in)
+    is_filled: bool  # whether ours lacks it, so that it is zero
 
 
 def slots(family, cfg):
-    """A Slot for each tensor of a model whose settings are complete."""
-    with torch.device("meta"):
-        params = dict(Transformer(cfg).named_parameters())  # a tied head is not among them
+    """A Slot for each tensor that a model of these settings is there."""
+    own, shapes = parameter_shapes(cfg), parameter_shapes(family.complete(cfg))
     found = []
     for module, ours in family.names.items():
         if module == family.head and cfg.tie_embeddings:
             continue
-        for i in range(cfg.n_layer if "{i}" in module else 1):
-            for kind in ("",) if module.endswith(".bias") else (".weight", ".bias"):
-                names = [f"{name}{kind}".format(i=i) for name in ours]
-                if names[0] not in params:
-                    continue
-                shapes = [[*params[name].shape] for name in names]
-                if names[0].startswith(("wte.", "head.")):
-                    shapes[0][0] = cfg.vocab_size  # theirs pad nothing
-                name = f"{module}{kind}".format(i=i)
-                shape = [sum(rows for rows, *_ in shapes), *shapes[0][1:]]
-                is_transposed = bool(re.search(family.transposed, name))
-                found.append(
-                    Slot(name, dict(zip(names, shapes)), shape[::-1] if is_transposed else shape, is_transposed)
-                )
+        kinds = ("",) if module.endswith(".bias") else (".weight", ".bias")
+        for i, kind in itertools.product(range(cfg.n_layer if "{i}" in module else 1), kinds):
+            name, names = f"{module}{kind}".format(i=i), [f"{part}{kind}".format(i=i) for part in ours]
+            if names[0] not in shapes:
+                continue
+            parts = {part: list(shapes[part]) for part in names}
+            if names[0].startswith(("wte.", "head.")):
+                parts[names[0]][0] = cfg.vocab_size  # theirs pad nothing
+            shape = [sum(rows for rows, *_ in parts.values()), *parts[names[0]][1:]]
+            is_transposed = bool(re.search(family.transposed, name))
+            shape = shape[::-1] if is_transposed else shape
+            found.append(Slot(name, parts, shape, is_transposed, names[0] not in own))
     return found
 
 
@@ -348,16 +347,13 @@ def their_tensors(cfg, read, carried):
 
     read(name) gives our tensor whole, padding and all; carried are theirs that ours has no place for.
     """
-    family = family_of(cfg)
-    with torch.device("meta"):
-        present = {name for name, _ in Transformer(cfg).named_parameters()}
 
     def make(slot):
-        parts = [read(name)[: shape[0]] if name in present else torch.zeros(shape) for name, shape in slot.ours.items()]
+        parts = [torch.zeros(shape) if slot.is_filled else read(name)[: shape[0]] for name, shape in slot.ours.items()]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         return (tensor.T if slot.is_transposed else tensor).contiguous()
 
-    for slot in slots(family, family.complete(cfg)):
+    for slot in slots(family_of(cfg), cfg):
         if slot.name not in carried:
             yield slot.name, slot.shape, partial(make, slot)
     for name, tensor in carried.items():

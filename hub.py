@@ -9,7 +9,6 @@ import torch
 
 from families import FAMILIES, model_config, slots
 from hub_tokenizer import hub_tokenizer_file
-from model import Transformer
 
 MODELS = ("config.json", "model*.safetensors", "model.safetensors.index.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt")
@@ -29,15 +28,16 @@ class HubModel:
         self.family = FAMILIES[self.config["model_type"]]
         self.name = f"{folder}, a Hugging Face model of {self.family.name}'s kind"
         self._files = TensorFiles(self.folder)
-        expected = slots(self.family, self.family.complete(self.cfg))
+        expected = slots(self.family, self.cfg)
         self._slots = {name: slot for slot in expected for name in slot.ours}
         self._keys, carried = self._assign({slot.name for slot in expected})
         self._check_shapes()
         self.carried = {name: self._files.read(key) for name, key in carried.items()}
-        with torch.device("meta"):
-            own = {name for name, _ in Transformer(self.cfg).named_parameters()}
-        if spoilt := [name for name in self._slots if name not in own and self.read(name).any()]:
-            raise ValueError(f"{self.folder} is to have none of {', '.join(spoilt[:3])}, but they are not zero")
+        if spoilt := [name for name, slot in self._slots.items() if slot.is_filled and self.read(name).any()]:
+            raise ValueError(
+                f'{self.folder}: by "flatlm" in config.json the model has no {", ".join(spoilt[:3])}, but its file has, '
+                f'and not zeros; remove "flatlm" from config.json to use what is in the file'
+            )
 
     @property
     def tokenizer(self):

@@ -387,6 +387,12 @@ class Transformer(nn.Module):
         return sum(p.numel() for p in self.parameters()) - padding * sum(padded.values())
 
 
+def parameter_shapes(cfg):
+    """{name: shape} of a model's parameters, without making it; a tied head is not among them."""
+    with torch.device("meta"):
+        return {name: list(param.shape) for name, param in Transformer(cfg).named_parameters()}
+
+
 class Cache:
     """Keys and values of the tokens so far, for generation: one preallocated tensor a layer."""
 
