@@ -13,17 +13,13 @@ import torch.nn.functional as F
 
 from checkpoint import FILE_BYTES, Failure, RunConfig, checkpoints, write_checkpoint
 from data import DataConfig
-from model import ModelConfig
+from families import GPT2, slots
+from model import ModelConfig, parameter_shapes
 from optim import OptimConfig
 from parallel import World
 from rundir import sha256, writing_to
 from tokenizer import FileTokenizer, WordPieceTokenizer, load_tokenizer, write_character_tokenizer
 
-# What nanoGPT calls a part of a parameter's name, and what it is called here; qkv are three.
-NAMES = {
-    "transformer.h.": "blocks.", "transformer.": "", "ln_f.": "norm_f.", "ln_1.": "norm1.", "ln_2.": "norm2.",
-    "attn.c_attn.": "attn.qkv.", "attn.c_proj.": "attn.proj.", "mlp.c_fc.": "mlp.up.", "mlp.c_proj.": "mlp.down.",
-}  # fmt: skip
 MODEL_ARGS = {
     "n_layer": int, "n_head": int, "n_embd": int, "block_size": int, "vocab_size": int, "bias": bool, "dropout": float,
 }  # fmt: skip
@@ -185,14 +181,15 @@ def _preset(theirs, decayed, cfg, step):
 
 def _tensors(saved, weights, cfg):
     """{name: tensor} of a checkpoint, by the names that checkpoint.py gives; and the optimizer's groups."""
-    shapes = _shapes(cfg)
+    parameters = _parameters(cfg)
+    shapes = {name: shape for name, (shape, _) in parameters.items()}
     weights = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}  # a mask, of old
     _check_shapes(shapes | {"lm_head.weight": shapes["transformer.wte.weight"]}, weights)
     if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
         raise ValueError("lm_head.weight is not transformer.wte.weight, which in nanoGPT are one")
     tensors = {}
-    for name in shapes:
-        tensors |= {f"model.{ours}": part for ours, part in _parts(name, weights[name], cfg)}
+    for name, (_, parts) in parameters.items():
+        tensors |= {f"model.{ours}": part for ours, part in _split(weights[name], parts, cfg)}
     # Its groups are of the matrices and of all else, each in the order of the model's parameters.
     names = [name for name in shapes if len(shapes[name]) > 1], [name for name in shapes if len(shapes[name]) == 1]
     groups, state = _groups(saved["optimizer"], names)
@@ -200,26 +197,23 @@ def _tensors(saved, weights, cfg):
         for i, name in zip(group["params"], of_group):
             moments = {"exp_avg": shapes[name], "exp_avg_sq": shapes[name], "step": ()}
             _check_shapes(moments, state[i] if isinstance(state.get(i), dict) else {}, f"the optimizer's {name} ")
-            for ours, _ in _parts(name, weights[name], cfg):
+            parts = parameters[name][1]
+            for ours in parts:
                 tensors[f"optimizer.state.{ours}.step"] = state[i]["step"].float().clone()  # none may share memory
             for moment in ("exp_avg", "exp_avg_sq"):
-                for ours, part in _parts(name, state[i][moment], cfg):
+                for ours, part in _split(state[i][moment], parts, cfg):
                     tensors[f"optimizer.state.{ours}.{moment}"] = part
     return tensors, groups
 
 
-def _shapes(cfg):
-    """{name: shape} of nanoGPT's parameters, in the order of its model's."""
-    C = cfg.n_embd
-    shapes = {"transformer.wte.weight": (cfg.vocab_size, C), "transformer.wpe.weight": (cfg.block_size, C)}
-    layers = {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C)}
-    layers |= {"ln_2": (C,), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
-    named = [(f"transformer.h.{i}.{name}", shape) for i in range(cfg.n_layer) for name, shape in layers.items()]
-    for name, shape in [*named, ("transformer.ln_f", (C,))]:
-        shapes[f"{name}.weight"] = shape
-        if cfg.bias:
-            shapes[f"{name}.bias"] = shape[:1]
-    return shapes
+def _parameters(cfg):
+    """{name: (shape, {our name: shape} of its parts)} of nanoGPT's parameters, in the order of its model's.
+
+    The names are those of Hugging Face's GPT-2, but matrices are (out, in); the order is that of ours.
+    """
+    by_part = {next(iter(slot.ours)): slot for slot in slots(GPT2, cfg)}
+    found = [by_part[name] for name in parameter_shapes(cfg) if name in by_part]
+    return {s.name: (tuple(s.shape[::-1] if s.is_transposed else s.shape), s.ours) for s in found}
 
 
 def _check_shapes(shapes, tensors, owner=""):
@@ -257,16 +251,11 @@ def _groups(optimizer, names):
     return groups, state
 
 
-def _parts(name, tensor, cfg):
-    """(our name, tensor) of what one of nanoGPT's parameters, or a moment of it, is here: views, but for padding."""
-    for theirs, ours in NAMES.items():
-        name = name.replace(theirs, ours)
-    tensor = tensor.float()
-    if name == "wte.weight" and cfg.padded_vocab_size > cfg.vocab_size:
-        return [(name, F.pad(tensor, (0, 0, 0, cfg.padded_vocab_size - cfg.vocab_size)))]
-    if ".qkv." in name:
-        return [(name.replace("qkv", part), chunk) for part, chunk in zip("qkv", tensor.chunk(3))]
-    return [(name, tensor)]
+def _split(tensor, parts, cfg):
+    """(our name, tensor) of each part of one of nanoGPT's parameters, or of a moment of it: views, but for padding."""
+    for name, part in zip(parts, tensor.float().split([rows for rows, *_ in parts.values()])):
+        padding = cfg.padded_vocab_size - cfg.vocab_size if name == "wte.weight" else 0
+        yield name, F.pad(part, (0, 0, 0, padding)) if padding else part
 
 
 # ---- its tokenizer

@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "sweep": {"config"},  # starts bench.py as a person would
     # A benchmark must time the code that trains.
     "bench": BELOW_SCRIPTS | {"train", "machine", "ceilings", "meters", "report_bench", "sweep"},
-    "nanogpt": {"model", "tokenizer", "data", "optim", "rundir", "parallel", "checkpoint"},
+    "nanogpt": {"model", "families", "tokenizer", "data", "optim", "rundir", "parallel", "checkpoint"},
     "convert": {"config", "families", "hub", "hub_tokenizer", "nanogpt", "pretrained", "checkpoint"},
 }
 FILES = sorted(ROOT.glob("*.py"))
