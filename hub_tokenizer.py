@@ -4,14 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from tokenizer import (
-    END_OF_TEXT,
-    ByteTokenizer,
-    FileTokenizer,
-    TiktokenTokenizer,
-    WordPieceTokenizer,
-    byte_of_character,
-)
+from tokenizer import END_OF_TEXT, ByteTokenizer, TiktokenTokenizer, byte_of_character
 
 # The names of special tokens by what they are for, the usual one of each kind of tokenizer.
 ROLES = {
@@ -87,13 +80,12 @@ def _may_be_gpt2(folder):
 
 def hub_json(tokenizer):
     """A tokenizer's tokenizer.json, as a dict; a file's as it is, but that it cuts no texts and fills up none."""
-    if isinstance(tokenizer, (WordPieceTokenizer, FileTokenizer)):
-        return tokenizer.saved | {"truncation": None, "padding": None}
     if isinstance(tokenizer, ByteTokenizer):
         return _byte_level_bpe({bytes((b,)): b for b in range(256)}, tokenizer.specials, pattern=None)
-    assert isinstance(tokenizer, TiktokenTokenizer), f"{type(tokenizer).__name__} has no tokenizer.json"
-    encoding = tokenizer.encoding
-    return _byte_level_bpe(encoding._mergeable_ranks, tokenizer.specials, encoding._pat_str)
+    if isinstance(tokenizer, TiktokenTokenizer):
+        encoding = tokenizer.encoding
+        return _byte_level_bpe(encoding._mergeable_ranks, tokenizer.specials, encoding._pat_str)
+    return tokenizer.saved | {"truncation": None, "padding": None}
 
 
 def check_same_ids(tokenizer, theirs):

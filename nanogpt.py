@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import pickle
-import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from model import ModelConfig, parameter_shapes
 from optim import OptimConfig
 from parallel import World
 from rundir import sha256, writing_to
-from tokenizer import FileTokenizer, WordPieceTokenizer, load_tokenizer, write_character_tokenizer
+from tokenizer import load_tokenizer, write_character_tokenizer
 
 MODEL_ARGS = {
     "n_layer": int, "n_head": int, "n_embd": int, "block_size": int, "vocab_size": int, "bias": bool, "dropout": float,
@@ -268,23 +267,23 @@ def _keep_tokenizer(tokenizer, vocab_size, out_dir):
             f"its tokenizer is unknown, so it trains but cannot be sampled from; give nanoGPT's own, as in "
             f'--nanogpt_tokenizer=data/NAME/meta.pkl, or write {{"tokenizer": NAME}} into {Path(out_dir) / "meta.json"}'
         ]
-    file = Path(out_dir) / "tokenizer.json"
-    name = tokenizer or "gpt2"
+    file, name = Path(out_dir) / "tokenizer.json", tokenizer or "gpt2"
     if name.endswith(".pkl"):
-        characters = read_characters(name)
+        characters = read_characters(tokenizer)
         if len(characters) != vocab_size:
-            raise ValueError(f"{name} has {len(characters)} characters, the model a vocab_size of {vocab_size}")
+            raise ValueError(f"{tokenizer} has {len(characters)} characters, the model a vocab_size of {vocab_size}")
         write_character_tokenizer(characters, file)
+        name = file.name
     elif tokenizer is not None:
-        loaded = load_tokenizer(name)
+        loaded = load_tokenizer(tokenizer)
         if loaded.vocab_size > vocab_size:
-            raise ValueError(f"tokenizer {name} has {loaded.vocab_size} ids, the model a vocab_size of {vocab_size}")
-        if isinstance(loaded, (WordPieceTokenizer, FileTokenizer)):
+            raise ValueError(
+                f"tokenizer {tokenizer} has {loaded.vocab_size} ids, the model a vocab_size of {vocab_size}"
+            )
+        if loaded.saved is not None:
             loaded.save(file)
-        elif name.endswith(".json"):
-            shutil.copyfile(name, file)
-    has_file = name.endswith((".pkl", ".json", ".txt"))
-    meta = {"tokenizer": file.name, "tokenizer_sha256": sha256(file)} if has_file else {"tokenizer": name}
+            name = file.name
+    meta = {"tokenizer": name} | ({"tokenizer_sha256": sha256(file)} if name == file.name else {})
     (Path(out_dir) / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     return []
 

@@ -30,15 +30,7 @@ import numpy as np
 from config import as_dict, only, run_script
 from corpus import Corpus
 from data import DataConfig, ShardWriter, is_own_shard, open_shard, read_meta
-from tokenizer import (
-    END_OF_TEXT,
-    SMALLEST_BPE,
-    FileTokenizer,
-    WordPieceTokenizer,
-    file_sha256,
-    load_tokenizer,
-    train_bpe,
-)
+from tokenizer import END_OF_TEXT, SMALLEST_BPE, file_sha256, load_tokenizer, train_bpe
 
 TASK_BYTES = 1 << 20  # text that goes to a worker at a time
 BPE_BYTES = 200 << 20  # text that a BPE is learnt from, at most
@@ -125,12 +117,9 @@ def make_tokenizer(cfg, corpus, folder):
         train_bpe(_texts(corpus), cfg.bpe_vocab_size, saved)
         return str(saved)
     tokenizer = load_tokenizer(cfg.tokenizer)
-    if isinstance(tokenizer, (WordPieceTokenizer, FileTokenizer)):
-        tokenizer.save(saved)
-    elif not cfg.tokenizer.endswith(".json"):
+    if tokenizer.saved is None:
         return cfg.tokenizer
-    elif not (saved.exists() and saved.samefile(cfg.tokenizer)):
-        shutil.copyfile(cfg.tokenizer, saved)
+    tokenizer.save(saved)
     return str(saved)
 
 

@@ -30,6 +30,7 @@ class Tokenizer:
 
     space_begins_word = False  # whether a word's first token holds the space before it
     continuations = ()  # ids of tokens that go on with a word, where the tokenizer knows
+    saved = None  # its tokenizer.json, as a dict, where it is of a file
 
     def __init__(self, name, vocab_size, specials):
         self.name, self.vocab_size, self.specials = name, vocab_size, specials
@@ -42,6 +43,10 @@ class Tokenizer:
     def decode(self, ids):
         """Text of ids; bytes that are no UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def save(self, path):
+        """Writes the tokenizer.json, which Hugging Face's libraries read as well."""
+        Path(path).write_text(json.dumps(self.saved, ensure_ascii=False), encoding="utf-8")
 
 
 class ByteTokenizer(Tokenizer):
@@ -65,9 +70,9 @@ class TiktokenTokenizer(Tokenizer):
 
     space_begins_word = True
 
-    def __init__(self, name, encoding):
+    def __init__(self, name, encoding, saved=None):
         super().__init__(name, encoding.n_vocab, dict(encoding._special_tokens))
-        self.encoding = encoding
+        self.encoding, self.saved = encoding, saved
         self._unused = set(range(encoding.n_vocab)).difference(
             encoding._mergeable_ranks.values(), self.specials.values()
         )
@@ -117,10 +122,6 @@ class WordPieceTokenizer(Tokenizer):
         """UTF-8 bytes of ids: words with a space before each, since WordPiece does not keep which had one."""
         tokens = [self._tokens[int(i)] for i in ids]
         return "".join(token[2:] if token.startswith("##") else " " + token for token in tokens).encode()
-
-    def save(self, path):
-        """Writes the tokenizer.json, which Hugging Face's libraries read as well."""
-        Path(path).write_text(json.dumps(self.saved, ensure_ascii=False), encoding="utf-8")
 
 
 class FileTokenizer(Tokenizer):
@@ -173,10 +174,6 @@ class FileTokenizer(Tokenizer):
         tokenizers such as Llama 2's put there themselves. Ids that stand for no token are nothing.
         """
         return b"".join(self._bytes.get(int(i), b"") for i in ids)
-
-    def save(self, path):
-        """Writes the tokenizer.json."""
-        Path(path).write_text(json.dumps(self.saved, ensure_ascii=False), encoding="utf-8")
 
 
 def load_tokenizer(name):
@@ -232,7 +229,7 @@ def train_bpe(texts, vocab_size, path):
         ),
     )
     bpe.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in SPECIALS])
-    bpe.save(str(path))
+    Path(path).write_text(json.dumps(json.loads(bpe.to_str()), ensure_ascii=False), encoding="utf-8")  # as save does
 
 
 def write_character_tokenizer(characters, path):
@@ -267,7 +264,7 @@ def _tokenizer_of_file(path):
         if model["type"] == "WordPiece" and how == ("BertPreTokenizer", "[UNK]", "##"):
             return WordPieceTokenizer(str(path), saved)
         if model["type"] == "BPE" and tuple(token["content"] for token in saved.get("added_tokens") or ()) == SPECIALS:
-            return TiktokenTokenizer(str(path), _encoding_of_bpe(path.name, saved))
+            return TiktokenTokenizer(str(path), _encoding_of_bpe(path.name, saved), saved)
         return FileTokenizer(str(path), saved)
     except ImportError as error:
         raise ValueError(f"tokenizer {path} needs {error.name}; install it with: pip install {error.name}") from error
