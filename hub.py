@@ -18,13 +18,12 @@ PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 class HubModel:
     """A model in a Hugging Face folder, read a tensor at a time.
 
-    cfg are our settings of it, longest the sequence up to which ours computes what theirs does (none: any length),
-    carried {name: tensor} what ours has no place for.
+    cfg are our settings of it, carried {name: tensor} what ours has no place for.
     """
 
     def __init__(self, folder):
         self.folder, self.config = Path(folder), read_config(folder)
-        self.cfg, self.longest = settings_of(self.folder, self.config)
+        self.cfg, _ = settings_of(self.folder, self.config)
         self.family = FAMILIES[self.config["model_type"]]
         self.name = f"{folder}, a Hugging Face model of {self.family.name}'s kind"
         self._files = TensorFiles(self.folder)
@@ -175,7 +174,10 @@ def read_config(folder):
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"{folder} has no config.json, so it is no Hugging Face model; name another folder") from error
+        raise ValueError(
+            f"{folder} holds no checkpoint of flatlm's (ckpt/step_*), and no config.json of a Hugging Face model; "
+            f"give the out_dir of a run, or another folder"
+        ) from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({error}); copy it from its source again") from error
     if not isinstance(config, dict) or config.get("model_type") not in FAMILIES:
@@ -199,8 +201,11 @@ def settings_of(folder, config):
 
 def folder_of(where):
     """The folder of a Hugging Face model by path or, fetched into Hugging Face's cache, by its name on the hub."""
-    if Path(where).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", where):
+    if Path(where).is_dir():
         return Path(where)
+    if Path(where).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", where):
+        what = "is a file, not a folder" if Path(where).exists() else "does not exist"
+        raise ValueError(f"{where} {what}; give the out_dir of a run, or the folder of a Hugging Face model")
     try:
         import huggingface_hub
     except ImportError as error:

@@ -1,5 +1,6 @@
 """Where a model starts from: the weights of a run, or of a Hugging Face model."""
 
+import contextlib
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -63,27 +64,13 @@ def place_of(cfg):
 
 
 def is_run(where):
-    """Whether a place is a folder of a run, not a Hugging Face model."""
-    return (Path(where) / "ckpt").is_dir()
+    """Whether a place is the folder of a run that has a checkpoint."""
+    return bool(checkpoints(where))
 
 
 def open_model(where, world=None):
     """The model of a run's folder, or of a Hugging Face folder or name."""
-    return RunModel(where, world) if is_run(where) else HubModel(hub_folder(where))
-
-
-def hub_folder(where):
-    """The folder of a Hugging Face model by folder or name; ValueError where it is neither that nor a run."""
-    folder = folder_of(where)
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise ValueError(f"{where} {what}; give the out_dir of a run, or the folder of a Hugging Face model")
-    if not (folder / "config.json").exists():
-        raise ValueError(
-            f"{where} holds no checkpoint of flatlm's (ckpt/step_*), and no config.json of a Hugging Face model; "
-            f"give the out_dir of a run, or another folder"
-        )
-    return folder
+    return RunModel(where, world) if is_run(where) else HubModel(folder_of(where))
 
 
 def starting_config(where, wanted, given):
@@ -96,7 +83,7 @@ def starting_config(where, wanted, given):
         source = run_config(where)
         longest = source.block_size if source.position == "learned" else None
     else:
-        folder = hub_folder(where)
+        folder = folder_of(where)
         source, longest = settings_of(folder, read_config(folder))
     automatic = {"vocab_size"} if wanted.vocab_size is None else set()
     names = ({field.name for field in fields(ModelConfig)} & set(given) - automatic) | FREE
@@ -120,14 +107,11 @@ def _resolved(cfg):
 
 def run_config(run_dir):
     """The settings of a run's model, by the newest of its checkpoints whose manifest can be read."""
-    paths = checkpoints(run_dir)
-    for path in reversed(paths):
-        try:
+    for path in reversed(checkpoints(run_dir)):
+        with contextlib.suppress(ValueError):
             return config_of_checkpoint(path, read_manifest(path))
-        except ValueError:  # newest_checkpoint will tell, and pass over it
-            if path == paths[0]:
-                raise
-    raise ValueError(f"{run_dir} holds no checkpoint of flatlm's (ckpt/step_*); train.py makes one, in its out_dir")
+    path = newest_checkpoint(run_dir)  # which says what is wrong with them
+    return config_of_checkpoint(path, read_manifest(path))
 
 
 @torch.no_grad()

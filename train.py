@@ -58,7 +58,7 @@ from parallel import (
     seed_step,
     sync_gradients,
 )
-from pretrained import keep_carried, load_weights, open_model, starting_config
+from pretrained import is_run, keep_carried, load_weights, open_model, starting_config
 from rundir import check_shared, locked, writing_to
 
 
@@ -304,7 +304,7 @@ def filled_in(cfg):
 def model_of(cfg):
     """The model's settings: those of the weights that it starts from, or its own with the data's vocabulary."""
     if cfg.run.init_from:
-        has_begun = cfg.run.out_dir and checkpoints(cfg.run.out_dir)
+        has_begun = cfg.run.out_dir and is_run(cfg.run.out_dir)
         return starting_config(cfg.run.out_dir if has_begun else cfg.run.init_from, cfg.model, cfg.given)
     vocab_size = cfg.model.vocab_size or vocab_size_of(cfg.data.data_dir, prepare_command(cfg))
     return dataclasses.replace(cfg.model, vocab_size=vocab_size)
