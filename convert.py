@@ -116,7 +116,7 @@ def put_tokenizer(source, tokenizer, folder):
 def tokenizer_for(source):
     """The tokenizer of an opened model; None, with a line that says why, where it is not known."""
     try:
-        source.tokenizer
+        source.tokenizer_name
     except ValueError as error:
         print(f"no tokenizer is written: {error}")
         return None

@@ -5,7 +5,7 @@ Known are GPT-2, BERT, Llama with Mistral, and Qwen3, as transformers computes t
 
 import itertools
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -78,6 +78,8 @@ class Family:
     fixed: dict  # our settings that it always has
     filled: dict  # what it always has and ours may lack: with zeros ours becomes it
     needs: dict  # keys of config.json that may only have this value
+    dropouts: tuple  # keys of config.json that are our dropout
+    biases: tuple = ()  # those that are our bias
     activation: str = "hidden_act"
     transposed: str = "$^"  # tensors whose matrices are (in, out)
     ignored: str = "$^"  # tensors that are no weights
@@ -128,6 +130,7 @@ GPT2 = Family(
     activations=GELUS,
     fixed=CLASSIC | {"objective": "clm", "norm_position": "pre", "n_token_types": None},
     filled={"bias": True},
+    dropouts=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
     needs={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
     transposed=r"\.(c_attn|c_proj|c_fc)\.weight$",
     ignored=r"\.attn\.(masked_)?bias$",  # old files' causal mask
@@ -144,6 +147,7 @@ BERT = Family(
     activations=GELUS,
     fixed=CLASSIC | {"objective": "mlm", "norm_position": "post"},
     filled={"bias": True, "n_token_types": 2},
+    dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
     needs={"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False},
     ignored=r"\.position_ids$",
     carried=r"^(bert\.pooler|cls\.seq_relationship)\.",
@@ -160,6 +164,8 @@ LLAMA = Family(
     activations={"silu": "swiglu"},
     fixed=MODERN | {"qk_norm": False},
     filled={},
+    dropouts=("attention_dropout",),
+    biases=("attention_bias", "mlp_bias"),
     needs={},
     ignored=r"\.rotary_emb\.inv_freq$",
 )
@@ -170,6 +176,7 @@ QWEN3 = replace(
     architecture="Qwen3ForCausalLM",
     defaults=LLAMA.defaults | {"head_dim": 128},
     fixed=MODERN | {"qk_norm": True, "bias": False},
+    biases=("attention_bias",),
     needs={"attention_bias": False},
 )
 FAMILIES = {"gpt2": GPT2, "bert": BERT, "llama": LLAMA, "mistral": LLAMA, "qwen3": QWEN3}
@@ -193,7 +200,7 @@ def family_of(cfg):
     ]
     if cfg.mlp not in family.activations.values():
         wrong.append(f"mlp is {cfg.mlp}, where {family.name} has {' or '.join(sorted({*family.activations.values()}))}")
-    if family in (GPT2, BERT) and (cfg.kv_heads != cfg.n_head or cfg.head_width * cfg.n_head != cfg.n_embd):
+    if cfg.position == "learned" and (cfg.kv_heads != cfg.n_head or cfg.head_width * cfg.n_head != cfg.n_embd):
         wrong.append(
             f"n_kv_head is {cfg.kv_heads} and head_dim {cfg.head_width}, where {family.name} has as many as n_head and "
             f"n_embd / n_head"
@@ -212,38 +219,11 @@ def config_of(cfg, special_ids, dtype, carried=()):
     """
     family = family_of(cfg)
     complete = family.complete(cfg)
-    values = {their_name: getattr(complete, name) for their_name, name in family.keys.items()}
+    explicit = resolved(complete)
+    values = {key: explicit[name] for key, name in family.keys.items()} | dict.fromkeys(family.dropouts, cfg.dropout)
     values[family.activation] = next(theirs for theirs, ours in family.activations.items() if ours == cfg.mlp)
-    if family is GPT2:
-        values |= {"resid_pdrop": cfg.dropout, "embd_pdrop": cfg.dropout, "attn_pdrop": cfg.dropout}
-    elif family is BERT:
-        values |= {
-            "intermediate_size": cfg.inner_width,
-            "hidden_dropout_prob": cfg.dropout,
-            "attention_probs_dropout_prob": cfg.dropout,
-        }
-    else:
-        scaling = None
-        if cfg.rope_scale != 1:
-            scaling = {
-                "rope_type": "llama3",
-                "factor": cfg.rope_scale,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": cfg.rope_context,
-            }
-        values |= {
-            "num_key_value_heads": cfg.kv_heads,
-            "head_dim": cfg.head_width,
-            "intermediate_size": cfg.inner_width,
-            "attention_bias": cfg.bias,
-            "attention_dropout": cfg.dropout,
-            "rope_theta": cfg.rope_theta,  # for transformers below 5
-            "rope_scaling": scaling,  # likewise
-            "rope_parameters": {"rope_theta": cfg.rope_theta, **(scaling or {"rope_type": "default"})},
-        }
-        if family is LLAMA:
-            values["mlp_bias"] = cfg.bias
+    if cfg.position == "rope":
+        values |= rope_values(cfg) | dict.fromkeys(family.biases, cfg.bias)
     own = {name: getattr(cfg, name) for name in family.filled if getattr(cfg, name) != getattr(complete, name)}
     if cfg.rope_scale != 1:  # transformers wants a context there that is longer than it was before
         values["max_position_embeddings"] = max(cfg.block_size, int(cfg.rope_scale * cfg.rope_context))
@@ -259,6 +239,26 @@ def config_of(cfg, special_ids, dtype, carried=()):
     }
 
 
+def rope_values(cfg):
+    """What config.json says of rope, for transformers from version 5 on (rope_parameters) and before."""
+    scaling = None
+    if cfg.rope_scale != 1:
+        scaling = {
+            "rope_type": "llama3",
+            "factor": cfg.rope_scale,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": cfg.rope_context,
+        }
+    parameters = {"rope_theta": cfg.rope_theta, **(scaling or {"rope_type": "default"})}
+    return {"rope_theta": cfg.rope_theta, "rope_scaling": scaling, "rope_parameters": parameters}
+
+
+def resolved(cfg):
+    """A model's settings as a dict, with the widths that it leaves to others filled in."""
+    return asdict(cfg) | {"n_kv_head": cfg.kv_heads, "head_dim": cfg.head_width, "n_inner": cfg.inner_width}
+
+
 def model_config(config):
     """(our settings of a model, the longest sequence that ours computes as theirs; none: any) by its config.json."""
     family = FAMILIES[config["model_type"]]
@@ -270,14 +270,13 @@ def model_config(config):
     activation = config.get(family.activation, next(iter(family.activations)))
     wrong += [] if activation in family.activations else [f"{family.activation} {activation!r}"]
     own, longest = config.get("flatlm") or {}, given["block_size"]
-    if family in (GPT2, BERT):
-        given |= {name: value for name, value in family.filled.items() if name not in given}
-        given |= {name: value for name, value in {"bias": False, "n_token_types": None}.items() if name in own}
-    else:
+    given = family.filled | given | {name: own[name] for name in family.filled if name in own}
+    if family.fixed["position"] == "rope":
         longest = sliding_window(config)
         given["block_size"] = min(n for n in (given["block_size"], longest, own.get("block_size")) if n)
-        given |= rope_settings(config, wrong) | {"bias": bool(config.get("attention_bias"))}
-        if family is LLAMA and bool(config.get("mlp_bias")) != given["bias"]:
+        biases = [bool(config.get(key)) for key in family.biases]
+        given |= rope_settings(config, wrong) | {"bias": biases[0]}
+        if len(set(biases)) > 1:
             wrong.append("biases in one of attention and MLP alone")
     if wrong:
         raise ValueError(f"it has {', '.join(wrong)}, which this project's models do not compute")

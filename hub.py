@@ -39,7 +39,7 @@ class HubModel:
             )
 
     @property
-    def tokenizer(self):
+    def tokenizer_name(self):
         """What load_tokenizer calls its tokenizer."""
         return hub_tokenizer_file(self.folder)
 

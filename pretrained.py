@@ -1,13 +1,14 @@
 """Where a model starts from: the weights of a run, or of a Hugging Face model."""
 
 import contextlib
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 
 from checkpoint import checkpoints, config_of_checkpoint, newest_checkpoint, read_manifest, tensor_reader
 from config import preset_value
+from families import resolved
 from hub import HubModel, folder_of, read_config, settings_of
 from model import ModelConfig, Transformer
 from rundir import tokenizer_of
@@ -29,7 +30,7 @@ class RunModel:
         self.read = tensor_reader(self.path)  # a tensor of a name, whole
 
     @property
-    def tokenizer(self):
+    def tokenizer_name(self):
         """What load_tokenizer calls its tokenizer."""
         return tokenizer_of(self.folder)
 
@@ -88,7 +89,7 @@ def starting_config(where, wanted, given):
     automatic = {"vocab_size"} if wanted.vocab_size is None else set()
     names = ({field.name for field in fields(ModelConfig)} & set(given) - automatic) | FREE
     cfg = replace(source, **{name: getattr(wanted, name) for name in names})
-    found, here = _resolved(source), _resolved(cfg)
+    found, here = resolved(source), resolved(cfg)
     differing = [
         f"{name} {found[name]} there, {here[name]} here"
         for name in sorted(names - FREE - {"block_size"})
@@ -99,10 +100,6 @@ def starting_config(where, wanted, given):
     if longest and cfg.block_size > longest:
         raise ValueError(f"block_size is {cfg.block_size}, but {where} is of at most {longest} tokens; lower it")
     return cfg
-
-
-def _resolved(cfg):
-    return asdict(cfg) | {"n_kv_head": cfg.kv_heads, "head_dim": cfg.head_width, "n_inner": cfg.inner_width}
 
 
 def run_config(run_dir):
@@ -142,7 +139,7 @@ def load_model(where, device):
 
 def load_tokenizer_of(source):
     """The tokenizer of an opened model; ValueError where it is unknown, or has more ids than the model."""
-    tokenizer = load_tokenizer(source.tokenizer)
+    tokenizer = load_tokenizer(source.tokenizer_name)
     if tokenizer.vocab_size > source.cfg.vocab_size:
         raise ValueError(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model a vocab_size of "

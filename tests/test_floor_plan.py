@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "families": {"model"},  # what others call what is ours
     "hub_tokenizer": {"tokenizer"},
     "hub": {"families", "hub_tokenizer", "model"},
-    "pretrained": {"checkpoint", "config", "hub", "model", "rundir", "shard", "tokenizer"},
+    "pretrained": {"checkpoint", "config", "families", "hub", "model", "rundir", "shard", "tokenizer"},
     "hardware": set(),
     "cost": {"hardware", "model", "objective", "parallel"},
     "memory": {"cost", "data", "model", "optim", "parallel"},
