@@ -125,7 +125,12 @@ GPT2 = Family(
         "layer_norm_epsilon": "norm_eps",
         "tie_word_embeddings": "tie_embeddings",
     },
-    defaults={"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+    defaults={
+        "n_inner": None,
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+        "activation_function": "gelu_new",
+    },
     activation="activation_function",
     activations=GELUS,
     fixed=CLASSIC | {"objective": "clm", "norm_position": "pre", "n_token_types": None},
@@ -143,7 +148,7 @@ BERT = Family(
     head="cls.predictions.decoder",
     names=BERT_NAMES,
     keys=COMMON_KEYS | {"type_vocab_size": "n_token_types", "layer_norm_eps": "norm_eps"},
-    defaults={"layer_norm_eps": 1e-12, "type_vocab_size": 2, "tie_word_embeddings": True},
+    defaults={"layer_norm_eps": 1e-12, "type_vocab_size": 2, "tie_word_embeddings": True, "hidden_act": "gelu"},
     activations=GELUS,
     fixed=CLASSIC | {"objective": "mlm", "norm_position": "post"},
     filled={"bias": True, "n_token_types": 2},
@@ -160,7 +165,13 @@ LLAMA = Family(
     head="lm_head",
     names=LLAMA_NAMES,
     keys=COMMON_KEYS | {"num_key_value_heads": "n_kv_head", "head_dim": "head_dim", "rms_norm_eps": "norm_eps"},
-    defaults={"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+    defaults={
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+    },
     activations={"silu": "swiglu"},
     fixed=MODERN | {"qk_norm": False},
     filled={},
@@ -225,7 +236,9 @@ def config_of(cfg, special_ids, dtype, carried=()):
     if cfg.position == "rope":
         values |= rope_values(cfg) | dict.fromkeys(family.biases, cfg.bias)
     own = {name: getattr(cfg, name) for name in family.filled if getattr(cfg, name) != getattr(complete, name)}
-    if cfg.rope_scale != 1:  # transformers wants a context there that is longer than it was before
+    if (
+        cfg.position == "rope" and cfg.rope_scale != 1
+    ):  # transformers wants a context there that is longer than it was before
         values["max_position_embeddings"] = max(cfg.block_size, int(cfg.rope_scale * cfg.rope_context))
         own["block_size"] = cfg.block_size
     return {
@@ -267,7 +280,7 @@ def model_config(config):
         raise ValueError(f"it lacks {', '.join(missing)}")
     wrong = [f"{key} {config[key]!r}" for key, value in family.needs.items() if config.get(key, value) != value]
     wrong += ["quantization_config"] if config.get("quantization_config") else []
-    activation = config.get(family.activation, next(iter(family.activations)))
+    activation = config.get(family.activation, family.defaults[family.activation])
     wrong += [] if activation in family.activations else [f"{family.activation} {activation!r}"]
     own, longest = config.get("flatlm") or {}, given["block_size"]
     given = family.filled | given | {name: own[name] for name in family.filled if name in own}

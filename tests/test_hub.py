@@ -160,6 +160,21 @@ def test_settings_of_rope_as_transformers_below_5_wrote_them_are_read(copy):
     assert (cfg.rope_theta, cfg.rope_scale, cfg.rope_context) == (500.0, 8.0, 16)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "llama"])
+def test_what_a_config_leaves_out_is_as_transformers_has_it(kind, copy):
+    import transformers
+
+    folder = copy(kind)
+    path = folder / "config.json"
+    cut = json.loads(path.read_text())
+    cut = {key: value for key, value in cut.items() if key not in ("activation_function", "hidden_act")}
+    path.write_text(json.dumps(cut))
+    theirs = transformers.AutoModelForMaskedLM if kind == "bert" else transformers.AutoModelForCausalLM
+    with torch.no_grad():
+        expected = logits_of(theirs.from_pretrained(folder), IDS)
+        torch.testing.assert_close(ours(folder)(IDS), expected, rtol=0, atol=1e-4)
+
+
 # ---- another context
 
 def starting(folder, *arguments, **wanted):
