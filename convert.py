@@ -61,7 +61,7 @@ def main(cfg):
 
 
 def return_freed_memory():
-    """Has the C library return each tensor that is freed at once; it else keeps those up to 32 MiB, half a model's."""
+    """Has freed tensors go back to the system at once: the C library keeps those up to 32 MiB, half a model in all."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         mmap_threshold = -3  # the option's number in malloc.h
@@ -77,7 +77,7 @@ def export(source, folder, dtype=None):
     if final.exists() and not (final.is_dir() and not any(final.iterdir())):
         raise ValueError(f"{folder} exists and is not empty; name another folder with --to_hf=, or remove it")
     family = family_of(source.cfg)
-    tokenizer = None if isinstance(source, HubModel) else tokenizer_for(source)
+    tokenizer = tokenizer_for(source)
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was cut short
     try:
@@ -89,7 +89,8 @@ def export(source, folder, dtype=None):
         if source.cfg.objective == "clm" and not (partial / "generation_config.json").exists():
             known_ids = {name: id_ for name, id_ in special_ids.items() if id_ is not None}
             write_json(known_ids, partial / "generation_config.json")
-        n_bytes = write_weights(their_tensors(source.cfg, source.read, carried), partial, dtype)
+        itemsize = getattr(torch, dtype or source.dtype).itemsize
+        n_bytes = write_weights(their_tensors(source.cfg, source.read, carried), partial, dtype, itemsize)
         (partial / "README.md").write_text(card(source, family, final.name, tokenizer), encoding="utf-8")
         final.parent.mkdir(parents=True, exist_ok=True)
         os.replace(partial, final)
@@ -114,7 +115,9 @@ def put_tokenizer(source, tokenizer, folder):
 
 
 def tokenizer_for(source):
-    """The tokenizer of an opened model; None, with a line that says why, where it is not known."""
+    """The tokenizer of a run; None of a Hugging Face model, and, with a line that says why, where it is not known."""
+    if isinstance(source, HubModel):
+        return None
     try:
         source.tokenizer_name
     except ValueError as error:
@@ -123,15 +126,15 @@ def tokenizer_for(source):
     return load_tokenizer_of(source)
 
 
-def write_weights(tensors, folder, dtype=None, shard_bytes=SHARD_BYTES):
+def write_weights(tensors, folder, dtype=None, itemsize=4, shard_bytes=SHARD_BYTES):
     """Writes (name, shape, function that makes the tensor) as safetensors, shard_bytes a file; returns all bytes.
 
-    A file's tensors are made when it is their turn, so that no more than one file is in memory.
+    A file's tensors are made when it is their turn, so that no more than one file is in memory. dtype: none leaves each
+    as it is; itemsize: of their numbers, by which files are filled.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    itemsize = torch.empty(0, dtype=getattr(torch, dtype or "float32")).itemsize
     shards, n_bytes = [[]], 0
     for name, shape, make in tensors:
         size = math.prod(shape) * itemsize
@@ -142,7 +145,7 @@ def write_weights(tensors, folder, dtype=None, shard_bytes=SHARD_BYTES):
     total, file_of = 0, {}
     for i, shard in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        made = {name: make().to(getattr(torch, dtype)) if dtype else make() for name, make in shard}
+        made = {name: make() if dtype is None else make().to(getattr(torch, dtype)) for name, make in shard}
         try:
             save_file(made, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:  # of a full disk, say

@@ -41,7 +41,7 @@ BERT_NAMES = {
     "bert.encoder.layer.{i}.output.LayerNorm": ("blocks.{i}.norm2",),
     "cls.predictions.transform.dense": ("transform.dense",),
     "cls.predictions.transform.LayerNorm": ("transform.norm",),
-    "cls.predictions.bias": ("head.bias",),
+    "cls.predictions.bias": ("head.bias",),  # where untied, the decoder's own is what counts, and this one is carried
     "cls.predictions.decoder": ("head",),
 }
 LLAMA_NAMES = {
@@ -72,15 +72,16 @@ class Family:
     base: str  # what names start with, but for files of the model without its head
     head: str  # the module that is tied to the embedding, if it is
     names: dict
-    keys: dict  # of config.json: our setting
-    defaults: dict  # of keys that may be missing
-    activations: dict  # theirs: our mlp
+    keys: dict  # {key of config.json: our setting}
+    defaults: dict  # {key: its value where it is missing}; other keys may not be
+    activations: dict  # {theirs: our mlp}
     fixed: dict  # our settings that it always has
     filled: dict  # what it always has and ours may lack: with zeros ours becomes it
     needs: dict  # keys of config.json that may only have this value
     dropouts: tuple  # keys of config.json that are our dropout
     biases: tuple = ()  # those that are our bias
     activation: str = "hidden_act"
+    # Patterns of tensors' names, which first match none.
     transposed: str = "$^"  # tensors whose matrices are (in, out)
     ignored: str = "$^"  # tensors that are no weights
     carried: str = "$^"  # weights that ours has no place for, and hands on
@@ -236,9 +237,7 @@ def config_of(cfg, special_ids, dtype, carried=()):
     if cfg.position == "rope":
         values |= rope_values(cfg) | dict.fromkeys(family.biases, cfg.bias)
     own = {name: getattr(cfg, name) for name in family.filled if getattr(cfg, name) != getattr(complete, name)}
-    if (
-        cfg.position == "rope" and cfg.rope_scale != 1
-    ):  # transformers wants a context there that is longer than it was before
+    if cfg.position == "rope" and cfg.rope_scale != 1:  # transformers wants more there than it was before scaling
         values["max_position_embeddings"] = max(cfg.block_size, int(cfg.rope_scale * cfg.rope_context))
         own["block_size"] = cfg.block_size
     return {
@@ -288,11 +287,12 @@ def model_config(config):
         longest = sliding_window(config)
         given["block_size"] = min(n for n in (given["block_size"], longest, own.get("block_size")) if n)
         biases = [bool(config.get(key)) for key in family.biases]
-        given |= rope_settings(config, wrong) | {"bias": biases[0]}
+        rope, more = rope_settings(config)
+        given, wrong = given | rope | {"bias": biases[0]}, wrong + more
         if len(set(biases)) > 1:
             wrong.append("biases in one of attention and MLP alone")
     if wrong:
-        raise ValueError(f"it has {', '.join(wrong)}, which this project's models do not compute")
+        raise ValueError(f"it has {', '.join(wrong)}, which this project's models do not compute; use another model")
     return ModelConfig(**given | {"mlp": family.activations[activation], **family.fixed}), longest
 
 
@@ -303,20 +303,21 @@ def sliding_window(config):
     return config.get("sliding_window") if is_used and "sliding_attention" in layers else None
 
 
-def rope_settings(config, wrong):
-    """Our settings of rope; what ours cannot compute goes to the list `wrong`."""
+def rope_settings(config):
+    """(our settings of rope, a list of what there is that ours cannot compute)."""
     rope = {"rope_theta": config.get("rope_theta", 10_000.0)}  # as before transformers 5, with rope_scaling
     rope |= (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    factors = rope.get("low_freq_factor"), rope.get("high_freq_factor")
-    if kind not in ("default", "llama3") or (kind == "llama3" and factors != (1, 4)):
-        wrong.append(f"rope of type {kind!r}" + (f" with factors {factors}" if kind == "llama3" else ""))
+    kind, wrong, ours = rope.get("rope_type", rope.get("type", "default")), [], {"rope_theta": rope["rope_theta"]}
+    if kind == "llama3":
+        factors = rope.get("low_freq_factor"), rope.get("high_freq_factor")
+        wrong += [f"rope of type 'llama3' with factors {factors}"] if factors != (1, 4) else []
+        context = rope.get("original_max_position_embeddings", config.get("max_position_embeddings"))
+        ours |= {"rope_scale": rope.get("factor"), "rope_context": context}
+    elif kind != "default":
+        wrong.append(f"rope of type {kind!r}")
     if rope.get("partial_rotary_factor", 1) != 1:
         wrong.append(f"partial_rotary_factor {rope['partial_rotary_factor']}")
-    if kind != "llama3":
-        return {"rope_theta": rope["rope_theta"]}
-    context = rope.get("original_max_position_embeddings", config.get("max_position_embeddings"))
-    return {"rope_theta": rope["rope_theta"], "rope_scale": rope.get("factor"), "rope_context": context}
+    return ours, wrong
 
 
 # ---- tensors

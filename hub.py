@@ -23,7 +23,7 @@ class HubModel:
 
     def __init__(self, folder):
         self.folder, self.config = Path(folder), read_config(folder)
-        self.cfg, _ = settings_of(self.folder, self.config)
+        self.cfg, _ = model_config_in(self.folder, self.config)
         self.family = FAMILIES[self.config["model_type"]]
         self.name = f"{folder}, a Hugging Face model of {self.family.name}'s kind"
         self._files = TensorFiles(self.folder)
@@ -64,11 +64,7 @@ class HubModel:
         used = {slot.name for slot in self._slots.values()}
         keys, carried, strange, family = {}, {}, [], self.family
         for key in self._files.names:
-            # TensorFlow's names of norms, in old files of BERT
-            name = re.sub(r"\.(gamma|beta)$", lambda m: {"gamma": ".weight", "beta": ".bias"}[m[1]], key)
-            if name not in known and not re.search(family.carried, name):
-                based = family.base + name
-                name = based if based in known or re.search(family.carried, based) else name
+            name = self._whole_name(key, known)
             if name in used:
                 keys[name] = key
             elif name in known or re.search(family.carried, name):
@@ -86,6 +82,15 @@ class HubModel:
                 f"its files are of another model than its config.json"
             )
         return keys, carried
+
+    def _whole_name(self, key, known):
+        """What a tensor of the files is called in a whole model of today."""
+        # TensorFlow's names of norms, in old files of BERT
+        name = re.sub(r"\.(gamma|beta)$", lambda m: {"gamma": ".weight", "beta": ".bias"}[m[1]], key)
+        for whole in (name, self.family.base + name):
+            if whole in known or re.search(self.family.carried, whole):
+                return whole
+        return name
 
     def _check_shapes(self):
         for slot in self._slots.values():
@@ -188,7 +193,7 @@ def read_config(folder):
     return config
 
 
-def settings_of(folder, config):
+def model_config_in(folder, config):
     """(our settings of a model, the longest sequence that ours computes as theirs; none: any), of its config.json."""
     try:
         return model_config(config)

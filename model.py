@@ -153,7 +153,7 @@ class Linear(nn.Linear):
         return super().forward(x)
 
 
-def rope_table(positions, head_dim, theta, scale=1.0, context=8192):
+def rope_table(positions, head_dim, theta, scale=1.0, context=None):
     """Cosines and sines (T, D) that turn heads at positions (T,), in the signs that rotate wants; arXiv 2104.09864.
 
     With a scale, frequencies that turn less than once in a context are divided by it, those that turn 4 times and more

@@ -9,7 +9,7 @@ import torch
 from checkpoint import checkpoints, config_of_checkpoint, newest_checkpoint, read_manifest, tensor_reader
 from config import preset_value
 from families import resolved
-from hub import HubModel, folder_of, read_config, settings_of
+from hub import HubModel, folder_of, read_config, model_config_in
 from model import ModelConfig, Transformer
 from rundir import tokenizer_of
 from tokenizer import load_tokenizer
@@ -85,7 +85,7 @@ def starting_config(where, wanted, given):
         longest = source.block_size if source.position == "learned" else None
     else:
         folder = folder_of(where)
-        source, longest = settings_of(folder, read_config(folder))
+        source, longest = model_config_in(folder, read_config(folder))
     automatic = {"vocab_size"} if wanted.vocab_size is None else set()
     names = ({field.name for field in fields(ModelConfig)} & set(given) - automatic) | FREE
     cfg = replace(source, **{name: getattr(wanted, name) for name in names})

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import config
 import convert
 from checkpoint import RunConfig, Saver
 from convert import export, write_weights
+from families import their_tensors
 from hugging_face import logits_of, saved
 from model import ModelConfig, Transformer
 from parallel import World
@@ -169,12 +170,21 @@ def test_weights_keep_the_dtype_that_they_have_or_get_the_one_asked_for(exported
     assert all(t.dtype == torch.bfloat16 and torch.equal(t, again[name]) for name, t in half.items())
 
 
+def test_tensors_of_several_dtypes_go_out_as_they_came(tmp_path):
+    _, folder = saved("llama", tmp_path / "theirs")
+    tensors = {name: t if "norm" in name else t.half() for name, t in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    export(open_model(str(folder)), tmp_path / "back")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert all(back[name].dtype == t.dtype and torch.equal(back[name], t) for name, t in tensors.items())
+
+
 def test_large_models_are_written_in_several_files(exported, tmp_path):
     run, folder = exported["llama"]
     source, whole = open_model(run), load_file(folder / "model.safetensors")
     shutil.copytree(folder, tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").unlink()
-    total = write_weights(convert.their_tensors(source.cfg, source.read, {}), tmp_path / "hf", shard_bytes=60_000)
+    total = write_weights(their_tensors(source.cfg, source.read, {}), tmp_path / "hf", shard_bytes=60_000)
     files = sorted((tmp_path / "hf").glob("model-*.safetensors"))
     n = len(files)
     assert [f.name for f in files] == [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, 1 + n)]
@@ -206,6 +216,18 @@ def test_what_transformers_cannot_compute_is_refused_by_the_settings_name(cfg, t
         export(open_model(run), tmp_path / "hf")
     assert "\n" not in str(error.value) and config.is_users(error.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+def test_what_an_export_is_said_to_lack_must_be_zeros_there(exported, tmp_path):
+    folder = shutil.copytree(exported["gpt2 without biases"][1], tmp_path / "hf")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.ln_f.bias"][3] = 1
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match='by "flatlm" in config.json the model has no norm_f.bias, .*remove "flatlm"'):
+        open_model(str(folder))
+    path = folder / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "flatlm"}))
+    assert load_model(str(folder), "cpu")[0].norm_f.bias[3] == 1
 
 
 def test_a_folder_that_holds_something_is_not_written_to(exported, tmp_path):
