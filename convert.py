@@ -7,10 +7,12 @@
 Weights of Hugging Face need no conversion to start from: train.py, sample.py and bench.py take --init_from=.
 """
 
+import contextlib
 import ctypes
 import json
 import math
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ import torch
 from checkpoint import RunConfig
 from config import only, run_script
 from families import config_of, family_of, their_tensors
-from hub import TOKENIZERS, HubModel
+from hub import TOKENIZERS, HubModel, save_tensors
 from hub_tokenizer import write_tokenizer
 from nanogpt import import_nanogpt
 from pretrained import load_tokenizer_of, open_model, place_of
@@ -69,35 +71,37 @@ def return_freed_memory():
 
 
 def export(source, folder, dtype=None):
-    """Writes an opened model as a Hugging Face model into a folder, which appears only when it is whole.
+    """Writes an opened model as a Hugging Face model into a folder; its config.json comes last, when all is there.
 
     A model that transformers cannot compute raises ValueError, as does a folder that holds something.
     """
-    final = Path(folder)
-    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
-        raise ValueError(f"{folder} exists and is not empty; name another folder with --to_hf=, or remove it")
-    family = family_of(source.cfg)
+    family, final = family_of(source.cfg), Path(folder)
     tokenizer = tokenizer_for(source)
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was cut short
+    partial = final / ".partial"
     try:
-        partial.mkdir(parents=True)
+        final.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)  # of an export that was cut short
+        if any(final.iterdir()):
+            raise ValueError(f"{folder} is not empty; name another folder with --to_hf=, or remove it")
+        partial.mkdir()
         special_ids = put_tokenizer(source, tokenizer, partial)
-        carried = source.carried
-        config = config_of(source.cfg, special_ids, dtype or source.dtype, carried)
+        config = config_of(source.cfg, special_ids, dtype or source.dtype, source.carried)
         write_json(config, partial / "config.json")
         if source.cfg.objective == "clm" and not (partial / "generation_config.json").exists():
             known_ids = {name: id_ for name, id_ in special_ids.items() if id_ is not None}
             write_json(known_ids, partial / "generation_config.json")
         itemsize = getattr(torch, dtype or source.dtype).itemsize
-        n_bytes = write_weights(their_tensors(source.cfg, source.read, carried), partial, dtype, itemsize)
-        (partial / "README.md").write_text(card(source, family, final.name, tokenizer), encoding="utf-8")
-        final.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(partial, final)
+        n_bytes = write_weights(their_tensors(source.cfg, source.read, source.carried), partial, dtype, itemsize)
+        name = Path(os.path.abspath(folder)).name
+        (partial / "README.md").write_text(card(source, family, name, tokenizer), encoding="utf-8")
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(path, final / path.name)
     except OSError as error:
         raise ValueError(f"to_hf {folder} cannot be written ({error}); make room, or name another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # of a folder that holds something, as it should by now
+            final.rmdir()
     print(f"{source.name}: written to {folder} as {config['architectures'][0]}, {n_bytes / 1e6:,.1f} MB of weights")
 
 
@@ -105,7 +109,7 @@ def put_tokenizer(source, tokenizer, folder):
     """Writes a run's tokenizer, if it is known, or copies a Hugging Face model's; returns {name: id} for the configs."""
     special_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # or theirs would have their own
     if isinstance(source, HubModel):
-        for name in ("generation_config.json", "special_tokens_map.json", *TOKENIZERS):
+        for name in TOKENIZERS:
             if (source.folder / name).exists():
                 shutil.copyfile(source.folder / name, folder / name)
         return {name: source.config.get(name) for name in special_ids}
@@ -115,13 +119,11 @@ def put_tokenizer(source, tokenizer, folder):
 
 
 def tokenizer_for(source):
-    """The tokenizer of a run; None of a Hugging Face model, and, with a line that says why, where it is not known."""
-    if isinstance(source, HubModel):
-        return None
+    """The tokenizer of an opened model; None, with a line that says why, where it is not known or cannot be read."""
     try:
-        source.tokenizer_name
+        source.load_tokenizer()
     except ValueError as error:
-        print(f"no tokenizer is written: {error}")
+        print(f"the tokenizer is unknown here: {error}")
         return None
     return load_tokenizer_of(source)
 
@@ -132,9 +134,6 @@ def write_weights(tensors, folder, dtype=None, itemsize=4, shard_bytes=SHARD_BYT
     A file's tensors are made when it is their turn, so that no more than one file is in memory. dtype: none leaves each
     as it is; itemsize: of their numbers, by which files are filled.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     shards, n_bytes = [[]], 0
     for name, shape, make in tensors:
         size = math.prod(shape) * itemsize
@@ -146,10 +145,10 @@ def write_weights(tensors, folder, dtype=None, itemsize=4, shard_bytes=SHARD_BYT
     for i, shard in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         made = {name: make() if dtype is None else make().to(getattr(torch, dtype)) for name, make in shard}
-        try:
-            save_file(made, folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:  # of a full disk, say
-            raise OSError(str(error)) from error
+        if wrong := [name for name, tensor in made.items() if not tensor.isfinite().all()]:
+            what = "are not finite" if dtype is None else f"are not finite in {dtype}"
+            raise ValueError(f"some weights, those of {wrong[0]} first, {what}; use another hf_dtype, or other weights")
+        save_tensors(made, folder / file, {"format": "pt"})
         shutil.copymode(folder / "config.json", folder / file)  # safetensors lets only the owner read
         file_of |= dict.fromkeys(made, file)
         total += sum(tensor.nbytes for tensor in made.values())
@@ -203,6 +202,7 @@ def training_facts(source):
         "steps": f"{manifest['step']:,}",
         "tokens trained on": f"{state.get('sequences_seen', 0) * settings.get('seq_len', 0):,}",
         "hours": f"{state.get('hours', 0):.2f}",
+        "training loss, the last logged": last_loss(source.folder),
         "validation loss": None if state.get("val_loss") is None else f"{state['val_loss']:.4f} nats a token",
     }
     split = data.get("splits", {}).get("val", {})
@@ -216,6 +216,14 @@ def training_facts(source):
     table = ["| training | |", "|---|---|"] + [f"| {name} | {value} |" for name, value in rows.items() if value]
     preset = [f"{name} = {value!r}" for name, value in settings.items() if name not in PRIVATE and value is not None]
     return ["\n".join(table), "Settings:", "```python\n" + "\n".join(preset) + "\n```"]
+
+
+def last_loss(run_dir):
+    """The last training loss in a run's log, as text; None where there is none."""
+    path = run_dir / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    losses = re.findall(r'"loss": ([-+.\de]+)', "\n".join(lines))
+    return f"{float(losses[-1]):.4f} nats a token" if losses else None
 
 
 def data_of(run_dir):

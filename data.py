@@ -213,7 +213,7 @@ class Split:
         if meta and meta["vocab_size"] > vocab_size:
             raise ValueError(
                 f"vocab_size is {vocab_size}, but {folder} was made with a vocabulary of {meta['vocab_size']}; "
-                f"set vocab_size to that, or to none"
+                f"set vocab_size to that, or to none, or make the data with the tokenizer of the weights to start from"
             )
         self.shards = [open_shard(path) for path in self.paths]
         for path, shard in zip(self.paths, self.shards) if meta else ():

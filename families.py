@@ -277,6 +277,10 @@ def model_config(config):
     given = {name: config.get(key, family.defaults.get(key)) for key, name in family.keys.items()}
     if missing := [key for key in family.keys if key not in config and key not in family.defaults]:
         raise ValueError(f"it lacks {', '.join(missing)}")
+    widths = {key: given[name] for key, name in family.keys.items() if name not in ("norm_eps", "tie_embeddings")}
+    odd = {key: value for key, value in widths.items() if type(value) is not int or not 0 < value < 2**31}
+    if odd := [f"{key} {value!r}" for key, value in odd.items() if value is not None or family.defaults.get(key, 1)]:
+        raise ValueError(f"it has {', '.join(odd)}, where there must be whole numbers above 0 and below 2**31")
     wrong = [f"{key} {config[key]!r}" for key, value in family.needs.items() if config.get(key, value) != value]
     wrong += ["quantization_config"] if config.get("quantization_config") else []
     activation = config.get(family.activation, family.defaults[family.activation])
@@ -293,21 +297,30 @@ def model_config(config):
             wrong.append("biases in one of attention and MLP alone")
     if wrong:
         raise ValueError(f"it has {', '.join(wrong)}, which this project's models do not compute; use another model")
+    given["dropout"] = config.get(family.dropouts[0], 0.0)
     return ModelConfig(**given | {"mlp": family.activations[activation], **family.fixed}), longest
 
 
 def sliding_window(config):
     """Tokens of a window past which some layer does not look back; none: there is none."""
+    if config["model_type"] == "mistral":
+        return config.get("sliding_window", 4096)
     layers = config.get("layer_types") or ["sliding_attention"]
-    is_used = config.get("use_sliding_window", config["model_type"] == "mistral")
-    return config.get("sliding_window") if is_used and "sliding_attention" in layers else None
+    is_used = config.get("use_sliding_window") and "sliding_attention" in layers
+    return config.get("sliding_window", 4096) if is_used else None
 
 
 def rope_settings(config):
     """(our settings of rope, a list of what there is that ours cannot compute)."""
-    rope = {"rope_theta": config.get("rope_theta", 10_000.0)}  # as before transformers 5, with rope_scaling
-    rope |= (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
-    kind, wrong, ours = rope.get("rope_type", rope.get("type", "default")), [], {"rope_theta": rope["rope_theta"]}
+    top = {key: config[key] for key in ("rope_theta", "original_max_position_embeddings") if key in config}
+    places = [top, *(config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key))]  # the last is new
+    rope, wrong = {}, []
+    for place in places:
+        wrong += [
+            f"{key} both {rope[key]!r} and {place[key]!r}" for key in rope.keys() & place if rope[key] != place[key]
+        ]
+        rope |= place
+    kind, ours = rope.get("rope_type", rope.get("type", "default")), {"rope_theta": rope.get("rope_theta", 10_000.0)}
     if kind == "llama3":
         factors = rope.get("low_freq_factor"), rope.get("high_freq_factor")
         wrong += [f"rope of type 'llama3' with factors {factors}"] if factors != (1, 4) else []
@@ -315,6 +328,7 @@ def rope_settings(config):
         ours |= {"rope_scale": rope.get("factor"), "rope_context": context}
     elif kind != "default":
         wrong.append(f"rope of type {kind!r}")
+    wrong += [f"{name} {value!r}" for name, value in ours.items() if not isinstance(value, int | float)]
     if rope.get("partial_rotary_factor", 1) != 1:
         wrong.append(f"partial_rotary_factor {rope['partial_rotary_factor']}")
     return ours, wrong

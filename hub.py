@@ -1,6 +1,7 @@
 """A Hugging Face model, in a folder or on the hub, read a tensor at a time."""
 
 import json
+import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -8,10 +9,14 @@ from pathlib import Path
 import torch
 
 from families import FAMILIES, model_config, slots
-from hub_tokenizer import hub_tokenizer_file
+from hub_tokenizer import load_hub_tokenizer
 
 MODELS = ("config.json", "model*.safetensors", "model.safetensors.index.json")
-TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt")
+TOKENIZERS = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json"),
+)  # and what else stands beside the weights and goes where they go
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
@@ -27,8 +32,15 @@ class HubModel:
         self.family = FAMILIES[self.config["model_type"]]
         self.name = f"{folder}, a Hugging Face model of {self.family.name}'s kind"
         self._files = TensorFiles(self.folder)
-        expected = slots(self.family, self.cfg)
+        try:
+            expected = slots(self.family, self.cfg)
+        except (RuntimeError, TypeError) as error:  # of sizes that torch cannot hold
+            raise ValueError(f"{folder}: config.json is of no possible model ({error}); copy it again") from error
         self._slots = {name: slot for slot in expected for name in slot.ours}
+        embedding, bias = self._slots["wte.weight"].name, self._slots.get("head.bias")
+        head = self.family.head
+        self._tied = {f"{head}.weight": embedding} | ({f"{head}.bias": bias.name} if bias else {})
+        self._tied = self._tied if self.cfg.tie_embeddings else {}
         self._keys, carried = self._assign({slot.name for slot in expected})
         self._check_shapes()
         self.carried = {name: self._files.read(key) for name, key in carried.items()}
@@ -38,10 +50,9 @@ class HubModel:
                 f'and not zeros; remove "flatlm" from config.json to use what is in the file'
             )
 
-    @property
-    def tokenizer_name(self):
-        """What load_tokenizer calls its tokenizer."""
-        return hub_tokenizer_file(self.folder)
+    def load_tokenizer(self):
+        """Its tokenizer; ValueError where it has none that can be read."""
+        return load_hub_tokenizer(self.folder)
 
     @property
     def dtype(self):
@@ -53,8 +64,12 @@ class HubModel:
         slot = self._slots[name]
         key = self._keys[slot.name]
         tensor = self._files.read(key)
+        if tensor.dtype not in DTYPES:
+            raise ValueError(
+                f"{self.folder}: {key!r} is of {tensor.dtype}, where weights are floats of 16 bits or more"
+            )
         if not tensor.isfinite().all():
-            raise ValueError(f"{self.folder}: {key} holds numbers that are not finite; copy it again")
+            raise ValueError(f"{self.folder}: {key!r} holds numbers that are not finite; copy it again")
         tensor = tensor.T if slot.is_transposed else tensor
         parts = tensor.split([rows for rows, *_ in slot.ours.values()])
         return dict(zip(slot.ours, parts))[name]
@@ -62,14 +77,18 @@ class HubModel:
     def _assign(self, known):
         """({their tensor: its name in the files} of what ours is made of, the same of what is carried)."""
         used = {slot.name for slot in self._slots.values()}
-        keys, carried, strange, family = {}, {}, [], self.family
+        keys, carried, tied, strange, family = {}, {}, {}, [], self.family
         for key in self._files.names:
             name = self._whole_name(key, known)
-            if name in used:
+            if name in keys or name in carried:
+                strange.append(key)
+            elif name in used:
                 keys[name] = key
             elif name in known or re.search(family.carried, name):
                 carried[name] = key
-            elif not re.search(family.ignored, name) and not (self.cfg.tie_embeddings and name.startswith(family.head)):
+            elif name in self._tied:
+                tied[name] = key
+            elif not re.search(family.ignored, name):
                 strange.append(key)
         if missing := sorted(used - keys.keys()):
             raise ValueError(
@@ -78,9 +97,16 @@ class HubModel:
             )
         if strange:
             raise ValueError(
-                f"{self.folder} has {len(strange)} tensors that no {family.architecture} has, {strange[0]} for one; "
-                f"its files are of another model than its config.json"
+                f"{self.folder} has {len(strange)} tensors that no {family.architecture} has, or has twice, {strange[0]!r} "
+                f"for one; its files are of another model than its config.json"
             )
+        for name, key in tied.items():
+            other = keys[self._tied[name]]
+            if not torch.equal(self._files.read(key), self._files.read(other)):
+                raise ValueError(
+                    f"{self.folder}: {key!r} is not {other!r}, to which config.json ties it; "
+                    f"set tie_word_embeddings to false there, or take it out"
+                )
         return keys, carried
 
     def _whole_name(self, key, known):
@@ -88,7 +114,7 @@ class HubModel:
         # TensorFlow's names of norms, in old files of BERT
         name = re.sub(r"\.(gamma|beta)$", lambda m: {"gamma": ".weight", "beta": ".bias"}[m[1]], key)
         for whole in (name, self.family.base + name):
-            if whole in known or re.search(self.family.carried, whole):
+            if whole in known or whole in self._tied or re.search(self.family.carried, whole):
                 return whole
         return name
 
@@ -97,7 +123,7 @@ class HubModel:
             key = self._keys[slot.name]
             if (found := self._files.shape(key)) != slot.shape:
                 raise ValueError(
-                    f"{self.folder}: {key} has the shape {found}, by config.json {slot.shape}; "
+                    f"{self.folder}: {key!r} has the shape {found}, by config.json {slot.shape}; "
                     f"its files are of another model than its config.json"
                 )
 
@@ -147,18 +173,18 @@ class TensorFiles:
 
     def _tensors(self, file):
         if file not in self._open:
-            self._open[file] = _open_tensors(self._folder / file)
+            self._open[file] = open_tensors(self._folder / file)
         return self._open[file]
 
 
-def _open_tensors(path):
+def open_tensors(path):
     """The tensors of a file, mapped into memory: safetensors' handle, or a dict."""
     try:
         if path.suffix == ".bin":
             # Older than torch 1.6, they cannot be mapped.
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-            if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-                raise TypeError("it holds other things than tensors")
+            if not all(isinstance(name, str) and is_plain(tensor) for name, tensor in tensors.items()):
+                raise TypeError("it holds other things than plain tensors")
             return tensors
         import safetensors
 
@@ -166,11 +192,29 @@ def _open_tensors(path):
     except ImportError as error:
         raise ValueError(f"{path} needs safetensors; install it with: pip install safetensors") from error
     except Exception as error:  # whatever a damaged or a hostile file makes the two raise
-        reason = str(error).strip().splitlines() or [""]
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        if isinstance(error, pickle.UnpicklingError):  # of which torch says how it could be run all the same
+            reason = "it is damaged, or holds other things than tensors, which could run code"
         raise ValueError(
-            f"{path} holds no tensors that can be read ({type(error).__name__}: {reason[0]}); copy it from its source "
-            f"again"
+            f"{path} holds no tensors that can be read ({reason}); copy it from its source again"
         ) from error
+
+
+def is_plain(tensor):
+    """Whether something is a tensor with all its numbers in memory."""
+    is_tensor = isinstance(tensor, torch.Tensor)
+    return is_tensor and tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+
+
+def save_tensors(tensors, path, metadata=None):
+    """Writes tensors as safetensors; OSError where that fails."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # of a full disk, say
+        raise OSError(str(error)) from error
 
 
 def read_config(folder):
@@ -183,10 +227,10 @@ def read_config(folder):
             f"{folder} holds no checkpoint of flatlm's (ckpt/step_*), and no config.json of a Hugging Face model; "
             f"give the out_dir of a run, or another folder"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({error}); copy it from its source again") from error
-    if not isinstance(config, dict) or config.get("model_type") not in FAMILIES:
-        kind = config.get("model_type") if isinstance(config, dict) else None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(
             f"{path} is of a model of type {kind!r}, which is unknown here; known are {', '.join(FAMILIES)}"
         )
@@ -197,8 +241,10 @@ def model_config_in(folder, config):
     """(our settings of a model, the longest sequence that ours computes as theirs; none: any), of its config.json."""
     try:
         return model_config(config)
-    except (ValueError, TypeError, AttributeError) as error:  # the latter two where a value is of an odd type
+    except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {'; '.join(str(error).splitlines())}") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'} has a value of an odd type ({error}); copy it again") from error
 
 
 # ---- from the hub

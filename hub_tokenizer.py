@@ -1,10 +1,11 @@
 """A tokenizer as the files that Hugging Face's libraries load: tokenizer.json and tokenizer_config.json."""
 
+import itertools
 import json
 import re
 from pathlib import Path
 
-from tokenizer import END_OF_TEXT, ByteTokenizer, TiktokenTokenizer, byte_of_character
+from tokenizer import END_OF_TEXT, ByteTokenizer, TiktokenTokenizer, byte_of_character, load_tokenizer
 
 # The names of special tokens by what they are for, the usual one of each kind of tokenizer.
 ROLES = {
@@ -58,13 +59,61 @@ def write_tokenizer(tokenizer, folder, objective, block_size):
     return {f"{role}_token_id": tokenizer.specials[name] for role, name in specials.items()}
 
 
+def load_hub_tokenizer(folder):
+    """The tokenizer of a Hugging Face folder, with what stands before a text there; ValueError without one."""
+    path = hub_tokenizer_file(folder)
+    tokenizer, config = load_tokenizer(path), _json(Path(folder) / "tokenizer_config.json")
+    if not path.endswith("tokenizer.json"):
+        _check_plain(tokenizer, config, folder)
+    roles = [config.get(role) for role in ("bos_token", "eos_token")]
+    names = [role["content"] if isinstance(role, dict) else role for role in roles]
+    tokenizer.before_text = next((tokenizer.specials[name] for name in names if name in tokenizer.specials), None)
+    tokenizer.begin = _begin(tokenizer.saved, config.get("add_bos_token"), tokenizer.specials.get(names[0]))
+    return tokenizer
+
+
+def _begin(saved, adds_bos, bos):
+    """Ids that a tokenizer.json's post-processor puts before a text; tokenizer_config.json's add_bos_token wins."""
+    if adds_bos is not None:
+        return [bos] if adds_bos and bos is not None else []
+    steps = (saved or {}).get("post_processor") or {}
+    template = next(
+        (step for step in steps.get("processors", [steps]) if step.get("type") == "TemplateProcessing"), None
+    )
+    if template is None:
+        return []
+    names = [
+        piece["SpecialToken"]["id"] for piece in itertools.takewhile(lambda p: "SpecialToken" in p, template["single"])
+    ]
+    return [id_ for name in names for id_ in template["special_tokens"][name]["ids"]]
+
+
+def _check_plain(tokenizer, config, folder):
+    """ValueError where a folder says that its vocab.txt or vocab.json is not used in the usual way."""
+    lowercase = ((tokenizer.saved or {}).get("normalizer") or {}).get("lowercase")
+    usual = {
+        "do_lower_case": lowercase,
+        "strip_accents": None,
+        "tokenize_chinese_chars": True,
+        "add_prefix_space": False,
+    }
+    odd = [f"{key} {config[key]}" for key, value in usual.items() if config.get(key, value) not in (value, None)]
+    odd += ["added_tokens.json"] if (Path(folder) / "added_tokens.json").exists() else []
+    if odd:
+        raise ValueError(
+            f"{folder} has no tokenizer.json, and {', '.join(odd)}, which only transformers knows to heed; "
+            f"write one with it: AutoTokenizer.from_pretrained(X).save_pretrained(X)"
+        )
+
+
 def hub_tokenizer_file(folder):
     """The file of a Hugging Face folder to give to load_tokenizer, as a path."""
     folder = Path(folder)
     for name in ("tokenizer.json", "vocab.txt"):
         if (folder / name).is_file():
             return str(folder / name)
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file() and _may_be_gpt2(folder):
+    is_gpt2 = _json(folder / "config.json").get("model_type", "gpt2") == "gpt2"  # others cut words in other ways
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file() and is_gpt2:
         return str(folder / "vocab.json")
     raise ValueError(
         f"{folder} holds no tokenizer that can be read: neither tokenizer.json nor BERT's vocab.txt nor GPT-2's "
@@ -72,10 +121,9 @@ def hub_tokenizer_file(folder):
     )
 
 
-def _may_be_gpt2(folder):
-    """Whether a folder's pair of vocab.json and merges.txt can be GPT-2's: others' words are cut in other ways."""
-    config = folder / "config.json"
-    return not config.is_file() or json.loads(config.read_text(encoding="utf-8")).get("model_type") == "gpt2"
+def _json(path):
+    """The object in a JSON file; {} where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def hub_json(tokenizer):

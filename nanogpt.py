@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from checkpoint import FILE_BYTES, Failure, RunConfig, checkpoints, write_checkpoint
 from data import DataConfig
 from families import GPT2, slots
+from hub import is_plain
 from model import ModelConfig, parameter_shapes
 from optim import OptimConfig
 from parallel import World
@@ -101,7 +102,7 @@ def _typed(values, kinds, where):
     for name, kind in kinds.items():
         value = values[name]
         value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
-        is_number = type(value) in (int, float) and (kind is float or (math.isfinite(value) and value == int(value)))
+        is_number = type(value) in (int, float) and math.isfinite(value) and (kind is float or value == int(value))
         if not (is_number if kind in (int, float) else isinstance(value, kind)):
             raise ValueError(f"{where} has {name} {str(value)[:40]!r}, which in nanoGPT is of type {kind.__name__}")
         typed[name] = kind(value)
@@ -219,10 +220,10 @@ def _check_shapes(shapes, tensors, owner=""):
     """ValueError that names the first of the tensors that are missing, too many, or of another shape or kind."""
     for name in [*shapes, *(name for name in tensors if name not in shapes)]:
         tensor, wanted = tensors.get(name), shapes.get(name)
-        is_sound = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-        found = tuple(tensor.shape) if is_sound else "nothing" if tensor is None else "no floats"
+        is_sound = is_plain(tensor) and tensor.is_floating_point()
+        found = tuple(tensor.shape) if is_sound else "nothing" if tensor is None else "no tensor of floats"
         if found != wanted:
-            by_args = "is not to be" if wanted is None else f"by model_args is {wanted}"
+            by_args = "is not expected" if wanted is None else f"by model_args is {wanted}"
             raise ValueError(
                 f"{owner}{name} {by_args}, and there is {found}; weights and model_args are not of one model"
             )

@@ -16,13 +16,15 @@ from dataclasses import dataclass
 import ceilings
 import cost
 import hardware
-from config import run_script
+from checkpoint import RunConfig
+from config import only, run_script
 from data import DataConfig, accumulation_steps, seq_len_of, vocab_size_of
 from memory import changes_that_save, flags, memory, with_settings
 from model import ModelConfig
 from objective import ObjectiveConfig
 from optim import OptimConfig
 from parallel import ParallelConfig, check_tensor_parallel, shape_of_mesh
+from pretrained import starting_config
 from report_plan import draw, report, report_compared
 
 
@@ -106,7 +108,9 @@ class Settings:
     data: DataConfig
     optim: OptimConfig
     parallel: ParallelConfig
+    run: RunConfig = only("init_from")
     presets: tuple = ()
+    given: frozenset = dataclasses.field(default=frozenset(), compare=False)
 
 
 def main(cfg):
@@ -148,6 +152,8 @@ def write_json(figures, where):
 
 def resolve(cfg):
     """The settings with what they leave open filled in: the GPUs' number, the data's vocabulary, seq_len."""
+    if cfg.run.init_from:
+        cfg = dataclasses.replace(cfg, model=starting_config(cfg.run.init_from, cfg.model, cfg.given))
     seq_len = seq_len_of(cfg)
     command = f"python prepare.py {' '.join(cfg.presets)}, or give --vocab_size"
     vocab_size = cfg.model.vocab_size or vocab_size_of(cfg.data.data_dir, command)

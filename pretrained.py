@@ -9,12 +9,14 @@ import torch
 from checkpoint import checkpoints, config_of_checkpoint, newest_checkpoint, read_manifest, tensor_reader
 from config import preset_value
 from families import resolved
-from hub import HubModel, folder_of, read_config, model_config_in
+from hub import HubModel, folder_of, model_config_in, open_tensors, read_config, save_tensors
 from model import ModelConfig, Transformer
 from rundir import tokenizer_of
 from tokenizer import load_tokenizer
 
 FREE = {"dropout", "label_smoothing"}  # settings that have no weights
+CARRIED = "carried.safetensors"
+SOME_TEXT = "Two words, 3 dots..."
 
 
 class RunModel:
@@ -29,20 +31,19 @@ class RunModel:
         self.name = f"{run_dir}, step {self.manifest['step']}"
         self.read = tensor_reader(self.path)  # a tensor of a name, whole
 
-    @property
-    def tokenizer_name(self):
-        """What load_tokenizer calls its tokenizer."""
-        return tokenizer_of(self.folder)
+    def load_tokenizer(self):
+        """The tokenizer of its data; ValueError where that is unknown."""
+        return load_tokenizer(tokenizer_of(self.folder))
 
     @property
     def carried(self):
         """{name: tensor} of what a Hugging Face model, which the run started from, has beside its weights."""
-        path = self.folder / "carried.safetensors"
-        if not path.exists():
-            return {}
-        from safetensors.torch import load_file
-
-        return load_file(path)
+        path = self.folder / CARRIED
+        return (
+            {name: files.get_tensor(name) for files in [open_tensors(path)] for name in files.keys()}
+            if path.exists()
+            else {}
+        )
 
 
 def place_of(cfg):
@@ -139,18 +140,29 @@ def load_model(where, device):
 
 def load_tokenizer_of(source):
     """The tokenizer of an opened model; ValueError where it is unknown, or has more ids than the model."""
-    tokenizer = load_tokenizer(source.tokenizer_name)
+    tokenizer = source.load_tokenizer()
     if tokenizer.vocab_size > source.cfg.vocab_size:
         raise ValueError(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model a vocab_size of "
-            f"{source.cfg.vocab_size}; name the tokenizer of its data in {source.folder}/meta.json"
+            f"{source.cfg.vocab_size}; let {source.folder} name or hold the tokenizer that the model was trained with"
         )
     return tokenizer
 
 
 def keep_carried(source, out_dir):
     """Writes what a model has beside its weights into the folder of the run that starts from it."""
-    if carried := source.carried:
-        from safetensors.torch import save_file
+    carried, path = source.carried, Path(out_dir) / CARRIED
+    path.unlink(missing_ok=True)  # of a run that had no checkpoint yet
+    if carried:
+        save_tensors(carried, path)
 
-        save_file(carried, Path(out_dir) / "carried.safetensors")
+
+def other_tokens(source, data_dir):
+    """A line that says that data is of another tokenizer than the weights; None where it is not, or none is known."""
+    try:
+        theirs, ours = source.load_tokenizer(), load_tokenizer(tokenizer_of(data_dir))
+        if theirs.encode(SOME_TEXT).tolist() == ours.encode(SOME_TEXT).tolist():
+            return None
+    except ValueError:  # of what has no tokenizer, or one of characters that lacks some
+        return None
+    return f"the tokens of {data_dir} are of {ours.name}, the weights are of {theirs.name}: to them the ids mean other text"

@@ -71,7 +71,7 @@ def main(cfg):
         return print_scores(model, tokenizer, read_requests(cfg.sample.prompt, prompt))
     if model.cfg.objective == "mlm":
         return print_candidates(model, tokenizer, prompt, cfg.sample.top_k or 5, device)
-    ids = tokenizer.encode(prompt).tolist() or [tokenizer.eot]
+    ids = [*tokenizer.begin, *tokenizer.encode(prompt).tolist()] or [tokenizer.eot]
     if ids == [None]:
         raise ValueError(f"the tokenizer {tokenizer.name} has no end-of-text token to start from; give a --prompt=")
     ids = as_batch(ids, model, device).repeat(cfg.sample.num_samples, 1)  # B T
@@ -141,7 +141,7 @@ def read_prompt(prompt):
         return sys.stdin.read()
     if prompt and prompt.startswith("FILE:"):
         try:
-            return Path(prompt[5:]).read_text(encoding="utf-8")
+            return Path(prompt[5:]).read_bytes().decode("utf-8")  # line ends as they are
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"prompt file {prompt[5:]} cannot be read as UTF-8 text ({error})") from error
     return prompt or ""

@@ -40,7 +40,8 @@ def loglikelihood_rolling(model, tokenizer, texts):
     """A Score of each whole text, in windows of block_size."""
     counts, requests = [], []
     for text in texts:
-        cut = windows(tokenizer.encode(text).tolist(), end_of_text(tokenizer), model.cfg.block_size)
+        ids = [*tokenizer.begin, *tokenizer.encode(text).tolist()]
+        cut = windows(ids, before_text(tokenizer), model.cfg.block_size)
         counts.append(len(cut))
         requests += cut
     parts = iter(score_tokens(model, requests))
@@ -52,20 +53,20 @@ def encode_pair(tokenizer, context, continuation):
 
     Blanks that end the context go to the continuation, whose first token may begin with one.
     """
-    kept = context.rstrip()
-    ids = tokenizer.encode(kept).tolist()
+    ids = tokenizer.encode(context.rstrip()).tolist()
     both = tokenizer.encode(context + continuation).tolist()
-    return ids or [end_of_text(tokenizer)], both[len(ids) :]
+    begin = list(tokenizer.begin) if context else []
+    return begin + ids or [before_text(tokenizer)], both[len(ids) :]
 
 
-def end_of_text(tokenizer):
-    """Id of what stands before a text's first token."""
-    if tokenizer.eot is None:
+def before_text(tokenizer):
+    """Id of what stands before a text's first token: end-of-text, or what a Hugging Face model has for it."""
+    if tokenizer.before_text is None and tokenizer.eot is None:
         raise ValueError(
             f"the tokenizer {tokenizer.name} has no end-of-text, which must stand before a text's first token; "
             f'score what follows a context: {{"context": ..., "continuation": ...}} in a .jsonl file'
         )
-    return tokenizer.eot
+    return tokenizer.eot if tokenizer.before_text is None else tokenizer.before_text
 
 
 def windows(ids, prefix, block_size):
@@ -135,7 +136,7 @@ def _request(line, place):
     shape = 'write {"text": ...} or {"context": ..., "continuation": ...}, with strings, on a line of its own'
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is no JSON ({error}); {shape}") from error
     names = {"text", "context", "continuation"} & set(fields if isinstance(fields, dict) else ())
     if names not in ({"text"}, {"context", "continuation"}) or not all(isinstance(fields[name], str) for name in names):

@@ -30,6 +30,8 @@ class Tokenizer:
 
     space_begins_word = False  # whether a word's first token holds the space before it
     continuations = ()  # ids of tokens that go on with a word, where the tokenizer knows
+    begin = ()  # ids that a Hugging Face model was given before each text
+    before_text = None  # id that stands before a text to be scored; none: end-of-text
     saved = None  # its tokenizer.json, as a dict, where it is of a file
 
     def __init__(self, name, vocab_size, specials):

@@ -58,7 +58,7 @@ from parallel import (
     seed_step,
     sync_gradients,
 )
-from pretrained import is_run, keep_carried, load_weights, open_model, starting_config
+from pretrained import is_run, keep_carried, load_weights, open_model, other_tokens, starting_config
 from rundir import check_shared, locked, writing_to
 
 
@@ -331,7 +331,7 @@ def resume_or_init(cfg, settings, model, optimizer, scaler, world):
     found = world.gather(checkpoints(cfg.run.out_dir))[0]  # rank 0's, as a network's disk may show others less
     if not found:
         if cfg.run.init_from:
-            start_from(cfg.run, model, world)
+            start_from(cfg, model, world)
         return State(), []
     if cfg.run.resume == "never":
         raise ValueError(
@@ -341,17 +341,20 @@ def resume_or_init(cfg, settings, model, optimizer, scaler, world):
     fixed = {field.name for owner in (ModelConfig, ObjectiveConfig) for field in dataclasses.fields(owner)}
     fixed |= {"seq_len", "seed", "optimizer", "data_fingerprint"}
     changes = changed_settings(read_manifest(newest)["settings"], settings, fixed)
+    changes = [f"{line}, of no effect now" if line.startswith("init_from: ") else line for line in changes]
     return restore(newest, cfg, model, optimizer, scaler, world), changes
 
 
 def start_from(cfg, model, world):
     """Takes the weights that a run is to start from."""
-    source = open_model(cfg.init_from, world)
+    source = open_model(cfg.run.init_from, world)
     load_weights(source, model)
     if world.is_main:
-        with writing_to(cfg.out_dir):
-            keep_carried(source, cfg.out_dir)
+        with writing_to(cfg.run.out_dir):
+            keep_carried(source, cfg.run.out_dir)
         print(f"weights    of {source.name}")
+        if line := other_tokens(source, cfg.data.data_dir):
+            print(f"warning    {line}")
 
 
 def restore(path, cfg, model, optimizer, scaler, world):

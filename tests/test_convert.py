@@ -122,7 +122,7 @@ def test_transformers_loads_an_export_without_a_word_and_has_its_logits(kind, ex
 def test_ours_to_hugging_face_and_back_is_the_same_to_the_bit(kind, exported):
     run, folder = exported[kind]
     (before, _), (after, _) = load_model(run, "cpu"), load_model(str(folder), "cpu")
-    there = dataclasses.asdict(after.cfg) | {"dropout": before.cfg.dropout}  # which is no part of a model
+    there = dataclasses.asdict(after.cfg)
     cfg = before.cfg
     made_explicit = {"n_inner": cfg.inner_width}
     if cfg.position == "rope":
@@ -168,6 +168,62 @@ def test_weights_keep_the_dtype_that_they_have_or_get_the_one_asked_for(exported
     export(open_model(str(tmp_path / "half")), tmp_path / "again")
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert all(t.dtype == torch.bfloat16 and torch.equal(t, again[name]) for name, t in half.items())
+
+
+def test_weights_that_a_dtype_cannot_hold_are_refused(tmp_path):
+    _, folder = saved("llama", tmp_path / "theirs")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = 1e5
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="those of model.norm.weight first, are not finite in float16; use another"):
+        export(open_model(str(folder)), tmp_path / "hf", "float16")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_what_stands_beside_the_weights_goes_where_they_go(tmp_path):
+    _, folder = saved("bert", tmp_path / "theirs", hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
+    beside = {"tokenizer.json": "{}", "chat_template.jinja": "{{x}}", "added_tokens.json": "{}", "vocab.txt": "a"}
+    for name, text in beside.items():
+        (folder / name).write_text(text)
+    export(open_model(str(folder)), tmp_path / "back")
+    assert {name: (tmp_path / "back" / name).read_text() for name in beside} == beside
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["hidden_dropout_prob"] == config["attention_probs_dropout_prob"] == 0.2
+
+
+@pytest.mark.parametrize("kind, keys", [
+    ("gpt2 untied", ["resid_pdrop", "embd_pdrop", "attn_pdrop"]), ("llama", ["attention_dropout"]),
+])  # fmt: skip
+def test_a_config_has_the_models_dropout_and_for_old_transformers_its_rope(kind, keys, exported):
+    config = json.loads((exported[kind][1] / "config.json").read_text())
+    assert [config[key] for key in keys] == [MODELS[kind].dropout] * len(keys)
+    old = json.loads((exported["llama 3.1"][1] / "config.json").read_text())
+    assert old["rope_theta"] == 500.0 and old["rope_scaling"] == {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+
+
+def test_weights_can_be_read_by_whom_the_other_files_can(exported):
+    files = list(exported["gpt2"][1].iterdir())
+    assert len({path.stat().st_mode for path in files}) == 1 and len(files) == 6
+
+
+@pytest.mark.parametrize("place", ["here", "behind a link"])
+def test_an_empty_folder_is_filled_wherever_it_is(place, exported, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    monkeypatch.chdir(tmp_path / "empty")
+    export(open_model(exported["gpt2"][0]), "." if place == "here" else tmp_path / "link")
+    assert (tmp_path / "empty" / "README.md").read_text().splitlines()[5] == f"# {'empty' if place == 'here' else 'link'}"
+    loaded_there(tmp_path / "empty", "AutoModelForCausalLM")
+
+
+def test_a_tokenizer_too_large_for_a_folders_model_is_refused_there_too(exported, tmp_path):
+    _, folder = saved("gpt2", tmp_path / "theirs")
+    shutil.copyfile(exported["gpt2"][1] / "tokenizer.json", folder / "tokenizer.json")
+    with pytest.raises(ValueError, match="has 261 ids, the model a vocab_size of 131; let .*theirs name or hold"):
+        export(open_model(str(folder)), tmp_path / "back")
 
 
 def test_tensors_of_several_dtypes_go_out_as_they_came(tmp_path):
@@ -233,7 +289,7 @@ def test_what_an_export_is_said_to_lack_must_be_zeros_there(exported, tmp_path):
 def test_a_folder_that_holds_something_is_not_written_to(exported, tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "precious").write_text("mine")
-    with pytest.raises(ValueError, match="exists and is not empty; name another folder"):
+    with pytest.raises(ValueError, match="hf is not empty; name another folder"):
         export(open_model(exported["gpt2"][0]), tmp_path / "hf")
     assert [p.name for p in (tmp_path / "hf").iterdir()] == ["precious"]
 
@@ -254,7 +310,7 @@ def test_a_tokenizer_of_more_ids_than_the_model_is_refused(tmp_path):
 
 def test_without_a_known_tokenizer_weights_go_out_alone_and_a_line_says_so(tmp_path, capsys):
     export(open_model(make_run(tmp_path / "run", GPT2, tokenizer=None)), tmp_path / "hf")
-    assert "no tokenizer is written: " in capsys.readouterr().out
+    assert "the tokenizer is unknown here: " in capsys.readouterr().out
     assert not list((tmp_path / "hf").glob("tokenizer*"))
     loaded_there(tmp_path / "hf", "AutoModelForCausalLM")
 
@@ -275,6 +331,7 @@ def test_transformers_generates_the_tokens_that_sample_does(kind, exported, caps
     import sample
 
     run, folder = exported[kind]
+    capsys.readouterr()
     arguments = ["--prompt=def f(", "--temperature=0", "--max_new_tokens=9", "--device=cpu"]
     sample.main(config.load(sample.Settings, [f"--out_dir={run}", *arguments]))
     ours = capsys.readouterr().out

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "hardware": set(),
     "cost": {"hardware", "model", "objective", "parallel"},
     "memory": {"cost", "data", "model", "optim", "parallel"},
-    "plan": {"config", "model", "objective", "data", "optim", "parallel", "ceilings", "report_plan"} | COSTS,
+    "plan": {"checkpoint", "pretrained", "config", "model", "objective", "data", "optim", "parallel", "ceilings", "report_plan"} | COSTS,
     "log": {"config", "objective", "rundir", "parallel"} | COSTS,  # what a run tells: the half of train.py that is not the loop
     "prepare": {"config", "corpus", "tokenizer", "data"},
     "train": BELOW_SCRIPTS | {"log"},
@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "sweep": {"config"},  # starts bench.py as a person would
     # A benchmark must time the code that trains.
     "bench": BELOW_SCRIPTS | {"train", "machine", "ceilings", "meters", "report_bench", "sweep"},
-    "nanogpt": {"model", "families", "tokenizer", "data", "optim", "rundir", "parallel", "checkpoint"},
+    "nanogpt": {"hub", "model", "families", "tokenizer", "data", "optim", "rundir", "parallel", "checkpoint"},
     "convert": {"config", "families", "hub", "hub_tokenizer", "nanogpt", "pretrained", "checkpoint"},
 }
 FILES = sorted(ROOT.glob("*.py"))

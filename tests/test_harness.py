@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import config
+import sample
 from checkpoint import RunConfig, Saver
 from convert import export
+from hugging_face import saved
 from parallel import World
-from pretrained import open_model
+from pretrained import load_model, load_tokenizer_of, open_model
 from rundir import tokenizer_of
 from score import loglikelihood, loglikelihood_rolling, score_tokens
 from test_model import MODERN, SMALL, random_model
@@ -118,6 +121,57 @@ def test_scores_are_those_of_the_harness(pair, batch_size):
     ours = loglikelihood_rolling(model, tokenizer, TEXTS)
     theirs = harness.loglikelihood_rolling(instances("loglikelihood_rolling", [(t,) for t in TEXTS]), disable_tqdm=True)
     assert [s.log_likelihood for s in ours] == pytest.approx(theirs, rel=1e-6, abs=1e-4)
+
+
+BEGINS = {"bos_token": "<|begin|>", "eos_token": "<|endoftext|>"}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """(our model, its tokenizer, the folder) of a Llama of transformers whose tokenizer puts a token before each text."""
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("begun")
+    train_bpe(TEXTS * 2, 300, folder / "bpe.json")
+    theirs = Tokenizer.from_file(str(folder / "bpe.json"))
+    theirs.add_special_tokens(["<|begin|>"])
+    begin = theirs.token_to_id("<|begin|>")
+    theirs.post_processor = processors.Sequence([
+        processors.ByteLevel(),
+        processors.TemplateProcessing(single="<|begin|> $A", pair="<|begin|> $A $B", special_tokens=[("<|begin|>", begin)]),
+    ])  # fmt: skip
+    saved("llama", folder / "hf", vocab_size=340)
+    PreTrainedTokenizerFast(tokenizer_object=theirs, split_special_tokens=True, **BEGINS).save_pretrained(folder / "hf")
+    model, source = load_model(str(folder / "hf"), "cpu")
+    return model, load_tokenizer_of(source), folder / "hf"
+
+
+def test_scores_are_those_of_the_harness_where_a_token_begins_each_text(begun):
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer, folder = begun
+    assert len(tokenizer.begin) == 1 and tokenizer.before_text == tokenizer.begin[0] != tokenizer.eot
+    harness = HFLM(pretrained=str(folder), device="cpu", batch_size=3)
+    pairs = [pair for pair in PAIRS if pair[0].strip() or not pair[0]]  # of blanks alone the harness makes nothing
+    ours = loglikelihood(model, tokenizer, pairs)
+    theirs = harness.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
+    assert [s.log_likelihood for s in ours] == pytest.approx([value for value, _ in theirs], rel=1e-6, abs=1e-4)
+    ours = loglikelihood_rolling(model, tokenizer, TEXTS)
+    theirs = harness.loglikelihood_rolling(instances("loglikelihood_rolling", [(t,) for t in TEXTS]), disable_tqdm=True)
+    assert [s.log_likelihood for s in ours] == pytest.approx(theirs, rel=1e-6, abs=1e-4)
+
+
+def test_samples_are_those_of_transformers_where_a_token_begins_each_text(begun, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _, tokenizer, folder = begun
+    arguments = [f"--init_from={folder}", "--prompt=ROMEO: what", "--temperature=0", "--max_new_tokens=9", "--device=cpu"]
+    sample.main(config.load(sample.Settings, arguments))
+    ids = AutoTokenizer.from_pretrained(folder)("ROMEO: what", return_tensors="pt")
+    out = AutoModelForCausalLM.from_pretrained(folder).generate(**ids, do_sample=False, max_new_tokens=9)[0].tolist()
+    assert out[0] == tokenizer.begin[0] and tokenizer.eot not in out
+    assert capsys.readouterr().out == tokenizer.decode(out[1:]) + "\n"
 
 
 def test_scores_of_ids_are_those_of_the_harness_greedy_or_not(pair):

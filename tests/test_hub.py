@@ -15,15 +15,18 @@ from safetensors.torch import load_file, save_file
 
 import bench
 import config
+import plan
 import train
 from convert import export
 from data import Split
-from hub import HubModel
+from families import FAMILIES
+from hub import HubModel, model_config_in, read_config
+from hub_tokenizer import write_tokenizer
 from hugging_face import KINDS, LLAMA3, T, V, logits_of, random_model, saved
 from model import ModelConfig, Transformer
 from pretrained import load_model, load_weights, open_model, starting_config
 from ranks import SMALL, on_ranks, records, settings, write_data
-from tokenizer import SPECIALS
+from tokenizer import SPECIALS, load_tokenizer, train_bpe
 
 IDS = torch.randint(V, (3, 7), generator=torch.Generator().manual_seed(2))
 REAL = torch.arange(7) < torch.tensor([7, 4, 6])[:, None]  # (B, T): sequences of 7, 4 and 6 tokens
@@ -204,6 +207,41 @@ def test_a_sliding_window_bounds_the_context(copy):
         starting(folder, block_size=10)
 
 
+def without(folder, *keys):
+    path = folder / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in keys}))
+    return folder
+
+
+@pytest.mark.parametrize("changes, longest", [
+    ({}, 4096), ({"use_sliding_window": False, "sliding_window": 9}, 9), ({"sliding_window": None}, None),
+])  # fmt: skip
+def test_mistral_has_a_sliding_window_unless_it_says_none(changes, longest, copy):
+    folder = without(copy("mistral", **changes), *([] if changes else ["sliding_window"]))
+    assert model_config_in(folder, read_config(folder))[1] == longest
+
+
+@pytest.mark.parametrize("changes, longest", [
+    ({"sliding_window": 9}, None), ({"sliding_window": 9, "use_sliding_window": True}, None),
+    ({"sliding_window": 9, "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"] * 2}, 9),
+])  # fmt: skip
+def test_qwen3_has_a_sliding_window_where_it_uses_it_in_some_layer(changes, longest, copy):
+    folder = copy("qwen3", **changes)
+    assert model_config_in(folder, read_config(folder))[1] == longest
+
+
+@pytest.mark.parametrize("kind, name", [("gpt2", "GPT2"), ("bert", "Bert"), ("llama", "Llama"), ("mistral", "Mistral"),
+                                        ("qwen3", "Qwen3")])  # fmt: skip
+def test_what_a_config_leaves_out_is_as_in_transformers(kind, name):
+    import transformers
+
+    theirs = getattr(transformers, f"{name}Config")()
+    told = {key: value for key, value in FAMILIES[kind].defaults.items() if value is not None}
+    assert told == {key: getattr(theirs, key) for key in told}
+    left_open = FAMILIES[kind].defaults.keys() - told
+    assert left_open <= {"n_inner", "head_dim", "num_key_value_heads"}, "which follow from others"
+
+
 def test_within_its_sliding_window_a_model_is_transformers(tmp_path):
     theirs, folder = saved("mistral", tmp_path, sliding_window=7)
     with torch.no_grad():
@@ -244,13 +282,21 @@ BAD = {
     "offsets that lie": (lambda f: tampered(f, lambda d: d.replace(b'"data_offsets":[0,', b'"data_offsets":[8,', 1)),
                          "holds no tensors that can be read"),
     "not finite": (lambda f: edited(f, lambda t: t["transformer.ln_f.weight"].fill_(float("nan"))),
-                   "transformer.ln_f.weight holds numbers that are not finite"),
+                   "'transformer.ln_f.weight' holds numbers that are not finite"),
     "missing": (lambda f: edited(f, lambda t: t.pop("transformer.h.2.ln_1.bias")),
                 "lacks 1 tensors of a GPT2LMHeadModel, transformer.h.2.ln_1.bias for one"),
     "one too many": (lambda f: edited(f, lambda t: t.update(lora_A=torch.ones(2))),
-                     "1 tensors that no GPT2LMHeadModel has, lora_A for one"),
+                     "1 tensors that no GPT2LMHeadModel has, or has twice, 'lora_A' for one"),
+    "of whole numbers": (lambda f: edited(f, lambda t: t.update({"transformer.ln_f.weight": torch.ones(20).int()})),
+                         "'transformer.ln_f.weight' is of torch.int32, where weights are floats"),
+    "of 8 bits": (lambda f: edited(f, lambda t: t.update({"transformer.ln_f.weight": torch.ones(20).to(torch.float8_e5m2)})),
+                  "'transformer.ln_f.weight' is of torch.float8_e5m2"),
+    "tied, but another": (lambda f: edited(f, lambda t: t.update({"lm_head.weight": torch.ones(V, 20)})),
+                          "'lm_head.weight' is not 'transformer.wte.weight', to which config.json ties it; set"),
+    "there twice": (lambda f: edited(f, lambda t: t.update({"wte.weight": torch.ones(V, 20)})),
+                    "has, or has twice, '(transformer.)?wte.weight' for one"),
     "another shape": (lambda f: edited(f, lambda t: t.update({"transformer.wpe.weight": torch.ones(9, 20)})),
-                      r"wpe.weight has the shape \[9, 20\], by config.json \[23, 20\]"),
+                      r"wpe.weight' has the shape \[9, 20\], by config.json \[23, 20\]"),
 }  # fmt: skip
 
 
@@ -269,6 +315,19 @@ UNKNOWN = {
     "of another type": ("gpt2", {"n_layer": "three"}, "config.json: "),
     "impossible": ("gpt2", {"n_head": 3}, "config.json: n_embd 20 is not a multiple of n_head 3"),
     "activation": ("gpt2", {"activation_function": "relu"}, "activation_function 'relu', which this project's"),
+    "scores as they are": ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights False"),
+    "a size with a point": ("gpt2", {"n_layer": 3.0}, "n_layer 3.0, where there must be whole numbers above 0"),
+    "a size of none": ("llama", {"vocab_size": None}, "vocab_size None, where there must be whole numbers"),
+    "a huge size": ("bert", {"hidden_size": 2**40}, "hidden_size 1099511627776, where"),
+    "a size that torch cannot hold": ("gpt2", {"n_embd": 2**31 - 1, "n_inner": 2**31 - 1, "n_head": 1},
+                                      "no possible model"),
+    "a list of types": ("gpt2", {"model_type": ["gpt2"]}, "of a model of type"),
+    "rope twice": ("llama", {"rope_scaling": LLAMA3 | {"factor": 2.0}, "rope_parameters": LLAMA3},
+                   "factor both 2.0 and 8.0"),
+    "a context beside rope": ("llama 3.1", {"original_max_position_embeddings": 9},
+                              "original_max_position_embeddings both 9 and 16"),
+    "rope without a factor": ("llama", {"rope_parameters": LLAMA3 | {"factor": None}}, "rope_scale None"),
+    "rope as a list": ("llama", {"rope_parameters": [1]}, "value of an odd type"),
     "inverse layers": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
     "decoder": ("bert", {"is_decoder": True}, "is_decoder True"),
     "yarn": ("llama", {"rope_parameters": LLAMA3 | {"rope_type": "yarn"}}, "rope of type 'yarn'"),
@@ -296,7 +355,7 @@ def test_code_in_a_pickle_does_not_run(copy):
     folder = copy("gpt2")
     (folder / "model.safetensors").unlink()
     torch.save({"transformer.wte.weight": Planted()}, folder / "pytorch_model.bin")
-    told = "pytorch_model.bin holds no tensors that can be read .UnpicklingError"
+    told = "pytorch_model.bin holds no tensors that can be read .it is damaged, or holds other things.*could run code"
     with pytest.raises(ValueError, match=told) as error:
         load_model(str(folder), "cpu")
     assert "\n" not in str(error.value) and not (folder / "it_ran").exists()
@@ -304,11 +363,22 @@ def test_code_in_a_pickle_does_not_run(copy):
     assert (folder / "it_ran").exists(), "the plant itself works"
 
 
+@pytest.mark.parametrize("kind", ["meta", "sparse", "a number for a name"])
+def test_a_pickle_of_odd_tensors_is_refused(kind, copy):
+    folder = copy("gpt2")
+    (folder / "model.safetensors").unlink()
+    odd = {"meta": torch.ones(2, device="meta"), "sparse": torch.ones(2).to_sparse()}.get(kind, torch.ones(2))
+    torch.save({7 if "number" in kind else "x": odd}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin holds no tensors that can be read") as error:
+        load_model(str(folder), "cpu")
+    assert "\n" not in str(error.value)
+
+
 def test_a_pickle_of_other_things_than_tensors_is_refused(copy):
     folder = copy("gpt2")
     (folder / "model.safetensors").unlink()
     torch.save({"state_dict": {}}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="holds other things than tensors"):
+    with pytest.raises(ValueError, match="holds other things than plain tensors"):
         load_model(str(folder), "cpu")
 
 
@@ -379,6 +449,42 @@ def test_a_bert_of_transformers_trains_on_and_keeps_its_next_sentence_head(folde
     assert torch.equal(carried["cls.seq_relationship.bias"], theirs.cls.seq_relationship.bias)
     again = train_from(out_dir, data_dir, tmp_path / "again", max_steps=1)
     assert open_model(str(again)).carried.keys() == carried.keys()
+
+
+def test_what_another_start_carried_is_not_kept(folders, tmp_path, no_curves):
+    specials = {name: V - 5 + i for i, name in enumerate(SPECIALS)}
+    data_dir = write_data(tmp_path / "data", vocab_size=V, specials=specials)
+    for kind, names in (("bert whole", 4), ("bert", 0)):
+        train_from(folders[kind][1], data_dir, tmp_path / "run", max_steps=1, save_interval="none")
+        carried = tmp_path / "run" / "carried.safetensors"
+        assert len(load_file(carried) if carried.exists() else {}) == names
+
+
+def test_data_of_another_tokenizer_than_the_weights_is_told(folders, tmp_path, no_curves, capsys):
+    _, folder = saved("gpt2", tmp_path / "theirs", vocab_size=340)
+    train_bpe(["the quick brown fox"] * 9, 270, tmp_path / "bpe.json")
+    write_tokenizer(load_tokenizer(str(tmp_path / "bpe.json")), folder, "clm", 23)
+    for tokenizer, told in (("byte", True), ("tokenizer.json", False)):
+        data_dir = write_data(tmp_path / tokenizer, vocab_size=270, tokenizer=tokenizer)
+        shutil.copyfile(folder / "tokenizer.json", data_dir / "tokenizer.json")
+        train_from(folder, data_dir, tmp_path / f"run {tokenizer}", max_steps=1)
+        out = capsys.readouterr().out
+        assert ("are of byte, the weights are of" in out) == told == ("warning" in out)
+
+
+def test_a_run_that_has_begun_says_that_another_start_is_of_no_effect(folders, data_dir, tmp_path, no_curves, capsys):
+    train_from(folders["gpt2"][1], data_dir, tmp_path / "run", max_steps=1)
+    train_from(folders["gpt2 erf"][1], data_dir, tmp_path / "run", max_steps=2)
+    assert re.search("init_from: .* -> .*, of no effect now", capsys.readouterr().out)
+
+
+def test_the_model_of_a_folder_is_what_is_planned(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = [f"--init_from={folders['llama'][1]}", "--seq_len=11", "--batch_tokens=33", "--micro_batch_size=3",
+                 "--n_gpus=1"]  # fmt: skip
+    plan.main(config.load(plan.Settings, [*arguments, "--json"]))
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["n_params"] == sum(p.numel() for p in folders["llama"][0].parameters())
 
 
 def test_a_run_that_started_there_goes_on_when_the_folder_is_gone(folders, data_dir, tmp_path, no_curves):

@@ -13,7 +13,7 @@ import transformers
 
 import hub_tokenizer
 from conftest import ROOT
-from hub_tokenizer import check_same_ids, hub_tokenizer_file, merges_of, write_tokenizer
+from hub_tokenizer import check_same_ids, hub_tokenizer_file, load_hub_tokenizer, merges_of, write_tokenizer
 from sample import masked_ids
 from test_tokenizer import (
     BERT_VOCAB, CHARACTERS, CORPUS, GPT2_FILES, HOSTILE, byte_level_like, random_texts, sentencepiece_like,
@@ -328,3 +328,37 @@ def test_tokenizer_of_a_folder_is_the_newest_kind_that_is_there(tmp_path):
     assert load_tokenizer(hub_tokenizer_file(tmp_path)).specials.keys() == set(BERT_SPECIALS)
     byte_level_like("qwen3").save(str(tmp_path / "tokenizer.json"))
     assert hub_tokenizer_file(tmp_path) == str(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("says, told", [
+    ({"do_lower_case": False}, None), ({"do_lower_case": True}, "do_lower_case True"),
+    ({"strip_accents": False}, "strip_accents False"), ({"tokenize_chinese_chars": False}, "tokenize_chinese_chars False"),
+    ({}, "added_tokens.json"),
+])  # fmt: skip
+def test_a_vocabulary_that_is_not_used_in_the_usual_way_is_refused(says, told, tmp_path):
+    vocab_file(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(says))
+    if told == "added_tokens.json":
+        (tmp_path / told).write_text("{}")
+    if told is None:
+        assert load_hub_tokenizer(tmp_path).specials.keys() == set(BERT_SPECIALS)
+    else:
+        with pytest.raises(ValueError, match=f"has no tokenizer.json, and {told}, which only transformers"):
+            load_hub_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("adds, begin", [(None, ["<|endoftext|>"]), (True, ["<|endoftext|>"]), (False, [])])
+def test_what_begins_a_text_is_what_the_file_says_unless_the_config_says_otherwise(adds, begin, tmp_path):
+    saved = json.loads(byte_level_like("gpt2").to_str())
+    end = next(token["id"] for token in saved["added_tokens"] if token["content"] == "<|endoftext|>")
+    pieces = [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    saved["post_processor"] = {
+        "type": "TemplateProcessing", "single": pieces, "pair": [*pieces, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [end], "tokens": ["<|endoftext|>"]}},
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    says = {"bos_token": {"content": "<|endoftext|>"}} | ({} if adds is None else {"add_bos_token": adds})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(says))
+    tokenizer = load_hub_tokenizer(tmp_path)
+    assert tokenizer.begin == [tokenizer.specials[name] for name in begin]
+    assert tokenizer.before_text == end

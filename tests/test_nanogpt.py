@@ -435,10 +435,10 @@ FC = "transformer.h.1.mlp.c_fc.weight"
     (["model_args", "n_embd"], 25, r"transformer.wte.weight by model_args is \(131, 25\), and there is \(131, 20\)"),
     (["model_args", "n_head"], 3, "n_embd 20 is not a multiple of n_head 3"),
     (["model_args", "n_layer"], 10**9, "model_args of n_layer 1000000000, but weights of 3 layers"),
-    (["model_args", "bias"], False, r"transformer.h.0.ln_1.bias is not to be"),
+    (["model_args", "bias"], False, r"transformer.h.0.ln_1.bias is not expected"),
     (["model", FC], None, f"{FC} by model_args is .80, 20., and there is nothing"),
     (["model", FC], torch.zeros(20, 80), f"{FC} by model_args is .80, 20., and there is .20, 80."),
-    (["model", FC], torch.zeros(80, 20, dtype=torch.int8), f"{FC} by model_args is .80, 20., and there is no floats"),
+    (["model", FC], torch.zeros(80, 20, dtype=torch.int8), f"{FC} by .*, and there is no tensor of floats"),
     (["model", "lm_head.weight"], torch.zeros(131, 20), "lm_head.weight is not transformer.wte.weight"),
     (["optimizer", "state", 3], None, "the optimizer's transformer.h.0.attn.c_proj.weight exp_avg.* there is nothing"),
     (["optimizer", "state", 3, "exp_avg_sq"], torch.zeros(3), r"c_proj.weight exp_avg_sq by model_args.*\(3,\)"),
@@ -447,6 +447,9 @@ FC = "transformer.h.1.mlp.c_fc.weight"
     (["iter_num"], 0, "iter_num 0; nanoGPT saves after step 1"),
     (["config", "gradient_accumulation_steps"], 0, "batch_tokens is 0; it must be at least 1"),
     (["config", "learning_rate"], -1.0, "learning_rate is -1.0; it must not be negative"),
+    (["config", "learning_rate"], math.nan, "config has learning_rate 'nan', which in nanoGPT is of type float"),
+    (["model", FC], torch.zeros(80, 20, device="meta"), f"{FC} by model_args is .80, 20., and there is no tensor"),
+    (["model", FC], torch.zeros(80, 20).to_sparse(), f"{FC} by model_args is .80, 20., and there is no tensor"),
 ], ids=lambda value: ".".join(map(str, value)) if isinstance(value, list) else "")  # fmt: skip
 def test_bad_checkpoints_are_refused_in_one_line(place, value, words, saved, tmp_path):
     spoil(saved, *place, value=value)

@@ -160,6 +160,11 @@ def test_half_a_character_at_the_end_is_marked(capsys):
     assert capsys.readouterr().out == "a\ufffd\n"
 
 
+def test_a_prompts_file_is_read_as_it_is(tmp_path):
+    (tmp_path / "prompt.txt").write_bytes("a\r\nœ\rb\n".encode())
+    assert sample.read_prompt(f"FILE:{tmp_path / 'prompt.txt'}") == "a\r\nœ\rb\n"
+
+
 def test_each_sample_stops_at_its_end_of_text_and_all_stop_together(capsys):
     a, b, c, eot = *b"abc", BYTE.eot
     rest = iter([torch.tensor(t) for t in ([a, b], [eot, b], [c, b], [c, eot], [c, c])])
