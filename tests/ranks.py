@@ -139,22 +139,28 @@ def launch(n, cfg, told=None, before=None):
     return [start(_train_rank, rank, n, port, cfg, told, before)[0] for rank in range(n)]
 
 
-def run_script(script, arguments, folder, patience=120):
+def run_script(script, arguments, folder, n_ranks=1, patience=120):
     """What `python script arguments`, typed in a folder, would give, as subprocess.run has it; but that it starts at once.
 
-    Not of scripts that start processes by multiprocessing.
+    Or torchrun, with several ranks. Not of scripts that start processes by multiprocessing.
     """
     told = [Path(folder) / name for name in (".stdout", ".stderr")]
-    process, _ = start(_script_main, str(script), arguments, str(folder), *map(str, told))
-    [code] = codes([process], patience)
+    for path in told:
+        path.unlink(missing_ok=True)
+    port, ranks = free_port(), range(n_ranks)
+    common = (str(script), arguments, str(folder), *map(str, told))
+    ended = codes([start(_script_main, rank, n_ranks, port, *common)[0] for rank in ranks], patience)
     stdout, stderr = (path.read_text() for path in told)
-    return subprocess.CompletedProcess([str(script), *arguments], code, stdout, stderr)
+    return subprocess.CompletedProcess([str(script), *arguments], max(ended, key=abs), stdout, stderr)
 
 
-def _script_main(pipe, script, arguments, folder, *told):
+def _script_main(pipe, rank, n_ranks, port, script, arguments, folder, *told):
     os.chdir(folder)
     for number, path in enumerate(told, start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    if n_ranks > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(n_ranks), "LOCAL_RANK": str(rank),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
     sys.stdout.flush()

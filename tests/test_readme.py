@@ -103,8 +103,9 @@ def run(command, folder, extra=""):
         words += ["--max_steps=6", "--device=cpu"]
     elif command != "python bench.py":  # which is of no model
         words += shlex.split(TINY.get(script, "")) + shlex.split(extra)
-    if words[:2] == [sys.executable, str(ROOT / str(script))] and script != "prepare.py":
-        return run_script(words[1], words[2:], folder)
+    if script not in (None, "prepare.py") and "--tp" not in command:  # which is torchrun's own turn
+        at = words.index(str(ROOT / script))
+        return run_script(words[at], words[at + 1 :], folder, n_ranks=2 if command.startswith("torchrun") else 1)
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
