@@ -281,6 +281,8 @@ def model_config(config):
     odd = {key: value for key, value in widths.items() if type(value) is not int or not 0 < value < 2**31}
     if odd := [f"{key} {value!r}" for key, value in odd.items() if value is not None or family.defaults.get(key, 1)]:
         raise ValueError(f"it has {', '.join(odd)}, where there must be whole numbers above 0 and below 2**31")
+    if type(given["tie_embeddings"]) is not bool or type(given["norm_eps"]) not in (int, float):
+        raise ValueError(f"it ties embeddings {given['tie_embeddings']!r}, with norms' epsilon {given['norm_eps']!r}")
     wrong = [f"{key} {config[key]!r}" for key, value in family.needs.items() if config.get(key, value) != value]
     wrong += ["quantization_config"] if config.get("quantization_config") else []
     activation = config.get(family.activation, family.defaults[family.activation])

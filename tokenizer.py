@@ -308,7 +308,10 @@ def _with_secret_specials(saved):
 
     They must stay: where they are taken out, `tokenizers` gives their ids to other added tokens.
     """
-    added = saved.get("added_tokens") or []
+    vocab = saved["model"]["vocab"]
+    # Bytes, which stand for what the vocabulary lacks, need not be added as well, and must keep their names.
+    held = {f"<0x{byte:02X}>" for byte in range(256)}.intersection(vocab if isinstance(vocab, dict) else ())
+    added = [token for token in saved.get("added_tokens") or [] if token["content"] not in held]
     secret = {token["content"]: secrets.token_hex(16) for token in added if token["special"]}
     added = [token | {"content": secret.get(token["content"], token["content"])} for token in added]
     model = saved["model"]

@@ -321,6 +321,7 @@ UNKNOWN = {
     "a huge size": ("bert", {"hidden_size": 2**40}, "hidden_size 1099511627776, where"),
     "a size that torch cannot hold": ("gpt2", {"n_embd": 2**31 - 1, "n_inner": 2**31 - 1, "n_head": 1},
                                       "no possible model"),
+    "tied by a word": ("gpt2", {"tie_word_embeddings": "false"}, "it ties embeddings 'false'"),
     "a list of types": ("gpt2", {"model_type": ["gpt2"]}, "of a model of type"),
     "rope twice": ("llama", {"rope_scaling": LLAMA3 | {"factor": 2.0}, "rope_parameters": LLAMA3},
                    "factor both 2.0 and 8.0"),

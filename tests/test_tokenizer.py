@@ -526,6 +526,19 @@ def sentencepiece_like(kind):
     return made
 
 
+def test_bytes_that_are_listed_as_special_still_stand_for_what_the_vocabulary_lacks(tmp_path):
+    """transformers' own trainers and converters list them so at times."""
+    theirs = sentencepiece_like("llama2")
+    plain = json.loads(theirs.to_str())
+    theirs.add_special_tokens([f"<0x{byte:02X}>" for byte in range(256)])
+    (tmp_path / "plain.json").write_text(json.dumps(plain))
+    theirs.save(str(tmp_path / "special.json"))
+    ours = [load_tokenizer(str(tmp_path / name)) for name in ("plain.json", "special.json")]
+    for text in ("Héllo, naïve 1234", "日本語 🙂", "x\r\ny\tz", "the quick"):
+        assert ours[0].encode(text).tolist() == ours[1].encode(text).tolist()
+        assert ours[0].decode(ours[1].encode(text)) == ours[0].decode(ours[0].encode(text))
+
+
 def unigram_like(_):
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
