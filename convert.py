@@ -26,7 +26,7 @@ from families import config_of, family_of, their_tensors
 from hub import TOKENIZERS, HubModel, save_tensors
 from hub_tokenizer import write_tokenizer
 from nanogpt import import_nanogpt
-from pretrained import load_tokenizer_of, open_model, place_of
+from pretrained import fitting, open_model, place_of
 
 SHARD_BYTES = 5 * 10**9  # of a file of weights, as transformers below 5 writes them
 
@@ -77,7 +77,7 @@ def export(source, folder, dtype=None):
     """
     family, final = family_of(source.cfg), Path(folder)
     tokenizer = tokenizer_for(source)
-    partial = final / ".partial"
+    partial = final / ".flatlm_export"
     try:
         final.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)  # of an export that was cut short
@@ -121,11 +121,11 @@ def put_tokenizer(source, tokenizer, folder):
 def tokenizer_for(source):
     """The tokenizer of an opened model; None, with a line that says why, where it is not known or cannot be read."""
     try:
-        source.load_tokenizer()
+        tokenizer = source.load_tokenizer()
     except ValueError as error:
         print(f"the tokenizer is unknown here: {error}")
         return None
-    return load_tokenizer_of(source)
+    return fitting(tokenizer, source)
 
 
 def write_weights(tensors, folder, dtype=None, itemsize=4, shard_bytes=SHARD_BYTES):

@@ -37,10 +37,7 @@ class HubModel:
         except (RuntimeError, TypeError) as error:  # of sizes that torch cannot hold
             raise ValueError(f"{folder}: config.json is of no possible model ({error}); copy it again") from error
         self._slots = {name: slot for slot in expected for name in slot.ours}
-        embedding, bias = self._slots["wte.weight"].name, self._slots.get("head.bias")
-        head = self.family.head
-        self._tied = {f"{head}.weight": embedding} | ({f"{head}.bias": bias.name} if bias else {})
-        self._tied = self._tied if self.cfg.tie_embeddings else {}
+        self._tied = self._tied_tensors()
         self._keys, carried = self._assign({slot.name for slot in expected})
         self._check_shapes()
         self.carried = {name: self._files.read(key) for name, key in carried.items()}
@@ -57,7 +54,8 @@ class HubModel:
     @property
     def dtype(self):
         """Of its weights, by torch's name."""
-        return self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+        named = self.config.get("dtype") or self.config.get("torch_dtype")
+        return named if named in [str(dtype).removeprefix("torch.") for dtype in DTYPES] else "float32"
 
     def read(self, name):
         """Our tensor of a name, whole, without rows that pad the vocabulary, in the dtype of the file."""
@@ -100,6 +98,17 @@ class HubModel:
                 f"{self.folder} has {len(strange)} tensors that no {family.architecture} has, or has twice, {strange[0]!r} "
                 f"for one; its files are of another model than its config.json"
             )
+        self._check_tied(tied, keys)
+        return keys, carried
+
+    def _tied_tensors(self):
+        """{a tensor of theirs that files may hold beside the one that it is tied to: that one}."""
+        ours = {".weight": "wte.weight", ".bias": "head.bias"} if self.cfg.tie_embeddings else {}
+        return {
+            f"{self.family.head}{kind}": self._slots[name].name for kind, name in ours.items() if name in self._slots
+        }
+
+    def _check_tied(self, tied, keys):
         for name, key in tied.items():
             other = keys[self._tied[name]]
             if not torch.equal(self._files.read(key), self._files.read(other)):
@@ -107,7 +116,6 @@ class HubModel:
                     f"{self.folder}: {key!r} is not {other!r}, to which config.json ties it; "
                     f"set tie_word_embeddings to false there, or take it out"
                 )
-        return keys, carried
 
     def _whole_name(self, key, known):
         """What a tensor of the files is called in a whole model of today."""

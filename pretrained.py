@@ -39,11 +39,10 @@ class RunModel:
     def carried(self):
         """{name: tensor} of what a Hugging Face model, which the run started from, has beside its weights."""
         path = self.folder / CARRIED
-        return (
-            {name: files.get_tensor(name) for files in [open_tensors(path)] for name in files.keys()}
-            if path.exists()
-            else {}
-        )
+        if not path.exists():
+            return {}
+        files = open_tensors(path)
+        return {name: files.get_tensor(name) for name in files.keys()}
 
 
 def place_of(cfg):
@@ -140,7 +139,11 @@ def load_model(where, device):
 
 def load_tokenizer_of(source):
     """The tokenizer of an opened model; ValueError where it is unknown, or has more ids than the model."""
-    tokenizer = source.load_tokenizer()
+    return fitting(source.load_tokenizer(), source)
+
+
+def fitting(tokenizer, source):
+    """The tokenizer; ValueError where it has more ids than an opened model."""
     if tokenizer.vocab_size > source.cfg.vocab_size:
         raise ValueError(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model a vocab_size of "
@@ -165,4 +168,6 @@ def other_tokens(source, data_dir):
             return None
     except ValueError:  # of what has no tokenizer, or one of characters that lacks some
         return None
-    return f"the tokens of {data_dir} are of {ours.name}, the weights are of {theirs.name}: to them the ids mean other text"
+    return (
+        f"{data_dir} is in tokens of {ours.name}, the weights know those of {theirs.name}: the same ids are other text"
+    )
