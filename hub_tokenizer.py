@@ -66,9 +66,9 @@ def load_hub_tokenizer(folder):
     if not path.endswith("tokenizer.json"):
         _check_plain(tokenizer, config, folder)
     roles = [config.get(role) for role in ("bos_token", "eos_token")]
-    names = [role["content"] if isinstance(role, dict) else role for role in roles]
-    tokenizer.before_text = next((tokenizer.specials[name] for name in names if name in tokenizer.specials), None)
-    tokenizer.begin = _begin(tokenizer.saved, config.get("add_bos_token"), tokenizer.specials.get(names[0]))
+    ids = [tokenizer.specials.get(str(role.get("content") if isinstance(role, dict) else role)) for role in roles]
+    tokenizer.before_text = next((id_ for id_ in ids if id_ is not None), None)
+    tokenizer.begin = _begin(tokenizer.saved, config.get("add_bos_token"), ids[0])
     return tokenizer
 
 
@@ -123,7 +123,13 @@ def hub_tokenizer_file(folder):
 
 def _json(path):
     """The object in a JSON file; {} where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}); copy it from its source again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object; copy it from its source again")
+    return value
 
 
 def hub_json(tokenizer):

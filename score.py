@@ -37,7 +37,7 @@ def loglikelihood(model, tokenizer, pairs):
 
 
 def loglikelihood_rolling(model, tokenizer, texts):
-    """A Score of each whole text, in windows of block_size."""
+    """A Score of each whole text, in windows of block_size; tokens that begin a text are scored with it."""
     counts, requests = [], []
     for text in texts:
         ids = [*tokenizer.begin, *tokenizer.encode(text).tolist()]

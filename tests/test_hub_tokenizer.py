@@ -347,6 +347,15 @@ def test_a_vocabulary_that_is_not_used_in_the_usual_way_is_refused(says, told, t
             load_hub_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 99_999])
+def test_a_damaged_config_of_a_tokenizer_is_refused_in_one_line(text, tmp_path):
+    byte_level_like("gpt2").save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    with pytest.raises(ValueError, match="tokenizer_config.json .*copy it from its source again") as caught:
+        load_hub_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("adds, begin", [(None, ["<|endoftext|>"]), (True, ["<|endoftext|>"]), (False, [])])
 def test_what_begins_a_text_is_what_the_file_says_unless_the_config_says_otherwise(adds, begin, tmp_path):
     saved = json.loads(byte_level_like("gpt2").to_str())
