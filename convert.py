@@ -227,9 +227,10 @@ def last_loss(run_dir):
 
 
 def data_of(run_dir):
-    """meta.json of a run's data, as much as there is of it."""
-    path = run_dir / "meta.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """meta.json of a run's data, as much as there is of it; of a damaged one a line has told already."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((run_dir / "meta.json").read_text(encoding="utf-8"))
+    return {}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -313,6 +314,14 @@ def test_without_a_known_tokenizer_weights_go_out_alone_and_a_line_says_so(tmp_p
     assert "the tokenizer is unknown here: " in capsys.readouterr().out
     assert not list((tmp_path / "hf").glob("tokenizer*"))
     loaded_there(tmp_path / "hf", "AutoModelForCausalLM")
+
+
+def test_a_run_whose_meta_json_is_damaged_goes_out_without_tokenizer_and_says_so(tmp_path, capsys):
+    run = make_run(tmp_path / "run", GPT2)
+    (tmp_path / "run" / "meta.json").write_text("{")
+    export(open_model(run), tmp_path / "hf")
+    assert re.search("the tokenizer is unknown here: .*meta.json names no tokenizer", capsys.readouterr().out)
+    assert "| steps | 60 |" in (tmp_path / "hf" / "README.md").read_text()
 
 
 def test_the_model_card_tells_settings_data_losses_tokens_and_hours(exported):
