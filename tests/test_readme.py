@@ -154,6 +154,9 @@ def test_readme_command_runs(command, folder):
     if "prepare.py" in command and "--input" not in command:
         local = "--input=fineweb --max_shards=1" if "gpt2" in command else local
         local = "--dataset=none --input=books/0.txt" if re.search("speedrun_cpu|finetune", command) else local
+    if command.startswith("lm_eval") and not (folder / "out" / "quickstart_hf").exists():  # of those that are not long
+        for earlier in ("prepare.py config/quickstart.py", "train.py config/quickstart.py", "convert.py --out_dir"):
+            assert run(next(c for c in COMMANDS if c.startswith(f"python {earlier}")), folder).returncode == 0
     done = run(command, folder, local)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     assert "error" not in done.stderr.lower(), done.stderr
