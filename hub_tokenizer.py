@@ -36,7 +36,10 @@ def write_tokenizer(tokenizer, folder, objective, block_size):
     texts become [CLS] text [SEP] and may name [MASK]. The names are those of Hugging Face's configs, such as
     eos_token_id. ValueError where `tokenizers` would not give our ids.
     """
-    import tokenizers
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ValueError("a tokenizer for Hugging Face needs tokenizers: pip install tokenizers") from error
 
     saved = hub_json(tokenizer) | {"post_processor": None}
     specials = _by_role(tokenizer.specials, objective)
@@ -68,7 +71,10 @@ def load_hub_tokenizer(folder):
     roles = [config.get(role) for role in ("bos_token", "eos_token")]
     ids = [tokenizer.specials.get(str(role.get("content") if isinstance(role, dict) else role)) for role in roles]
     tokenizer.before_text = next((id_ for id_ in ids if id_ is not None), None)
-    tokenizer.begin = _begin(tokenizer.saved, config.get("add_bos_token"), ids[0])
+    try:
+        tokenizer.begin = _begin(tokenizer.saved, config.get("add_bos_token"), ids[0])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} has a post-processor of no known form ({error}); copy it again") from error
     return tokenizer
 
 

@@ -356,6 +356,15 @@ def test_a_damaged_config_of_a_tokenizer_is_refused_in_one_line(text, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_post_processor_that_names_what_it_lacks_is_refused_in_one_line(tmp_path):
+    saved = json.loads(byte_level_like("gpt2").to_str())
+    single = [{"SpecialToken": {"id": "<gone>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    saved["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="tokenizer.json has a post-processor of no known form .'<gone>'.; copy it"):
+        load_hub_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("adds, begin", [(None, ["<|endoftext|>"]), (True, ["<|endoftext|>"]), (False, [])])
 def test_what_begins_a_text_is_what_the_file_says_unless_the_config_says_otherwise(adds, begin, tmp_path):
     saved = json.loads(byte_level_like("gpt2").to_str())
