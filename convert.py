@@ -23,7 +23,7 @@ import torch
 from checkpoint import RunConfig
 from config import only, run_script
 from families import config_of, family_of, their_tensors
-from hub import TOKENIZERS, HubModel, save_tensors
+from hub import BESIDE, HubModel, save_tensors
 from hub_tokenizer import write_tokenizer
 from nanogpt import import_nanogpt
 from pretrained import fitting, open_model, place_of
@@ -93,7 +93,8 @@ def export(source, folder, dtype=None):
         itemsize = getattr(torch, dtype or source.dtype).itemsize
         n_bytes = write_weights(their_tensors(source.cfg, source.read, source.carried), partial, dtype, itemsize)
         name = Path(os.path.abspath(folder)).name
-        (partial / "README.md").write_text(card(source, family, name, tokenizer), encoding="utf-8")
+        if not (partial / "README.md").exists():
+            (partial / "README.md").write_text(card(source, family, name, tokenizer), encoding="utf-8")
         for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, final / path.name)
     except OSError as error:
@@ -109,7 +110,7 @@ def put_tokenizer(source, tokenizer, folder):
     """Writes a run's tokenizer, if it is known, or copies a Hugging Face model's; returns {name: id} for the configs."""
     special_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # or theirs would have their own
     if isinstance(source, HubModel):
-        for name in TOKENIZERS:
+        for name in BESIDE:
             if (source.folder / name).exists():
                 shutil.copyfile(source.folder / name, folder / name)
         return {name: source.config.get(name) for name in special_ids}
@@ -181,7 +182,8 @@ def card(source, family, name, tokenizer):
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
         f'model = {auto}.from_pretrained("{name}")\n```',
     ]
-    if tokenizer and tokenizer.specials:
+    facts = training_facts(source)
+    if facts and tokenizer and tokenizer.specials:
         how = (
             "as that token" if is_masked else "as ordinary text, if not told otherwise by `split_special_tokens=False`"
         )
@@ -189,7 +191,7 @@ def card(source, family, name, tokenizer):
             f"In training no text held special tokens, such as `{next(iter(tokenizer.specials))}`, whatever it spelt; "
             f"this tokenizer reads their names {how}."
         )
-    return "\n\n".join(blocks + training_facts(source)) + "\n"
+    return "\n\n".join(blocks + facts) + "\n"
 
 
 def training_facts(source):

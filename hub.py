@@ -12,10 +12,11 @@ from families import FAMILIES, model_config, slots
 from hub_tokenizer import load_hub_tokenizer
 
 MODELS = ("config.json", "model*.safetensors", "model.safetensors.index.json")
-TOKENIZERS = (
+BESIDE = (  # what stands beside the weights and goes where they go
     *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json"),
-)  # and what else stands beside the weights and goes where they go
+    *("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt"),
+)
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
@@ -272,7 +273,7 @@ def folder_of(where):
             f"{where} is no folder here; to fetch a model of that name: pip install huggingface_hub"
         ) from error
     try:
-        folder = Path(huggingface_hub.snapshot_download(where, allow_patterns=[*MODELS, *TOKENIZERS]))
+        folder = Path(huggingface_hub.snapshot_download(where, allow_patterns=[*MODELS, *BESIDE]))
         if not any(folder.glob("*.safetensors")):
             huggingface_hub.snapshot_download(where, allow_patterns=PICKLES)
         return folder

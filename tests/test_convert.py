@@ -183,7 +183,8 @@ def test_weights_that_a_dtype_cannot_hold_are_refused(tmp_path):
 
 def test_what_stands_beside_the_weights_goes_where_they_go(tmp_path):
     _, folder = saved("bert", tmp_path / "theirs", hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
-    beside = {"tokenizer.json": "{}", "chat_template.jinja": "{{x}}", "added_tokens.json": "{}", "vocab.txt": "a"}
+    beside = {"tokenizer.json": "{}", "chat_template.jinja": "{{x}}", "added_tokens.json": "{}", "vocab.txt": "a",
+              "README.md": "theirs", "LICENSE": "mine"}  # fmt: skip
     for name, text in beside.items():
         (folder / name).write_text(text)
     export(open_model(str(folder)), tmp_path / "back")
@@ -314,6 +315,14 @@ def test_without_a_known_tokenizer_weights_go_out_alone_and_a_line_says_so(tmp_p
     assert "the tokenizer is unknown here: " in capsys.readouterr().out
     assert not list((tmp_path / "hf").glob("tokenizer*"))
     loaded_there(tmp_path / "hf", "AutoModelForCausalLM")
+
+
+def test_the_model_card_says_nothing_of_a_training_that_was_not_ours(exported, tmp_path):
+    folder = shutil.copytree(exported["gpt2"][1], tmp_path / "theirs")
+    (folder / "README.md").unlink()
+    export(open_model(str(folder)), tmp_path / "back")
+    card = (tmp_path / "back" / "README.md").read_text()
+    assert "AutoModelForCausalLM" in card and "training" not in card
 
 
 def test_a_run_whose_meta_json_is_damaged_goes_out_without_tokenizer_and_says_so(tmp_path, capsys):
