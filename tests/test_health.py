@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import json
 import math
 import shutil
@@ -17,7 +18,7 @@ from health import WINDOW, defect
 from model import ModelConfig, Transformer
 from optim import OptimConfig, build_optimizer
 from parallel import World
-from ranks import on_ranks, records, run, settings, write_data
+from ranks import on_ranks, records, run, settings, wait_until, write_data
 
 LAYOUTS = {"ddp": {}, "fsdp": {"strategy": "fsdp", "max_steps": 10},
            "tp": {"tp": 2, "seq_len": 8, "batch_tokens": 48, "n_head": 4, "max_steps": 10}}  # fmt: skip
@@ -255,12 +256,12 @@ def test_a_run_whose_first_steps_are_skipped_is_saved_and_goes_on_to_the_bit(dat
 
 
 def test_going_back_passes_over_a_damaged_checkpoint(data_dir, tmp_path, no_curves, capsys, monkeypatch):
-    step, out_dir, damaged = train.train_step, tmp_path / "run", []
+    step, out_dir, steps, damaged = train.train_step, tmp_path / "run", itertools.count(1), []
 
     def damage_step_8(*args):
-        newest = checkpoints(out_dir)[-1:]
-        if newest and newest[0].name == "step_00000008" and not damaged:
-            damaged.append(next(newest[0].glob("*.safetensors")))
+        if next(steps) == 9:  # the first after the checkpoint, which is still being written
+            wait_until((out_dir / "ckpt" / "step_00000008").is_dir)
+            damaged.append(next((out_dir / "ckpt" / "step_00000008").glob("*.safetensors")))
             damaged[0].write_bytes(b"no tensors")
         return step(*args)
 
