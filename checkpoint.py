@@ -26,6 +26,7 @@ from rundir import sha256
 
 
 FILE_BYTES = 2**27
+FREE = {"dropout", "label_smoothing"}  # settings of a model that have no weights
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Saver:
         arguments = (
             step,
             self._staged(tensors),
-            _file_numbers(tensors, self.world),
+            file_numbers(tensors, self.world),
             {"model": asdict(model.cfg), **facts},
         )
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True, name="saver")
@@ -129,7 +130,7 @@ class Saver:
             self._problem = error
 
 
-def _file_numbers(tensors, world):
+def file_numbers(tensors, world):
     """{name: number of the file, from 1, that holds a tensor}, so that a rank's files have about FILE_BYTES each.
 
     torch makes a file in memory before it writes it, and keeps Python, training's too, from going on for the last copy.
@@ -141,7 +142,7 @@ def _file_numbers(tensors, world):
     return numbers
 
 
-def write_checkpoint(out_dir, step, tensors, file_numbers, facts, world):
+def write_checkpoint(out_dir, step, tensors, numbers, facts, world):
     """Writes checkpoint `step` beside its place, syncs it, then renames it; Failure on all ranks where one fails."""
     import torch.distributed.checkpoint as dcp  # here, since it takes half a second
 
@@ -155,7 +156,7 @@ def write_checkpoint(out_dir, step, tensors, file_numbers, facts, world):
         partial.mkdir(parents=True)
 
     def write():
-        writer = dcp.HuggingFaceStorageWriter(str(partial), file_numbers, save_distributed=True)
+        writer = dcp.HuggingFaceStorageWriter(str(partial), numbers, save_distributed=True)
         dcp.save(tensors, storage_writer=writer, process_group=world.cpu_group, no_dist=world.size == 1)
         return {path.name: sha256(path) for path in partial.glob(f"shard-{world.rank + 1:05d}-*.safetensors")}
 
@@ -289,7 +290,7 @@ def load_checkpoint(path, model, optimizer=None):
     wanted, found = asdict(model.cfg), asdict(config_of_checkpoint(path, manifest))
     differing = [
         f"{name} {found[name]} there, {wanted[name]} here"
-        for name in sorted(wanted.keys() - {"dropout", "label_smoothing"})  # which have no weights
+        for name in sorted(wanted.keys() - FREE)
         if found[name] != wanted[name]
     ]
     if differing:

@@ -4,7 +4,7 @@
     python convert.py --init_from=gpt2 --to_hf=copy                     # a Hugging Face model, to another one
     python convert.py --from_nanogpt=out/ckpt.pt --out_dir=out/nanogpt  # nanoGPT's checkpoint, to a run
 
-Weights of Hugging Face need no conversion to start from: train.py, sample.py and bench.py take --init_from=.
+Weights of Hugging Face need no conversion to start from: train.py, sample.py, bench.py and plan.py take --init_from=.
 """
 
 import contextlib
@@ -85,13 +85,14 @@ def export(source, folder, dtype=None):
             raise ValueError(f"{folder} is not empty; name another folder with --to_hf=, or remove it")
         partial.mkdir()
         special_ids = put_tokenizer(source, tokenizer, partial)
-        config = config_of(source.cfg, special_ids, dtype or source.dtype, source.carried)
+        carried = source.carried
+        config = config_of(source.cfg, special_ids, dtype or source.dtype, carried)
         write_json(config, partial / "config.json")
         if source.cfg.objective == "clm" and not (partial / "generation_config.json").exists():
             known_ids = {name: id_ for name, id_ in special_ids.items() if id_ is not None}
             write_json(known_ids, partial / "generation_config.json")
         itemsize = getattr(torch, dtype or source.dtype).itemsize
-        n_bytes = write_weights(their_tensors(source.cfg, source.read, source.carried), partial, dtype, itemsize)
+        n_bytes = write_weights(their_tensors(source.cfg, source.read, carried), partial, dtype, itemsize)
         name = Path(os.path.abspath(folder)).name
         if not (partial / "README.md").exists():
             (partial / "README.md").write_text(card(source, family, name, tokenizer), encoding="utf-8")
@@ -107,7 +108,7 @@ def export(source, folder, dtype=None):
 
 
 def put_tokenizer(source, tokenizer, folder):
-    """Writes a run's tokenizer, if it is known, or copies a Hugging Face model's; returns {name: id} for the configs."""
+    """Writes a run's tokenizer, if known, or copies a Hugging Face model's; returns {name: id} for the configs."""
     special_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # or theirs would have their own
     if isinstance(source, HubModel):
         for name in BESIDE:

@@ -1,4 +1,4 @@
-"""A tokenizer as the files that Hugging Face's libraries load: tokenizer.json and tokenizer_config.json."""
+"""A tokenizer to and from the files that Hugging Face's libraries load: tokenizer.json, tokenizer_config.json."""
 
 import itertools
 import json

@@ -1,6 +1,5 @@
 """nanoGPT's checkpoints as runs."""
 
-import itertools
 import json
 import math
 import pickle
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from checkpoint import FILE_BYTES, Failure, RunConfig, checkpoints, write_checkpoint
+from checkpoint import Failure, RunConfig, checkpoints, file_numbers, write_checkpoint
 from data import DataConfig
 from families import GPT2, slots
 from hub import is_plain
@@ -58,10 +57,9 @@ def import_nanogpt(path, out_dir, tokenizer=None):
         "val_loss": saved["best_val_loss"],
     }
     facts = {"model": asdict(cfg), "state": state, "settings": preset, "scaler": {}, "val_loss": state["val_loss"]}
-    starts = itertools.accumulate((tensor.nbytes for tensor in tensors.values()), initial=0)
-    file_numbers = {name: 1 + start // FILE_BYTES for name, start in zip(tensors, starts)}
+    world = World(0, 1, torch.device("cpu"), "fp32")
     try:
-        write_checkpoint(out_dir, step, tensors, file_numbers, facts, World(0, 1, torch.device("cpu"), "fp32"))
+        write_checkpoint(out_dir, step, tensors, file_numbers(tensors, world), facts, world)
     except Failure as error:
         if not error.is_of_disk:
             raise

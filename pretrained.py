@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import checkpoints, config_of_checkpoint, newest_checkpoint, read_manifest, tensor_reader
+from checkpoint import FREE, checkpoints, config_of_checkpoint, newest_checkpoint, read_manifest, tensor_reader
 from config import preset_value
 from families import resolved
 from hub import HubModel, folder_of, model_config_in, open_tensors, read_config, save_tensors
@@ -14,7 +14,6 @@ from model import ModelConfig, Transformer
 from rundir import tokenizer_of
 from tokenizer import load_tokenizer
 
-FREE = {"dropout", "label_smoothing"}  # settings that have no weights
 CARRIED = "carried.safetensors"
 SOME_TEXT = "Two words, 3 dots..."
 
