@@ -5,8 +5,8 @@ import json
 import multiprocessing
 import os
 import pickle
-import random
 import runpy
+import secrets
 import shutil
 import socket
 import subprocess
@@ -236,9 +236,12 @@ def _rank_main(pipe, rank, n, cases, ports):
 
 
 def free_port():
-    """A free port below those that the system hands out by itself: it must still be free when its turn comes."""
+    """A free port below those that the system hands out by itself: it must still be free when its turn comes.
+
+    By the system's random numbers: Python's are seeded by the evaluation harness, alike in all of pytest's workers.
+    """
     while True:
-        port = random.randrange(10_000, 32_000)
+        port = 10_000 + secrets.randbelow(22_000)
         with socket.socket() as s, contextlib.suppress(OSError):
             s.bind(("127.0.0.1", port))
             return port
