@@ -17,33 +17,24 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import cost
-import machine
-import meters
-from ceilings import ceilings_table, measure_ceilings
-from checkpoint import RunConfig
-from config import only, run_script
-from data import DataConfig, Loader, Split, TrainOrder, accumulation_steps, seq_len_of
-from hardware import known_device, measured, measured_matmul_flops, peak_flops, this
-from health import defect
-from memory import explaining_out_of_memory, memory, setup_here
+from config import UserError, only, run_script
+from data import DataConfig, accumulation_steps, seq_len_of
+from interop.pretrained import resolve
 from model import ModelConfig
 from objective import ObjectiveConfig, head_share, windows_of
 from optim import OptimConfig
-from parallel import (
-    ParallelConfig,
-    device_name,
-    end_process,
-    init_world,
-    memory_now_gib,
-    peak_memory_gib,
-    pick_device,
-    reset_peak_memory,
-)
+from parallel import ParallelConfig
+from perf import cost, machine, meters
+from perf.ceilings import ceilings_table, measure_ceilings
+from perf.hardware import known_device, measured, measured_matmul_flops, peak_flops, this
+from perf.memory import explaining_out_of_memory, memory, setup_here
+from perf.report_bench import compare, draw, draw_memory, errors, print_operators, report
+from perf.sweep import SweepConfig, sweep
 from plan import OutputConfig, PlanConfig, step_parts, write_json
-from report_bench import compare, draw, draw_memory, errors, print_operators, report
-from sweep import SweepConfig, sweep
-from train import build, filled_in, prepare_command, train_step, windows_for
+from run.folder import RunConfig
+from run.health import HealthConfig
+from train import build, open_data, train_step
+from world import WorldConfig, device_name, end_process, init_world, memory_now_gib, peak_memory_gib, pick_device, reset_peak_memory
 
 
 @dataclass(frozen=True)
@@ -64,7 +55,7 @@ class BenchConfig:
                 f"bench_warmup is {self.bench_warmup}, bench_seconds {self.bench_seconds}; neither may be negative"
             )
         if wrong:
-            raise ValueError("\n".join(wrong))
+            raise UserError("\n".join(wrong))
 
 
 @dataclass(frozen=True)
@@ -78,6 +69,8 @@ class Settings:
     data: DataConfig
     optim: OptimConfig
     parallel: ParallelConfig
+    world: WorldConfig
+    health: HealthConfig = only("spike_z")
     run: RunConfig = only("init_from")  # whose shape is measured, with random weights
     presets: tuple = ()
     files: tuple = ()
@@ -85,9 +78,9 @@ class Settings:
 
     def __post_init__(self):
         if self.output.compare and len(self.files) != 2:
-            raise ValueError(f"compare takes two files, not {len(self.files)}: bench.py --compare A.json B.json")
+            raise UserError(f"compare takes two files, not {len(self.files)}: bench.py --compare A.json B.json")
         if self.files and not self.output.compare:
-            raise ValueError(f"{' '.join(self.files)}: files of figures are read by --compare alone")
+            raise UserError(f"{' '.join(self.files)}: files of figures are read by --compare alone")
         if not self.run.init_from:  # whose block_size may be another
             seq_len_of(self)  # raises where it does not fit the model
 
@@ -111,7 +104,7 @@ def is_of_machine(cfg):
 
 def bench_machine(cfg):
     """What this machine can do, whatever is trained on it; kept for plan.py --gpu=this and for the next benchmarks."""
-    with init_world(cfg.parallel) as world:
+    with init_world(cfg.world, cfg.parallel) as world:
         folder = os.path.dirname(cfg.plan.machine) or "."
         figures = machine.measure(world, folder)
         if world.is_main:
@@ -129,10 +122,10 @@ def bench_machine(cfg):
 def sweep_settings(cfg):
     """The figures of sweep.py."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("sweep starts processes itself, one after the other, for one device: run it without torchrun")
-    given, cfg = cfg, filled_in(cfg)
+        raise UserError("sweep starts processes itself, one after the other, for one device: run it without torchrun")
+    given, cfg = cfg, resolve(cfg)
     accumulation_steps(cfg.data, cfg.data.seq_len, 1)  # raises where micro_batch_size does not fit
-    return sweep(cfg, given, compiled_by_default=pick_device(cfg.parallel.device).type == "cuda")
+    return sweep(cfg, given, compiled_by_default=pick_device(cfg.world.device).type == "cuda")
 
 
 # ---- a benchmark of training
@@ -140,8 +133,8 @@ def sweep_settings(cfg):
 
 def bench_training(cfg):
     """Measures training, and prints, draws and writes the figures."""
-    with init_world(cfg.parallel) as world:
-        cfg = filled_in(cfg)
+    with init_world(cfg.world, cfg.parallel) as world:
+        cfg = resolve(cfg)
         with explaining_out_of_memory(cfg, world):
             figures = measure(cfg, world)
         if world.is_main:
@@ -156,13 +149,13 @@ def measure(cfg, world):
     reset_peak_memory(world.device)
     memory_before = memory_now_gib(world.device)
     model, optimizer, scaler = build(cfg, world, seed=1337)
-    batches = real_batches(cfg, micro_steps, world) if cfg.bench.real_data else random_batches(cfg, micro_steps, world)
+    batches = real_batches(cfg, world) if cfg.bench.real_data else random_batches(cfg, micro_steps, world)
 
-    def step(n_micro_steps, world=world, judge=defect):
+    def step(n_micro_steps):
         start = time.perf_counter()
-        world.at("waiting for data")
-        batch = next(batches)[:n_micro_steps]
-        train_step(model, optimizer, scaler, batch, cfg.optim.grad_clip, world, judge)
+        with world.phase("data"):
+            batch = next(batches)[:n_micro_steps]
+        train_step(model, optimizer, scaler, batch, cfg, world)
         world.synchronize()
         return world.worst(time.perf_counter() - start)
 
@@ -173,10 +166,10 @@ def measure(cfg, world):
     figures = speed(cfg, model, micro_steps, n, times, world)
     figures |= energy(power_w, statistics.mean(times), figures["tokens"], world)
     n_more = max(1, min(3, int(cfg.bench.bench_seconds / 10 / max(times))))
-    figures["time_share"] = meters.time_shares(lambda world: step(n, world), world, n_more)
+    figures["time_share"] = meters.time_shares(lambda: step(n), world, n_more)
     n_traced = min(max(n, 2), micro_steps)
     parts, traced = meters.memory_parts(
-        lambda world, judge: step(n_traced, world, judge),
+        lambda: step(n_traced),
         model,
         optimizer,
         world,
@@ -207,12 +200,9 @@ def random_batches(cfg, micro_steps, world):
         yield step
 
 
-def real_batches(cfg, micro_steps, world):
+def real_batches(cfg, world):
     """Yields the micro-batches of a training run, as train.py would see them."""
-    split = Split(cfg.data.data_dir, "train", cfg.model.vocab_size, prepare_command(cfg))
-    windows = windows_for(cfg, seed=1337)
-    order = TrainOrder(split, windows.stride, seed=1337)
-    loader = Loader(order, windows, 0, micro_steps, cfg.data.micro_batch_size, world)
+    loader, _ = open_data(cfg, world)
     while True:
         yield loader.next()[0]
 

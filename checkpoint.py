@@ -16,28 +16,23 @@ import threading
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
 
 import torch
 
+from config import UserError
+from data import sha256
 from model import ModelConfig
-from optim import local
-from rundir import sha256
-
+from world import local
 
 FILE_BYTES = 2**27
 FREE = {"dropout", "label_smoothing"}  # settings of a model that have no weights
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    out_dir: str | None = None  # folder of the run; none: out/ and the last preset's name
-    seed: int = 1337  # of initial weights, order of the data, and dropout
-    resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest checkpoint in out_dir; never: refuse to
-    init_from: str | None = None  # weights to start from: a run's folder, or a Hugging Face model's folder or name
-    save_interval: int | None = 1000  # steps between checkpoints, the last step is always saved; none: no checkpoints
-    keep_checkpoints: int = 3  # newest checkpoints kept, beside the best by validation loss
-    keep_every: int | None = None  # checkpoints of steps that this divides are kept for good
+class CheckpointConfig:
+    save_interval: int | None = 1000  # steps between checkpoints; the last step is always saved; none: no checkpoints
+    keep_checkpoints: int = 3  # newest checkpoints to keep, beside the best by validation loss
+    keep_every: int | None = None  # keep for good the checkpoints whose step is a multiple of this
 
     def __post_init__(self):
         wrong = [
@@ -45,10 +40,8 @@ class RunConfig:
             for name in ("save_interval", "keep_checkpoints", "keep_every")
             if getattr(self, name) is not None and getattr(self, name) < 1
         ]
-        if not 0 <= self.seed < 2**63:
-            wrong.append(f"seed is {self.seed}; it must be at least 0 and below 2**63")
         if wrong:
-            raise ValueError("\n".join(wrong))
+            raise UserError("\n".join(wrong))
 
 
 def checkpoints(out_dir):
@@ -62,15 +55,15 @@ def step_of(path):
     return int(path.name[5:])
 
 
-class Saver:
+class CheckpointWriter:
     """Writes checkpoints while training goes on: one at a time, each of them whole or absent.
 
     `failed` says whether this rank knows of one that could not be written; wait() then raises.
     """
 
-    def __init__(self, cfg, world, newest=0):
-        """newest: step of the checkpoint that the run goes on from, which need not be written again."""
-        self.cfg, self.world, self.newest = cfg, world, newest
+    def __init__(self, out_dir, cfg, world):
+        self.out_dir, self.cfg, self.world = out_dir, cfg, world
+        self.newest = 0  # step of the last checkpoint that is written or was loaded
         self._stager = self._thread = self._problem = None
 
     @property
@@ -96,15 +89,15 @@ class Saver:
         self._thread.start()
 
     def wait(self):
-        """Waits for what is being written; ValueError, on all ranks, where it could not be."""
+        """Waits for what is being written; UserError, on all ranks, where it could not be."""
         if self._thread:
-            self.world.at(f"waiting for checkpoint {self.newest} to be written")
-            self._thread.join()
+            with self.world.phase("checkpoint", f"{self.newest} is being written"):
+                self._thread.join()
             self._thread = None
         if isinstance(self._problem, Failure) and self._problem.is_of_disk:
-            whole = checkpoints(self.cfg.out_dir)
-            raise ValueError(
-                f"the checkpoint of step {self.newest} could not be written to {self.cfg.out_dir} ({self._problem}); "
+            whole = checkpoints(self.out_dir)
+            raise UserError(
+                f"the checkpoint of step {self.newest} could not be written to {self.out_dir} ({self._problem}); "
                 + (f"the newest whole one is {whole[-1].name}: " if whole else "there is none yet: ")
                 + "make room, then the same command goes on"
             )
@@ -124,8 +117,8 @@ class Saver:
 
     def _write(self, *arguments):
         try:
-            write_checkpoint(self.cfg.out_dir, *arguments, self.world)
-            together(self.world, lambda: self.world.is_main and remove_old_checkpoints(self.cfg.out_dir, self.cfg))
+            write_checkpoint(self.out_dir, *arguments, self.world)
+            together(self.world, lambda: self.world.is_main and remove_old_checkpoints(self.out_dir, self.cfg))
         except Exception as error:  # whatever it is, training must hear of it
             self._problem = error
 
@@ -235,7 +228,7 @@ def read_manifest(path):
         manifest = json.loads((Path(path) / "manifest.json").read_text(encoding="utf-8"))
         return {"files": manifest["files"], "model": manifest["model"], "step": manifest["step"], **manifest}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} has no readable manifest.json ({type(error).__name__}: {error}); it is no checkpoint "
             f"of flatlm's, or damaged"
         ) from error
@@ -244,12 +237,12 @@ def read_manifest(path):
 def newest_checkpoint(run_dir, world=None):
     """The newest checkpoint of a run whose checksums are right; says which ones it passes over.
 
-    ValueError where there is none. Several ranks, if world is given, share out the reading.
+    UserError where there is none. Several ranks, if world is given, share out the reading.
     """
     paths = checkpoints(run_dir) if world is None else world.gather(checkpoints(run_dir))[0]
     if not paths:
         there = "does not exist" if not Path(run_dir).is_dir() else "holds no checkpoint of flatlm's (ckpt/step_*)"
-        raise ValueError(f"{run_dir} {there}; train.py makes one, in its out_dir")
+        raise UserError(f"{run_dir} {there}; train.py makes one, in its out_dir")
     problems = []
     for path in reversed(paths):
         try:
@@ -260,7 +253,7 @@ def newest_checkpoint(run_dir, world=None):
         if problems and (world is None or world.is_main):
             print(*problems, f"taking {path.name} instead", sep="\n", flush=True)
         return path
-    raise ValueError("; ".join([*problems, f"{run_dir} has no other checkpoint; bring one back, or start a new run"]))
+    raise UserError("; ".join([*problems, f"{run_dir} has no other checkpoint; bring one back, or start a new run"]))
 
 
 def set_aside(paths):
@@ -271,15 +264,15 @@ def set_aside(paths):
 
 
 def _check(path, world):
-    """ValueError where a checkpoint lacks a file or has another checksum, of those files that are this rank's share."""
+    """UserError where a checkpoint lacks a file or has another checksum, of those files that are this rank's share."""
     manifest = read_manifest(path)
     if "checksum" in manifest and _checksum(manifest) != manifest["checksum"]:  # older ones have none
-        raise ValueError(f"{path / 'manifest.json'} is damaged: it is not what its checksum is of")
+        raise UserError(f"{path / 'manifest.json'} is damaged: it is not what its checksum is of")
     files = manifest["files"]
     names = sorted({*files, *(file.name for file in path.glob("*.safetensors"))})
     for name in names if world is None else names[world.rank :: world.size]:
         if not (path / name).exists() or sha256(path / name) != files.get(name):
-            raise ValueError(f"{path / name} is missing or damaged: its checksum is not the manifest's")
+            raise UserError(f"{path / name} is missing or damaged: its checksum is not the manifest's")
 
 
 def load_checkpoint(path, model, optimizer=None):
@@ -294,7 +287,7 @@ def load_checkpoint(path, model, optimizer=None):
         if found[name] != wanted[name]
     ]
     if differing:
-        raise ValueError(f"{path} is of another model: {', '.join(differing)}; give the same settings")
+        raise UserError(f"{path} is of another model: {', '.join(differing)}; give the same settings")
     _quieten()
     dcp.load(_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     return manifest
@@ -320,22 +313,10 @@ def tensor_reader(path):
 def config_of_checkpoint(path, manifest):
     """The settings of a checkpoint's model; those that are younger than it have their defaults."""
     if unknown := manifest["model"].keys() - {field.name for field in fields(ModelConfig)}:
-        raise ValueError(
+        raise UserError(
             f"{path} is of a model with settings that this code does not know: {', '.join(sorted(unknown))}"
         )
     return ModelConfig(**manifest["model"])
-
-
-def changed_settings(old, new, fixed):
-    """Lines `name: old -> new` of the settings that a resumed run changes; ValueError where `fixed` holds one."""
-    changes = {name: f"{name}: {old[name]} -> {new[name]}" for name in new if name in old and old[name] != new[name]}
-    refused = [line for name, line in changes.items() if name in fixed]
-    if refused:
-        raise ValueError(
-            f"a run cannot go on with another model, data, objective, seed or optimizer; here {'; '.join(refused)}; "
-            f"use the old values, or a new run with --out_dir="
-        )
-    return list(changes.values())
 
 
 def _quieten():

@@ -20,13 +20,13 @@ from typing import Literal
 
 import torch
 
-from checkpoint import RunConfig
-from config import only, run_script
-from families import config_of, family_of, their_tensors
-from hub import BESIDE, HubModel, save_tensors
-from hub_tokenizer import write_tokenizer
-from nanogpt import import_nanogpt
-from pretrained import fitting, open_model, place_of
+from config import UserError, only, run_script
+from interop.families import config_of, family_of, their_tensors
+from interop.hub import BESIDE, HubModel, save_tensors
+from interop.nanogpt import import_nanogpt
+from interop.pretrained import fitting, open_model, place_of
+from interop.tokenizer import write_tokenizer
+from run.folder import RunConfig
 
 SHARD_BYTES = 5 * 10**9  # of a file of weights, as transformers below 5 writes them
 
@@ -48,12 +48,12 @@ class Settings:
 
 def main(cfg):
     if (cfg.convert.to_hf is None) == (cfg.convert.from_nanogpt is None):
-        raise ValueError(
+        raise UserError(
             "give one of to_hf, the folder of a Hugging Face model to write, and from_nanogpt, a ckpt.pt to read"
         )
     if cfg.convert.from_nanogpt:
         if not cfg.run.out_dir:
-            raise ValueError("out_dir is none; name the folder of the run to make, as in --out_dir=out/nanogpt")
+            raise UserError("out_dir is none; name the folder of the run to make, as in --out_dir=out/nanogpt")
         lines = import_nanogpt(cfg.convert.from_nanogpt, cfg.run.out_dir, cfg.convert.nanogpt_tokenizer)
         written = f"{cfg.convert.from_nanogpt}: written to {cfg.run.out_dir} as a run, which goes on by:"
         print(*lines, f"{written} python train.py {cfg.run.out_dir}/config.py", sep="\n")
@@ -73,7 +73,7 @@ def return_freed_memory():
 def export(source, folder, dtype=None):
     """Writes an opened model as a Hugging Face model into a folder; its config.json comes last, when all is there.
 
-    A model that transformers cannot compute raises ValueError, as does a folder that holds something.
+    A model that transformers cannot compute raises UserError, as does a folder that holds something.
     """
     family, final = family_of(source.cfg), Path(folder)
     tokenizer = tokenizer_for(source)
@@ -82,7 +82,7 @@ def export(source, folder, dtype=None):
         final.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)  # of an export that was cut short
         if any(final.iterdir()):
-            raise ValueError(f"{folder} is not empty; name another folder with --to_hf=, or remove it")
+            raise UserError(f"{folder} is not empty; name another folder with --to_hf=, or remove it")
         partial.mkdir()
         special_ids = put_tokenizer(source, tokenizer, partial)
         carried = source.carried
@@ -99,7 +99,7 @@ def export(source, folder, dtype=None):
         for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, final / path.name)
     except OSError as error:
-        raise ValueError(f"to_hf {folder} cannot be written ({error}); make room, or name another folder") from error
+        raise UserError(f"to_hf {folder} cannot be written ({error}); make room, or name another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         with contextlib.suppress(OSError):  # of a folder that holds something, as it should by now
@@ -149,7 +149,7 @@ def write_weights(tensors, folder, dtype=None, itemsize=4, shard_bytes=SHARD_BYT
         made = {name: make() if dtype is None else make().to(getattr(torch, dtype)) for name, make in shard}
         if wrong := [name for name, tensor in made.items() if not tensor.isfinite().all()]:
             what = "are not finite" if dtype is None else f"are not finite in {dtype}"
-            raise ValueError(f"some weights, those of {wrong[0]} first, {what}; use another hf_dtype, or other weights")
+            raise UserError(f"some weights, those of {wrong[0]} first, {what}; use another hf_dtype, or other weights")
         save_tensors(made, folder / file, {"format": "pt"})
         shutil.copymode(folder / "config.json", folder / file)  # safetensors lets only the owner read
         file_of |= dict.fromkeys(made, file)

@@ -4,12 +4,14 @@ A data folder holds {train,val}_000000.bin, ... and meta.json. A shard is a 24-b
 uint32, which are memory-mapped. nanoGPT's raw train.bin and llm.c's and modded-nanogpt's files are read as they are.
 """
 
+import contextlib
 import hashlib
 import json
 import mmap
 import os
 import queue
 import re
+import shlex
 import struct
 import threading
 import time
@@ -17,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from config import UserError, preset_value
 
 HEADER = struct.Struct("<8sIIQ")  # magic, version, bytes a token, tokens
 MAGIC, VERSION = b"flatlm\0\0", 1
@@ -38,14 +42,14 @@ class DataConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1
         ]
         if wrong:
-            raise ValueError("\n".join(wrong))
+            raise UserError("\n".join(wrong))
 
 
 def seq_len_of(cfg):
     """Tokens of a training sequence: seq_len, or block_size where it is none."""
     seq_len, block_size = cfg.data.seq_len, cfg.model.block_size
     if seq_len is not None and seq_len > block_size:
-        raise ValueError(f"seq_len {seq_len} is above block_size {block_size}; lower it, or raise block_size")
+        raise UserError(f"seq_len {seq_len} is above block_size {block_size}; lower it, or raise block_size")
     return seq_len or block_size
 
 
@@ -62,7 +66,7 @@ def accumulation_steps(cfg, seq_len, ranks):
             if near
             else f"batch_tokens {max(1, round(cfg.batch_tokens / at_once)) * at_once} would fit"
         )
-        raise ValueError(
+        raise UserError(
             f"batch_tokens {cfg.batch_tokens} is not a multiple of {at_once} = micro_batch_size "
             f"{cfg.micro_batch_size} x seq_len {seq_len} x {ranks} ranks; {remedy}"
         )
@@ -70,6 +74,12 @@ def accumulation_steps(cfg, seq_len, ranks):
 
 
 # ---- shards on disk
+
+
+def sha256(path):
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class ShardWriter:
@@ -120,7 +130,7 @@ def open_shard(path):
         _, version, token_bytes, count = HEADER.unpack(head[: HEADER.size].ljust(HEADER.size, b"\0"))
         dtype, start = {2: np.uint16, 4: np.uint32}.get(token_bytes), HEADER.size
         if version != VERSION or dtype is None:
-            raise ValueError(
+            raise UserError(
                 f"{path} has version {version} and {token_bytes} bytes a token; "
                 f"this code reads version {VERSION} with 2 or 4"
             )
@@ -129,12 +139,12 @@ def open_shard(path):
     elif path.name in ("train.bin", "val.bin") and size % 2 == 0:  # nanoGPT's have no header
         dtype, start, count = np.uint16, 0, size // 2
     else:
-        raise ValueError(
+        raise UserError(
             f"{path} is no token shard: neither flatlm's nor llm.c's header is at its start; "
             f"make the data again with prepare.py"
         )
     if size != start + count * np.dtype(dtype).itemsize:
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged: for the {count} tokens that its header promises it must have "
             f"{start + count * np.dtype(dtype).itemsize} bytes, and has {size}; make the data again with prepare.py"
         )
@@ -163,7 +173,7 @@ def read_meta(data_dir):
             "splits": {name: meta["splits"][name] for name in ("train", "val")},
         }
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged ({type(error).__name__}: {error}); remove it and make the data again with prepare.py"
         ) from error
 
@@ -172,18 +182,25 @@ def vocab_size_of(data_dir, make_command):
     """The vocabulary that a data folder was made with."""
     meta = read_meta(_folder(data_dir, make_command))
     if not meta:
-        raise ValueError(
+        raise UserError(
             f"{data_dir} has no meta.json to take vocab_size from; set vocab_size, or finish: {make_command}"
         )
     return meta["vocab_size"]
 
 
+def prepare_command(cfg):
+    """The command that makes a script's data: from its presets, if they set data_dir, else from the user's own text."""
+    if cfg.presets and preset_value(cfg.presets, "data_dir") == cfg.data.data_dir:
+        return shlex.join(["python", "prepare.py", *cfg.presets])
+    return f"python prepare.py --input=FILES --data_dir={cfg.data.data_dir}"
+
+
 def _folder(data_dir, make_command):
     if data_dir is None:
-        raise ValueError("data_dir is none; set it to a folder that prepare.py made")
+        raise UserError("data_dir is none; set it to a folder that prepare.py made")
     if not Path(data_dir).is_dir():
         what = "is no folder" if Path(data_dir).exists() else "does not exist"
-        raise ValueError(f"data_dir {data_dir} {what}; make it: {make_command}")
+        raise UserError(f"data_dir {data_dir} {what}; make it: {make_command}")
     return Path(data_dir)
 
 
@@ -209,16 +226,16 @@ class Split:
         # The split's name as a word: "val" is not in medieval_train.bin.
         self.paths = sorted(p for p in folder.glob("*.bin") if re.search(rf"(^|[_.-]){split}[_.-]", p.name))
         if fault := _fault(folder, split, self.paths, meta):
-            raise ValueError(f"{folder} {fault}; make the data: {make_command}")
+            raise UserError(f"{folder} {fault}; make the data: {make_command}")
         if meta and meta["vocab_size"] > vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"vocab_size is {vocab_size}, but {folder} was made with a vocabulary of {meta['vocab_size']}; "
                 f"set vocab_size to that, or to none, or make the data with the tokenizer of the weights to start from"
             )
         self.shards = [open_shard(path) for path in self.paths]
         for path, shard in zip(self.paths, self.shards) if meta else ():
             if len(shard) != (promised := meta["splits"][split]["shards"][path.name]):
-                raise ValueError(
+                raise UserError(
                     f"{path} holds {len(shard)} tokens, meta.json says {promised}; {make_command} makes it"
                 )
         self.tokens = sum(map(len, self.shards))
@@ -244,7 +261,7 @@ class Split:
         """Fills row with the tokens of a shard from start on."""
         row[:] = self.shards[shard][start : start + len(row)]
         if row.max() >= self.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"{self.paths[shard]} holds the token id {row.max()}, but vocab_size is {self.vocab_size}; "
                 f"set vocab_size to the tokenizer's or make the data again"
             )
@@ -288,7 +305,7 @@ class TrainOrder:
         self.ends = np.cumsum([max(0, len(shard) // stride - 1) for shard in split.shards])
         self.per_epoch = int(self.ends[-1])
         if self.per_epoch == 0:
-            raise ValueError(
+            raise UserError(
                 f"the {split.name} split has no shard of 2 x {stride} tokens (its longest has "
                 f"{max(map(len, split.shards))}); shorten seq_len or block_size, or add text"
             )
@@ -315,16 +332,23 @@ class Loader:
 
     def __init__(self, order, windows, seen, micro_steps, micro_batch_size, world, ahead=3):
         """world has data_rank, which part of the data this is, data_ranks, how many there are, and the device."""
-        self._order, self._windows, self._seen = order, windows, seen
+        self.split, self._order, self._windows, self._seen = order.split, order, windows, seen
         self._micro_steps, self._micro_batch_size = micro_steps, micro_batch_size
         self._rank, self._ranks, self._device = world.data_rank, world.data_ranks, world.device
-        self._ready, self._stop = queue.Queue(maxsize=ahead), threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="loader")
-        self._thread.start()
+        self._ahead, self._thread = ahead, None
+
+    def seek(self, seen):
+        """Continues from sequence number `seen`."""
+        self.close()
+        self._seen = seen
 
     def next(self):
         """One step's micro-batches, tuples of what the model takes, on the device, and the seconds waited for them."""
         start = time.perf_counter()
+        if self._thread is None:
+            self._ready, self._stop = queue.Queue(maxsize=self._ahead), threading.Event()
+            self._thread = threading.Thread(target=self._run, daemon=True, name="loader")
+            self._thread.start()
         step = self._ready.get()
         waited = time.perf_counter() - start
         if isinstance(step, Exception):
@@ -333,12 +357,13 @@ class Loader:
 
     def close(self):
         """Ends the thread."""
+        if self._thread is None:
+            return
         self._stop.set()
         while self._thread.is_alive():
-            try:
+            with contextlib.suppress(queue.Empty):
                 self._ready.get(timeout=0.05)
-            except queue.Empty:
-                pass
+        self._thread = None
 
     def _run(self):
         try:
@@ -379,7 +404,7 @@ def eval_batches(split, windows, eval_tokens, batch_size, rank, ranks):
     every rank equally many batches, have no targets.
     """
     if split.tokens < 2:
-        raise ValueError(
+        raise UserError(
             f"the {split.name} split has {split.tokens} tokens; evaluation needs at least 2: "
             f"raise --val_fraction of prepare.py"
         )

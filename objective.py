@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from config import UserError
+
 IGNORE = -100  # a target that takes no part in the loss
 
 
@@ -15,7 +17,7 @@ class ObjectiveConfig:
 
     def __post_init__(self):
         if not 0 < self.mask_prob < 1:
-            raise ValueError(f"mask_prob is {self.mask_prob}; it must be above 0 and below 1")
+            raise UserError(f"mask_prob is {self.mask_prob}; it must be above 0 and below 1")
 
 
 def windows_of(objective, cfg, seq_len, seed, meta):
@@ -23,9 +25,9 @@ def windows_of(objective, cfg, seq_len, seed, meta):
     if objective == "clm":
         return NextToken(seq_len)
     if not meta:
-        raise ValueError("mlm needs to know the special tokens of its data, which has no meta.json; use prepare.py")
+        raise UserError("mlm needs to know the special tokens of its data, which has no meta.json; use prepare.py")
     if cfg.whole_word_masking and not meta.get("continuations"):
-        raise ValueError(
+        raise UserError(
             f"whole_word_masking is on, but the tokenizer of the data, {meta.get('tokenizer')}, does not tell where "
             f"words start, as only WordPiece does; leave it off, or make the data with --tokenizer=vocab.txt, BERT's"
         )
@@ -60,9 +62,9 @@ class Masked:
     def __init__(self, seq_len, mask_prob, seed, vocab_size, specials, continuations=()):
         """specials: {name: id} of the tokenizer, which has a mask, cls, sep and pad token by either's usual name."""
         if seq_len < 3:
-            raise ValueError(f"seq_len is {seq_len}; masked training needs at least 3: [CLS], a token and [SEP]")
+            raise UserError(f"seq_len is {seq_len}; masked training needs at least 3: [CLS], a token and [SEP]")
         if (count := n_masked(seq_len, mask_prob)) > seq_len - 2:
-            raise ValueError(
+            raise UserError(
                 f"mask_prob {mask_prob} of seq_len {seq_len} is {count} tokens, and between [CLS] and [SEP] are only "
                 f"{seq_len - 2}; lower mask_prob"
             )
@@ -73,7 +75,7 @@ class Masked:
         self.continues = np.isin(np.arange(vocab_size), continuations)
         self.replacements = np.flatnonzero(~self.is_special)
         if not len(self.replacements):
-            raise ValueError(
+            raise UserError(
                 f"vocab_size is {vocab_size}, special tokens alone; masked training needs others to predict"
             )
         self.key = np.random.SeedSequence((seed, 2)).generate_state(2, np.uint64)
@@ -131,7 +133,7 @@ def special_id(specials, role):
     for name in (f"<|{role}|>", f"[{role.upper()}]"):
         if name in specials:
             return specials[name]
-    raise ValueError(
+    raise UserError(
         f"masked models need a {role} token, and the data's tokenizer has only {', '.join(specials) or 'none'}; "
         f"make the data with --tokenizer=bpe, byte or BERT's vocab.txt"
     )

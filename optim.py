@@ -6,6 +6,8 @@ from typing import Literal
 
 import torch
 
+from config import UserError
+from world import local
 
 STACK, MUON_DTYPE = 2**26, torch.bfloat16  # numbers that Muon orthogonalises at a time, 128 MiB, and in which dtype
 
@@ -46,7 +48,7 @@ class OptimConfig:
         if self.min_lr > self.learning_rate:
             wrong.append(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}; lower it")
         if wrong:
-            raise ValueError("\n".join(wrong))
+            raise UserError("\n".join(wrong))
 
     def last_step(self, batch_tokens):
         """Steps of the run: max_tokens over the tokens of a step, rounded up, or max_steps."""
@@ -185,17 +187,14 @@ class MuonAndAdamW(torch.optim.Optimizer):
         torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
         updates = [u.to(MUON_DTYPE) for u in torch._foreach_lerp(grads, averages, group["momentum"])]  # Nesterov's
         if self.world:
-            updates = self.world.on_whole_matrices(orthogonalize, updates, params)
+            from parallel import on_whole_matrices  # here, since DTensor takes half a second to import
+
+            updates = on_whole_matrices(orthogonalize, updates, params, self.world.mesh)
         else:
             updates = orthogonalize(torch.stack(updates))
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         for w, u in zip(weights, updates):
             w.add_(u, alpha=-group["lr"] * 0.2 * math.sqrt(max(params[0].shape)))
-
-
-def local(tensor):
-    """This rank's part of a tensor that may be sharded."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def orthogonalize(x):

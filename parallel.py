@@ -1,48 +1,45 @@
-"""How the model runs, not what it computes: processes, precision, recomputation, compile.
+"""How a model lies over the processes: replicas, FSDP and tensor parallelism, activation checkpointing, compile."""
 
-What of a model each of several processes holds is in shard.py.
-"""
-
-import contextlib
-import ctypes
-import datetime
 import functools
-import hashlib
-import os
-import resource
-import sys
-import time
+import logging
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
+from fnmatch import fnmatch
+from itertools import pairwise
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from guard import Watchdog
+from config import UserError
+from ops import linear_cross_entropy
 
-
-POWERSGD_RANK, POWERSGD_START = 32, 10  # of the matrices that are sent; sums of gradients before it starts
-Recomputed = Literal["none", "full", "selective"]
+POWERSGD_RANK, POWERSGD_START = 32, 10  # rank of the approximation; initial steps with plain all-reduce
+Checkpointing = Literal["none", "full", "selective"]
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matmuls; auto: the fastest that the device has
-    strategy: Literal["ddp", "fsdp"] = "ddp"  # ddp: each rank has the whole model; fsdp: its share of weights and state
-    shard_size: int | None = None  # fsdp: ranks that share one copy of the model, a node's, say; none: all
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # ddp: the whole model on each rank; fsdp: its weights and state sharded
+    shard_size: int | None = None  # fsdp: ranks that hold one replica, such as those of a node; none: all
     reshard: bool = True  # fsdp: gather a block's weights again for backward; false: keep them, 2 bytes a parameter
-    accumulate: Literal["sharded", "whole"] = "sharded"  # fsdp, gradients; whole: sent once a step, 4 bytes a weight
-    tp: int = 1  # ranks that share each layer: heads, columns of the MLP, rows of the vocabulary
-    grad_compression: Literal["bf16", "powersgd"] | None = None  # ddp: what of gradients is sent; none: all, in float32
-    activation_checkpointing: Recomputed = "none"  # full: backward computes blocks again; selective: but not matmuls
+    accumulate: Literal["sharded", "whole"] = "sharded"  # fsdp: gradients between micro-steps; whole: reduced once a step, 4 bytes a parameter
+    tp: int = 1  # ranks that split each layer: heads, columns of the MLP, rows of the vocabulary
+    grad_compression: Literal["bf16", "powersgd"] | None = None  # ddp: what to send of gradients; none: all, in float32
+    activation_checkpointing: Checkpointing = "none"  # full: backward recomputes blocks; selective: all but matmuls
     compile: bool | None = None  # torch.compile of the blocks; none: on cuda only
-    deterministic: bool = False  # only algorithms that give the same bits each time; the CPU's do so anyway
-    timeout_minutes: float | None = 30.0  # without progress, of any rank, after which the run ends; none: never
 
     def __post_init__(self):
         wrong = [
@@ -57,318 +54,41 @@ class ParallelConfig:
         ]
         if self.grad_compression and (self.strategy == "fsdp" or self.tp > 1):
             wrong.append(
-                f"grad_compression is {self.grad_compression}, which is of ddp alone, not of strategy {self.strategy} "
-                f"with tp {self.tp}; use --strategy=ddp --tp=1, or --grad_compression=none"
+                f"grad_compression is {self.grad_compression}, which works with ddp alone, not with strategy "
+                f"{self.strategy} and tp {self.tp}; use --strategy=ddp --tp=1, or --grad_compression=none"
             )
-        if self.timeout_minutes is not None and self.timeout_minutes <= 0:
-            wrong.append(f"timeout_minutes is {self.timeout_minutes}; it must be above 0, or none")
         if wrong:
-            raise ValueError("\n".join(wrong))
+            raise UserError("\n".join(wrong))
 
+    def mesh_shape(self, size):
+        """(replicas, shards of a replica, tensor parallel ranks) of `size` processes; UserError where they do not fit."""
+        if size % self.tp:
+            raise UserError(
+                f"{size} processes are not a multiple of tp {self.tp}; start them with torchrun "
+                f"--nproc_per_node={self.tp}, or a multiple of it"
+            )
+        data_ranks = size // self.tp
+        shard = 1 if self.strategy == "ddp" else self.shard_size or data_ranks
+        if data_ranks % shard:
+            raise UserError(
+                f"shard_size {shard} does not divide the {data_ranks} ranks that read different data ({size} processes "
+                f"/ tp {self.tp}); lower it, or set it to none for all"
+            )
+        return data_ranks // shard, shard, self.tp
 
-@dataclass(frozen=True)
-class World:
-    """The processes of a run, each with a device; one process unless torchrun started more.
-
-    Their mesh is (replicate, shard, tp): tp neighbours share layers and read the same data, `shard` of these groups
-    share one copy of the model, and copies are replicated. data_group are the ranks that read different data;
-    cpu_group are all, for what is exchanged beside training: by the thread that saves. In the store they leave word of
-    where they are and how they end.
-    """
-
-    rank: int
-    size: int
-    device: torch.device
-    precision: str
-    mesh: DeviceMesh | None = None
-    data_group: dist.ProcessGroup | None = None
-    cpu_group: dist.ProcessGroup | None = None
-    watchdog: Watchdog | None = None
-    store: dist.Store | None = None
-
-    @property
-    def tp(self):
-        """Ranks that share each layer."""
-        return 1 if self.mesh is None else self.mesh["tp"].size()
-
-    @property
-    def data_rank(self):
-        """Which part of the data this rank reads."""
-        return self.rank // self.tp
-
-    @property
-    def data_ranks(self):
-        """Parts that the data is read in."""
-        return self.size // self.tp
-
-    @property
-    def dtype(self):
-        """What matmuls compute in."""
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.precision]
-
-    @property
-    def is_main(self):
-        """Whether this process prints, logs and writes for all."""
-        return self.rank == 0
-
-    def sum(self, tensor):
-        """The sum of a tensor over the ranks that read different data."""
-        if self.size > 1:
-            dist.all_reduce(tensor, group=self.data_group)
-        return tensor
-
-    def at(self, place):
-        """Tells the watchdog, if any, where this rank is; all ranks come to the same places."""
-        if self.watchdog:
-            self.watchdog.at(place)
-
-    def total(self, *tensors):
-        """Sums of single numbers over all ranks, the same to the bit on each; waits for the device."""
-        if self.size == 1:
-            return [tensor.item() for tensor in tensors]
-        total = torch.stack([tensor.double() for tensor in tensors])
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def worst(self, value):
-        """The largest of a number over all ranks."""
-        if self.size == 1:
-            return value
-        tensor = torch.tensor(float(value), dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return tensor.item()
-
-    def gather(self, value):
-        """A list of what each rank gives, of any type; not of the training loop's, which may be busy at the time."""
-        if self.size == 1:
-            return [value]
-        values = [None] * self.size
-        dist.all_gather_object(values, value, group=self.cpu_group)
-        return values
-
-    def barrier(self):
-        """Waits until all ranks are here."""
-        if self.size > 1:
-            dist.barrier()
-
-    def on_whole_matrices(self, function, parts, params):
-        """This rank's parts of what function makes of a stack of matrices, of which it has parts as it has of params.
-
-        Of several ranks, which share out the work; shard.py says how.
-        """
-        from shard import on_whole_matrices
-
-        return on_whole_matrices(function, parts, params, self.mesh)
-
-    def synchronize(self):
-        """Waits until the device has done what it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
-
-    def autocast(self):
-        """A context in which matmuls run in the run's precision."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.precision != "fp32")
-
-
-@contextlib.contextmanager
-def init_world(cfg):
-    """Joins the process group that torchrun's environment names, yields this process's World, leaves the group."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if size > 1 and "MASTER_ADDR" not in os.environ:
-        raise ValueError(f"WORLD_SIZE is {size}, but there is no MASTER_ADDR; start several processes with torchrun")
-    mesh_shape = shape_of_mesh(cfg, size)
-    device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    precision = pick_precision(cfg.precision, device)
-    if precision == "fp16" and cfg.grad_compression == "powersgd":
-        raise ValueError(
-            "grad_compression is powersgd, which would remember an overflow of precision fp16 for ever; "
-            "use --precision=bf16 or --grad_compression=bf16"
-        )
-    if cfg.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
-        torch.use_deterministic_algorithms(True)
-    mesh = data_group = cpu_group = store = None
-    if size > 1:
-        shared = next(dist.rendezvous("env://"))[0]
-        store = own_store(shared, rank, size)
-        # The watchdog, which knows more, comes before the timeout of collectives.
-        timeout = datetime.timedelta(minutes=2 * cfg.timeout_minutes if cfg.timeout_minutes else 60 * 24 * 365)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        mesh = init_device_mesh(device.type, mesh_shape, mesh_dim_names=("replicate", "shard", "tp"))
-        data_group = mesh["replicate", "shard"]._flatten("data").get_group()
-        mesh["shard", "tp"]._flatten("model")  # norms are summed over it at once, else in two sums with a warning
-        cpu_group = dist.new_group(backend="gloo", timeout=timeout)
-        # The one that torchrun keeps outlives a rank; by a connection of its own, as the other may be busy.
-        store = dist.PrefixStore(f"ranks_{store.port}", shared.clone())
-        store.set_timeout(datetime.timedelta(seconds=20))
-    watchdog = Watchdog(cfg.timeout_minutes, rank, size, store)
-    try:
-        yield World(rank, size, device, precision, mesh, data_group, cpu_group, watchdog, store)
-    finally:
-        watchdog.close()
-    if size > 1:  # not after an error: the other ranks may never come here
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def own_store(shared, rank, size):
-    """A key-value store of this start of the processes alone, kept by rank 0.
-
-    The one that torchrun shares with them lives through its restarts (pytorch/pytorch#135712): what dead processes left
-    there, their addresses, would keep the next ones from finding each other.
-    """
-    if rank == 0:
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], 0, size, is_master=True, wait_for_workers=False)
-        shared.set("store_of_rank_0", str(store.port))
-        return store
-    deadline = time.monotonic() + 600
-    while True:
-        port = int(shared.get("store_of_rank_0"))
-        try:
-            timeout = datetime.timedelta(seconds=1)
-            store = dist.TCPStore(os.environ["MASTER_ADDR"], port, size, timeout=timeout, wait_for_workers=False)
-            store.set_timeout(datetime.timedelta(minutes=10))
-            return store
-        except dist.DistError:  # of a dead rank 0: that of the next one will stand there soon
-            if time.monotonic() > deadline:
-                raise
-
-
-def shape_of_mesh(cfg, size):
-    """(copies of the model, ranks that share a copy, ranks that share each layer) of so many processes."""
-    if size % cfg.tp:
-        raise ValueError(
-            f"{size} processes are not a multiple of tp {cfg.tp}; start them with torchrun --nproc_per_node={cfg.tp}, "
-            f"or a multiple of it"
-        )
-    data_ranks = size // cfg.tp
-    shard = 1 if cfg.strategy == "ddp" else cfg.shard_size or data_ranks
-    if data_ranks % shard:
-        raise ValueError(
-            f"shard_size {shard} does not divide the {data_ranks} ranks that read different data ({size} processes / "
-            f"tp {cfg.tp}); lower it, or set it to none for all"
-        )
-    return data_ranks // shard, shard, cfg.tp
-
-
-def check_tensor_parallel(cfg, seq_len, tp):
-    """ValueError where tensor parallelism over tp ranks would cut through what must stay whole."""
-    sizes = {
-        "n_head": cfg.n_head,
-        "n_kv_head": cfg.kv_heads,
-        "n_inner": cfg.inner_width,
-        "seq_len": seq_len,
-        "vocab_size, padded,": cfg.padded_vocab_size,
-    }
-    wrong = [f"{name} {size} is not a multiple of tp {tp}" for name, size in sizes.items() if size % tp]
-    if wrong:
-        fitting = [str(n) for n in range(1, tp) if not any(size % n for size in sizes.values())]
-        raise ValueError(f"{', '.join(wrong)}; tp {', '.join(fitting)} would fit")
-
-
-def end_process():
-    """Ends the process without the interpreter's own shutdown, which takes torch half a second, or never succeeds.
-
-    The latter where gloo's event thread still drops the last collective's tensor, for which it needs the interpreter's
-    lock: DTensor's caches keep that thread alive past destroy_process_group, and C++ then aborts with "terminate called
-    without an active exception".
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
-def keep_freed_memory():
-    """Lets the C library keep what is freed for the next allocation, unless the environment tunes it by MALLOC_*.
-
-    glibc else returns each large tensor to the kernel, and the next one faults in page by page: half the time of a
-    step where they are many. It costs some 10 % more memory at the peak, and where tensors of many sizes come and go,
-    as with recomputation of blocks, up to several times as much.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt") and not any(name.startswith("MALLOC_") for name in os.environ):
-        trim_threshold, mmap_max = -1, -4  # the options' numbers in malloc.h
-        libc.mallopt(trim_threshold, -1)  # never
-        libc.mallopt(mmap_max, 0)  # no allocation is a mapping of its own
-
-
-def pick_device(name, local_rank=0):
-    """The device of a name; `auto` is the fastest kind there is."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and torch.cuda.device_count() <= local_rank:
-        raise ValueError(
-            f"device is cuda, but process {local_rank} of this machine finds {torch.cuda.device_count()} "
-            f"CUDA devices; start fewer processes or use --device=cpu"
-        )
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device is mps, but this torch finds none; use --device=cpu")
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
-
-
-def pick_precision(name, device):
-    """The precision of a name; `auto` is bf16 where the hardware computes in it, else fp16 on CUDA, else fp32."""
-    if device.type == "cuda":
-        fastest = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif device.type == "cpu":
-        fastest = "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
-    else:
-        fastest = "fp32"
-    if name == "fp16" and device.type == "cpu":
-        raise ValueError("precision is fp16, which CPUs do not train in; use bf16 or fp32")
-    return fastest if name == "auto" else name
-
-
-def device_name(device):
-    """What to call a device in a log."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} of {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
-
-
-def peak_memory_gib(device):
-    """Largest memory so far: allocated by torch on CUDA, else resident in the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def memory_bytes(device):
-    """Bytes of memory that this process can have on a device, code and libraries not counted."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    allowed, statm = resource.getrlimit(resource.RLIMIT_AS)[0], Path("/proc/self/statm")
-    if allowed == resource.RLIM_INFINITY or not statm.exists():
-        return limit
-    mapped, resident = (int(pages) * os.sysconf("SC_PAGE_SIZE") for pages in statm.read_text().split()[:2])
-    return min(limit, allowed - (mapped - resident))
-
-
-def reset_peak_memory(device):
-    """Lets peak_memory_gib start anew, where that can be."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif device.type == "cpu":
-        with contextlib.suppress(OSError):  # of a system that has or allows no such file
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def memory_now_gib(device):
-    """What peak_memory_gib is the peak of, now; without /proc that peak itself."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device) / 2**30
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
-        return peak_memory_gib(device)
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+    def check_tensor_parallel(self, model, seq_len):
+        """UserError where tp ranks would split a head, or sizes that tp does not divide. model: a ModelConfig."""
+        sizes = {
+            "n_head": model.n_head,
+            "n_kv_head": model.kv_heads,
+            "n_inner": model.inner_width,
+            "seq_len": seq_len,
+            "vocab_size, padded,": model.padded_vocab_size,
+        }
+        wrong = [f"{name} {size} is not a multiple of tp {self.tp}" for name, size in sizes.items() if size % self.tp]
+        if wrong:
+            fitting = [str(n) for n in range(1, self.tp) if not any(size % n for size in sizes.values())]
+            raise UserError(f"{', '.join(wrong)}; tp {', '.join(fitting)} would fit")
 
 
 def distribute(model, cfg, world, seed):
@@ -378,7 +98,7 @@ def distribute(model, cfg, world, seed):
     """
     is_sharded = world.size > 1 and (cfg.strategy == "fsdp" or cfg.tp > 1)
     if is_sharded:
-        import shard
+        import parallel as shard
     if cfg.tp > 1:
         shard.shard_tensors(model, world.mesh["tp"])
     if cfg.activation_checkpointing == "selective":  # the compiler must see what is kept
@@ -388,13 +108,16 @@ def distribute(model, cfg, world, seed):
     if cfg.activation_checkpointing == "full":  # not compiled with the block: that fails on tensor parallel ones
         recompute_blocks(model, "full")
     if is_sharded:  # under tensor parallelism also with ddp, as one copy a rank: DDP itself takes no DTensors
-        shard.fully_shard_model(model, cfg, world)
+        fully_shard_model(model, cfg, world)
     model.to_empty(device=world.device)
     model.tie_weights()
-    model.init_weights(seed, shard.fill) if is_sharded else model.init_weights(seed)
+    model.init_weights(seed, fill) if is_sharded else model.init_weights(seed)
     if world.size > 1 and not is_sharded:
         replicate_model(model, cfg.grad_compression)
     return model
+
+
+# ---- DDP
 
 
 def replicate_model(model, compression):
@@ -418,6 +141,9 @@ def replicate_model(model, compression):
 
         state = PowerSGDState(None, matrix_approximation_rank=POWERSGD_RANK, start_powerSGD_iter=POWERSGD_START)
         model.register_comm_hook(state, one_by_one)
+
+
+# ---- memory and speed of a block
 
 
 def recompute_blocks(model, kind):
@@ -463,6 +189,9 @@ def compile_blocks(model, world):
         block.forward = torch.compile(block.forward)
 
 
+# ---- during a step
+
+
 def sync_gradients(model, last):
     """Makes the next backward sum gradients over ranks, or not: on the last micro-step of a step alone.
 
@@ -494,6 +223,140 @@ def reshard(model):
             module.reshard()
 
 
-def seed_step(seed, step, rank):
-    """Seeds dropout for a step: its masks are a function of (seed, step, rank), which a resumed run draws again."""
-    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()[:8], signed=True))
+# ---- tensor parallelism
+
+
+class Whole(ParallelStyle):
+    """A module whose parameters every rank holds; it runs on all of its input, or on this rank's part of dimension dim.
+
+    What it returns is a plain tensor, as is what it is given.
+    """
+
+    def __init__(self, dim=None):
+        super().__init__()
+        self.layout = Replicate() if dim is None else Shard(dim)
+
+    def _apply(self, module, mesh):
+        def take(module, inputs, mesh):
+            return tuple(DTensor.from_local(x, mesh, [Replicate()]).redistribute(mesh, [self.layout]) for x in inputs)
+
+        return distribute_module(module, mesh, None, take, lambda module, output, mesh: output.to_local())
+
+
+def tensor_parallel_plan(n_layer):
+    """{pattern of module names: how ranks share it out}: whole heads, columns of the MLP, rows of the vocabulary.
+
+    Megatron's plan with sequence parallelism (arXiv 2205.05198): between attention and MLP each rank holds its part of
+    the sequence, in front of them the parts are gathered, behind them what ranks have computed is summed and parted.
+    """
+    part, heads = SequenceParallel(use_local_output=True), SequenceParallel(sequence_dim=2, use_local_output=True)
+    return {
+        "wte": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "wpe": Whole(dim=0),
+        "wtt": Whole(dim=1),
+        "norm_e": part,
+        "blocks.*.norm[12]": part,
+        "blocks.*.attn": PrepareModuleInput(
+            input_layouts=(Shard(1), None, None, None), desired_input_layouts=(Replicate(), None, None, None)
+        ),
+        "blocks.*.attn.[qkv]": ColwiseParallel(),
+        "blocks.*.attn.[qk]_norm": heads,
+        "blocks.*.attn.proj": RowwiseParallel(output_layouts=Shard(1)),
+        "blocks.*.mlp": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
+        "blocks.*.mlp.gate": ColwiseParallel(),
+        "blocks.*.mlp.up": ColwiseParallel(),
+        "blocks.*.mlp.down": RowwiseParallel(output_layouts=Shard(1)),
+        f"blocks.{n_layer - 1}": PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=Replicate()),
+        "norm_f": Whole(),
+        "transform": Whole(),
+        "head": ColwiseParallel(output_layouts=Replicate()),
+    }
+
+
+def shard_tensors(model, mesh):
+    """Shares out a model's layers over the ranks of a mesh of one dimension; no rank ever holds all logits."""
+    for pattern, style in tensor_parallel_plan(model.cfg.n_layer).items():
+        for name, module in list(model.named_modules()):
+            if fnmatch(name, pattern) and name.count(".") == pattern.count("."):
+                parallelize_module(module, mesh, style)
+    # What a collective still fills must not enter a compiled block: its gradient would be wrong (torch 2.13).
+    model.wte.register_forward_hook(lambda module, ids, x: x.clone())
+    model.tie_weights()
+    group, rank = mesh.get_group(), mesh.get_local_rank()
+
+    def reduce(tensor, op):
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, op.upper()), group)
+        return tensor
+
+    def cross_entropy(hidden, weight, targets, vocab_size, bias, *options):
+        weight, bias = weight.to_local(), None if bias is None else bias.to_local()
+        return linear_cross_entropy(
+            hidden, weight, targets, vocab_size, bias, *options, shard=(rank * len(weight), reduce)
+        )
+
+    model.cross_entropy = cross_entropy
+
+
+# ---- FSDP
+
+
+def fully_shard_model(model, cfg, world):
+    """Shards every parameter over the ranks of a copy of the model: block by block, and the rest as one.
+
+    Blocks are gathered in the run's precision, the rest, whose embeddings start the residual stream, in float32. So all
+    compute what one process does under autocast, but that norms' weights are rounded with their block's. Gradients are
+    summed over data ranks in float32. A block is gathered while the one before computes.
+    """
+    # Nothing works in place on a block's output; and that gloo has no all-to-all is no news.
+    warnings.filterwarnings("ignore", ".*FSDP2-wrapped module .* returned a view tensor")
+    logging.getLogger("torch.distributed.tensor._collective_utils").setLevel(logging.ERROR)
+    replicates, shards = world.mesh["replicate"].size() > 1, world.mesh["shard"].size() > 1
+    mesh = world.mesh["replicate", "shard"] if replicates else world.mesh["shard"]
+    policy = MixedPrecisionPolicy(world.dtype, torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=cfg.reshard and shards)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    for module, following in pairwise([model, *model.blocks]):
+        module.set_modules_to_forward_prefetch([following])
+    model.accumulates_sharded = cfg.accumulate == "sharded" and shards
+
+
+def fill(param, weight):
+    """Takes what this rank holds of a whole weight into a sharded parameter."""
+    part = distribute_tensor(weight, param.device_mesh, param.placements, src_data_rank=None)  # nothing is sent
+    param.to_local().copy_(part.to_local())
+
+
+# ---- optimizers that must see matrices whole
+
+
+def on_whole_matrices(function, parts, params, mesh):
+    """function, of a stack (n, rows, columns), on matrices of which ranks hold parts, its work shared out over all.
+
+    parts: this rank's, placed as params are, all alike: DTensors, or plain tensors, of which every rank has the same.
+    Along one dimension of the mesh (replicate, shard, tp) after the other, ranks swap their parts of all matrices for
+    the whole of some, and afterwards back. Returns this rank's parts of the results.
+    """
+    param, stack, way_back = params[0], torch.stack(parts), []
+    dims = dict(zip(param.device_mesh.mesh_dim_names, param.placements)) if isinstance(param, DTensor) else {}
+    tp_dim = getattr(dims.get("tp"), "dim", None)
+    for name in mesh.mesh_dim_names:
+        dim = getattr(dims.get(name), "dim", None)  # of the matrix, which this dimension of the mesh shards; or none
+        shape = [len(stack), *param.shape]
+        if name != "tp" and tp_dim is not None:  # FSDP has sharded what tensor parallelism had left
+            shape[1 + tp_dim] //= mesh["tp"].size()
+        if mesh[name].size() > 1:
+            layout = Replicate() if dim is None else Shard(1 + dim)
+            stack = _swap(stack, mesh[name], layout, Shard(0), shape)
+            way_back.append((mesh[name], Shard(0), layout, shape))
+    stack = function(stack)
+    for swap in reversed(way_back):
+        stack = _swap(stack, *swap)
+    return stack.unbind()
+
+
+def _swap(part, mesh, source, target, shape):
+    """This rank's part, placed as target, of a tensor of a shape whose part, placed as source, it has."""
+    stride = torch.empty(shape, device="meta").stride()
+    whole = DTensor.from_local(part, mesh, [source], shape=torch.Size(shape), stride=stride)
+    return whole.redistribute(placements=[target]).to_local()

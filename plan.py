@@ -13,19 +13,18 @@ import json
 import os
 from dataclasses import dataclass
 
-import ceilings
-import cost
-import hardware
-from checkpoint import RunConfig
-from config import only, run_script
-from data import DataConfig, accumulation_steps, seq_len_of, vocab_size_of
-from memory import changes_that_save, flags, memory, with_settings
+from config import UserError, only, run_script
+from data import DataConfig, accumulation_steps
+from interop import pretrained
 from model import ModelConfig
 from objective import ObjectiveConfig
 from optim import OptimConfig
-from parallel import ParallelConfig, check_tensor_parallel, shape_of_mesh
-from pretrained import starting_config
-from report_plan import draw, report, report_compared
+from parallel import ParallelConfig
+from perf import ceilings, cost, hardware
+from perf.memory import changes_that_save, flags, memory, with_settings
+from perf.report_plan import draw, report, report_compared
+from run.folder import RunConfig
+from world import WorldConfig
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class OutputConfig:
         if isinstance(self.json, str) and (
             os.path.isdir(self.json) or not os.path.isdir(os.path.dirname(self.json) or ".")
         ):
-            raise ValueError(f"json is {self.json}; it must name a file in a folder that exists")
+            raise UserError(f"json is {self.json}; it must name a file in a folder that exists")
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class PlanConfig:
             if missing := [f"--{name}" for name in by_hand if getattr(self, name) is None]:
                 wrong.append(f"gpu is other, of which nothing is known; give {', '.join(missing)}")
         if wrong:
-            raise ValueError("\n".join(wrong))
+            raise UserError("\n".join(wrong))
 
 
 @dataclass(frozen=True)
@@ -108,6 +107,7 @@ class Settings:
     data: DataConfig
     optim: OptimConfig
     parallel: ParallelConfig
+    world: WorldConfig = only("device", "precision")
     run: RunConfig = only("init_from")
     presets: tuple = ()
     given: frozenset = dataclasses.field(default=frozenset(), compare=False)
@@ -134,7 +134,7 @@ def main(cfg):
         try:
             draw(rows)
         except OSError as error:
-            raise ValueError(f"plan.png cannot be written here: {error}; go to another folder") from None
+            raise UserError(f"plan.png cannot be written here: {error}; go to another folder") from None
         print("picture    plan.png")
     else:
         print("matplotlib is not installed, so there is no plan.png")
@@ -151,21 +151,9 @@ def write_json(figures, where):
 
 
 def resolve(cfg):
-    """The settings with what they leave open filled in: the GPUs' number, the data's vocabulary, seq_len."""
-    if cfg.run.init_from:
-        cfg = dataclasses.replace(cfg, model=starting_config(cfg.run.init_from, cfg.model, cfg.given))
-    seq_len = seq_len_of(cfg)
-    command = f"python prepare.py {' '.join(cfg.presets)}, or give --vocab_size"
-    vocab_size = cfg.model.vocab_size or vocab_size_of(cfg.data.data_dir, command)
+    """The settings with what they leave open filled in: the model's, seq_len, and the number of GPUs."""
     n_gpus = cfg.plan.n_gpus or (hardware.measured(cfg.plan.machine)["ranks"] if cfg.plan.gpu == "this" else 8)
-    cfg = dataclasses.replace(
-        cfg,
-        model=dataclasses.replace(cfg.model, vocab_size=vocab_size),
-        data=dataclasses.replace(cfg.data, seq_len=seq_len),
-        plan=dataclasses.replace(cfg.plan, n_gpus=n_gpus),
-    )
-    check_tensor_parallel(cfg.model, seq_len, cfg.parallel.tp)
-    return cfg
+    return pretrained.resolve(dataclasses.replace(cfg, plan=dataclasses.replace(cfg.plan, n_gpus=n_gpus)))
 
 
 def gpu_of(plan):
@@ -185,13 +173,13 @@ def gpu_of(plan):
 
 
 def setup_of(cfg, gpu, n_gpus):
-    """The Setup of the run on so many GPUs; ValueError where it cannot be."""
-    precision = cfg.parallel.precision
+    """The Setup of the run on so many GPUs; UserError where it cannot be."""
+    precision = cfg.world.precision
     if precision == "auto":
         precision = gpu.machine["precision"] if gpu.machine else "bf16" if gpu.has_bf16 else "fp16"
     if precision == "bf16" and not gpu.has_bf16:
-        raise ValueError(f"precision is bf16, in which {gpu.name} does not compute; use --precision=fp16")
-    mesh_shape = shape_of_mesh(cfg.parallel, n_gpus)
+        raise UserError(f"precision is bf16, in which {gpu.name} does not compute; use --precision=fp16")
+    mesh_shape = cfg.parallel.mesh_shape(n_gpus)
     micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, n_gpus // cfg.parallel.tp)
     setup = cost.setup_of(cfg, mesh_shape, micro_steps, precision, gpu.device_type)
     names = ("weight_bytes", "gradient_bytes", "optimizer_bytes", "residual_bytes", "logits_bytes", "tp_hidden")
@@ -249,12 +237,12 @@ def step_parts(m, s, gpu, p):
     if gpu.machine is None:
         return cost.step_seconds(m, s, gpu, p.gpus_per_node, p.efficiency)
     if s.precision != gpu.machine["precision"]:
-        raise ValueError(
+        raise UserError(
             f"precision is {s.precision}, and {p.machine} of {gpu.machine['precision']}; "
             f"run python bench.py --precision={s.precision}, which measures it"
         )
     if s.tp > 1:
-        raise ValueError(f"tp is {s.tp}, and what is measured of this machine does not tell its cost; name a --gpu")
+        raise UserError(f"tp is {s.tp}, and what is measured of this machine does not tell its cost; name a --gpu")
     parts = ceilings.step_seconds(m, s, gpu.machine)
     parts["optimizer_s"] /= s.shards
     waited = cost.waited_seconds(m, s, gpu, p.gpus_per_node, sum(parts.values()) / s.micro_steps) if s.ranks > 1 else 0
@@ -326,8 +314,8 @@ def compare(cfg, asked):
         if cfg.plan.network_gbs:
             gpu = dataclasses.replace(gpu, network_gbs=cfg.plan.network_gbs)
         one = cfg
-        if not gpu.has_bf16 and cfg.parallel.precision == "bf16":
-            one = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, precision="fp16"))
+        if not gpu.has_bf16 and cfg.world.precision == "bf16":
+            one = dataclasses.replace(cfg, world=dataclasses.replace(cfg.world, precision="fp16"))
         setup = setup_of(one, gpu, cfg.plan.n_gpus)
         figures, change = predict(one, gpu, setup), {}
         if not figures["fits"]:

@@ -27,10 +27,10 @@ from typing import Literal
 
 import numpy as np
 
-from config import as_dict, only, run_script
-from corpus import Corpus
-from data import DataConfig, ShardWriter, is_own_shard, open_shard, read_meta
-from tokenizer import END_OF_TEXT, SMALLEST_BPE, file_sha256, load_tokenizer, train_bpe
+from config import UserError, as_dict, only, run_script
+from data import DataConfig, ShardWriter, is_own_shard, open_shard, read_meta, sha256
+from text.corpus import Corpus
+from text.tokenizer import END_OF_TEXT, SMALLEST_BPE, load_tokenizer, train_bpe
 
 TASK_BYTES = 1 << 20  # text that goes to a worker at a time
 BPE_BYTES = 200 << 20  # text that a BPE is learnt from, at most
@@ -65,7 +65,7 @@ class PrepareConfig:
         if not SMALLEST_BPE <= self.bpe_vocab_size <= 2**24:
             wrong.append(f"bpe_vocab_size is {self.bpe_vocab_size}; it must be {SMALLEST_BPE} to {2**24}")
         if wrong:
-            raise ValueError("\n".join(wrong))
+            raise UserError("\n".join(wrong))
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def main(cfg):
     settings = {k: v for k, v in as_dict(cfg).items() if k not in ("data_dir", "workers", "max_shards")}
     if meta := read_meta(folder):
         if meta.get("settings") != settings:
-            raise ValueError(
+            raise UserError(
                 f"{folder} already holds data, made by: {meta.get('command')}; "
                 f"use another --data_dir, or remove it first"
             )
@@ -137,7 +137,7 @@ def tokenize(corpus, tokenizer_name, cfg, folder):
     """Encodes the corpus and writes its shards; returns what meta.json says of them."""
     tokenizer = load_tokenizer(tokenizer_name)
     if tokenizer.eot is None:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer {cfg.tokenizer} has no special token to end documents with, only "
             f"{', '.join(tokenizer.specials) or 'none'}; use one that has {', '.join(END_OF_TEXT[:3])} or the like"
         )
@@ -151,7 +151,7 @@ def tokenize(corpus, tokenizer_name, cfg, folder):
         notes.update({"pieces with bytes that are not UTF-8, replaced by U+FFFD": n_bad} if n_bad else {})
     for split, count in counts.items():
         if not count["tokens"]:
-            raise ValueError(
+            raise UserError(
                 f"no document fell into the {split} split, of {sum(c['documents'] for c in counts.values()):,}; "
                 f"change --val_fraction={cfg.val_fraction}"
             )
@@ -162,7 +162,7 @@ def tokenize(corpus, tokenizer_name, cfg, folder):
         "notes": notes,
     }
     if tokenizer_name.endswith(".json"):  # wherever it came from, a copy lies beside the shards
-        meta |= {"tokenizer": "tokenizer.json", "tokenizer_sha256": file_sha256(tokenizer_name)}
+        meta |= {"tokenizer": "tokenizer.json", "tokenizer_sha256": sha256(tokenizer_name)}
     meta["splits"] = {split: dict(counts[split]) | {"shards": writers[split].finish()} for split in writers}
     if len(tokenizer.continuations):
         meta["continuations"] = tokenizer.continuations  # what masking whole words needs to know
@@ -174,7 +174,7 @@ def encoded(corpus, tokenizer_name, dtype, workers):
     try:
         from tqdm import tqdm
     except ImportError as error:
-        raise ValueError("prepare.py needs tqdm; install it with: pip install tqdm") from error
+        raise UserError("prepare.py needs tqdm; install it with: pip install tqdm") from error
     workers = min(workers or os.cpu_count(), 4 * os.cpu_count())  # more would only cost memory
     # fork, where it is safe: other ways import torch anew in each process, for seconds.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -249,7 +249,7 @@ def clear_unfinished(folder):
         p for p in folder.iterdir() if p.name.endswith(".part") or (named.fullmatch(p.name) and is_own_shard(p))
     ]
     if foreign := sorted(p.name for p in folder.glob("*.bin") if p not in leftovers):
-        raise ValueError(
+        raise UserError(
             f"{folder} holds token files that are not of prepare.py: {', '.join(foreign[:3])}; use another --data_dir"
         )
     for path in leftovers:
@@ -257,11 +257,11 @@ def clear_unfinished(folder):
 
 
 def make_folder(folder):
-    """Makes the data folder; ValueError where that cannot be."""
+    """Makes the data folder; UserError where that cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"data_dir {folder} cannot be made ({error.strerror}); use another --data_dir") from error
+        raise UserError(f"data_dir {folder} cannot be made ({error.strerror}); use another --data_dir") from error
 
 
 def write_meta(folder, meta):
@@ -292,7 +292,7 @@ def fetch_fineweb(cfg, folder):
     names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, 1 + (cfg.max_shards or 103))]
     make_folder(folder)
     if others := [path.name for path in folder.glob("*.bin") if not path.name.startswith("fineweb_")]:
-        raise ValueError(f"{folder} holds other data ({', '.join(others[:3])}); use another --data_dir")
+        raise UserError(f"{folder} holds other data ({', '.join(others[:3])}); use another --data_dir")
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         (folder / "meta.json.part").touch()  # until meta.json is written, readers take the folder for unfinished
@@ -320,20 +320,20 @@ def _fetch(name, source, folder):
     partial = folder / f"{name}.part"
     if source is not None:
         if not (Path(source) / name).is_file():
-            raise ValueError(f"{source} holds no {name}; give the folder of the shards, or a smaller --max_shards")
+            raise UserError(f"{source} holds no {name}; give the folder of the shards, or a smaller --max_shards")
         shutil.copyfile(Path(source) / name, partial)
         os.replace(partial, folder / name)
         return
     try:
         import huggingface_hub
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             "dataset fineweb10b needs huggingface_hub; install it with: pip install huggingface_hub"
         ) from error
     try:
         huggingface_hub.hf_hub_download("kjj0/fineweb10B-gpt2", name, repo_type="dataset", local_dir=folder)
     except (OSError, huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError) as error:
-        raise ValueError(
+        raise UserError(
             f"the Hugging Face hub did not give {name} ({type(error).__name__}); with a network, try again; "
             f"without one, give a folder of the shards with --input="
         ) from error

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import RunConfig
-from config import only, run_script
+from config import UserError, only, run_script
+from interop.pretrained import load_model, load_tokenizer_of, place_of
+from interop.score import print_scores, read_requests
 from model import Cache
 from objective import special_id
-from parallel import ParallelConfig, pick_device, pick_precision
-from pretrained import load_model, load_tokenizer_of, place_of
-from score import print_scores, read_requests
+from run.folder import RunConfig
+from world import DTYPES, WorldConfig, pick_device, pick_precision
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,21 @@ class SampleConfig:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             wrong.append(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if wrong:
-            raise ValueError("\n".join(wrong))
+            raise UserError("\n".join(wrong))
 
 
 @dataclass(frozen=True)
 class Settings:
     sample: SampleConfig
     run: RunConfig = only("out_dir", "init_from", "seed")
-    parallel: ParallelConfig = only("device", "precision")
+    world: WorldConfig = only("device", "precision")
     presets: tuple = ()
 
 
 def main(cfg):
-    device = pick_device(cfg.parallel.device)
+    device = pick_device(cfg.world.device)
     model, source = load_model(place_of(cfg), device)
-    precision = "fp32" if cfg.sample.score and cfg.parallel.precision == "auto" else cfg.parallel.precision
+    precision = "fp32" if cfg.sample.score and cfg.world.precision == "auto" else cfg.world.precision
     dtype = generation_dtype(precision, device, model.num_params())
     model.to(dtype)  # not autocast, which would cast each weight anew for each token
     tokenizer = load_tokenizer_of(source)
@@ -73,7 +73,7 @@ def main(cfg):
         return print_candidates(model, tokenizer, prompt, cfg.sample.top_k or 5, device)
     ids = [*tokenizer.begin, *tokenizer.encode(prompt).tolist()] or [tokenizer.eot]
     if ids == [None]:
-        raise ValueError(f"the tokenizer {tokenizer.name} has no end-of-text token to start from; give a --prompt=")
+        raise UserError(f"the tokenizer {tokenizer.name} has no end-of-text token to start from; give a --prompt=")
     ids = as_batch(ids, model, device).repeat(cfg.sample.num_samples, 1)  # B T
     start = time.perf_counter()
     samples = stream(
@@ -91,7 +91,7 @@ def generation_dtype(precision, device, n_params):
     """
     if precision == "auto" and device.type == "cpu" and n_params < 2**24:
         precision = "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[pick_precision(precision, device)]
+    return DTYPES[pick_precision(precision, device)]
 
 
 @torch.inference_mode()
@@ -102,7 +102,7 @@ def print_candidates(model, tokenizer, prompt, k, device):
     """
     ids, mask = masked_ids(tokenizer, prompt), special_id(tokenizer.specials, "mask")
     if mask not in ids:
-        raise ValueError('a masked model fills in what is masked; write [MASK] where, as in --prompt="import [MASK]"')
+        raise UserError('a masked model fills in what is masked; write [MASK] where, as in --prompt="import [MASK]"')
     ids = as_batch(ids, model, device)  # 1 T
     positions = (ids == mask).nonzero()[:, 1][None]  # 1 K
     logits = model(ids, positions=positions)[0, :, : tokenizer.vocab_size].float()  # K V
@@ -129,9 +129,9 @@ def masked_ids(tokenizer, prompt):
 
 
 def as_batch(ids, model, device):
-    """A prompt's ids as a batch of one, (1, T); ValueError where the model cannot hold them."""
+    """A prompt's ids as a batch of one, (1, T); UserError where the model cannot hold them."""
     if len(ids) > model.cfg.block_size:
-        raise ValueError(f"the prompt has {len(ids)} tokens, block_size is {model.cfg.block_size}; shorten it")
+        raise UserError(f"the prompt has {len(ids)} tokens, block_size is {model.cfg.block_size}; shorten it")
     return torch.tensor([ids], device=device)
 
 
@@ -143,7 +143,7 @@ def read_prompt(prompt):
         try:
             return Path(prompt[5:]).read_bytes().decode("utf-8")  # line ends as they are
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"prompt file {prompt[5:]} cannot be read as UTF-8 text ({error})") from error
+            raise UserError(f"prompt file {prompt[5:]} cannot be read as UTF-8 text ({error})") from error
     return prompt or ""
 
 
@@ -184,7 +184,7 @@ def draw(logits, cfg, generator):
     # The token in whose part of the whole a uniform number falls; multinomial draws a number for each token there is.
     sums = probs.cumsum(-1)
     if not sums[:, -1].isfinite().all():
-        raise ValueError("the model's logits are not finite; take an earlier checkpoint, or train at a lower rate")
+        raise UserError("the model's logits are not finite; take an earlier checkpoint, or train at a lower rate")
     drawn = (1 - torch.rand(len(sums), 1, device=sums.device, generator=generator)) * sums[:, -1:]  # above 0
     return torch.searchsorted(sums, drawn)[:, 0]
 

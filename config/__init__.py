@@ -12,7 +12,7 @@ a field's line is its help text. A script composes the classes it needs and read
         given: frozenset = ...  # likewise, with the names that presets or the command line set
 
 A preset is a Python file of plain assignments, run in a namespace of its own. Wrong values in combination are found by
-the classes themselves: __post_init__ raises a ValueError, a line for each mistake.
+the classes themselves: __post_init__ raises a UserError, a line for each mistake.
 """
 
 import ast
@@ -20,7 +20,6 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import linecache
 import math
 import os
 import re
@@ -33,6 +32,16 @@ import typing
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+
+FOLDERS = ("text", "run", "perf", "interop", "config")  # of the project's source, beside its root
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; its message has the value, the rule and the remedy. Ends a command with code 2.
+
+    Every other exception is a bug, and keeps its traceback.
+    """
+
 
 # What nanoGPT's users will type, and what it is called here.
 NANOGPT_NAMES = {
@@ -51,7 +60,7 @@ def only(*names):
 def load(settings_type, argv):
     """Settings from the arguments of a command: preset files and --key=value, and .json files where a script reads any.
 
-    Raises ValueError that lists every mistake of the command, a line each.
+    Raises UserError that lists every mistake of the command, a line each.
     """
     owners = settings_of(settings_type)
     words = [arg for arg in argv if not arg.startswith("--")]
@@ -97,7 +106,7 @@ def load(settings_type, argv):
         except ValueError as error:  # of settings of several classes together
             errors.append(str(error))
     if errors:
-        raise ValueError("\n".join(errors))
+        raise UserError("\n".join(errors))
     return cfg
 
 
@@ -142,6 +151,11 @@ def help_text(cfg, doc):
     return "\n".join(lines)
 
 
+def project_files(root=ROOT):
+    """The project's Python files, tests apart."""
+    return [path for folder in (".", *FOLDERS) for path in sorted((root / folder).glob("*.py"))]
+
+
 def run_script(main, settings_type, doc):
     """Runs main(cfg) with the settings of the command line; ends the process with code 2 and one line on wrong input.
 
@@ -162,7 +176,7 @@ def run_script(main, settings_type, doc):
     except BrokenPipeError:  # the reader of our output has gone (`| head`): nobody is left to tell
         os._exit(1)
     except Exception as error:
-        if is_users(error):
+        if isinstance(error, UserError):
             _exit_with(str(error))
         traceback.print_exc()
         _end(1)
@@ -183,16 +197,6 @@ def _end(code):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # not sys.exit: a process group left open by an error can hang or crash the interpreter's shutdown
-
-
-def is_users(error):
-    """Whether an error is about wrong input: a ValueError that a `raise` of the project's own files made."""
-    if not isinstance(error, ValueError):
-        return False
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    path = Path(frame.filename).resolve()
-    in_project = path.parent in (ROOT, ROOT / "config")
-    return in_project and "raise" in linecache.getline(frame.filename, frame.lineno)
 
 
 # ---- presets
@@ -316,8 +320,8 @@ def comments(settings_type):
 def _settings_everywhere():
     """{name: file} of the settings that any script of the project declares, read without importing them."""
     found = {}
-    for path in sorted(ROOT.glob("*.py")):
+    for path in project_files():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
-                found.update({line.target.id: path.name for line in node.body if isinstance(line, ast.AnnAssign)})
+                found.update({line.target.id: path.relative_to(ROOT).as_posix() for line in node.body if isinstance(line, ast.AnnAssign)})
     return found

@@ -13,10 +13,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cost
-import hardware
-from hardware import DEVICES, Rates
 from model import ModelConfig
+from perf import cost, hardware
+from perf.hardware import DEVICES, Rates
 
 PUBLISHED = Path(__file__).parent / "published.csv"
 FITTED = {"hopper": ("h100-sxm",), "ampere": ("a100-80", "a100-40")}  # llm-foundry's GPUs

@@ -158,8 +158,8 @@ def head_growth(theirs, N=2048, C=384, V=50304):
             ids = torch.zeros(N // 512, 512, dtype=torch.long)
             model(ids, ids)[1].backward()
     else:
-        from model import linear_cross_entropy
-        from parallel import keep_freed_memory
+        from ops import linear_cross_entropy
+        from world import keep_freed_memory
 
         keep_freed_memory()
 
@@ -194,6 +194,7 @@ def their_loss(theirs):
     """Loss of nanoGPT's checkpoint over the whole validation split, in windows of its block_size end to end."""
     sys.path.insert(0, str(theirs))
     import torch
+
     from model import GPT, GPTConfig
 
     checkpoint = torch.load(theirs / "out-shakespeare-char/ckpt.pt")

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 import config
-import parallel
 import train
+from world import end_process
 from data import ShardWriter
 from prepare import write_meta
 
@@ -198,7 +198,7 @@ def _train_rank(pipe, rank, n, port, cfg, told, before):
     config.load = lambda *_: cfg
     with without_matplotlib():
         config.run_script(train.main, train.Settings, "")
-    parallel.end_process()
+    end_process()
 
 
 def logged(out_dir):
@@ -232,7 +232,7 @@ def _rank_main(pipe, rank, n, cases, ports):
     except BaseException:
         answer = False, f"case {len(answers)}, {function.__name__}: {traceback.format_exc()}"
     pipe.send_bytes(pickle.dumps(answer))
-    os._exit(0)  # see parallel.end_process
+    os._exit(0)  # see end_process
 
 
 def free_port():

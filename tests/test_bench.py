@@ -11,25 +11,20 @@ import types
 import numpy as np
 import pytest
 import torch
+from test_ceilings import SMALL as SMALL_CEILINGS
+from test_machine import SMALL as SMALL_MACHINE
 
 import bench
-import ceilings
 import config
-import cost
-import machine
-import meters
-import parallel
 import plan
-import report_bench
-import sweep
 import train
 from data import Split, TrainOrder
 from model import ModelConfig
 from objective import IGNORE, Masked
+from perf import ceilings, cost, machine, meters, report_bench, sweep
 from ranks import on_ranks, write_data
-from test_ceilings import SMALL as SMALL_CEILINGS
-from test_machine import SMALL as SMALL_MACHINE
-from tokenizer import SPECIALS
+from text.tokenizer import SPECIALS
+from world import World
 
 SMALL = [
     "--vocab_size=37", "--block_size=11", "--n_layer=3", "--n_head=5", "--n_embd=20", "--seq_len=7",
@@ -198,7 +193,7 @@ def test_shares_of_time_are_those_of_the_phases_and_sum_to_1(tmp_path, capsys):
 def test_phases_are_given_the_time_between_their_marks(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0])
     monkeypatch.setattr(meters.time, "perf_counter", lambda: next(clock))
-    world = meters.MarkedWorld.of(parallel.World(0, 1, torch.device("cpu"), "fp32"))
+    world = meters.MarkedWorld.of(World(0, 1, torch.device("cpu"), "fp32"))
     for place in ("waiting for data", "counting targets", "forward 1 of 1", "backward 1 of 1", "clipping", "optimizer"):
         world.at(place)
     expected = {"data": 1, "forward": 6, "backward": 8, "optimizer": 16 + 5, "communication": 0}
@@ -244,7 +239,7 @@ def test_activations_are_what_autograd_keeps(kind, tmp_path):
     args = [*SMALL, "--n_embd=40", "--batch_tokens=21", f"--activation_checkpointing={kind}"]
     f = benched(tmp_path, *args)
     cfg = config.load(bench.Settings, args)
-    world = parallel.World(0, 1, torch.device("cpu"), "fp32")
+    world = World(0, 1, torch.device("cpu"), "fp32")
     net, *_ = train.build(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, seq_len=7)), world, 1)
     ids = torch.randint(37, (3, 7))
     kept, stream = saved_bytes(net, (ids, ids)), 4 * 21 * 40

@@ -6,10 +6,9 @@ from dataclasses import replace
 import pytest
 
 import bench
-import ceilings
 import config
-import cost
-import parallel
+from perf import ceilings, cost
+from world import WorldConfig, init_world
 
 SMALL = {
     "WIDTHS": ((16, 32, 48), ()), "ROWS": ((3, 7), ()), "HEAD_WIDTHS": ((4, 8), ()), "LENGTHS": (5, 520),
@@ -26,7 +25,7 @@ ARGS = [
 def test_ceilings_are_measured_told_and_make_up_a_step(precision, monkeypatch):
     for name, value in SMALL.items():
         monkeypatch.setattr(ceilings, name, value)
-    with parallel.init_world(parallel.ParallelConfig(device="cpu", precision=precision)) as world:
+    with init_world(WorldConfig(device="cpu", precision=precision)) as world:
         figures = json.loads(json.dumps({"ceilings": ceilings.measure_ceilings(world)}))
     text = "\n".join(ceilings.ceilings_table(figures["ceilings"]))
     for word in ("swiglu", "muon", "linear, TFLOP/s", "overhead"):

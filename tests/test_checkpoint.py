@@ -10,16 +10,22 @@ import pytest
 import torch
 
 import checkpoint
-import rundir
 from checkpoint import (
-    RunConfig, Saver, changed_settings, checkpoints, load_checkpoint, newest_checkpoint, read_manifest,
+    RunConfig,
+    Saver,
+    changed_settings,
+    checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    read_manifest,
     remove_old_checkpoints,
 )  # fmt: skip
+from interop.pretrained import load_model
 from model import ModelConfig, Transformer
 from optim import OptimConfig, build_optimizer
-from parallel import World
-from pretrained import load_model
-from rundir import tokenizer_of
+from run import folder as rundir
+from run.folder import tokenizer_of
+from world import World
 
 SMALL = ModelConfig(vocab_size=37, block_size=11, n_layer=3, n_head=5, n_embd=20)
 WORLD = World(0, 1, torch.device("cpu"), "fp32")

@@ -17,14 +17,15 @@ from safetensors.torch import load_file, save_file
 
 import config
 import convert
-from checkpoint import RunConfig, Saver
+from checkpoint import Saver
 from convert import export, write_weights
-from families import their_tensors
 from hugging_face import logits_of, saved
+from interop.families import their_tensors
+from interop.pretrained import keep_carried, load_model, open_model, place_of
 from model import ModelConfig, Transformer
-from parallel import World
-from pretrained import keep_carried, load_model, open_model, place_of
-from tokenizer import load_tokenizer
+from run.folder import RunConfig
+from text.tokenizer import load_tokenizer
+from world import World
 
 T, V = 23, 269  # more ids than the byte tokenizer has, and no multiple of 64
 GPT2 = ModelConfig(vocab_size=V, block_size=T, n_layer=3, n_head=5, n_embd=20)
@@ -379,7 +380,7 @@ MEASURED = """
 import sys, threading, time
 import safetensors.torch, torch.distributed.checkpoint, transformers
 import convert
-from pretrained import open_model
+from interop.pretrained import open_model
 
 def private_mib():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024

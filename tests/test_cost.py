@@ -11,15 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import config
-import cost
 import parallel
 import train
 from model import ModelConfig, Transformer
 from objective import ObjectiveConfig, head_share
 from optim import OptimConfig, build_optimizer
-from parallel import ParallelConfig, distribute, init_world
+from parallel import ParallelConfig, distribute
+from perf import cost
 from ranks import on_ranks
 from train import train_step
+from world import init_world
 
 ODD = [
     {},

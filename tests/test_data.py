@@ -23,7 +23,7 @@ from data import (
     vocab_size_of,
 )
 from objective import IGNORE, NextToken
-from parallel import World
+from world import World
 
 SHARDS = (101, 37, 64, 5)  # tokens; the last is shorter than a window
 T = 7

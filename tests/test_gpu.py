@@ -9,19 +9,20 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from test_shard import MODELS, batch
 from torch.distributed.device_mesh import init_device_mesh
 
 import bench
 import config
 import train
-from checkpoint import RunConfig, Saver, checkpoints, load_checkpoint, step_of
+from checkpoint import Saver, checkpoints, load_checkpoint, step_of
 from model import Transformer
 from optim import OptimConfig, build_optimizer
-from parallel import ParallelConfig, World, distribute, init_world
+from parallel import ParallelConfig, distribute, fully_shard_model
 from ranks import free_port, run, write_data
-from shard import fully_shard_model
-from test_shard import MODELS, batch
+from run.folder import RunConfig
 from train import train_step
+from world import World, WorldConfig, init_world
 
 DEVICE = os.environ.get("FLATLM_TEST_DEVICE", "cuda")  # cpu, to try the tests themselves
 pytestmark = [
@@ -58,7 +59,7 @@ def test_a_gpu_trains_as_a_cpu_does_in_float32(name, precision, tolerance):
 
 
 def test_fp16_skips_steps_until_its_scale_fits():
-    with init_world(ParallelConfig(device=DEVICE, precision="fp16", compile=False)) as world:
+    with init_world(WorldConfig(device=DEVICE, precision="fp16"), ParallelConfig(compile=False)) as world:
         with torch.device("meta"):
             model = Transformer(MODELS["gpt"])
         distribute(model, ParallelConfig(device=DEVICE, compile=False), world, seed=1)
@@ -121,7 +122,7 @@ def test_dropout_is_replayed_by_selective_recomputation():
 
 def test_what_is_saved_beside_training_is_the_model_at_that_moment(tmp_path):
     """Twice, since what is copied to the second time is the pinned memory of the first."""
-    with init_world(ParallelConfig(device=DEVICE, precision="bf16", compile=False)) as world:
+    with init_world(WorldConfig(device=DEVICE, precision="bf16"), ParallelConfig(compile=False)) as world:
         with torch.device("meta"):
             model = Transformer(MODELS["gpt"])
         distribute(model, ParallelConfig(device=DEVICE, compile=False), world, seed=1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hardware import collective_s, known_device, peak_flops, rounds
+from perf.hardware import collective_s, known_device, peak_flops, rounds
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter")
 A100, H100, B200, PCIE = (300, 25, 0), (450, 50, 0.85), (900, 50, 0.74), (31, 12.5, 0)  # link, network, nvls

@@ -12,18 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_model import MODERN, SMALL, random_model
 
 import config
 import sample
-from checkpoint import RunConfig, Saver
+from checkpoint import Saver
 from convert import export
 from hugging_face import saved
-from parallel import World
-from pretrained import load_model, load_tokenizer_of, open_model
-from rundir import tokenizer_of
-from score import loglikelihood, loglikelihood_rolling, score_tokens
-from test_model import MODERN, SMALL, random_model
-from tokenizer import load_tokenizer, train_bpe
+from interop.pretrained import load_model, load_tokenizer_of, open_model
+from interop.score import loglikelihood, loglikelihood_rolling, score_tokens
+from run.folder import RunConfig, tokenizer_of
+from text.tokenizer import load_tokenizer, train_bpe
+from world import World
 
 KINDS = {"gpt2": SMALL, "llama": replace(MODERN, qk_norm=False, n_embd=24), "qwen3": MODERN}
 TEXTS = ["a", "ROMEO: what light?\n\n", "To be, or not to be: that is the question. " * 5, "œuvre, naïve – 日本語 😀"]

@@ -14,11 +14,11 @@ import torch.distributed as dist
 import config
 import train
 from checkpoint import checkpoints, newest_checkpoint
-from health import WINDOW, defect
 from model import ModelConfig, Transformer
 from optim import OptimConfig, build_optimizer
-from parallel import World
 from ranks import on_ranks, records, run, settings, wait_until, write_data
+from run.health import WINDOW, defect
+from world import World
 
 LAYOUTS = {"ddp": {}, "fsdp": {"strategy": "fsdp", "max_steps": 10},
            "tp": {"tp": 2, "seq_len": 8, "batch_tokens": 48, "n_head": 4, "max_steps": 10}}  # fmt: skip

@@ -19,14 +19,14 @@ import plan
 import train
 from convert import export
 from data import Split
-from families import FAMILIES
-from hub import HubModel, model_config_in, read_config
-from hub_tokenizer import write_tokenizer
 from hugging_face import KINDS, LLAMA3, T, V, logits_of, random_model, saved
+from interop.families import FAMILIES
+from interop.hub import HubModel, model_config_in, read_config
+from interop.pretrained import load_model, load_weights, open_model, starting_config
+from interop.tokenizer import write_tokenizer
 from model import ModelConfig, Transformer
-from pretrained import load_model, load_weights, open_model, starting_config
 from ranks import SMALL, on_ranks, records, settings, write_data
-from tokenizer import SPECIALS, load_tokenizer, train_bpe
+from text.tokenizer import SPECIALS, load_tokenizer, train_bpe
 
 IDS = torch.randint(V, (3, 7), generator=torch.Generator().manual_seed(2))
 REAL = torch.arange(7) < torch.tensor([7, 4, 6])[:, None]  # (B, T): sequences of 7, 4 and 6 tokens

@@ -10,16 +10,31 @@ import pytest
 import tiktoken
 import tokenizers
 import transformers
-
-import hub_tokenizer
-from conftest import ROOT
-from hub_tokenizer import check_same_ids, hub_tokenizer_file, load_hub_tokenizer, merges_of, write_tokenizer
-from sample import masked_ids
 from test_tokenizer import (
-    BERT_VOCAB, CHARACTERS, CORPUS, GPT2_FILES, HOSTILE, byte_level_like, random_texts, sentencepiece_like,
-    unigram_like, vocab_file,
+    BERT_VOCAB,
+    CHARACTERS,
+    CORPUS,
+    GPT2_FILES,
+    HOSTILE,
+    byte_level_like,
+    random_texts,
+    sentencepiece_like,
+    unigram_like,
+    vocab_file,
 )  # fmt: skip
-from tokenizer import BERT_SPECIALS, SPECIALS, TiktokenTokenizer, load_tokenizer, train_bpe, write_character_tokenizer
+
+from conftest import ROOT
+from interop import tokenizer as hub_tokenizer
+from interop.tokenizer import check_same_ids, hub_tokenizer_file, load_hub_tokenizer, merges_of, write_tokenizer
+from sample import masked_ids
+from text.tokenizer import (
+    BERT_SPECIALS,
+    SPECIALS,
+    TiktokenTokenizer,
+    load_tokenizer,
+    train_bpe,
+    write_character_tokenizer,
+)
 
 DATA = Path(ROOT).parent / "shared/data"
 REAL_TEXTS = [DATA / name for name in ("tinyshakespeare.txt", "wikitext2/valid.txt", "sst2/dev.tsv")]

@@ -8,9 +8,9 @@ import types
 import pytest
 import torch
 
-import machine
-import parallel
+from perf import machine
 from ranks import on_ranks
+from world import WorldConfig, init_world
 
 SMALL = {
     "MATMUL_SIZES": ((16, 33), ()), "MESSAGES": ((64, 4096), ()), "SHARD_TOKENS": 2**20, "CHECKPOINT_BYTES": 2**16,
@@ -29,7 +29,7 @@ def small_sizes():
 
 
 def measured_on_ranks(folder):
-    with small_sizes(), parallel.init_world(parallel.ParallelConfig(device="cpu", precision="fp32")) as world:
+    with small_sizes(), init_world(WorldConfig(device="cpu", precision="fp32")) as world:
         figures = machine.measure(world, folder)
         return figures if world.is_main else list(figures)
 
@@ -43,7 +43,7 @@ def triples(figures):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_figures_are_sound_are_told_and_leave_nothing_behind(precision, tmp_path):
-    with small_sizes(), parallel.init_world(parallel.ParallelConfig(device="cpu", precision=precision)) as world:
+    with small_sizes(), init_world(WorldConfig(device="cpu", precision=precision)) as world:
         figures = machine.measure(world, tmp_path)
     assert len(triples(figures)) == 2 * 2 + 1 + 2 + 1  # matmuls, copies, loader, disk
     assert all(0 < least <= median <= most for median, least, most in triples(figures))
@@ -87,6 +87,6 @@ def test_bus_bandwidth_is_what_nccl_tests_count(monkeypatch):
 
 def test_a_full_disk_is_left_its_space(tmp_path, monkeypatch):
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=4096))
-    with parallel.init_world(parallel.ParallelConfig(device="cpu")) as world:
+    with init_world(WorldConfig(device="cpu")) as world:
         found = machine.disk(world, tmp_path)
     assert found["checkpoint_gb"] == 1024 / 1e9 and "loader_tokens_per_s" not in found

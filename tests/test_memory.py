@@ -11,14 +11,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import bench
 import config
-import cost
-import memory
 import train
 from data import accumulation_steps
 from model import ModelConfig, Transformer
 from objective import n_masked
 from optim import OptimConfig, build_optimizer
-from parallel import World, compile_blocks, recompute_blocks
+from parallel import compile_blocks, recompute_blocks
+from perf import cost, memory
+from world import World
 
 BASE = {"vocab_size": 64, "n_head": 4, "n_embd": 128}
 MODERN = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "n_kv_head": 2, "n_inner": 352, "qk_norm": True,

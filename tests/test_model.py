@@ -12,7 +12,16 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import (
-    IGNORE, MLP, Cache, Linear, ModelConfig, Transformer, attend, linear_cross_entropy, rope_table, rotate,
+    IGNORE,
+    MLP,
+    Cache,
+    Linear,
+    ModelConfig,
+    Transformer,
+    attend,
+    linear_cross_entropy,
+    rope_table,
+    rotate,
 )  # fmt: skip
 from optim import OptimConfig, build_optimizer
 

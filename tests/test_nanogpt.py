@@ -15,13 +15,13 @@ import config
 import sample
 import train
 from checkpoint import checkpoints, newest_checkpoint
-from nanogpt import import_nanogpt, read_characters
+from interop.nanogpt import import_nanogpt, read_characters
+from interop.pretrained import load_model
 from optim import lr_at, set_lr
-from parallel import World
 from ranks import records, run, without_matplotlib
-from pretrained import load_model
-from rundir import tokenizer_of
-from tokenizer import load_tokenizer
+from run.folder import tokenizer_of
+from text.tokenizer import load_tokenizer
+from world import World
 
 ARGS = {"n_layer": 3, "n_head": 5, "n_embd": 20, "block_size": 11, "vocab_size": 131, "dropout": 0.0}
 CONFIG = {  # what nanoGPT's train.py saves beside its tensors
@@ -235,7 +235,7 @@ def test_settings_are_nanogpts_by_our_names(ours):
     assert (optim.weight_decay, optim.beta1, optim.beta2, optim.grad_clip, optim.max_steps) == (0.2, 0.8, 0.97, 0.5, 8)
     assert (data.batch_tokens, data.micro_batch_size, data.data_dir, data.eval_tokens) == (66, 3, "data/letters", 165)
     assert (cfg.train.eval_interval, cfg.run.save_interval, cfg.train.log_interval) == (2, 2, 1)
-    assert (cfg.parallel.precision, cfg.run.seed, cfg.run.out_dir) == ("fp32", 1337, str(ours))
+    assert (cfg.world.precision, cfg.run.seed, cfg.run.out_dir) == ("fp32", 1337, str(ours))
 
 
 def test_without_decay_the_rate_is_constant_and_grad_clip_0_is_none(saved, tmp_path):
@@ -243,7 +243,7 @@ def test_without_decay_the_rate_is_constant_and_grad_clip_0_is_none(saved, tmp_p
     saved["iter_num"] = 2
     run_dir, _ = imported(saved, tmp_path)
     cfg = settings_of(run_dir)
-    assert cfg.optim.grad_clip is None and cfg.parallel.precision == "auto"
+    assert cfg.optim.grad_clip is None and cfg.world.precision == "auto"
     assert [lr_at(step, cfg.optim, 8) for step in range(9)] == [1e-3] * 9
 
 

@@ -10,7 +10,7 @@ import ranks
 from data import Loader, Split, TrainOrder, eval_batches
 from model import ModelConfig, Transformer
 from objective import IGNORE, Masked, NextToken, ObjectiveConfig, head_share, n_masked, windows_of
-from parallel import World
+from world import World
 
 V = 53
 BERT = {"[PAD]": 0, "[UNK]": 7, "[CLS]": 11, "[SEP]": 12, "[MASK]": 30}  # scattered, so that what is left has gaps

@@ -24,10 +24,11 @@ from data import DataConfig, Split
 from model import ModelConfig, Transformer
 from objective import IGNORE, Masked, NextToken
 from optim import OptimConfig, build_optimizer
-from parallel import ParallelConfig, World, distribute, init_world, pick_device, pick_precision, seed_step
+from parallel import ParallelConfig, distribute
 from ranks import on_ranks, run, write_data
-from tokenizer import SPECIALS
+from text.tokenizer import SPECIALS
 from train import evaluate, train_step
+from world import World, WorldConfig, init_world, pick_device, pick_precision, seed_step
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ModelConfig(vocab_size=37, block_size=11, n_layer=3, n_head=5, n_embd=20)
@@ -69,7 +70,7 @@ def one_step(name, micro_batch_size, count=False):
 
     It is on the uneven batch. SGD at rate 1 takes the gradient off the weights, which shows what it was.
     """
-    with init_world(ParallelConfig(device="cpu", precision="fp32")) as world:
+    with init_world(WorldConfig(device="cpu", precision="fp32")) as world:
         model = build(world, MODELS[name])
         optimizer = build_optimizer(model, OptimConfig(optimizer="sgd", learning_rate=1.0, beta1=0.0, weight_decay=0.0))
         scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -161,7 +162,7 @@ def test_gradients_are_synchronised_once_a_step(two_ranks):
 def places_of_gradients():
     """The number of allocations that this rank's gradients lie in, before each micro-step of three steps."""
     seen, ids = [], torch.zeros(2, T, dtype=torch.long)
-    with init_world(ParallelConfig(device="cpu", precision="fp32")) as world:
+    with init_world(WorldConfig(device="cpu", precision="fp32")) as world:
         model = Transformer(SMALL)
         distribute(model, ParallelConfig(), world, seed=1)
         model.register_forward_pre_hook(
@@ -196,7 +197,7 @@ def echo(model):
 
 def evaluated(name, data_dir, micro_batch_size):
     """What evaluate says."""
-    with init_world(ParallelConfig(device="cpu", precision="fp32")) as world:
+    with init_world(WorldConfig(device="cpu", precision="fp32")) as world:
         model = echo(build(world, replace(MODELS[name], dropout=0.5)))
         cfg = DataConfig(data_dir=data_dir, seq_len=T, micro_batch_size=micro_batch_size, eval_tokens=1000)
         states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
@@ -271,7 +272,7 @@ def test_evaluation_is_the_same_on_two_ranks(case, two_ranks, plainly_evaluated)
 # ---- dropout
 
 def dropout_losses():
-    with init_world(ParallelConfig(device="cpu", precision="fp32")) as world:
+    with init_world(WorldConfig(device="cpu", precision="fp32")) as world:
         model, (ids, targets) = build(world, replace(SMALL, dropout=0.5)), uneven_batch()
         losses = []
         for step in (4, 5, 4):
@@ -373,7 +374,7 @@ def test_fp16_on_a_cpu_is_refused():
 
 def test_powersgd_with_fp16_is_refused(monkeypatch):
     """One overflow, which fp16's scaler meets on purpose, would stay in what PowerSGD carries over for ever."""
-    monkeypatch.setattr("parallel.pick_precision", lambda name, device: "fp16")  # as on a GPU without bf16
+    monkeypatch.setattr("pick_precision", lambda name, device: "fp16")  # as on a GPU without bf16
     with pytest.raises(ValueError, match="powersgd.* fp16 .*--precision=bf16"), init_world(
         ParallelConfig(device="cpu", grad_compression="powersgd")
     ):
@@ -421,7 +422,7 @@ def test_compiled_blocks_give_the_same_loss_and_gradients():
     torch._dynamo.reset()
     counts = torch._dynamo.utils.counters
     counts.clear()
-    with init_world(ParallelConfig(device="cpu", precision="fp32")) as world, warnings.catch_warnings():
+    with init_world(WorldConfig(device="cpu", precision="fp32")) as world, warnings.catch_warnings():
         warnings.filterwarnings("error", "torch.compile does not work")
         model = build(world, compile=True)
         loss = model(ids, targets) / (targets != IGNORE).sum()
@@ -437,7 +438,7 @@ def test_compiled_blocks_that_are_recomputed_are_compiled_indeed(kind):
     torch._dynamo.reset()
     counts = torch._dynamo.utils.counters
     counts.clear()
-    with init_world(ParallelConfig(device="cpu", precision="fp32")) as world, warnings.catch_warnings():
+    with init_world(WorldConfig(device="cpu", precision="fp32")) as world, warnings.catch_warnings():
         warnings.filterwarnings("error", "torch.compile does not work")
         model, batch = build(world, MODELS["bert"], compile=True, activation_checkpointing=kind), uneven_batch("bert")
         before = dict(counts["stats"])  # of the function that distribute tries
@@ -452,9 +453,10 @@ def test_compiled_blocks_that_are_recomputed_are_compiled_indeed(kind):
 FAULTS = """
 import resource
 import torch
-from parallel import ParallelConfig, init_world
+from parallel import ParallelConfig
+from world import init_world
 
-with init_world(ParallelConfig(device="cpu")):
+with init_world(WorldConfig(device="cpu")):
     faults = []
     for _ in range(30):  # the heap has grown to what it needs by then
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

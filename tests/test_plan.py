@@ -8,11 +8,10 @@ from dataclasses import replace
 import pytest
 
 import config
-import hardware
 import plan
-import report_plan
 from conftest import ROOT
-from memory import flags, with_settings
+from perf import hardware, report_plan
+from perf.memory import flags, with_settings
 
 JSON = {"n_params", "flops_per_token", "flops_per_token_causal", "memory_gib", "fits", "step_s", "tokens_per_s_per_gpu",
         "mfu", "days", "gpu_hours", "kwh", "cost"}  # fmt: skip

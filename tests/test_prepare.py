@@ -18,12 +18,12 @@ import pytest
 import tokenizers
 
 import config
-import corpus
 import prepare
 from conftest import ROOT
 from data import HEADER, Split, open_shard, read_meta
-from rundir import keep_tokenizer, tokenizer_of
-from tokenizer import SPECIALS, load_tokenizer
+from run.folder import keep_tokenizer, tokenizer_of
+from text import corpus
+from text.tokenizer import SPECIALS, load_tokenizer
 
 SHARED = Path(ROOT).parent / "shared/data"
 needs_gpt2 = pytest.mark.skipif(not (SHARED / "tiktoken_cache").is_dir(), reason="gpt2's tiktoken files are absent")

@@ -5,9 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-
-import cost
-import memory
 from fit_rates import (
     FITTED,
     OUTLIERS,
@@ -23,7 +20,9 @@ from fit_rates import (
     setup_of,
     table_of_groups,
 )
-from hardware import EAGER
+
+from perf import cost, memory
+from perf.hardware import EAGER
 
 ROWS = read_published()
 def all_rows():

@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_harness import write_tasks
+from test_nanogpt import ARGS, checkpoint_of, optimizer_of, parameters
 
 import config
 import train
-from hub_tokenizer import write_tokenizer
 from hugging_face import saved
+from interop.tokenizer import write_tokenizer
 from parallel import check_tensor_parallel
 from ranks import free_port, run_script
-from test_harness import write_tasks
-from test_nanogpt import ARGS, checkpoint_of, optimizer_of, parameters
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = re.findall(r"^```\w*\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)

@@ -13,11 +13,11 @@ import torch
 import config
 import sample
 from model import ModelConfig, Transformer
-from parallel import pick_precision
 from objective import special_id
 from ranks import run, write_data
 from sample import SampleConfig, draw, generate, generation_dtype, masked_ids, print_candidates, stream
-from tokenizer import SPECIALS, load_tokenizer, train_bpe, write_character_tokenizer
+from text.tokenizer import SPECIALS, load_tokenizer, train_bpe, write_character_tokenizer
+from world import pick_precision
 
 V = 37
 SMALL = ModelConfig(vocab_size=V, block_size=11, n_layer=3, n_head=5, n_embd=20)

@@ -7,13 +7,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_model import BERT, MODERN, SMALL, random_model
 
 import config
 import sample
+from interop.score import (
+    encode_pair,
+    loglikelihood,
+    loglikelihood_rolling,
+    print_scores,
+    read_requests,
+    score_tokens,
+    windows,
+)
 from ranks import run, write_data
-from score import encode_pair, loglikelihood, loglikelihood_rolling, print_scores, read_requests, score_tokens, windows
-from test_model import BERT, MODERN, SMALL, random_model
-from tokenizer import load_tokenizer, train_bpe
+from text.tokenizer import load_tokenizer, train_bpe
 
 BYTE = load_tokenizer("byte")
 

@@ -17,15 +17,16 @@ from torch.utils._pytree import tree_leaves
 
 import optim
 import parallel
-from memory import held as numbers_held
-from checkpoint import RunConfig, Saver, _tensors, load_checkpoint
+from checkpoint import Saver, _tensors, load_checkpoint
 from model import ModelConfig, Transformer
 from objective import IGNORE
 from optim import OptimConfig, build_optimizer, orthogonalize
-from parallel import ParallelConfig, check_tensor_parallel, distribute, init_world, seed_step, shape_of_mesh
+from parallel import ParallelConfig, check_tensor_parallel, distribute, shape_of_mesh
+from perf.memory import held as numbers_held
 from ranks import on_ranks
-from rundir import check_shared
+from run.folder import RunConfig, check_shared
 from train import train_step
+from world import init_world, seed_step
 
 # 4 heads of 6; an MLP of 38, which 4 ranks share unevenly; a vocabulary of 64 with its padding.
 GPT = ModelConfig(vocab_size=37, block_size=11, n_layer=3, n_head=4, n_embd=20, head_dim=6, n_inner=38)

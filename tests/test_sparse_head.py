@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from config import load
-from model import Transformer, linear_cross_entropy
+from model import Transformer
 from objective import IGNORE
+from ops import linear_cross_entropy
 from ranks import start
 from train import Settings
 

@@ -13,8 +13,14 @@ import tokenizers
 
 from conftest import ROOT
 from objective import special_id
-from tokenizer import (
-    BERT_SPECIALS, SPECIALS, ByteTokenizer, FileTokenizer, file_sha256, load_tokenizer, train_bpe,
+from text.tokenizer import (
+    BERT_SPECIALS,
+    SPECIALS,
+    ByteTokenizer,
+    FileTokenizer,
+    load_tokenizer,
+    sha256,
+    train_bpe,
     write_character_tokenizer,
 )  # fmt: skip
 
@@ -198,7 +204,7 @@ def test_small_corpus_gives_fewer_ids(tmp_path):
 def test_bpe_is_the_same_each_time_and_wherever_its_file_lies(tmp_path, bpe_file):
     copy = tmp_path / "elsewhere.json"
     train_bpe(CORPUS, 777, copy)
-    assert file_sha256(copy) == file_sha256(bpe_file)
+    assert sha256(copy) == sha256(bpe_file)
     first, second = load_tokenizer(str(bpe_file)), load_tokenizer(str(copy))
     assert (first.vocab_size, first.specials) == (second.vocab_size, second.specials)
     for text in random_texts(50, seed=2):

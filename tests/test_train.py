@@ -16,19 +16,28 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import config
-import cost
 import train
 from checkpoint import checkpoints, load_checkpoint, newest_checkpoint, read_manifest
 from data import Split, TrainOrder
+from interop.pretrained import load_model
 from model import ModelConfig, Transformer
-from optim import OptimConfig, build_optimizer, lr_at
 from objective import IGNORE, Masked
-from parallel import World
-from pretrained import load_model
+from optim import OptimConfig, build_optimizer, lr_at
+from perf import cost
 from ranks import (
-    SMALL, copy_run, launch, logged, on_ranks, records, run, settings, without_matplotlib, write_data,
+    SMALL,
+    copy_run,
+    launch,
+    logged,
+    on_ranks,
+    records,
+    run,
+    settings,
+    without_matplotlib,
+    write_data,
 )  # fmt: skip
-from tokenizer import SPECIALS
+from text.tokenizer import SPECIALS
+from world import World
 
 ROOT = Path(train.__file__).parent
 SHAKESPEARE = ROOT.parent / "shared/data/tinyshakespeare.txt"

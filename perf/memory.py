@@ -6,12 +6,12 @@ import itertools
 
 import torch
 
-from cost import block_params, block_weights, num_params, setup_of
+from config import UserError
 from data import accumulation_steps
-from model import loss_chunks
-from optim import STACK, local
-from parallel import memory_bytes
-
+from ops import loss_chunks
+from optim import STACK
+from perf.cost import block_params, block_weights, num_params, setup_of
+from world import local, memory_bytes
 
 ALLOCATOR_SLACK = 1.1  # with what is kept of freed tensors
 KINDS = ("micro_batch_size", "activation_checkpointing", "shard_size")  # of settings that save memory
@@ -148,7 +148,7 @@ def held(optimizer):
 
 @contextlib.contextmanager
 def explaining_out_of_memory(cfg, world):
-    """Makes torch's error of memory that ran out a ValueError that names what would fit."""
+    """Makes torch's error of memory that ran out a UserError that names what would fit."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # of a CPU it is a plain RuntimeError
@@ -156,7 +156,7 @@ def explaining_out_of_memory(cfg, world):
             raise
         hint = "; the environment's MALLOC_MMAP_THRESHOLD_=65536 gives freed memory back, which costs time"
         text = f"out of memory on rank {world.rank}: {remedies(cfg, world)}{hint if world.device.type == 'cpu' else ''}"
-        raise ValueError(text) from error
+        raise UserError(text) from error
 
 
 def remedies(cfg, world):

@@ -1,8 +1,7 @@
 """A plan's figures for people: in words, in tables, as a picture."""
 
 from config import as_dict, comments
-from memory import flags
-
+from perf.memory import flags
 
 ASSUMED = ("efficiency", "availability", "fragmentation", "context_gib", "gpu_load", "host_share", "pue")
 MEMORY = ("weights", "gradients", "optimizer", "activations", "logits", "other")  # what it is for

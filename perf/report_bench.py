@@ -8,6 +8,7 @@ import os
 
 import torch
 
+from config import UserError
 
 GIB = 2**30
 
@@ -128,9 +129,9 @@ def read_figures(path):
         with open(path, encoding="utf-8") as file:
             figures = json.load(file)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a file of --json: {error}") from error
+        raise UserError(f"{path} is not a file of --json: {error}") from error
     if not isinstance(figures, dict):
-        raise ValueError(f"{path} is not a file of --json: it holds no object")
+        raise UserError(f"{path} is not a file of --json: it holds no object")
     return figures
 
 

@@ -5,7 +5,8 @@ import json
 import re
 from pathlib import Path
 
-from tokenizer import END_OF_TEXT, ByteTokenizer, TiktokenTokenizer, byte_of_character, load_tokenizer
+from config import UserError
+from text.tokenizer import END_OF_TEXT, ByteTokenizer, TiktokenTokenizer, byte_of_character, load_tokenizer
 
 # The names of special tokens by what they are for, the usual one of each kind of tokenizer.
 ROLES = {
@@ -34,12 +35,12 @@ def write_tokenizer(tokenizer, folder, objective, block_size):
 
     objective: clm, whose texts get no special tokens, and hold none whatever they spell, as in training; or mlm, whose
     texts become [CLS] text [SEP] and may name [MASK]. The names are those of Hugging Face's configs, such as
-    eos_token_id. ValueError where `tokenizers` would not give our ids.
+    eos_token_id. UserError where `tokenizers` would not give our ids.
     """
     try:
         import tokenizers
     except ImportError as error:
-        raise ValueError("a tokenizer for Hugging Face needs tokenizers: pip install tokenizers") from error
+        raise UserError("a tokenizer for Hugging Face needs tokenizers: pip install tokenizers") from error
 
     saved = hub_json(tokenizer) | {"post_processor": None}
     specials = _by_role(tokenizer.specials, objective)
@@ -63,7 +64,7 @@ def write_tokenizer(tokenizer, folder, objective, block_size):
 
 
 def load_hub_tokenizer(folder):
-    """The tokenizer of a Hugging Face folder, with what stands before a text there; ValueError without one."""
+    """The tokenizer of a Hugging Face folder, with what stands before a text there; UserError without one."""
     path = hub_tokenizer_file(folder)
     tokenizer, config = load_tokenizer(path), _json(Path(folder) / "tokenizer_config.json")
     if not path.endswith("tokenizer.json"):
@@ -74,7 +75,7 @@ def load_hub_tokenizer(folder):
     try:
         tokenizer.begin = _begin(tokenizer.saved, config.get("add_bos_token"), ids[0])
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} has a post-processor of no known form ({error}); copy it again") from error
+        raise UserError(f"{path} has a post-processor of no known form ({error}); copy it again") from error
     return tokenizer
 
 
@@ -95,7 +96,7 @@ def _begin(saved, adds_bos, bos):
 
 
 def _check_plain(tokenizer, config, folder):
-    """ValueError where a folder says that its vocab.txt or vocab.json is not used in the usual way."""
+    """UserError where a folder says that its vocab.txt or vocab.json is not used in the usual way."""
     lowercase = ((tokenizer.saved or {}).get("normalizer") or {}).get("lowercase")
     usual = {
         "do_lower_case": lowercase,
@@ -106,7 +107,7 @@ def _check_plain(tokenizer, config, folder):
     odd = [f"{key} {config[key]}" for key, value in usual.items() if config.get(key, value) not in (value, None)]
     odd += ["added_tokens.json"] if (Path(folder) / "added_tokens.json").exists() else []
     if odd:
-        raise ValueError(
+        raise UserError(
             f"{folder} has no tokenizer.json, and {', '.join(odd)}, which only transformers knows to heed; "
             f"write one with it: AutoTokenizer.from_pretrained(X).save_pretrained(X)"
         )
@@ -121,7 +122,7 @@ def hub_tokenizer_file(folder):
     is_gpt2 = _json(folder / "config.json").get("model_type", "gpt2") == "gpt2"  # others cut words in other ways
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file() and is_gpt2:
         return str(folder / "vocab.json")
-    raise ValueError(
+    raise UserError(
         f"{folder} holds no tokenizer that can be read: neither tokenizer.json nor BERT's vocab.txt nor GPT-2's "
         f"vocab.json and merges.txt; write one with transformers: AutoTokenizer.from_pretrained(X).save_pretrained(X)"
     )
@@ -132,9 +133,9 @@ def _json(path):
     try:
         value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}); copy it from its source again") from error
+        raise UserError(f"{path} cannot be read as JSON ({error}); copy it from its source again") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object; copy it from its source again")
+        raise UserError(f"{path} holds no JSON object; copy it from its source again")
     return value
 
 
@@ -149,11 +150,11 @@ def hub_json(tokenizer):
 
 
 def check_same_ids(tokenizer, theirs):
-    """ValueError where tokenizers.Tokenizer `theirs` gives other ids than ours for one of a few hard texts."""
+    """UserError where tokenizers.Tokenizer `theirs` gives other ids than ours for one of a few hard texts."""
     kept = set(tokenizer.specials.values())
     for name, id_ in tokenizer.specials.items():
         if theirs.token_to_id(name) != id_:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer {tokenizer.name} cannot be written for Hugging Face's libraries: they would give "
                 f"{name} the id {theirs.token_to_id(name)}, it is {id_}"
             )
@@ -166,7 +167,7 @@ def check_same_ids(tokenizer, theirs):
         ours, ids = tokenizer.encode(text).tolist(), theirs.encode(text, add_special_tokens=False).ids
         if ours != ids:
             at = next((i for i, (a, b) in enumerate(zip(ours, ids)) if a != b), min(len(ours), len(ids)))
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer {tokenizer.name} cannot be written for Hugging Face's libraries: they would encode "
                 f"{tokenizer.decode(ours[at : at + 5])!r} as {ids[at : at + 5]}, it is {ours[at : at + 5]}"
             )
@@ -186,7 +187,7 @@ def _by_role(specials, objective):
 def _framing(saved, tokenizer, specials):
     """A tokenizer.json that makes [CLS] text [SEP] of a text, and [CLS] text [SEP] text [SEP] of a pair."""
     if lacking := [role for role in ("mask", "cls", "sep", "pad") if role not in specials]:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer {tokenizer.name} has no {', '.join(lacking)} token, which masked models need; "
             f"its special tokens are {', '.join(tokenizer.specials) or 'none'}"
         )

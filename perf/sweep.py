@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import ROOT, as_dict, as_preset, load
+from config import ROOT, UserError, as_dict, as_preset, load
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class SweepConfig:
 
     def __post_init__(self):
         if self.sweep_seconds <= 0:
-            raise ValueError(f"sweep_seconds is {self.sweep_seconds}; it must be above 0")
+            raise UserError(f"sweep_seconds is {self.sweep_seconds}; it must be above 0")
 
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "MemoryError", "Cannot allocate memory")
@@ -47,7 +47,7 @@ def sweep(cfg, given, compiled_by_default):
                 rows.append(row)
     fitting = [row for row in rows if row["ended"] == "well"]
     if not fitting:
-        raise ValueError(f"no setting runs; the last one ended so: {rows[-1]['said']}")
+        raise UserError(f"no setting runs; the last one ended so: {rows[-1]['said']}")
     fastest = max(fitting, key=lambda row: row["tokens_per_s"])
     largest = max(fitting, key=lambda row: (row["micro_batch_size"], row["tokens_per_s"]))
     path = write_preset(given, fastest)

@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from checkpoint import Failure, RunConfig, checkpoints, file_numbers, write_checkpoint
-from data import DataConfig
-from families import GPT2, slots
-from hub import is_plain
+from checkpoint import Failure, checkpoints, file_numbers, write_checkpoint
+from config import UserError
+from data import DataConfig, sha256
+from interop.families import GPT2, slots
+from interop.hub import is_plain
 from model import ModelConfig, parameter_shapes
 from optim import OptimConfig
-from parallel import World
-from rundir import sha256, writing_to
-from tokenizer import load_tokenizer, write_character_tokenizer
+from run.folder import RunConfig, writing_to
+from text.tokenizer import load_tokenizer, write_character_tokenizer
+from world import World
 
 MODEL_ARGS = {
     "n_layer": int, "n_head": int, "n_embd": int, "block_size": int, "vocab_size": int, "bias": bool, "dropout": float,
@@ -37,13 +38,13 @@ def import_nanogpt(path, out_dir, tokenizer=None):
 
     Weights and the optimizer's moments come along, so `train.py out_dir/config.py` goes on where nanoGPT stopped; the
     order of the data, which nanoGPT draws at random, is this project's. tokenizer: the data's meta.pkl or what
-    load_tokenizer takes; none: gpt2 where the vocabulary is that. Nothing in the files is run. ValueError where they
+    load_tokenizer takes; none: gpt2 where the vocabulary is that. Nothing in the files is run. UserError where they
     are not what nanoGPT writes, or out_dir holds a run. Memory is that of the embedding and its moments, where they
     are padded, and of a file of the checkpoint; the rest stays on the disk. What is older than June 2023 may have been
     trained with the tanh GELU, which no checkpoint tells.
     """
     if checkpoints(out_dir) or any((Path(out_dir) / name).exists() for name in ("config.py", "log.jsonl")):
-        raise ValueError(f"out_dir {out_dir} holds a run already; use another --out_dir")
+        raise UserError(f"out_dir {out_dir} holds a run already; use another --out_dir")
     saved = _load(path)
     cfg, preset, tensors, lines = _translated(path, saved)
     preset["out_dir"] = str(out_dir)
@@ -63,7 +64,7 @@ def import_nanogpt(path, out_dir, tokenizer=None):
     except Failure as error:
         if not error.is_of_disk:
             raise
-        raise ValueError(f"out_dir {out_dir} cannot be written to ({error}); make room, or use another") from error
+        raise UserError(f"out_dir {out_dir} cannot be written to ({error}); make room, or use another") from error
     with writing_to(out_dir):
         (Path(out_dir) / "config.py").write_text("".join(f"{name} = {value!r}\n" for name, value in preset.items()))
     return lines
@@ -74,35 +75,35 @@ def _load(path):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error}); name the ckpt.pt that nanoGPT's train.py wrote") from error
+        raise UserError(f"{path} cannot be read ({error}); name the ckpt.pt that nanoGPT's train.py wrote") from error
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged, or holds Python objects, which could run code, and is not loaded: a ckpt.pt of "
             f"nanoGPT's holds tensors and plain values alone"
         ) from error
     except Exception as error:  # whatever a damaged file makes torch raise
         what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise ValueError(f"{path} is damaged, or no ckpt.pt of nanoGPT's ({what}); copy it again") from error
+        raise UserError(f"{path} is damaged, or no ckpt.pt of nanoGPT's ({what}); copy it again") from error
     saved = _typed(saved, KEYS, path)
     if saved["iter_num"] < 1:
-        raise ValueError(f"{path} has iter_num {saved['iter_num']}; nanoGPT saves after step 1 at the earliest")
+        raise UserError(f"{path} has iter_num {saved['iter_num']}; nanoGPT saves after step 1 at the earliest")
     for name, kinds in (("model_args", MODEL_ARGS), ("config", SETTINGS)):
         saved[name] = _typed(saved[name], kinds, f"{path}: {name}")
     return saved
 
 
 def _typed(values, kinds, where):
-    """The values that `kinds` names, each of its kind; ValueError where one is missing or of another."""
+    """The values that `kinds` names, each of its kind; UserError where one is missing or of another."""
     if not isinstance(values, dict) or (missing := [name for name in kinds if name not in values]):
         missing = ", ".join(missing) if isinstance(values, dict) else "all"
-        raise ValueError(f"{where} lacks {missing} of what nanoGPT's train.py saves; name its ckpt.pt")
+        raise UserError(f"{where} lacks {missing} of what nanoGPT's train.py saves; name its ckpt.pt")
     typed = {}
     for name, kind in kinds.items():
         value = values[name]
         value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
         is_number = type(value) in (int, float) and math.isfinite(value) and (kind is float or value == int(value))
         if not (is_number if kind in (int, float) else isinstance(value, kind)):
-            raise ValueError(f"{where} has {name} {str(value)[:40]!r}, which in nanoGPT is of type {kind.__name__}")
+            raise UserError(f"{where} has {name} {str(value)[:40]!r}, which in nanoGPT is of type {kind.__name__}")
         typed[name] = kind(value)
     return typed
 
@@ -114,13 +115,13 @@ def _translated(path, saved):
     weights = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()}
     n_layer = sum(name.endswith(".attn.c_attn.weight") for name in weights)
     if n_layer != model_args["n_layer"]:
-        raise ValueError(f"{path} has model_args of n_layer {model_args['n_layer']}, but weights of {n_layer} layers")
+        raise UserError(f"{path} has model_args of n_layer {model_args['n_layer']}, but weights of {n_layer} layers")
     try:
         cfg = ModelConfig(mlp="gelu", **model_args)
         tensors, (decayed, _) = _tensors(saved, weights, cfg)
         preset, lines = _preset(theirs, decayed, cfg, saved["iter_num"])
     except ValueError as error:
-        raise ValueError(f"{path}: {'; '.join(str(error).splitlines())}") from error
+        raise UserError(f"{path}: {'; '.join(str(error).splitlines())}") from error
     return cfg, preset, tensors, lines
 
 
@@ -184,7 +185,7 @@ def _tensors(saved, weights, cfg):
     weights = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}  # a mask, of old
     _check_shapes(shapes | {"lm_head.weight": shapes["transformer.wte.weight"]}, weights)
     if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
-        raise ValueError("lm_head.weight is not transformer.wte.weight, which in nanoGPT are one")
+        raise UserError("lm_head.weight is not transformer.wte.weight, which in nanoGPT are one")
     tensors = {}
     for name, (_, parts) in parameters.items():
         tensors |= {f"model.{ours}": part for ours, part in _split(weights[name], parts, cfg)}
@@ -215,20 +216,20 @@ def _parameters(cfg):
 
 
 def _check_shapes(shapes, tensors, owner=""):
-    """ValueError that names the first of the tensors that are missing, too many, or of another shape or kind."""
+    """UserError that names the first of the tensors that are missing, too many, or of another shape or kind."""
     for name in [*shapes, *(name for name in tensors if name not in shapes)]:
         tensor, wanted = tensors.get(name), shapes.get(name)
         is_sound = is_plain(tensor) and tensor.is_floating_point()
         found = tuple(tensor.shape) if is_sound else "nothing" if tensor is None else "no tensor of floats"
         if found != wanted:
             by_args = "is not expected" if wanted is None else f"by model_args is {wanted}"
-            raise ValueError(
+            raise UserError(
                 f"{owner}{name} {by_args}, and there is {found}; weights and model_args are not of one model"
             )
 
 
 def _groups(optimizer, names):
-    """The optimizer's two groups and {number of a parameter: its state}; ValueError where they are not AdamW's."""
+    """The optimizer's two groups and {number of a parameter: its state}; UserError where they are not AdamW's."""
     groups, state = optimizer.get("param_groups"), optimizer.get("state")
     try:
         sizes = [len(group["params"]) for group in groups]
@@ -237,11 +238,11 @@ def _groups(optimizer, names):
         are_sound = are_sound and groups[0]["eps"] == 1e-8 and not groups[0].get("amsgrad") and other_decay == 0
         are_sound = are_sound and [i for group in groups for i in group["params"]] == list(range(sum(sizes)))
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"its optimizer is no AdamW of torch's in two groups ({type(error).__name__})") from error
+        raise UserError(f"its optimizer is no AdamW of torch's in two groups ({type(error).__name__})") from error
     if not are_sound:
-        raise ValueError("its optimizer is not nanoGPT's AdamW: eps 1e-8, no amsgrad, weight_decay of matrices alone")
+        raise UserError("its optimizer is not nanoGPT's AdamW: eps 1e-8, no amsgrad, weight_decay of matrices alone")
     if sizes != [len(of_group) for of_group in names]:
-        raise ValueError(
+        raise UserError(
             f"its optimizer has {' and '.join(map(str, sizes))} parameters in its groups, where nanoGPT has "
             f"{' and '.join(str(len(of_group)) for of_group in names)}; of before May 2023, with another GELU, "
             f"it cannot be taken over"
@@ -270,13 +271,13 @@ def _keep_tokenizer(tokenizer, vocab_size, out_dir):
     if name.endswith(".pkl"):
         characters = read_characters(tokenizer)
         if len(characters) != vocab_size:
-            raise ValueError(f"{tokenizer} has {len(characters)} characters, the model a vocab_size of {vocab_size}")
+            raise UserError(f"{tokenizer} has {len(characters)} characters, the model a vocab_size of {vocab_size}")
         write_character_tokenizer(characters, file)
         name = file.name
     elif tokenizer is not None:
         loaded = load_tokenizer(tokenizer)
         if loaded.vocab_size > vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"tokenizer {tokenizer} has {loaded.vocab_size} ids, the model a vocab_size of {vocab_size}"
             )
         if loaded.saved is not None:
@@ -291,22 +292,22 @@ class _PlainUnpickler(pickle.Unpickler):
     """Reads numbers, texts, lists and dicts alone: whatever else a pickle does, it does by a name that it looks up."""
 
     def find_class(self, module, name):
-        raise ValueError(f"it wants to call {module}.{name}")
+        raise UserError(f"it wants to call {module}.{name}")
 
 
 def read_characters(path):
     """The characters, in the order of their ids, of the meta.pkl that nanoGPT's character-level data come with.
 
-    ValueError where it is anything else; a pickle with code in it does not run.
+    UserError where it is anything else; a pickle with code in it does not run.
     """
     try:
         with open(path, "rb") as file:
             itos = _PlainUnpickler(file).load()["itos"]
         characters = [itos[i] for i in range(len(itos))]
     except Exception as error:  # whatever a damaged pickle raises
-        raise ValueError(f"{path} is no meta.pkl of nanoGPT's ({type(error).__name__}: {error})") from error
+        raise UserError(f"{path} is no meta.pkl of nanoGPT's ({type(error).__name__}: {error})") from error
     if not all(isinstance(c, str) and len(c) == 1 for c in characters) or len(set(characters)) < len(characters):
-        raise ValueError(
+        raise UserError(
             f"{path} has ids that are not one character each, all different; give another --nanogpt_tokenizer"
         )
     return characters

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from config import UserError
 from model import ModelConfig, parameter_shapes
 
 # Modules, theirs: ours. Where several of ours are one of theirs, its rows are theirs in this order.
@@ -198,7 +199,7 @@ FAMILIES = {"gpt2": GPT2, "bert": BERT, "llama": LLAMA, "mistral": LLAMA, "qwen3
 
 
 def family_of(cfg):
-    """The family that computes what a model does; ValueError that names the settings where none does."""
+    """The family that computes what a model does; UserError that names the settings where none does."""
     if cfg.objective == "mlm":
         family = BERT
     elif cfg.position == "learned":
@@ -218,7 +219,7 @@ def family_of(cfg):
             f"n_embd / n_head"
         )
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"transformers has no model that computes this one; {family.name} is the nearest, but {'; '.join(wrong)}"
         )
     return family
@@ -276,13 +277,13 @@ def model_config(config):
     family = FAMILIES[config["model_type"]]
     given = {name: config.get(key, family.defaults.get(key)) for key, name in family.keys.items()}
     if missing := [key for key in family.keys if key not in config and key not in family.defaults]:
-        raise ValueError(f"it lacks {', '.join(missing)}")
+        raise UserError(f"it lacks {', '.join(missing)}")
     widths = {key: given[name] for key, name in family.keys.items() if name not in ("norm_eps", "tie_embeddings")}
     odd = {key: value for key, value in widths.items() if type(value) is not int or not 0 < value < 2**31}
     if odd := [f"{key} {value!r}" for key, value in odd.items() if value is not None or family.defaults.get(key, 1)]:
-        raise ValueError(f"it has {', '.join(odd)}, where there must be whole numbers above 0 and below 2**31")
+        raise UserError(f"it has {', '.join(odd)}, where there must be whole numbers above 0 and below 2**31")
     if type(given["tie_embeddings"]) is not bool or type(given["norm_eps"]) not in (int, float):
-        raise ValueError(f"it ties embeddings {given['tie_embeddings']!r}, with norms' epsilon {given['norm_eps']!r}")
+        raise UserError(f"it ties embeddings {given['tie_embeddings']!r}, with norms' epsilon {given['norm_eps']!r}")
     wrong = [f"{key} {config[key]!r}" for key, value in family.needs.items() if config.get(key, value) != value]
     wrong += ["quantization_config"] if config.get("quantization_config") else []
     activation = config.get(family.activation, family.defaults[family.activation])
@@ -298,7 +299,7 @@ def model_config(config):
         if len(set(biases)) > 1:
             wrong.append("biases in one of attention and MLP alone")
     if wrong:
-        raise ValueError(f"it has {', '.join(wrong)}, which this project's models do not compute; use another model")
+        raise UserError(f"it has {', '.join(wrong)}, which this project's models do not compute; use another model")
     given["dropout"] = config.get(family.dropouts[0], 0.0)
     return ModelConfig(**given | {"mlp": family.activations[activation], **family.fixed}), longest
 

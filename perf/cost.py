@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass, replace
 
-from hardware import CONTENTION, COPY_SHARE, collective_s, nvls_share, rates_of, rounds
-from model import BY_MATMULS
 from objective import head_share
+from ops import BY_MATMULS
 from parallel import POWERSGD_RANK
-
+from perf.hardware import CONTENTION, COPY_SHARE, collective_s, nvls_share, rates_of, rounds
 
 # Shares of a block's forward that backward repeats: of matmuls, attention, everything else. The last three are of other
 # projects: Megatron's selective recomputation, torchtitan's of every second matmul, every second block's.

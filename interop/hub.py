@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from families import FAMILIES, model_config, slots
-from hub_tokenizer import load_hub_tokenizer
+from config import UserError
+from interop.families import FAMILIES, model_config, slots
+from interop.tokenizer import load_hub_tokenizer
 
 MODELS = ("config.json", "model*.safetensors", "model.safetensors.index.json")
 BESIDE = (  # what stands beside the weights and goes where they go
@@ -36,20 +37,20 @@ class HubModel:
         try:
             expected = slots(self.family, self.cfg)
         except (RuntimeError, TypeError) as error:  # of sizes that torch cannot hold
-            raise ValueError(f"{folder}: config.json is of no possible model ({error}); copy it again") from error
+            raise UserError(f"{folder}: config.json is of no possible model ({error}); copy it again") from error
         self._slots = {name: slot for slot in expected for name in slot.ours}
         self._tied = self._tied_tensors()
         self._keys, carried = self._assign({slot.name for slot in expected})
         self._check_shapes()
         self.carried = {name: self._files.read(key) for name, key in carried.items()}
         if spoilt := [name for name, slot in self._slots.items() if slot.is_filled and self.read(name).any()]:
-            raise ValueError(
+            raise UserError(
                 f'{self.folder}: by "flatlm" in config.json the model has no {", ".join(spoilt[:3])}, but its file has, '
                 f'and not zeros; remove "flatlm" from config.json to use what is in the file'
             )
 
     def load_tokenizer(self):
-        """Its tokenizer; ValueError where it has none that can be read."""
+        """Its tokenizer; UserError where it has none that can be read."""
         return load_hub_tokenizer(self.folder)
 
     @property
@@ -64,11 +65,11 @@ class HubModel:
         key = self._keys[slot.name]
         tensor = self._files.read(key)
         if tensor.dtype not in DTYPES:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder}: {key!r} is of {tensor.dtype}, where weights are floats of 16 bits or more"
             )
         if not tensor.isfinite().all():
-            raise ValueError(f"{self.folder}: {key!r} holds numbers that are not finite; copy it again")
+            raise UserError(f"{self.folder}: {key!r} holds numbers that are not finite; copy it again")
         tensor = tensor.T if slot.is_transposed else tensor
         parts = tensor.split([rows for rows, *_ in slot.ours.values()])
         return dict(zip(slot.ours, parts))[name]
@@ -90,12 +91,12 @@ class HubModel:
             elif not re.search(family.ignored, name):
                 strange.append(key)
         if missing := sorted(used - keys.keys()):
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} lacks {len(missing)} tensors of a {family.architecture}, {missing[0]} for one; "
                 f"its files are not whole, or of another model than its config.json"
             )
         if strange:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} has {len(strange)} tensors that no {family.architecture} has, or has twice, {strange[0]!r} "
                 f"for one; its files are of another model than its config.json"
             )
@@ -113,7 +114,7 @@ class HubModel:
         for name, key in tied.items():
             other = keys[self._tied[name]]
             if not torch.equal(self._files.read(key), self._files.read(other)):
-                raise ValueError(
+                raise UserError(
                     f"{self.folder}: {key!r} is not {other!r}, to which config.json ties it; "
                     f"set tie_word_embeddings to false there, or take it out"
                 )
@@ -131,7 +132,7 @@ class HubModel:
         for slot in self._slots.values():
             key = self._keys[slot.name]
             if (found := self._files.shape(key)) != slot.shape:
-                raise ValueError(
+                raise UserError(
                     f"{self.folder}: {key!r} has the shape {found}, by config.json {slot.shape}; "
                     f"its files are of another model than its config.json"
                 )
@@ -147,7 +148,7 @@ class TensorFiles:
         self._folder, self._open = folder, {}
         self._file_of = self._files("model", "safetensors") or self._files("pytorch_model", "bin")
         if not self._file_of:
-            raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin; copy its weights there")
+            raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin; copy its weights there")
 
     @property
     def names(self):
@@ -175,9 +176,9 @@ class TensorFiles:
             files = {name: Path(file).name for name, file in files.items()}  # of this folder, whatever it says
             missing = [name for name, file in files.items() if name not in self._tensors(file).keys()]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} cannot be used ({error}); copy the files that it names again") from error
+            raise UserError(f"{index} cannot be used ({error}); copy the files that it names again") from error
         if missing:
-            raise ValueError(f"{index} names {missing[0]}, which its file lacks; copy the files that it names again")
+            raise UserError(f"{index} names {missing[0]}, which its file lacks; copy the files that it names again")
         return files
 
     def _tensors(self, file):
@@ -199,12 +200,12 @@ def open_tensors(path):
 
         return safetensors.safe_open(path, "pt")
     except ImportError as error:
-        raise ValueError(f"{path} needs safetensors; install it with: pip install safetensors") from error
+        raise UserError(f"{path} needs safetensors; install it with: pip install safetensors") from error
     except Exception as error:  # whatever a damaged or a hostile file makes the two raise
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         if isinstance(error, pickle.UnpicklingError):  # of which torch says how it could be run all the same
             reason = "it is damaged, or holds other things than tensors, which could run code"
-        raise ValueError(
+        raise UserError(
             f"{path} holds no tensors that can be read ({reason}); copy it from its source again"
         ) from error
 
@@ -232,15 +233,15 @@ def read_config(folder):
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds no checkpoint of flatlm's (ckpt/step_*), and no config.json of a Hugging Face model; "
             f"give the out_dir of a run, or another folder"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}); copy it from its source again") from error
+        raise UserError(f"{path} cannot be read as JSON ({error}); copy it from its source again") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ValueError(
+        raise UserError(
             f"{path} is of a model of type {kind!r}, which is unknown here; known are {', '.join(FAMILIES)}"
         )
     return config
@@ -251,9 +252,9 @@ def model_config_in(folder, config):
     try:
         return model_config(config)
     except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {'; '.join(str(error).splitlines())}") from error
+        raise UserError(f"{folder / 'config.json'}: {'; '.join(str(error).splitlines())}") from error
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'} has a value of an odd type ({error}); copy it again") from error
+        raise UserError(f"{folder / 'config.json'} has a value of an odd type ({error}); copy it again") from error
 
 
 # ---- from the hub
@@ -265,11 +266,11 @@ def folder_of(where):
         return Path(where)
     if Path(where).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", where):
         what = "is a file, not a folder" if Path(where).exists() else "does not exist"
-        raise ValueError(f"{where} {what}; give the out_dir of a run, or the folder of a Hugging Face model")
+        raise UserError(f"{where} {what}; give the out_dir of a run, or the folder of a Hugging Face model")
     try:
         import huggingface_hub
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"{where} is no folder here; to fetch a model of that name: pip install huggingface_hub"
         ) from error
     try:
@@ -278,7 +279,7 @@ def folder_of(where):
             huggingface_hub.snapshot_download(where, allow_patterns=PICKLES)
         return folder
     except Exception as error:  # a dozen kinds, of network and of hub
-        raise ValueError(
+        raise UserError(
             f"{where} is no folder here, and the Hugging Face hub did not give a model of that name "
             f"({type(error).__name__}); check the name and the network, or fetch it elsewhere and name its folder"
         ) from error

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from model import IGNORE
+from config import UserError
+from ops import IGNORE
 
 
 class Score(NamedTuple):
@@ -29,7 +30,7 @@ def loglikelihood(model, tokenizer, pairs):
     requests = [encode_pair(tokenizer, *pair) for pair in pairs]
     for (_, continuation), (_, text) in zip(requests, pairs):
         if not 0 < len(continuation) <= model.cfg.block_size:
-            raise ValueError(
+            raise UserError(
                 f"the continuation {_start(text)} has {len(continuation)} tokens of its own, which must be "
                 f"1 to {model.cfg.block_size} (block_size); lengthen or shorten it, or score it as a text"
             )
@@ -62,7 +63,7 @@ def encode_pair(tokenizer, context, continuation):
 def before_text(tokenizer):
     """Id of what stands before a text's first token: end-of-text, or what a Hugging Face model has for it."""
     if tokenizer.before_text is None and tokenizer.eot is None:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer {tokenizer.name} has no end-of-text, which must stand before a text's first token; "
             f'score what follows a context: {{"context": ..., "continuation": ...}} in a .jsonl file'
         )
@@ -107,7 +108,7 @@ def score_tokens(model, requests):
         greedy = ((logits.argmax(-1) == targets) | (targets == IGNORE)).all(1)  # B
         for i, loss, is_greedy in zip(batch, losses.double().sum(1).tolist(), greedy.tolist()):
             if not math.isfinite(loss):
-                raise ValueError("the model's logits are not finite; take an earlier checkpoint, or --precision=fp32")
+                raise UserError("the model's logits are not finite; take an earlier checkpoint, or --precision=fp32")
             scores[i] = Score(-loss, len(requests[i][1]), is_greedy)
     return scores
 
@@ -122,12 +123,12 @@ def read_requests(prompt, text):
     """
     if not (prompt or "").startswith("FILE:") or not prompt.endswith(".jsonl"):
         if not text:
-            raise ValueError('there is no text to score; give one, as in --prompt="import os" or --prompt=FILE:x.jsonl')
+            raise UserError('there is no text to score; give one, as in --prompt="import os" or --prompt=FILE:x.jsonl')
         return [(None, text)]
     lines = text.removeprefix("\ufeff").split("\n")  # splitlines would also cut at a U+2028 inside a string
     requests = [_request(line, f"{prompt[5:]} line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
     if not requests:
-        raise ValueError(f'{prompt[5:]} has no texts; write one a line, as in {{"text": "import os"}}')
+        raise UserError(f'{prompt[5:]} has no texts; write one a line, as in {{"text": "import os"}}')
     return requests
 
 
@@ -137,13 +138,13 @@ def _request(line, place):
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is no JSON ({error}); {shape}") from error
+        raise UserError(f"{place} is no JSON ({error}); {shape}") from error
     names = {"text", "context", "continuation"} & set(fields if isinstance(fields, dict) else ())
     if names not in ({"text"}, {"context", "continuation"}) or not all(isinstance(fields[name], str) for name in names):
-        raise ValueError(f"{place} is neither a text nor a context with its continuation; {shape}")
+        raise UserError(f"{place} is neither a text nor a context with its continuation; {shape}")
     context, continuation = (None, fields["text"]) if "text" in fields else (fields["context"], fields["continuation"])
     if not continuation:
-        raise ValueError(f"{place} has an empty text, of which there is nothing to score; leave the line out")
+        raise UserError(f"{place} has an empty text, of which there is nothing to score; leave the line out")
     return context, continuation
 
 
@@ -154,7 +155,7 @@ def print_scores(model, tokenizer, requests):
     continuation whether the model, always taking the likeliest token, would write it.
     """
     if model.cfg.objective != "clm":
-        raise ValueError(
+        raise UserError(
             "a masked model has no log-likelihood of a text, since it sees both sides of a token; "
             "score with a model of --objective=clm"
         )

@@ -20,6 +20,8 @@ import urllib.request
 import zlib
 from pathlib import Path
 
+from config import UserError
+
 PIECE_BYTES = 1 << 20  # long documents come in pieces of about so much
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
@@ -58,7 +60,7 @@ class Corpus:
             return self._tail_split(first[0][1])
         if not first:
             why = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items()) or "no documents"
-            raise ValueError(
+            raise UserError(
                 f"there is no text in {self.cfg.input or self.cfg.dataset}: {why}; check --input and --text_field"
             )
         limit = self.cfg.val_fraction
@@ -171,7 +173,7 @@ def find_files(where):
         found = [Path(p) for p in [where, *glob.glob(where, recursive=True)] if os.path.isfile(p)]
         remedy = "check the path, and put a glob in quotes"
     if not found:
-        raise ValueError(f"input {where} names no file; {remedy}")
+        raise UserError(f"input {where} names no file; {remedy}")
     return sorted(set(found))
 
 
@@ -188,7 +190,7 @@ def download(url, folder):
                 if getattr(response, "length", None):  # what is still to come of the length that the server promised
                     raise ConnectionError(f"cut short {response.length:,} bytes before its end")
         except (OSError, ValueError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
-            raise ValueError(
+            raise UserError(
                 f"{url} could not be fetched ({error}); fetch it by hand and give the file as --input="
             ) from error
         os.replace(partial, path)
@@ -212,14 +214,14 @@ def _parquet_texts(path, field, skipped):
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError(f"{path} needs pyarrow; install it with: pip install pyarrow") from error
+        raise UserError(f"{path} needs pyarrow; install it with: pip install pyarrow") from error
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is no readable parquet file ({error}); fetch or make it again") from error
+        raise UserError(f"{path} is no readable parquet file ({error}); fetch or make it again") from error
     with contextlib.closing(file):
         if field not in file.schema_arrow.names:
-            raise ValueError(
+            raise UserError(
                 f"{path} has no column {field!r}; set --text_field to one of: {', '.join(file.schema_arrow.names)}"
             )
         for batch in file.iter_batches(batch_size=256, columns=[field]):

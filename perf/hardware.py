@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+from config import UserError
+
 
 @dataclass(frozen=True)
 class Device:
@@ -181,7 +183,7 @@ def rounds(kind):
     """How often a collective takes a tensor round the ring of ranks; ValueError for an unknown one."""
     known = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
     if kind not in known:
-        raise ValueError(f"kind is {kind}; it must be one of {', '.join(known)}")
+        raise UserError(f"kind is {kind}; it must be one of {', '.join(known)}")
     return known[kind]
 
 
@@ -198,7 +200,7 @@ def collective_s(kind, n_bytes, ranks, ranks_per_node, link_gbs, network_gbs, nv
     if ranks == 1:
         return 0.0
     if not link_gbs:
-        raise ValueError("how fast GPUs send to each other is not known; give --gpu_link_gbs")
+        raise UserError("how fast GPUs send to each other is not known; give --gpu_link_gbs")
     nodes, hop = ranks // local, 2 if link_gbs <= PCIE_GBS else 1
     inside, between = LINK_SHARE * link_gbs * 1e3, NETWORK_SHARE * network_gbs * 1e3 * local  # bytes/us; of all NICs
     # A ring passes each node once, its channels through the NICs of all GPUs, so it moves as much there as inside.
@@ -250,14 +252,14 @@ def this(figures):
 
 
 def measured(path):
-    """What python bench.py has written of the machine at hand; ValueError where it has not."""
+    """What python bench.py has written of the machine at hand; UserError where it has not."""
     try:
         with open(path, encoding="utf-8") as file:
             figures = json.load(file)
     except FileNotFoundError:
-        raise ValueError(f"gpu is this, and there is no {path}; run python bench.py first, which measures it") from None
+        raise UserError(f"gpu is this, and there is no {path}; run python bench.py first, which measures it") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not what python bench.py writes of a machine: {error}") from None
+        raise UserError(f"{path} is not what python bench.py writes of a machine: {error}") from None
     if not isinstance(figures, dict) or "ceilings" not in figures:
-        raise ValueError(f"{path} is not what python bench.py writes of a machine; run python bench.py again")
+        raise UserError(f"{path} is not what python bench.py writes of a machine; run python bench.py again")
     return figures

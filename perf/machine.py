@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from data import Loader, Split, TrainOrder
-from hardware import known_device
 from objective import NextToken
-from parallel import device_name, memory_bytes
+from perf.hardware import known_device
+from world import device_name, memory_bytes
 
 # What is measured: (on a CPU, on an accelerator): sizes of matrices, bytes of messages.
 MATMUL_SIZES = (512, 1024, 2048), (2048, 4096, 8192, 16384)

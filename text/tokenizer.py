@@ -6,7 +6,6 @@ Hugging Face's, BERT's vocab.txt, or GPT-2's vocab.json with merges.txt beside i
 """
 
 import collections
-import hashlib
 import json
 import re
 import secrets
@@ -14,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+
+from config import UserError
 
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|mask|>", "<|cls|>", "<|sep|>")  # follow the text ids of byte and bpe
 BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -106,9 +107,9 @@ class WordPieceTokenizer(Tokenizer):
 
         vocab = saved["model"]["vocab"]
         if missing := [special for special in BERT_SPECIALS if special not in vocab]:
-            raise ValueError(f"its vocabulary lacks {', '.join(missing)}")
+            raise UserError(f"its vocabulary lacks {', '.join(missing)}")
         if sorted(vocab.values()) != list(range(len(vocab))):
-            raise ValueError("its ids are not 0, 1, 2 and so on, each once")
+            raise UserError("its ids are not 0, 1, 2 and so on, each once")
         super().__init__(name, len(vocab), {special: vocab[special] for special in BERT_SPECIALS})
         self.continuations = sorted(id_ for token, id_ in vocab.items() if token.startswith("##"))
         self.saved, self._tokens = saved, {id_: token for token, id_ in vocab.items()}
@@ -138,7 +139,7 @@ class FileTokenizer(Tokenizer):
         self._vocab, model = self._tokenizer.get_vocab(with_added_tokens=True), saved["model"]
         specials = {name: self._vocab.pop(secret) for name, secret in names.items()}
         if not self._vocab:
-            raise ValueError("its vocabulary is empty")
+            raise UserError("its vocabulary is empty")
         super().__init__(name, 1 + max([*self._vocab.values(), *specials.values()]), specials)
         self._decode_token = _decoder_of_tokens(saved.get("decoder"))
         # Of a tokenizer of characters that has no token for others: the characters.
@@ -156,17 +157,17 @@ class FileTokenizer(Tokenizer):
         return texts | {id_: name.encode() for name, id_ in self.specials.items()}
 
     def encode(self, text):
-        """Ids of a text, as a numpy array; ValueError where the vocabulary lacks what the text is made of."""
+        """Ids of a text, as a numpy array; UserError where the vocabulary lacks what the text is made of."""
         text = text.encode("utf-8", errors="replace").decode("utf-8")  # tokenizers refuses half a surrogate pair
         if self.alphabet is not None and (lacking := sorted(set(text) - self.alphabet)):
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer {self.name} knows {len(self.alphabet)} characters alone, and the text has others: "
                 f"{', '.join(map(repr, lacking[:5]))}; leave them out, or use another tokenizer"
             )
         try:
             encoded = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
         except Exception as error:  # which is what tokenizers raises
-            raise ValueError(f"the tokenizer {self.name} cannot encode the text ({error}); use another") from error
+            raise UserError(f"the tokenizer {self.name} cannot encode the text ({error}); use another") from error
         return np.array(encoded.ids, dtype=np.uint32)
 
     def decode_bytes(self, ids):
@@ -187,16 +188,16 @@ def load_tokenizer(name):
     try:
         import tiktoken
     except ImportError as error:
-        raise ValueError(f"tokenizer {name} needs tiktoken; install it with: pip install tiktoken") from error
+        raise UserError(f"tokenizer {name} needs tiktoken; install it with: pip install tiktoken") from error
     if name not in tiktoken.list_encoding_names():
-        raise ValueError(
+        raise UserError(
             f"tokenizer {name!r} is unknown; use byte, bpe, the path of a tokenizer.json, "
             f"BERT's vocab.txt, or one of tiktoken's: {', '.join(tiktoken.list_encoding_names())}"
         )
     try:
         return TiktokenTokenizer(name, tiktoken.get_encoding(name))
     except OSError as error:  # requests' errors are OSErrors
-        raise ValueError(
+        raise UserError(
             f"tiktoken could not fetch the tokenizer {name!r} ({type(error).__name__}); with a network, try "
             f"again; without one, set TIKTOKEN_CACHE_DIR to the cache folder of a machine that has it, "
             f"or use --tokenizer=byte or --tokenizer=bpe"
@@ -211,9 +212,9 @@ def train_bpe(texts, vocab_size, path):
     try:
         import tokenizers
     except ImportError as error:
-        raise ValueError("tokenizer bpe needs tokenizers; install it with: pip install tokenizers") from error
+        raise UserError("tokenizer bpe needs tokenizers; install it with: pip install tokenizers") from error
     if vocab_size < SMALLEST_BPE:
-        raise ValueError(
+        raise UserError(
             f"bpe_vocab_size is {vocab_size}; it must be at least {SMALLEST_BPE}: "
             f"256 bytes and {len(SPECIALS)} special tokens"
         )
@@ -237,11 +238,11 @@ def train_bpe(texts, vocab_size, path):
 def write_character_tokenizer(characters, path):
     """Writes a tokenizer.json of one id a character, its place in the list; it has no special tokens."""
     if wrong := [c for c in characters if not (isinstance(c, str) and len(c) == 1) or "\ud800" <= c <= "\udfff"]:
-        raise ValueError(f"{wrong[0]!r} is no character; give a list of strings of one character each")
+        raise UserError(f"{wrong[0]!r} is no character; give a list of strings of one character each")
     if repeated := [c for c, times in collections.Counter(characters).items() if times > 1]:
-        raise ValueError(f"the character {repeated[0]!r} is in the list twice; list each once")
+        raise UserError(f"the character {repeated[0]!r} is in the list twice; list each once")
     if not characters:
-        raise ValueError("the list of characters is empty; it needs at least one")
+        raise UserError("the list of characters is empty; it needs at least one")
     saved = {
         "version": "1.0",
         "added_tokens": [],
@@ -251,11 +252,6 @@ def write_character_tokenizer(characters, path):
         "model": {"type": "WordLevel", "vocab": {c: i for i, c in enumerate(characters)}, "unk_token": "<unk>"},
     }
     Path(path).write_text(json.dumps(saved), encoding="utf-8")
-
-
-def file_sha256(path):
-    """Hash by which a saved tokenizer is known."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _tokenizer_of_file(path):
@@ -269,9 +265,9 @@ def _tokenizer_of_file(path):
             return TiktokenTokenizer(str(path), _encoding_of_bpe(path.name, saved), saved)
         return FileTokenizer(str(path), saved)
     except ImportError as error:
-        raise ValueError(f"tokenizer {path} needs {error.name}; install it with: pip install {error.name}") from error
+        raise UserError(f"tokenizer {path} needs {error.name}; install it with: pip install {error.name}") from error
     except Exception as error:  # whatever a damaged file makes json and tokenizers raise, which is plain Exceptions
-        raise ValueError(f"{path} is no readable tokenizer file ({type(error).__name__}: {error})") from error
+        raise UserError(f"{path} is no readable tokenizer file ({type(error).__name__}: {error})") from error
 
 
 def _saved_tokenizer(path):
@@ -338,7 +334,7 @@ def _decoder_of_tokens(decoder):
     kinds = {step["type"] for step in steps}
     known = {"ByteLevel", "ByteFallback", "Replace", "Metaspace", "BPEDecoder", "WordPiece", "Fuse", "Strip"}
     if not kinds <= known:
-        raise ValueError(f"its decoder is {', '.join(kinds - known)}, which is none of {', '.join(sorted(known))}")
+        raise UserError(f"its decoder is {', '.join(kinds - known)}, which is none of {', '.join(sorted(known))}")
     byte_of = byte_of_character()
     replaced = {"Metaspace": "replacement", "BPEDecoder": "suffix"}  # what of a token stands for a space
     spaces = [step[replaced[step["type"]]] for step in steps if step["type"] in replaced]
@@ -367,7 +363,7 @@ def _wordpiece_of_vocab(tokens):
     vocab = {token: id_ for id_, token in enumerate(tokens)}
     if len(vocab) < len(tokens):
         token, times = collections.Counter(tokens).most_common(1)[0]
-        raise ValueError(f"it has {token!r} {times} times")
+        raise UserError(f"it has {token!r} {times} times")
     is_cased = any(re.fullmatch("(##)?[A-Z]", token) for token in tokens)
     return json.loads(BertWordPieceTokenizer(vocab, lowercase=not is_cased).to_str())
 
@@ -380,7 +376,7 @@ def _encoding_of_bpe(name, saved):
     specials = {token["content"]: token["id"] for token in saved["added_tokens"]}
     ids = [*sorted(ranks.values()), *specials.values()]
     if saved["pre_tokenizer"]["type"] != "ByteLevel" or ids != list(range(len(ids))):
-        raise ValueError("it is not as prepare.py --tokenizer=bpe makes it, whose special tokens it has")
+        raise UserError("it is not as prepare.py --tokenizer=bpe makes it, whose special tokens it has")
     return tiktoken.Encoding(name=name, pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=specials)
 
 

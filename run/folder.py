@@ -5,7 +5,6 @@ Its checkpoints are checkpoint.py's.
 
 import contextlib
 import fcntl
-import hashlib
 import itertools
 import json
 import math
@@ -14,23 +13,45 @@ import secrets
 import shutil
 import socket
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from config import ROOT, UserError, project_files
+from data import sha256
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    out_dir: str | None = None  # folder of the run; none: out/ and the last preset's name
+    seed: int = 1337  # seed of initial weights, order of the data, and dropout
+    resume: Literal["auto", "never"] = "auto"  # auto: continue from the newest checkpoint in out_dir; never: refuse to
+    init_from: str | None = None  # weights to start from: a run's folder, or a Hugging Face model's folder or name
+
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed is {self.seed}; it must be at least 0 and below 2**63")
+
+
+def run_dir_of(cfg):
+    """The run's folder: out_dir, or out/ and the last preset's name; None where neither is given."""
+    return cfg.run.out_dir or (f"out/{Path(cfg.presets[-1]).stem}" if cfg.presets else None)
 
 
 @contextlib.contextmanager
 def writing_to(out_dir):
-    """Makes the system's errors while writing into a run's folder a ValueError that names it."""
+    """Makes the system's errors while writing into a run's folder a UserError that names it."""
     try:
         yield
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"out_dir {out_dir} cannot be written to ({error}); use another --out_dir, or make room: "
             f"then the same command goes on"
         ) from error
 
 
 def check_shared(out_dir, world, patience=30):
-    """ValueError, on all ranks, where out_dir is not one folder that all of them see within `patience` seconds."""
+    """UserError, on all ranks, where out_dir is not one folder that all of them see within `patience` seconds."""
     if world.size == 1:
         return
     token = int(world.worst(secrets.randbelow(2**24) if world.is_main else 0))
@@ -49,7 +70,7 @@ def check_shared(out_dir, world, patience=30):
     if world.is_main:
         file.unlink()
     if some_miss_it:
-        raise ValueError(
+        raise UserError(
             f"out_dir {out_dir} is not one folder for all {world.size} ranks: what rank 0 writes there, others do not "
             f"see; put it on a disk that all machines share"
         )
@@ -57,7 +78,7 @@ def check_shared(out_dir, world, patience=30):
 
 @contextlib.contextmanager
 def locked(out_dir, world):
-    """Keeps a run's folder to this run; ValueError, on all ranks, where another has it. Ends with rank 0's process."""
+    """Keeps a run's folder to this run; UserError, on all ranks, where another has it. Ends with rank 0's process."""
     with contextlib.ExitStack() as stack:
         holder = None
         if world.is_main:
@@ -66,7 +87,7 @@ def locked(out_dir, world):
                 file = stack.enter_context(open(Path(out_dir) / ".lock", "a+", encoding="utf-8"))
             holder = _lock(file)
         if holder := world.gather(holder)[0]:
-            raise ValueError(
+            raise UserError(
                 f"out_dir {out_dir} is in use by another run, {holder}; end that one (touch {out_dir}/stop), "
                 f"or use another --out_dir"
             )
@@ -88,11 +109,9 @@ def _lock(file):
     return None
 
 
-def keep_source(root, out_dir, step):
+def keep_source(out_dir, step, root=ROOT):
     """Copies the .py files that run into out_dir/source/, anew where some changed; names those that did."""
-    files = {
-        str(p.relative_to(root)): p for pattern in ("*.py", "config/*.py") for p in sorted(Path(root).glob(pattern))
-    }
+    files = {str(path.relative_to(root)): path for path in project_files(root)}
     kept = sorted((Path(out_dir) / "source").glob("step_*"))
     changed = [name for name, path in files.items() if kept and not _same(path, kept[-1] / name)]
     if changed or not kept:
@@ -114,7 +133,7 @@ def tokenizer_of(run_dir):
     """What load_tokenizer calls the tokenizer of a run's data."""
     path = Path(run_dir) / "meta.json"
     if not path.exists():
-        raise ValueError(
+        raise UserError(
             f"{run_dir} has no meta.json, so its tokenizer is unknown: its data came from elsewhere; "
             f'write one, such as {{"tokenizer": "gpt2"}}, into {path}'
         )
@@ -122,14 +141,14 @@ def tokenizer_of(run_dir):
         meta = json.loads(path.read_text(encoding="utf-8"))
         name, digest = meta["tokenizer"], meta.get("tokenizer_sha256")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} names no tokenizer ({type(error).__name__}); write one, as in {{'tokenizer': 'gpt2'}}"
         ) from error
     if not name.endswith(".json"):
         return name
     file = path.with_name(name)
     if digest and not (file.exists() and sha256(file) == digest):
-        raise ValueError(
+        raise UserError(
             f"{file} is missing or not the tokenizer that the data was made with; copy it from the data again"
         )
     return str(file)
@@ -149,11 +168,6 @@ def open_log(out_dir, step):
         partial.write_text("".join(line for line in lines if _step_of(line) <= step), encoding="utf-8")
         os.replace(partial, path)
     return open(path, "a", encoding="utf-8")
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _step_of(line):

@@ -1,6 +1,6 @@
 """Where a step's time, memory and energy go, measured."""
 
-import dataclasses
+import contextlib
 import itertools
 import json
 import os
@@ -8,54 +8,42 @@ import statistics
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
 
 import torch
 from torch.autograd import DeviceType
 
-from health import defect
-from optim import local
-from parallel import World, keeps_gradients
+from parallel import keeps_gradients
+from world import local
 
-
-# The first word of what train.py tells a world, and what of a step then begins.
-PHASE_OF = {"waiting": "data", "counting": "forward", "clipping": "optimizer"}
-PHASES = ("forward", "backward", "optimizer", "data", "communication")
+PHASES = ("forward", "backward", "optimizer", "data", "communication")  # of a step; the last is part of the others
 GIB = 2**30
 
 
-@dataclass(frozen=True)
-class MarkedWorld(World):
-    """A World that waits for the device at each place it is told, and marks the phases of a step by these places."""
+class PhaseTimer:
+    """Times a World's phases while it is entered; waits for the device around each, and marks it in a profiler's trace.
 
-    marks: list = dataclasses.field(default_factory=list)  # (phase, time it begins at, its span in a profiler's trace)
+    before: {phase: function to call when it begins}.
+    """
 
-    @classmethod
-    def of(cls, world):
-        """The same World, with marks."""
-        return cls(**{field.name: getattr(world, field.name) for field in dataclasses.fields(World)})
+    def __init__(self, world, before=None):
+        self.world, self.before, self.seconds = world, before or {}, dict.fromkeys(PHASES, 0.0)
 
-    def at(self, place):
-        """Begins a phase."""
-        super().at(place)
-        self.end()
-        word = place.split()[0]
-        span = torch.profiler.record_function(f"phase {PHASE_OF.get(word, word)}")
-        self.marks.append((PHASE_OF.get(word, word), time.perf_counter(), span.__enter__()))
+    def __enter__(self):
+        self.world.progress.timer = self._phase
+        return self
 
-    def end(self):
-        """Ends the phase that has begun last; also the step's last one."""
-        self.synchronize()
-        if self.marks:
-            self.marks[-1][-1].__exit__(None, None, None)
+    def __exit__(self, *error):
+        self.world.progress.timer = contextlib.nullcontext
 
-    def seconds(self, ended):
-        """{phase: seconds} of a step that ended at a time."""
-        times = [start for _, start, _ in self.marks] + [ended]
-        found = dict.fromkeys(PHASES, 0.0)
-        for (phase, start, _), end in zip(self.marks, times[1:]):
-            found[phase] += end - start
-        return found
+    @contextlib.contextmanager
+    def _phase(self, name):
+        self.before.get(name, lambda: None)()
+        self.world.synchronize()
+        start = time.perf_counter()
+        with torch.profiler.record_function(f"phase {name}"):
+            yield
+            self.world.synchronize()
+        self.seconds[name] += time.perf_counter() - start
 
 
 # ---- traces
@@ -115,10 +103,9 @@ def time_shares(step, world, n_steps):
     """
     seconds = dict.fromkeys(PHASES, 0.0)
     for _ in range(n_steps):
-        marked = MarkedWorld.of(world)
-        step(marked)
-        marked.end()
-        for phase, spent in marked.seconds(time.perf_counter()).items():
+        with PhaseTimer(world) as timer:
+            step()
+        for phase, spent in timer.seconds.items():
             seconds[phase] += spent
     if world.size > 1:
         for phase, share in communication_shares(step, world).items():
@@ -130,8 +117,8 @@ def time_shares(step, world, n_steps):
 
 def communication_shares(step, world):
     """{phase: the share of its time in which this rank communicates and computes nothing}."""
-    marked = MarkedWorld.of(world)
-    _, events = trace(lambda: (step(marked), marked.end()))
+    with PhaseTimer(world):
+        _, events = trace(step)
     if world.device.type == "cuda":
         sent = spans(events, lambda kind, name: kind == "kernel" and "nccl" in name.lower())
         busy = spans(
@@ -151,20 +138,20 @@ def communication_shares(step, world):
 # ---- memory
 
 
-def memory_parts(run_step, model, optimizer, world, recomputed):
+def memory_parts(step, model, optimizer, world, recomputed):
     """({part: GiB} that this rank holds, GiB that it has allocated at most, by the trace of a step).
 
     Parts are weights, gradients, optimizer state, activations, and what the loss takes. run_step(world, judge) runs a
     train_step. Activations are what its first forward leaves for backward; weights that autocast has cast for it count
     as weights. The loss takes, at most, a chunk of logits and its gradients.
     """
-    marked, found = MarkedWorld.of(world), {}
+    found = {}
 
-    def judge(loss, grad_norm):  # is called when all gradients are there
+    def measure_gradients():  # when the optimizer starts, all gradients are there
         found["gradients"] = n_bytes(p.grad for p in model.parameters() if p.grad is not None)
-        return defect(loss, grad_norm)
 
-    _, events = trace(lambda: (run_step(marked, judge), marked.end()))
+    with PhaseTimer(world, before={"optimizer": measure_gradients}):
+        _, events = trace(step)
     found["weights"] = n_bytes(model.parameters())
     found["optimizer"] = n_bytes(v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
     found |= kept_by_forward(events, world.device)

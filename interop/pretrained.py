@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 
 from checkpoint import FREE, checkpoints, config_of_checkpoint, newest_checkpoint, read_manifest, tensor_reader
-from config import preset_value
-from families import resolved
-from hub import HubModel, folder_of, model_config_in, open_tensors, read_config, save_tensors
+from config import UserError, preset_value
+from data import prepare_command, seq_len_of, vocab_size_of
+from interop.families import resolved
+from interop.hub import HubModel, folder_of, model_config_in, open_tensors, read_config, save_tensors
 from model import ModelConfig, Transformer
-from rundir import tokenizer_of
-from tokenizer import load_tokenizer
+from run.folder import run_dir_of, tokenizer_of, writing_to
+from text.tokenizer import load_tokenizer
 
 CARRIED = "carried.safetensors"
 SOME_TEXT = "Two words, 3 dots..."
@@ -31,7 +32,7 @@ class RunModel:
         self.read = tensor_reader(self.path)  # a tensor of a name, whole
 
     def load_tokenizer(self):
-        """The tokenizer of its data; ValueError where that is unknown."""
+        """The tokenizer of its data; UserError where that is unknown."""
         return load_tokenizer(tokenizer_of(self.folder))
 
     @property
@@ -49,15 +50,15 @@ def place_of(cfg):
 
     A preset's init_from is where its run starts, so that the run, once it has a checkpoint, comes first.
     """
-    run_dir = cfg.run.out_dir or (f"out/{Path(cfg.presets[-1]).stem}" if cfg.presets else None)
+    run_dir = run_dir_of(cfg)
     has_begun = run_dir is not None and is_run(run_dir)
     if cfg.run.init_from and not (has_begun and preset_value(cfg.presets, "init_from") == cfg.run.init_from):
         return cfg.run.init_from
     if run_dir is None:
-        raise ValueError("out_dir is none; name the folder of a trained run, as in --out_dir=out/quickstart")
+        raise UserError("out_dir is none; name the folder of a trained run, as in --out_dir=out/quickstart")
     if not has_begun:  # which is never a name on the hub
         there = "holds no checkpoint of flatlm's (ckpt/step_*)" if Path(run_dir).is_dir() else "does not exist"
-        raise ValueError(
+        raise UserError(
             f"{run_dir} {there}; train.py makes one, in its out_dir; other models are named by --init_from="
         )
     return run_dir
@@ -95,9 +96,23 @@ def starting_config(where, wanted, given):
         if here[name] != found[name]
     ]
     if differing:
-        raise ValueError(f"{where} is of another model: {', '.join(differing)}; leave these settings out")
+        raise UserError(f"{where} is of another model: {', '.join(differing)}; leave these settings out")
     if longest and cfg.block_size > longest:
-        raise ValueError(f"block_size is {cfg.block_size}, but {where} is of at most {longest} tokens; lower it")
+        raise UserError(f"block_size is {cfg.block_size}, but {where} is of at most {longest} tokens; lower it")
+    return cfg
+
+
+def resolve(cfg):
+    """The settings of a script with those of the model and seq_len that they leave open filled in."""
+    if cfg.run.init_from:
+        has_begun = cfg.run.out_dir and is_run(cfg.run.out_dir)
+        model = starting_config(cfg.run.out_dir if has_begun else cfg.run.init_from, cfg.model, cfg.given)
+    else:
+        vocab_size = cfg.model.vocab_size or vocab_size_of(cfg.data.data_dir, prepare_command(cfg))
+        model = replace(cfg.model, vocab_size=vocab_size)
+    cfg = replace(cfg, model=model)
+    cfg = replace(cfg, data=replace(cfg.data, seq_len=seq_len_of(cfg)))
+    cfg.parallel.check_tensor_parallel(cfg.model, cfg.data.seq_len)
     return cfg
 
 
@@ -118,7 +133,7 @@ def load_weights(source, model):
         n_rows = min(len(weight), len(read))
         weight[:n_rows] = read[:n_rows]
         if hasattr(param, "placements"):
-            from shard import fill
+            from parallel import fill  # here, since DTensor takes half a second to import
 
             fill(param, weight)
         else:
@@ -137,18 +152,32 @@ def load_model(where, device):
 
 
 def load_tokenizer_of(source):
-    """The tokenizer of an opened model; ValueError where it is unknown, or has more ids than the model."""
+    """The tokenizer of an opened model; UserError where it is unknown, or has more ids than the model."""
     return fitting(source.load_tokenizer(), source)
 
 
 def fitting(tokenizer, source):
-    """The tokenizer; ValueError where it has more ids than an opened model."""
+    """The tokenizer; UserError where it has more ids than an opened model."""
     if tokenizer.vocab_size > source.cfg.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model a vocab_size of "
             f"{source.cfg.vocab_size}; let {source.folder} name or hold the tokenizer that the model was trained with"
         )
     return tokenizer
+
+
+def start_from(cfg, model, world):
+    """Loads the weights that a run starts from, where init_from names any."""
+    if not cfg.run.init_from:
+        return
+    source = open_model(cfg.run.init_from, world)
+    load_weights(source, model)
+    if world.is_main:
+        with writing_to(cfg.run.out_dir):
+            keep_carried(source, cfg.run.out_dir)
+        print(f"weights    from {source.name}")
+        if line := other_tokens(source, cfg.data.data_dir):
+            print(f"warning    {line}")
 
 
 def keep_carried(source, out_dir):

@@ -1,4 +1,4 @@
-"""Whether a step is sound: which ones are not to be taken, and what in them went bad first."""
+"""Whether a step is sound, and which tensor went bad first."""
 
 import math
 import statistics
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
-from optim import local
+from config import UserError
+from world import local
 
-
-WINDOW = 128  # sound steps that a spike is measured against
+WINDOW = 128  # sound steps in the baseline for spikes
 
 
 @dataclass(frozen=True)
 class HealthConfig:
-    spike_z: float | None = None  # skip steps with a loss or gradient norm so many standard deviations up; none: do not
-    max_bad_steps: int = 10  # skipped in a row after which to go back to a checkpoint; a second time ends the run
+    spike_z: float | None = None  # skip steps whose loss or gradient norm is this many standard deviations up; none: do not
+    max_bad_steps: int = 10  # consecutive bad steps before a rollback; a second rollback ends the run
 
     def __post_init__(self):
         wrong = []
@@ -24,32 +24,28 @@ class HealthConfig:
         if self.max_bad_steps < 1:
             wrong.append(f"max_bad_steps is {self.max_bad_steps}; it must be at least 1")
         if wrong:
-            raise ValueError("\n".join(wrong))
+            raise UserError("\n".join(wrong))
 
 
-def defect(loss, grad_norm, recent=None, spike_z=None):
-    """What is wrong with a step of this loss and gradient norm, in words; None of a sound step, which joins `recent`.
+def bad_step(loss, grad_norm, cfg, recent=()):
+    """Why a step of this loss and gradient norm is not to be taken, in words; None for a sound step.
 
-    recent: (loss, gradient norm) of the last sound steps; its length grows to WINDOW, and then spikes are looked for.
+    cfg: a HealthConfig. recent: (loss, gradient norm) of the last sound steps; spikes are looked for once it has WINDOW.
     """
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         return f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
-    if spike_z is None:
-        return None
-    if len(recent) == WINDOW:
+    if cfg.spike_z is not None and len(recent) == WINDOW:
         for name, value, past in zip(("loss", "gradient norm"), (loss, grad_norm), zip(*recent)):
             mean, deviation = statistics.fmean(past), statistics.pstdev(past)
-            if deviation > 0 and value - mean > spike_z * deviation:
+            if deviation > 0 and value - mean > cfg.spike_z * deviation:
                 return f"{name} {value:.4g}, {(value - mean) / deviation:.1f} standard deviations above {mean:.4g}"
-    recent.append((loss, grad_norm))
-    del recent[:-WINDOW]
     return None
 
 
 def first_bad_tensor(model, forward_and_backward):
-    """The name of the first tensor that is not finite on this rank while a step is computed again; None if all are.
+    """The name of the first tensor that is not finite on this rank while a step is repeated; None if all are finite.
 
-    Weights come first, then what modules give in forward, then gradients in the order of backward.
+    Weights come first, then the outputs of modules in forward, then gradients in the order of backward.
     """
     bad = [name for name, p in model.named_parameters() if not _is_finite(p)]
     hooks = []
@@ -71,16 +67,16 @@ def first_bad_tensor(model, forward_and_backward):
                         lambda grad: look(f"the gradient of the output of {name or 'the model'}", grad)
                     )
                 )
-            watch_weights(module.named_parameters(prefix=name, recurse=False))  # sharded ones are whole at this moment
+            watch_weights(module.named_parameters(prefix=name, recurse=False))  # FSDP has gathered them at this moment
 
         return hook
 
     for name, module in model.named_modules():
         hooks.append(module.register_forward_hook(after(name)))
-    # Of a table that is used without its module being called, as the head's is.
+    # For a table whose module is never called, such as the head's.
     hooks.append(model.register_forward_pre_hook(lambda module, inputs: watch_weights(module.named_parameters())))
     try:
-        with torch.compiler.set_stance("force_eager"):  # hooks are not seen by what is compiled already
+        with torch.compiler.set_stance("force_eager"):  # compiled code does not see new hooks
             forward_and_backward()
     finally:
         for hook in hooks:

@@ -10,23 +10,11 @@ import types
 import torch
 import torch.nn.functional as F
 
-from machine import on, timed
-from model import (
-    ACTIVATIONS,
-    Block,
-    LayerNorm,
-    Linear,
-    ModelConfig,
-    RMSNorm,
-    Transformer,
-    attend,
-    linear_cross_entropy,
-    rope_table,
-    rotate,
-)
+from model import ACTIVATIONS, Block, ModelConfig, Transformer
+from ops import LayerNorm, Linear, RMSNorm, attend, linear_cross_entropy, rope_table, rotate
 from optim import OptimConfig, build_optimizer
 from parallel import recompute_blocks
-
+from perf.machine import on, timed
 
 # What is measured: (on a CPU, on an accelerator). Widths of square layers, rows, lengths of sequences, vocabularies.
 WIDTHS = (128, 256, 512, 768, 1024, 2048), (256, 768, 1024, 2048, 4096, 8192)

@@ -1,0 +1,367 @@
+"""The log of a run: the console, log.jsonl, curves.png and, if asked, wandb."""
+
+import contextlib
+import datetime
+import importlib.util
+import json
+import math
+import os
+import platform
+import secrets
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from config import ROOT, UserError, as_dict, as_preset
+from objective import head_share
+from perf import cost
+from perf.hardware import peak_flops
+from perf.memory import held, memory, setup_here
+from run.folder import keep_source, keep_tokenizer, open_log, writing_to
+from world import device_name, memory_bytes, peak_memory_gib, reset_peak_memory
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    log_interval: int = 10  # steps between lines of the log
+    wandb: bool = False  # log to Weights & Biases as well
+    wandb_project: str = "flatlm"  # project there
+    wandb_run_name: str | None = None  # name of the run there; none: the name of out_dir
+
+    def __post_init__(self):
+        if self.log_interval < 1:
+            raise UserError(f"log_interval is {self.log_interval}; it must be at least 1")
+
+
+class Log:
+    """The log of a run, on all ranks alike; only rank 0 prints and writes."""
+
+    def __init__(self, cfg, world, model, optimizer, state, changes, train_split, val_split):
+        """changes: lines that name what differs from the run that was resumed."""
+        self.cfg, self.world, self.bytes_per_token = cfg, world, val_split.bytes_per_token
+        self.last_step = cfg.optim.last_step(cfg.data.batch_tokens)
+        self.out_dir, self.hours_before = Path(cfg.run.out_dir), state.hours
+        self.head_share = head_share(cfg.model.objective, cfg.objective, cfg.data.seq_len)
+        self.flops_per_token = cost.flops_per_token(cfg.model, cfg.data.seq_len, self.head_share)
+        self.peak, self.peak_name = peak_flops(world.device, world.precision)
+        reset_peak_memory(world.device)  # the matmul that measured the peak had its own
+        per_rank = [world.worst(figure) for figure in held(optimizer)]
+        self.predicted = memory(cfg.model, setup_here(cfg, world))
+        self.has_reported_memory, self.losses = False, []
+        self.file = self.wandb = None
+        self.draws = world.is_main and importlib.util.find_spec("matplotlib") is not None
+        if world.is_main:
+            changes = changes + [f"changed source file: {name}" for name in self._open(state.step)]
+            self._print_start(model, per_rank, state, changes)
+            self._print_length(train_split.tokens)
+            self._write_start(state, changes)
+            if cfg.log.wandb:
+                self.wandb = start_wandb(cfg, self.out_dir, state.step)
+        self.started = self.interval_start = time.perf_counter()
+        self.interval_step, self.waited = state.step, 0.0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.file:
+            with contextlib.suppress(OSError):  # a full disk, which was reported before
+                self.file.close()
+        if self.wandb:
+            self.wandb.finish(exit_code=1 if error[0] else 0)  # a second time does nothing
+
+    @property
+    def is_out_of_time(self):
+        """Whether max_minutes are over on this rank."""
+        minutes = self.cfg.train.max_minutes
+        return minutes is not None and time.perf_counter() - self.started >= 60 * minutes
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Excludes time from tokens/s."""
+        self.world.synchronize()
+        start = time.perf_counter()
+        yield
+        self.interval_start += time.perf_counter() - start
+
+    def step(self, state, loss, grad_norm, lr, waited, bad):
+        """Counts a step; logs every log_interval steps, at the end, and bad ones, with the mean loss since the last."""
+        self.waited += waited
+        if not bad:
+            self.losses.append(loss)
+        if not self.has_reported_memory:
+            self._report_memory()
+        if bad:
+            self._print(f"{self._step_text(state)}  skipped, number {state.bad_steps} in a row: {bad}")
+        if state.step % self.cfg.log.log_interval and state.step != self.last_step and not bad:
+            return
+        now, steps = time.perf_counter(), state.step - self.interval_step
+        seconds = now - self.interval_start
+        tokens_per_s = steps * self.cfg.data.batch_tokens / seconds
+        state.hours = self.hours_before + (now - self.started) / 3600
+        record = {
+            "step": state.step,
+            "tokens": state.sequences_seen * self.cfg.data.seq_len,
+            "loss": loss,
+            "mean_loss": statistics.fmean(self.losses) if self.losses else loss,  # over the steps since the last line
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens_per_s": tokens_per_s,
+            "mfu": tokens_per_s * self.flops_per_token / (self.peak * self.world.size),
+            "data_wait_ms": self.world.worst(1e3 * self.waited / steps),
+            "memory_gib": self.world.worst(peak_memory_gib(self.world.device)),
+        }
+        self.interval_start, self.interval_step, self.waited, self.losses = now, state.step, 0.0, []
+        if bad:
+            record["skipped"] = bad
+        self._write(record)
+        left = (self.last_step - state.step) * seconds / steps
+        self._print(
+            f"{self._step_text(state)} {_short(record['tokens']):>6} tok  loss {record['mean_loss']:7.4f}  lr {lr:.1e}"
+            f"  norm {record['grad_norm']:4.2f} {_short(tokens_per_s):>6} tok/s  mfu {record['mfu']:.1%}"
+            f"  {record['memory_gib']:.1f} GiB  wait {record['data_wait_ms']:.0f} ms  left {_duration(left)}"
+        )
+
+    def evaluation(self, state, figures):
+        """Logs an evaluation and redraws the curves."""
+        record = {"step": state.step, **figures}
+        text = f"{self._step_text(state)}  val loss {state.val_loss:.4f}"
+        if self.cfg.model.objective == "mlm":
+            text += f"  masked accuracy {figures['val_accuracy']:.1%}"
+            text += f" (the most frequent token alone {figures['val_accuracy_of_commonest']:.1%})"
+        else:
+            text += f"  perplexity {math.exp(min(state.val_loss, 700)):.5g}"  # beyond that a float overflows
+            text += f"  accuracy {figures['val_accuracy']:.1%}"
+        if self.bytes_per_token and self.cfg.model.objective == "clm":
+            record["val_bpb"] = state.val_loss / math.log(2) / self.bytes_per_token
+            text += f"  {record['val_bpb']:.4f} bits per byte"
+        self._write(record)
+        self._print(text)
+        if self.draws and state.step:  # a single point is no curve
+            with writing_to(self.out_dir):
+                draw_curves(self.out_dir)
+
+    def rolled_back(self, state):
+        """Logs a rollback, and drops the lines of log.jsonl past its checkpoint."""
+        if self.file:
+            self.file.close()
+            with writing_to(self.out_dir):
+                self.file = open_log(self.out_dir, state.step)
+        tokens = state.sequences_seen * self.cfg.data.seq_len
+        self._write({"went_back_to": state.step, "step": state.step, "tokens": tokens})
+        self._print(f"rolled back to step {state.step}; training continues with the data after the bad steps")
+        self.interval_start, self.interval_step, self.waited, self.losses = time.perf_counter(), state.step, 0.0, []
+
+    def end(self, state, stop):
+        """Reports how the run ended. stop: the Stop that ended it, if any."""
+        if not self.world.is_main:
+            return
+        state.hours = self.hours_before + (time.perf_counter() - self.started) / 3600
+        is_finished = state.is_finished(self.cfg)
+        if is_finished:
+            target = state.has_reached_target(self.cfg)
+            how = f"finished{f', target_loss {self.cfg.train.target_loss} reached' if target else ''}"
+            with writing_to(self.out_dir):
+                (self.out_dir / "finished").write_text(f"{how}\n")
+                (self.out_dir / "stop").unlink(missing_ok=True)  # a request that came too late
+        else:
+            by_file = f"by {self.out_dir / 'stop'}"
+            names = {"OUT_OF_TIME": f"after max_minutes {self.cfg.train.max_minutes}", "FILE": by_file}
+            how = f"stopped {names.get(stop.name, f'by {stop.name}')}"
+        if self.wandb:  # which prints a summary of its own
+            self.wandb.finish()
+        loss = "" if state.val_loss is None else f", val loss {state.val_loss:.4f}"
+        print(f"{state.sequences_seen * self.cfg.data.seq_len:,} tokens in {state.hours:.3f} hours")
+        print(f"{how}: step {state.step} of {self.last_step}{loss}; the run is in {self.out_dir}", flush=True)
+        if not is_finished:
+            saved = self.cfg.checkpoint.save_interval
+            more = "the same command continues" if saved else "nothing is saved (save_interval is none)"
+            print(f"the model is unfinished; {more}", flush=True)
+
+    def _open(self, step):
+        """Makes the run's folder, or reopens it at a step; returns the source files that have changed since."""
+        with writing_to(self.out_dir):
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            for name in ("finished", "stopped"):
+                (self.out_dir / name).unlink(missing_ok=True)
+            (self.out_dir / "config.py").write_text(as_preset(self.cfg))
+            self.file = open_log(self.out_dir, step)
+            keep_tokenizer(self.cfg.data.data_dir, self.out_dir)
+            return keep_source(self.out_dir, step)
+
+    def _print_start(self, model, per_rank, state, changes):
+        """Prints the model, a step, the layout and memory. per_rank: parameters and bytes of the fullest rank."""
+        cfg, world = self.cfg, self.world
+        if state.step:
+            print(f"resumed from step {state.step}, after {state.hours:.3f} hours", *changes, sep="\n  ")
+        if not self.draws:
+            print("matplotlib is not installed, so there will be no curves.png")
+        causal = cost.flops_per_token(cfg.model, cfg.data.seq_len, self.head_share, causal=True)
+        print(
+            f"model      {model.num_params():,} parameters, {self.flops_per_token / 1e6:,.1f} MFLOPs per token"
+            f" by PaLM's count" + (f", {causal / 1e6:,.1f} by the causal count" if cfg.model.objective == "clm" else "")
+        )
+        at_once = cfg.data.micro_batch_size * cfg.data.seq_len * world.data_ranks
+        print(
+            f"step       {cfg.data.batch_tokens:,} tokens = {cfg.data.batch_tokens // at_once} micro-steps"
+            f" x {world.data_ranks} ranks x {cfg.data.micro_batch_size} sequences x {cfg.data.seq_len} tokens"
+        )
+        replicas, shards, tp = world.mesh_shape
+        print(f"layout     {replicas} replicas x {shards} shards x {tp} tensor parallel ranks")
+        n_params, n_bytes = per_rank
+        print(f"per rank   {n_params:,.0f} parameters, {n_bytes / 2**20:,.1f} MiB with gradients and optimizer state")
+        parts = ", ".join(f"{name} {n_bytes / 2**30:.2f}" for name, n_bytes in self.predicted.items() if n_bytes)
+        predicted, there = sum(self.predicted.values()) / 2**30, memory_bytes(world.device) / 2**30
+        print(f"memory     {predicted:.2f} GiB per rank predicted, {there:.1f} available: {parts}")
+
+    def _print_length(self, train_tokens):
+        """Prints the run's length and device; warns where the training data repeats often."""
+        tokens = self.last_step * self.cfg.data.batch_tokens
+        epochs = tokens / train_tokens
+        print(f"run        {self.last_step:,} steps, {tokens:,} tokens, {epochs:.3g} epochs, in {self.out_dir}")
+        if epochs > 20:
+            print(
+                f"warning    the run reads its {train_tokens:,} training tokens {epochs:,.0f} times; after about 4 epochs "
+                f"a model learns little more from the same text (arXiv 2305.16264): lower --max_steps, or add text"
+            )
+        print(
+            f"device     {self.world.size} x {device_name(self.world.device)}, {self.world.precision}; "
+            f"mfu relative to {self.peak / 1e12:.4g} TFLOP/s, {self.peak_name}",
+            flush=True,
+        )
+
+    def _write_start(self, state, changes):
+        self._write({
+            "start": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "step": state.step,
+            "command": shlex.join(sys.argv),
+            "changes": changes,
+            "git_commit": git_commit(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "devices": f"{self.world.size} x {device_name(self.world.device)}",
+            "precision": self.world.precision,
+            "peak_flops": self.peak,
+            "peak_name": self.peak_name,
+            "predicted_memory_gib": sum(self.predicted.values()) / 2**30,
+        })  # fmt: skip
+
+    def _report_memory(self):
+        """Prints the peak of memory after the first step."""
+        seen, predicted = self.world.worst(peak_memory_gib(self.world.device)), sum(self.predicted.values()) / 2**30
+        process = "" if self.world.device.type == "cuda" else "; the process holds Python and torch as well"
+        self._print(f"memory     {seen:.2f} GiB peak after the first step ({predicted:.2f} predicted{process})")
+        self.has_reported_memory = True
+
+    def _step_text(self, state):
+        return f"step {state.step:>{len(str(self.last_step))}}/{self.last_step}"
+
+    def _write(self, record):
+        if self.file:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+            with writing_to(self.out_dir):
+                self.file.write(json.dumps(finite) + "\n")  # JSON has no NaN
+                self.file.flush()
+        if self.wandb:
+            self.wandb.log(record)
+
+    def _print(self, text):
+        if self.world.is_main:
+            print(text, flush=True)
+
+
+def print_finished(cfg, state, world):
+    """Says that a run has nothing left to do."""
+    if world.is_main:
+        print(
+            f"{cfg.run.out_dir} has finished, at step {state.step} with val loss {state.val_loss:.4f}; "
+            f"raise max_steps to train on, or use another --out_dir"
+        )
+
+
+def draw_curves(out_dir):
+    """Draws losses, learning rate and gradient norm of log.jsonl as curves.png."""
+    from matplotlib.figure import Figure
+
+    records = [json.loads(line) for line in (out_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    def draw(axes, label, style, *names):
+        """Plots the first of the names that a record has."""
+        values = [(r["step"], next((r[name] for name in names if r.get(name) is not None), None)) for r in records]
+        if points := [point for point in values if point[1] is not None]:
+            axes.plot(*zip(*points), label=label, **style)
+
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    loss, lr, norm = figure.subplots(3, sharex=True, height_ratios=(3, 1, 1))
+    draw(loss, "training, mean of the interval", {"linewidth": 1}, "mean_loss", "loss")
+    draw(loss, "validation", {"marker": "o"}, "val_loss")
+    draw(lr, None, {"linewidth": 1}, "lr")
+    draw(norm, None, {"linewidth": 1}, "grad_norm")
+    loss.set(ylabel="loss, nats per token", title=out_dir.name)
+    loss.legend()
+    lr.set(ylabel="learning rate")
+    norm.set(ylabel="gradient norm", xlabel="step")
+    for axes in (loss, lr, norm):
+        axes.grid(alpha=0.3)
+    figure.savefig(out_dir / ".curves.png", dpi=120)
+    os.replace(out_dir / ".curves.png", out_dir / "curves.png")
+
+
+def start_wandb(cfg, out_dir, step):
+    """A wandb run under the id kept in out_dir; offline, and said so once, where the service is out of reach."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("wandb is on, but not installed; pip install wandb, or --wandb=false") from error
+    id_file = out_dir / "wandb_id"
+    if step == 0 or not id_file.exists():
+        id_file.write_text(secrets.token_hex(4))
+    options = {
+        "project": cfg.log.wandb_project,
+        "name": cfg.log.wandb_run_name or out_dir.name,
+        "id": id_file.read_text().strip(),
+        "resume": "allow",
+        "dir": str(out_dir),
+        "config": as_dict(cfg),
+    }
+    try:
+        run = wandb.init(**options, settings=wandb.Settings(init_timeout=30))
+    except wandb.errors.Error as error:
+        print(
+            f"wandb is out of reach ({type(error).__name__}) and logs offline; "
+            f"upload later: wandb sync {out_dir}/wandb/*",
+            flush=True,
+        )
+        run = wandb.init(**options, mode="offline")
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def git_commit():
+    """The commit of the code that runs, with + where files differ from it; None outside a git checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _duration(seconds):
+    """A time in minutes and seconds, or hours and minutes: 3m07s, 12h34m."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
+
+
+def _short(count):
+    """A count in four characters or so: 12.3M for 12,345,678."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            return f"{count / limit:.1f}{unit}"
+    return f"{count:.0f}"

@@ -1,0 +1,148 @@
+"""Where a run stands, and how it gets there: resume from a checkpoint, save, roll back after bad steps."""
+
+import dataclasses
+import math
+from dataclasses import asdict, dataclass, field
+
+from checkpoint import (
+    CheckpointWriter,
+    checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    read_manifest,
+    set_aside,
+    step_of,
+)
+from config import UserError, as_dict
+from model import ModelConfig
+from objective import ObjectiveConfig
+from run.folder import writing_to
+from run.health import WINDOW, first_bad_tensor
+from world import seed_step
+
+
+@dataclass
+class State:
+    """All that a run must remember beside its tensors; a checkpoint's manifest holds it under these names."""
+
+    step: int = 0
+    sequences_seen: int = 0
+    hours: float = 0.0
+    val_loss: float | None = None
+    evaluated_at: int | None = None
+    bad_steps: int = 0  # skipped in a row
+    recent: list = field(default_factory=list)  # (loss, gradient norm) of sound steps, the baseline for spikes
+    went_back_to: int | None = None  # step of the checkpoint that the last rollback loaded
+
+    def advance(self, cfg, loss, grad_norm, bad):
+        """Counts a step; bad: why it was skipped, or None."""
+        self.step += 1
+        self.sequences_seen += cfg.data.batch_tokens // cfg.data.seq_len
+        self.bad_steps = self.bad_steps + 1 if bad else 0
+        if cfg.health.spike_z is not None and not bad and math.isfinite(grad_norm):
+            self.recent = [*self.recent, (loss, grad_norm)][-WINDOW:]
+
+    def has_reached_target(self, cfg):
+        """Whether the last evaluation is at or below target_loss."""
+        target = cfg.train.target_loss
+        return target is not None and self.val_loss is not None and self.val_loss <= target
+
+    def is_at_end(self, cfg):
+        """Whether the run has taken its last step."""
+        return self.step >= cfg.optim.last_step(cfg.data.batch_tokens)
+
+    def is_finished(self, cfg):
+        """Whether the run has reached its last step or its target."""
+        return self.is_at_end(cfg) or self.has_reached_target(cfg)
+
+
+class Saver:
+    """Saves a run and brings it back: its tensors and its State, on all ranks together.
+
+    `changes` lists what differs from the run that was resumed, as lines `name: old -> new`.
+    """
+
+    def __init__(self, cfg, world, model, optimizer, scaler, data_fingerprint):
+        self.cfg, self.world = cfg, world
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.settings = as_dict(cfg) | {"data_fingerprint": data_fingerprint}
+        self.writer = CheckpointWriter(cfg.run.out_dir, cfg.checkpoint, world)
+        self.changes = []
+
+    def resume(self):
+        """The State of the run's newest whole checkpoint, whose tensors are loaded; None where there is none."""
+        with self.world.phase("reading the checkpoint"):
+            if not (newest := self._newest()):
+                return None
+            if self.cfg.run.resume == "never":
+                raise UserError(
+                    f"resume is never, and {self.cfg.run.out_dir} has checkpoints; use another --out_dir, "
+                    f"or --resume=auto to continue"
+                )
+            self.changes = changed_settings(read_manifest(newest)["settings"], self.settings)
+            return self._load(newest)
+
+    def save_if_due(self, state, ending):
+        """Starts to write a checkpoint at the end and every save_interval steps, except amid bad steps."""
+        interval = self.cfg.checkpoint.save_interval
+        due = state.step % interval == 0 and not state.bad_steps if interval else False
+        if state.step and interval and (ending or due):
+            facts = {
+                "state": asdict(state),
+                "settings": self.settings,
+                "scaler": self.scaler.state_dict(),
+                "val_loss": state.val_loss if state.evaluated_at == state.step else None,
+            }
+            self.writer.save(state.step, self.model, self.optimizer, facts)
+
+    def roll_back(self, state, bad, repeat_step):
+        """The State of the newest checkpoint, whose tensors are loaded, with the data position after the bad steps.
+
+        UserError, with the first tensor that goes bad in repeat_step(), where there is no checkpoint, or where the run
+        has been rolled back to it before. bad: why the last step was skipped.
+        """
+        self.writer.wait()
+        newest = self._newest()
+        if not newest or step_of(newest) == state.went_back_to:
+            seed_step(self.cfg.run.seed, state.step - 1, self.world.rank)
+            tensor = first_bad_tensor(self.model, repeat_step)
+            by_rank = [f"on rank {rank} {name}" for rank, name in enumerate(self.world.gather(tensor)) if name]
+            raise UserError(
+                f"{state.bad_steps} steps in a row were skipped, the last one step {state.step} with {bad}, "
+                + (f"again after a rollback to {newest.name}" if newest else "and there is no checkpoint to roll back to")
+                + f"; first bad tensor: {by_rank[0] if by_rank else 'none when the step was repeated'}; "
+                "lower learning_rate, or look at what computes that tensor"
+            )
+        back = self._load(newest)
+        return dataclasses.replace(
+            back, sequences_seen=state.sequences_seen, hours=state.hours, went_back_to=back.step, bad_steps=0
+        )
+
+    def _newest(self):
+        """The newest whole checkpoint, as rank 0 sees the folder: a network file system may show others less."""
+        found = self.world.gather(checkpoints(self.cfg.run.out_dir))[0]
+        return newest_checkpoint(self.cfg.run.out_dir, self.world) if found else None
+
+    def _load(self, path):
+        if self.world.is_main:
+            with writing_to(self.cfg.run.out_dir):
+                set_aside(later for later in checkpoints(self.cfg.run.out_dir) if step_of(later) > step_of(path))
+        manifest = load_checkpoint(path, self.model, self.optimizer)
+        if manifest["scaler"]:
+            self.scaler.load_state_dict(manifest["scaler"])
+        self.writer.newest = step_of(path)
+        return State(**manifest["state"])
+
+
+def changed_settings(old, new):
+    """Lines `name: old -> new` of the settings that a resumed run changes; UserError where one must not change."""
+    fixed = {f.name for owner in (ModelConfig, ObjectiveConfig) for f in dataclasses.fields(owner)}
+    fixed |= {"seq_len", "seed", "optimizer", "data_fingerprint"}
+    changes = {name: f"{name}: {old[name]} -> {new[name]}" for name in new if name in old and old[name] != new[name]}
+    refused = [line for name, line in changes.items() if name in fixed]
+    if refused:
+        raise UserError(
+            f"a run cannot continue with another model, data, objective, seed or optimizer; here {'; '.join(refused)}; "
+            f"use the old values, or a new run with --out_dir="
+        )
+    return [f"{line}, without effect now" if name == "init_from" else line for name, line in changes.items()]

@@ -1,0 +1,336 @@
+"""The processes of a run and their devices: who is here, on what, in which precision, and where each is at the moment."""
+
+import contextlib
+import ctypes
+import datetime
+import hashlib
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from config import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # dtype of matmuls; auto: the device's fastest
+    deterministic: bool = False  # use only algorithms that repeat bitwise on CUDA; those of a CPU do anyway
+    timeout_minutes: float | None = 30.0  # minutes without progress on any rank before the run ends; none: never
+
+    def __post_init__(self):
+        if self.timeout_minutes is not None and self.timeout_minutes <= 0:
+            raise UserError(f"timeout_minutes is {self.timeout_minutes}; it must be above 0, or none")
+
+
+@dataclass
+class Progress:
+    """Where the main thread is: the watchdog reads it, and a benchmark sets `timer` to time the phases."""
+
+    step: int = 0
+    n_phases: int = 0  # entered so far; all ranks enter the same phases in the same order
+    place: str = "the start"
+    timer: object = contextlib.nullcontext  # called with a phase's name, returns a context
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, each with a device; one process unless torchrun started more.
+
+    Their mesh is (replicate, shard, tp): tp neighbours split each layer and read the same data, `shard` groups hold one
+    replica of the model, and replicas hold equal weights. data_group connects the ranks that read different data.
+    cpu_group connects all ranks apart from training, for the thread that writes checkpoints. In the store, ranks leave
+    their progress and how they ended.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    precision: str
+    mesh: DeviceMesh | None = None
+    data_group: dist.ProcessGroup | None = None
+    cpu_group: dist.ProcessGroup | None = None
+    store: dist.Store | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def mesh_shape(self):
+        """(replicas, shards of a replica, tensor parallel ranks)."""
+        return (1, 1, 1) if self.mesh is None else tuple(self.mesh.shape)
+
+    @property
+    def tp(self):
+        """Ranks that split each layer."""
+        return self.mesh_shape[2]
+
+    @property
+    def data_rank(self):
+        """Number of the part of the data that this rank reads."""
+        return self.rank // self.tp
+
+    @property
+    def data_ranks(self):
+        """Parts that the data is read in."""
+        return self.size // self.tp
+
+    @property
+    def dtype(self):
+        """The dtype of matmuls."""
+        return DTYPES[self.precision]
+
+    @property
+    def is_main(self):
+        """Whether this process prints, logs and writes for all."""
+        return self.rank == 0
+
+    @contextlib.contextmanager
+    def phase(self, name, detail=""):
+        """A part of the run by name, such as "forward": the watchdog reports it, a benchmark times it."""
+        self.progress.n_phases += 1
+        self.progress.place = f"step {self.progress.step}, {name}{detail and ' '}{detail}"
+        with self.progress.timer(name):
+            yield
+
+    def autocast(self):
+        """A context in which matmuls run in the run's precision."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.precision != "fp32")
+
+    def synchronize(self):
+        """Waits until the device has finished its work."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    # ---- exchange between ranks
+
+    def sum(self, tensor):
+        """The sum of a tensor over the ranks that read different data, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.data_group)
+        return tensor
+
+    def total(self, *tensors):
+        """Sums of scalars over all ranks as floats, bitwise equal on each rank; waits for the device."""
+        if self.size == 1:
+            return [tensor.item() for tensor in tensors]
+        total = torch.stack([tensor.double() for tensor in tensors])
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def worst(self, value):
+        """The largest value of a number over all ranks."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(float(value), dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.item()
+
+    def gather(self, value):
+        """A list with each rank's value, of any type; uses cpu_group, so that the saver's thread may call it."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.cpu_group)
+        return values
+
+    def barrier(self):
+        """Waits until all ranks are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def local(tensor):
+    """This rank's shard of a tensor, or the tensor itself where it is not sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+# ---- start and end
+
+
+@contextlib.contextmanager
+def init_world(cfg, layout=None):
+    """Joins the process group that torchrun's environment names, yields this process's World, leaves the group.
+
+    cfg: a WorldConfig. layout: a ParallelConfig, which gives the shape of the mesh; None: replicas alone.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError(f"WORLD_SIZE is {size}, but there is no MASTER_ADDR; start several processes with torchrun")
+    mesh_shape = layout.mesh_shape(size) if layout else (size, 1, 1)
+    device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    precision = pick_precision(cfg.precision, device)
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True)
+    if size == 1:
+        yield World(rank, size, device, precision)
+        return
+    shared = next(dist.rendezvous("env://"))[0]
+    store = own_store(shared, rank, size)
+    # Twice the watchdog's time: the watchdog names the rank that hangs, a collective's timeout does not.
+    timeout = datetime.timedelta(minutes=2 * cfg.timeout_minutes if cfg.timeout_minutes else 60 * 24 * 365)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    mesh = init_device_mesh(device.type, mesh_shape, mesh_dim_names=("replicate", "shard", "tp"))
+    data_group = mesh["replicate", "shard"]._flatten("data").get_group()
+    mesh["shard", "tp"]._flatten("model")  # clip_grad_norm_ then sums norms over it at once, without a warning
+    cpu_group = dist.new_group(backend="gloo", timeout=timeout)
+    # Progress goes to torchrun's store, which outlives a rank, over a connection of its own: the other may be busy.
+    progress_store = dist.PrefixStore(f"ranks_{store.port}", shared.clone())
+    progress_store.set_timeout(datetime.timedelta(seconds=20))
+    yield World(rank, size, device, precision, mesh, data_group, cpu_group, progress_store)
+    # Not in a finally: after an error the other ranks may never come here.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def own_store(shared, rank, size):
+    """A key-value store for this start of the processes alone, kept by rank 0.
+
+    torchrun's store lives through its restarts (pytorch/pytorch#135712): addresses that dead processes left there would
+    keep the next ones from finding each other.
+    """
+    if rank == 0:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], 0, size, is_master=True, wait_for_workers=False)
+        shared.set("store_of_rank_0", str(store.port))
+        return store
+    deadline = time.monotonic() + 600
+    while True:
+        port = int(shared.get("store_of_rank_0"))
+        try:
+            timeout = datetime.timedelta(seconds=1)
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], port, size, timeout=timeout, wait_for_workers=False)
+            store.set_timeout(datetime.timedelta(minutes=10))
+            return store
+        except dist.DistError:  # the port is a dead rank 0's; the new rank 0 will soon replace it
+            if time.monotonic() > deadline:
+                raise
+
+
+def end_process():
+    """Ends the process without the interpreter's own shutdown, which takes torch half a second, or never succeeds.
+
+    gloo's event thread drops the last collective's tensor, for which it needs the interpreter's lock; DTensor's caches
+    keep that thread alive past destroy_process_group, and C++ then aborts with "terminate called without an active
+    exception".
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def seed_step(seed, step, rank):
+    """Seeds dropout for a step: its masks are a function of (seed, step, rank), which a resumed run draws again."""
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()[:8], signed=True))
+
+
+# ---- devices
+
+
+def pick_device(name, local_rank=0):
+    """The torch.device of a name; auto is the fastest kind that is there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.device_count() <= local_rank:
+        raise UserError(
+            f"device is cuda, but process {local_rank} of this machine finds {torch.cuda.device_count()} "
+            f"CUDA devices; start fewer processes or use --device=cpu"
+        )
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device is mps, but this torch finds none; use --device=cpu")
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+def pick_precision(name, device):
+    """The precision of a name; auto is bf16 where the hardware computes in it, else fp16 on CUDA, else fp32."""
+    if device.type == "cuda":
+        fastest = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif device.type == "cpu":
+        fastest = "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+    else:
+        fastest = "fp32"
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("precision is fp16, which CPUs do not train in; use bf16 or fp32")
+    return fastest if name == "auto" else name
+
+
+def device_name(device):
+    """The name of a device for logs."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} of {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+# ---- memory
+
+
+def tune_malloc(**options):
+    """Sets options of glibc's allocator by their names in malloc.h; does nothing under another C library."""
+    numbers = {"trim_threshold": -1, "mmap_threshold": -3, "mmap_max": -4}
+    libc = ctypes.CDLL(None)
+    for name, value in options.items() if hasattr(libc, "mallopt") else ():
+        libc.mallopt(numbers[name], value)
+
+
+def keep_freed_memory():
+    """Lets the C library keep freed memory for the next allocation, unless the environment tunes it by MALLOC_*.
+
+    By default glibc returns each large tensor to the kernel, and the next one faults in page by page: half the time of
+    a step that has many. Keeping it costs some 10 % more memory at the peak, and several times as much where sizes
+    vary, as with activation checkpointing.
+    """
+    if not any(name.startswith("MALLOC_") for name in os.environ):
+        tune_malloc(trim_threshold=-1, mmap_max=0)  # never trim; no allocation is a mapping of its own
+
+
+def peak_memory_gib(device):
+    """Peak memory so far: allocated by torch on CUDA, else resident in the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def reset_peak_memory(device):
+    """Restarts peak_memory_gib from the present, where the system allows it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif device.type == "cpu":
+        with contextlib.suppress(OSError):  # not every system has or permits this file
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory_now_gib(device):
+    """Present value of the quantity that peak_memory_gib is the peak of; without /proc, that peak."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**30
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return peak_memory_gib(device)
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def memory_bytes(device):
+    """Bytes of a device's memory that this process can use, code and libraries not counted."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    allowed, statm = resource.getrlimit(resource.RLIMIT_AS)[0], Path("/proc/self/statm")
+    if allowed == resource.RLIM_INFINITY or not statm.exists():
+        return limit
+    mapped, resident = (int(pages) * os.sysconf("SC_PAGE_SIZE") for pages in statm.read_text().split()[:2])
+    return min(limit, allowed - (mapped - resident))
