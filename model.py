@@ -16,42 +16,44 @@ import torch.nn.functional as F
 from torch import nn
 
 from config import UserError
-from ops import LayerNorm, Linear, RMSNorm, attend, linear_cross_entropy, rope_table, rotate
+from data import near_divisors
+from objective import OBJECTIVES
+from ops import LayerNorm, Linear, RMSNorm, Vocabulary, attend, linear_cross_entropy, rope_table, rotate
 
-# The non-linearity of each kind of MLP. GPT-2's GELU is the tanh approximation, BERT's (and nanoGPT's) the exact one.
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "swiglu": F.silu,
-    "relu2": lambda x: F.relu(x).square(),
+ACTIVATIONS = {  # kinds of MLP: the non-linearity, and whether it acts on a gate that multiplies up
+    "gelu_tanh": (functools.partial(F.gelu, approximate="tanh"), False),
+    "gelu": (F.gelu, False),
+    "swiglu": (F.silu, True),
+    "relu2": (lambda x: F.relu(x).square(), False),
 }
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    objective: Literal["clm", "mlm"] = "clm"  # clm: the next token, seeing those before; mlm: masked ones, seeing all
-    vocab_size: int | None = 50257  # number of token ids, the real one; none: the data's
+    objective: Literal[*OBJECTIVES] = "clm"  # clm: predict the next token from those before; mlm: masked ones from all
+    vocab_size: int | None = 50257  # number of tokens, without padding; none: the data's
     block_size: int = 1024  # longest sequence, in tokens
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads
-    n_kv_head: int | None = None  # heads of keys and values, shared by equally many of queries; none: n_head
+    n_kv_head: int | None = None  # heads of keys and values, each shared by n_head / n_kv_head queries; none: n_head
     head_dim: int | None = None  # width of a head; none: n_embd / n_head
     n_embd: int = 768  # width of the residual stream
     n_inner: int | None = None  # width of the MLP; none: 4 * n_embd
-    mlp: Literal["gelu_tanh", "gelu", "swiglu", "relu2"] = "gelu_tanh"  # gelu_tanh is GPT-2's, gelu BERT's
+    mlp: Literal[*ACTIVATIONS] = "gelu_tanh"  # activation of the MLP: gelu_tanh is GPT-2's, gelu BERT's
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # kind of norm
-    norm_position: Literal["pre", "post"] = "pre"  # pre: before each branch, GPT-2's; post: after each sum, BERT's
+    norm_position: Literal["pre", "post"] = "pre"  # pre: before each sublayer, as GPT-2; post: after each sum, as BERT
     norm_eps: float = 1e-5  # added to the variance in norms
-    qk_norm: bool = False  # normalise queries and keys, head by head
-    position: Literal["learned", "rope"] = "learned"  # a table of positions, or rotations of queries and keys
+    qk_norm: bool = False  # norm of queries and keys, per head
+    position: Literal["learned", "rope"] = "learned"  # learned: a table of positions; rope: rotated queries and keys
     rope_theta: float = 10_000.0  # base of rope's wavelengths
-    rope_scale: float = 1.0  # rope's waves too long for rope_context are this much longer, as in Llama 3.1; 1: none are
-    rope_context: int = 8192  # tokens that a model with rope_scale could hold before
-    n_token_types: int | None = None  # token types, of which BERT has 2; none: no table of them
+    rope_scale: float = 1.0  # factor on rope's wavelengths longer than rope_context, as in Llama 3.1; 1: no scaling
+    rope_context: int = 8192  # block_size of the model before rope_scale, in tokens
+    n_token_types: int | None = None  # token types, 2 for BERT; none: no table of them
     bias: bool = True  # biases in linear layers and norms
-    dropout: float = 0.0  # after the embedding, in attention and after each residual branch
-    label_smoothing: float = 0.0  # share of the target that training spreads over the whole vocabulary
-    tie_embeddings: bool = True  # the head's weight is the token embedding
+    dropout: float = 0.0  # dropout after the embedding, in attention and after each sublayer
+    label_smoothing: float = 0.0  # training: share of the target that is spread over the whole vocabulary
+    z_loss: float = 0.0  # training: weight of (log Z)^2 in the loss, 1e-4 in PaLM; keeps logits small
+    tie_embeddings: bool = True  # share one matrix between token embedding and head
 
     def __post_init__(self):
         counts = ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "n_inner")
@@ -64,17 +66,20 @@ class ModelConfig:
         if counts_are_sound and self.head_dim is None and self.n_embd % self.n_head:
             wrong.append(
                 f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; "
-                f"n_head {_near_divisors(self.n_embd, self.n_head)} would fit"
+                f"n_head {near_divisors(self.n_embd, self.n_head)} would fit"
             )
         elif counts_are_sound and self.position == "rope" and self.head_width % 2:
-            wrong.append(f"head_dim is {self.head_width}; rope turns pairs, so it must be even")
+            wrong.append(f"head_dim is {self.head_width}; rope rotates pairs of channels, so it must be even")
         if counts_are_sound and self.n_head % self.kv_heads:
             wrong.append(
                 f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}; "
-                f"n_kv_head {_near_divisors(self.n_head, self.n_kv_head)} would fit"
+                f"n_kv_head {near_divisors(self.n_head, self.n_kv_head)} would fit"
             )
-        if self.norm_eps < 0:
-            wrong.append(f"norm_eps is {self.norm_eps}; it must not be negative")
+        wrong += [
+            f"{name} is {getattr(self, name)}; it must not be negative"
+            for name in ("norm_eps", "z_loss")
+            if getattr(self, name) < 0
+        ]
         wrong += [
             f"{name} is {getattr(self, name)}; it must be above 0"
             for name in ("rope_theta", "rope_scale", "rope_context")
@@ -87,6 +92,16 @@ class ModelConfig:
         ]
         if wrong:
             raise UserError("\n".join(wrong))
+
+    @property
+    def causal(self):
+        """Whether a token sees only those before it; if not, all, and the head is BERT's."""
+        return OBJECTIVES[self.objective].causal
+
+    @property
+    def gated(self):
+        """Whether the MLP has a gate."""
+        return ACTIVATIONS[self.mlp][1]
 
     @property
     def kv_heads(self):
@@ -105,14 +120,8 @@ class ModelConfig:
 
     @property
     def padded_vocab_size(self):
-        """Rows of the embedding: the vocabulary rounded up to 64, which matmul kernels want (50257 becomes 50304)."""
+        """Rows of the embedding: vocab_size rounded up to a multiple of 64, for matmul kernels (50257 becomes 50304)."""
         return -(-self.vocab_size // 64) * 64
-
-
-def _near_divisors(number, wanted):
-    """The three divisors of a number nearest to the one wanted, as text."""
-    divisors = [d for d in range(1, min(number, 4 * wanted, 10_000) + 1) if number % d == 0]
-    return ", ".join(map(str, sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:3])))
 
 
 def _dropout(cfg):
@@ -126,13 +135,13 @@ def _norm(cfg, width):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, causal or to both sides."""
+    """Multi-head self-attention, causal or bidirectional."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.head_width, self.causal, self.dropout = cfg.head_width, cfg.objective == "clm", cfg.dropout
+        self.head_width, self.causal, self.dropout = cfg.head_width, cfg.causal, cfg.dropout
         queries, keys = cfg.n_head * cfg.head_width, cfg.kv_heads * cfg.head_width
-        # Separate matrices: a shard of each is whole heads, and an optimizer that works on matrices sees each one.
+        # Separate matrices, so that a shard of each is whole heads and Muon sees each by itself.
         self.q = Linear(cfg.n_embd, queries, bias=cfg.bias)
         self.k = Linear(cfg.n_embd, keys, bias=cfg.bias)
         self.v = Linear(cfg.n_embd, keys, bias=cfg.bias)
@@ -142,29 +151,29 @@ class Attention(nn.Module):
 
     def forward(self, x, rope=None, mask=None, cache=None):
         B, T, _ = x.shape
-        # -1 finds the number of heads, which is smaller where they are shared out over devices.
+        # -1 is the number of heads, fewer than n_head under tensor parallelism.
         q, k, v = (linear(x).view(B, T, -1, self.head_width) for linear in (self.q, self.k, self.v))  # B T H D
         if self.q_norm is not None:
-            q, k = self.q_norm(q.type_as(x)), self.k_norm(k.type_as(x))  # norms of bf16 by float32 weights are slow
+            q, k = self.q_norm(q.type_as(x)), self.k_norm(k.type_as(x))  # bf16 norms with float32 weights are slow
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # B H T D
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        q, k = q.type_as(v), k.type_as(v)  # under autocast back from the norms' float32
+        q, k = q.type_as(v), k.type_as(v)  # autocast: the norms return float32
         if cache is not None:
             k, v = cache.append(k, v)  # B H S D, S tokens so far
-        # After the prompt, tokens come one at a time and may look at everything in the cache.
+        # After the prompt, tokens come one at a time and attend to the whole cache.
         causal = self.causal and mask is None and (cache is None or T > 1)
         y = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # B T C
 
 
 class MLP(nn.Module):
-    """The position-wise network of a block: up, non-linearity, down; with a gate beside up in swiglu."""
+    """The position-wise network of a block: up, activation, down; or up times an activated gate, down."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.activation = ACTIVATIONS[cfg.mlp]
-        self.gate = Linear(cfg.n_embd, cfg.inner_width, bias=cfg.bias) if cfg.mlp == "swiglu" else None
+        self.activation, gated = ACTIVATIONS[cfg.mlp]
+        self.gate = Linear(cfg.n_embd, cfg.inner_width, bias=cfg.bias) if gated else None
         self.up = Linear(cfg.n_embd, cfg.inner_width, bias=cfg.bias)
         self.down = Linear(cfg.inner_width, cfg.n_embd, bias=cfg.bias)
 
@@ -175,7 +184,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A Transformer block: attention and MLP, each with a norm and added to the residual stream."""
+    """A Transformer block: two sublayers, attention and MLP, each normed and added to the residual stream."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -195,26 +204,26 @@ class Block(nn.Module):
 
 
 class Transform(nn.Module):
-    """What BERT puts between its last block and the head of masked tokens."""
+    """BERT's layer between the last block and the head."""
 
     def __init__(self, cfg):
         super().__init__()
         self.dense = Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
-        self.activation = ACTIVATIONS[cfg.mlp if cfg.mlp.startswith("gelu") else "gelu"]
+        self.activation = ACTIVATIONS[cfg.mlp if cfg.mlp.startswith("gelu") else "gelu"][0]
         self.norm = _norm(cfg, cfg.n_embd)
 
     def forward(self, x):
-        return self.norm(self.activation(self.dense(x)).type_as(x))  # the norm, too, in float32 under autocast
+        return self.norm(self.activation(self.dense(x)).type_as(x))  # autocast: the norm stays in float32
 
 
 class Transformer(nn.Module):
-    """Token ids to logits, or, given targets, to the sum of their cross-entropies."""
+    """Token ids to logits or, given targets, to the loss."""
 
     def __init__(self, cfg):
-        """Builds the model where torch's default device says; on the meta device that costs nothing."""
+        """Builds the model on torch's default device; on the meta device that costs nothing."""
         super().__init__()
         self.cfg = cfg
-        post, masked = cfg.norm_position == "post", cfg.objective == "mlm"
+        post, bert_head = cfg.norm_position == "post", not cfg.causal
         self.wte = nn.Embedding(cfg.padded_vocab_size, cfg.n_embd)
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd) if cfg.position == "learned" else None
         self.wtt = nn.Embedding(cfg.n_token_types, cfg.n_embd) if cfg.n_token_types else None
@@ -222,31 +231,29 @@ class Transformer(nn.Module):
         self.dropout = _dropout(cfg)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm_f = nn.Identity() if post else _norm(cfg, cfg.n_embd)
-        self.transform = Transform(cfg) if masked else nn.Identity()
-        self.head = Linear(cfg.n_embd, cfg.padded_vocab_size, bias=masked and cfg.bias)
+        self.transform = Transform(cfg) if bert_head else nn.Identity()
+        self.head = Linear(cfg.n_embd, cfg.padded_vocab_size, bias=bert_head and cfg.bias)
         self.tie_weights()
 
     def tie_weights(self):
-        """Makes head and embedding one parameter again; whatever replaces parameters (to_empty does) must call it."""
+        """Makes head and embedding one parameter; must be called again after parameters are replaced (to_empty)."""
         if self.cfg.tie_embeddings:
             self.head.weight = self.wte.weight
 
     def forward(
         self, ids, targets=None, positions=None, attention_mask=None, token_types=None, cache=None, count_correct=False
     ):
-        """Logits (B, T, V) of ids (B, T); or, given targets (B, T), the float32 sum of their cross-entropies.
+        """Logits (B, T, V) for ids (B, T); or, given targets (B, T), the sum of their losses in float32.
 
-        Targets that equal IGNORE count nothing. With positions (B, K) logits and targets are those of these
-        positions alone, (B, K, V) and (B, K). attention_mask (B, T) is False where a token is padding that none
-        may look at, token_types (B, T) are 0 where not given. With a cache, ids continue what it holds,
-        attention_mask is of all tokens so far, and logits are those of the last token alone, (B, 1, V).
-        count_correct, without gradients, returns beside the loss the number of targets that are the likeliest
-        token.
+        Targets that are IGNORE have no loss. With positions (B, K), logits and targets are (B, K, V) and (B, K), for
+        these positions only. attention_mask (B, T) is False on padding; token_types (B, T) default to 0. With a cache,
+        ids follow its tokens, attention_mask covers all tokens so far, and logits are the last token's, (B, 1, V).
+        count_correct, without gradients, also returns the number of targets that have the largest logit.
         """
         cfg, T, start = self.cfg, ids.shape[1], 0 if cache is None else cache.length
         if start + T > cfg.block_size:
             raise UserError(f"{start + T} tokens do not fit into block_size {cfg.block_size}; shorten the sequence")
-        assert start == 0 or T == 1, f"{T} tokens behind a cache of {start}: after the prompt they come one at a time"
+        assert start == 0 or T == 1, f"{T} tokens after a cache of {start}: after the prompt they come one at a time"
         place, mask = torch.arange(start, start + T, device=ids.device), None
         x = self.embed(ids, place, token_types)  # B T C
         rope = None
@@ -254,7 +261,7 @@ class Transformer(nn.Module):
             rope = rope_table(place, cfg.head_width, cfg.rope_theta, cfg.rope_scale, cfg.rope_context)
         if attention_mask is not None:
             mask = attention_mask.bool()[:, None, None, :]  # B 1 1 T
-            mask = mask & (place <= place[:, None]) if cfg.objective == "clm" else mask
+            mask = mask & (place <= place[:, None]) if cfg.causal else mask
         for i, block in enumerate(self.blocks):
             x = block(x, rope, mask, None if cache is None else cache.layers[i])
         if positions is not None:
@@ -268,18 +275,18 @@ class Transformer(nn.Module):
             x.flatten(0, 1),
             self.head.weight,
             targets.flatten(),
-            cfg.vocab_size,
+            Vocabulary(cfg.vocab_size),
             self.head.bias,
-            cfg.label_smoothing if self.training else 0.0,
+            cfg if self.training else None,
             count_correct,
         )
 
     def cross_entropy(self, *args):
-        """The loss; a method, so that a model whose vocabulary is sharded can have another in its place."""
+        """The loss; a method, which tensor parallelism replaces by one for a sharded vocabulary."""
         return linear_cross_entropy(*args)
 
     def embed(self, ids, place, token_types=None):
-        """What the first block sees (B, T, C): the sum of the embeddings of tokens, positions and token types."""
+        """Input of the first block (B, T, C): the sum of the embeddings of tokens, positions and token types."""
         x = self.wte(ids)
         if self.wpe is not None:
             x = x + self.wpe(place)
@@ -289,11 +296,11 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed, fill=torch.Tensor.copy_):
-        """Normal weights of std 0.02, where norms come first less for projections into the residual stream.
+        """Draws normal weights of std 0.02, zero biases and unit norms.
 
-        The latter, over sqrt(2 n_layer), is GPT-2's way; BERT draws all alike. Each weight is a function of the
-        seed and its own name, so that sharding, or a layer more, changes no other. fill(param, weight) takes the whole
-        weight, on the CPU, into the parameter.
+        In pre-norm models, projections into the residual stream have std 0.02 / sqrt(2 n_layer), as in GPT-2; BERT's
+        are all alike. Each weight is a function of the seed and its own name, so that sharding or another layer changes
+        no other. fill(param, weight) copies a whole weight, on the CPU, into a parameter.
         """
         for name, param in self.named_parameters():
             if name.endswith("bias"):
@@ -305,27 +312,27 @@ class Transformer(nn.Module):
                 if self.cfg.norm_position == "pre" and name.endswith(("attn.proj.weight", "mlp.down.weight")):
                     std /= math.sqrt(2 * self.cfg.n_layer)
                 key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8])
-                generator = torch.Generator().manual_seed(key)  # CPU: the same numbers whatever the device
+                generator = torch.Generator().manual_seed(key)  # on the CPU: the same numbers for every device
                 rows = self.cfg.vocab_size if name in ("wte.weight", "head.weight") else param.shape[0]
                 weight = torch.zeros(param.shape)  # rows that pad the vocabulary stay zero
                 weight[:rows] = torch.randn(rows, *param.shape[1:], generator=generator).mul_(std)
             fill(param, weight)
 
     def num_params(self):
-        """Parameters, without the rows that pad the vocabulary; tied ones count once."""
+        """Number of parameters, without the vocabulary's padding; tied ones count once."""
         padding = self.cfg.padded_vocab_size - self.cfg.vocab_size
         padded = {p: p.numel() // len(p) for p in (self.wte.weight, self.head.weight, self.head.bias) if p is not None}
         return sum(p.numel() for p in self.parameters()) - padding * sum(padded.values())
 
 
 def parameter_shapes(cfg):
-    """{name: shape} of a model's parameters, without making it; a tied head is not among them."""
+    """{name: shape} of a model's parameters, without allocating them; a tied head is not among them."""
     with torch.device("meta"):
         return {name: list(param.shape) for name, param in Transformer(cfg).named_parameters()}
 
 
 class Cache:
-    """Keys and values of the tokens so far, for generation: one preallocated tensor a layer."""
+    """Keys and values of the tokens so far, for generation; preallocated, two tensors per layer."""
 
     class Layer:
         def __init__(self, shape, **kind):
@@ -333,7 +340,7 @@ class Cache:
             self.k, self.v = torch.empty(shape, **kind), torch.empty(shape, **kind)
 
         def append(self, k, v):
-            """Stores k and v (B, H, T, D) behind what is there and returns all of it, as views."""
+            """Appends k and v (B, H, T, D); returns all keys and values so far, as views."""
             end = self.length + k.shape[2]
             self.k[:, :, self.length : end] = k
             self.v[:, :, self.length : end] = v
@@ -341,7 +348,7 @@ class Cache:
             return self.k[:, :, :end], self.v[:, :, :end]
 
     def __init__(self, cfg, batch_size, device, dtype, n_tokens=None):
-        """n_tokens: that it can hold; none: block_size."""
+        """n_tokens: the capacity; None: block_size."""
         shape = (batch_size, cfg.kv_heads, n_tokens or cfg.block_size, cfg.head_width)
         self.layers = [Cache.Layer(shape, device=device, dtype=dtype) for _ in range(cfg.n_layer)]
 
@@ -351,6 +358,6 @@ class Cache:
         return self.layers[0].length
 
     def clear(self):
-        """Forgets every token."""
+        """Removes all tokens."""
         for layer in self.layers:
             layer.length = 0

@@ -1,4 +1,4 @@
-"""Windows of tokens to what a model learns from: the next token, or masked ones."""
+"""Objectives: windows of tokens to batches of what a model learns from, the next token or masked ones."""
 
 from dataclasses import dataclass
 
@@ -6,43 +6,39 @@ import numpy as np
 import torch
 
 from config import UserError
-
-IGNORE = -100  # a target that takes no part in the loss
+from ops import IGNORE
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
     mask_prob: float = 0.15  # mlm: share of a sequence's tokens to predict
-    whole_word_masking: bool = False  # mlm: mask whole words; of the tokenizers WordPiece alone knows them
+    whole_word_masking: bool = False  # mlm: mask whole words, which needs a WordPiece tokenizer
 
     def __post_init__(self):
         if not 0 < self.mask_prob < 1:
             raise UserError(f"mask_prob is {self.mask_prob}; it must be above 0 and below 1")
 
 
-def windows_of(objective, cfg, seq_len, seed, meta):
-    """How windows of tokens become batches of an objective, clm or mlm; meta: what meta.json says of the data."""
-    if objective == "clm":
-        return NextToken(seq_len)
-    if not meta:
-        raise UserError("mlm needs to know the special tokens of its data, which has no meta.json; use prepare.py")
-    if cfg.whole_word_masking and not meta.get("continuations"):
-        raise UserError(
-            f"whole_word_masking is on, but the tokenizer of the data, {meta.get('tokenizer')}, does not tell where "
-            f"words start, as only WordPiece does; leave it off, or make the data with --tokenizer=vocab.txt, BERT's"
-        )
-    continuations = meta["continuations"] if cfg.whole_word_masking else ()
-    return Masked(seq_len, cfg.mask_prob, seed, meta["vocab_size"], meta.get("specials", {}), continuations)
-
-
 class NextToken:
-    """Windows whose every token's target is the one that follows: `stride` tokens each, and `extra` ones read."""
+    """The target of each token is the one that follows. A window has `stride` tokens and `extra` that are only read."""
+
+    causal = True  # tokens see those before them; False: all, and the model has BERT's head
 
     def __init__(self, seq_len):
         self.stride, self.extra = seq_len, 1
 
+    @classmethod
+    def of(cls, cfg, seq_len, seed, meta):
+        """The objective of a run's settings, as make_objective takes them."""
+        return cls(seq_len)
+
+    @staticmethod
+    def head_share(cfg, seq_len):
+        """Share of a sequence's tokens that go through the model's head."""
+        return 1.0
+
     def batch(self, rows, first, lengths=None):
-        """(ids, targets), both (B, T), of windows (B, T + 1); what lies beyond lengths (B,) is no target."""
+        """(ids, targets), both (B, T), from windows (B, T + 1); tokens beyond lengths (B,) are no targets."""
         ids, targets = rows[:, :-1], rows[:, 1:]
         if lengths is not None:
             targets = np.where(np.arange(self.stride) < lengths[:, None], targets, IGNORE)
@@ -50,23 +46,24 @@ class NextToken:
 
 
 class Masked:
-    """Windows that become [CLS] tokens [SEP], of which round(mask_prob * T) are to be predicted (BERT, section 3.1).
+    """Windows become [CLS] tokens [SEP], of which round(mask_prob * T) are to be predicted (BERT, section 3.1).
 
-    Of these 80 % are masked, 10 % become a random token and 10 % stay as they are; special tokens are neither predicted
-    nor drawn, and ends of documents become [SEP]. What happens to a sequence is a function of the seed and its number
-    alone. Given the ids that continue words, whole words are masked; the last is cut where it exceeds the number.
+    80 % of these are masked, 10 % become a random token and 10 % stay as they are; special tokens are neither predicted
+    nor drawn, and ends of documents become [SEP]. The outcome for a sequence is a function of the seed and its number
+    alone. Given the ids that continue words, whole words are masked; the last word is cut where it exceeds the number.
     """
 
+    causal = False
     extra = 0
 
     def __init__(self, seq_len, mask_prob, seed, vocab_size, specials, continuations=()):
-        """specials: {name: id} of the tokenizer, which has a mask, cls, sep and pad token by either's usual name."""
+        """specials: {name: id} of the tokenizer's special tokens; mask, cls, sep and pad are needed."""
         if seq_len < 3:
             raise UserError(f"seq_len is {seq_len}; masked training needs at least 3: [CLS], a token and [SEP]")
         if (count := n_masked(seq_len, mask_prob)) > seq_len - 2:
             raise UserError(
-                f"mask_prob {mask_prob} of seq_len {seq_len} is {count} tokens, and between [CLS] and [SEP] are only "
-                f"{seq_len - 2}; lower mask_prob"
+                f"mask_prob {mask_prob} of seq_len {seq_len} is {count} tokens, but only {seq_len - 2} fit between [CLS] "
+                f"and [SEP]; lower mask_prob"
             )
         self.stride, self.mask_prob = seq_len - 2, mask_prob
         self.mask, self.cls, self.sep, self.pad = (special_id(specials, role) for role in ("mask", "cls", "sep", "pad"))
@@ -76,20 +73,38 @@ class Masked:
         self.replacements = np.flatnonzero(~self.is_special)
         if not len(self.replacements):
             raise UserError(
-                f"vocab_size is {vocab_size}, special tokens alone; masked training needs others to predict"
+                f"all {vocab_size} tokens of vocab_size are special; masked training needs others to predict"
             )
         self.key = np.random.SeedSequence((seed, 2)).generate_state(2, np.uint64)
 
-    def batch(self, rows, first, lengths=None):
-        """(ids (B, T), targets (B, K), positions (B, K)) of windows (B, T - 2) of the sequences from number first on.
+    @classmethod
+    def of(cls, cfg, seq_len, seed, meta):
+        """The objective of a run's settings, as make_objective takes them."""
+        if not meta:
+            raise UserError("mlm needs to know the special tokens of its data, which has no meta.json; use prepare.py")
+        if cfg.whole_word_masking and not meta.get("continuations"):
+            raise UserError(
+                f"whole_word_masking is on, but the data's tokenizer, {meta.get('tokenizer')}, does not mark where words "
+                f"start, as only WordPiece does; leave it off, or make the data with --tokenizer=vocab.txt, BERT's"
+            )
+        continuations = meta["continuations"] if cfg.whole_word_masking else ()
+        return cls(seq_len, cfg.mask_prob, seed, meta["vocab_size"], meta.get("specials", {}), continuations)
 
-        Windows may hold fewer tokens, by lengths (B,); a fourth part is then attention_mask (B, T), False where a
-        sequence has ended.
+    @staticmethod
+    def head_share(cfg, seq_len):
+        """Share of a sequence's tokens that go through the model's head."""
+        return n_masked(seq_len, cfg.mask_prob) / seq_len
+
+    def batch(self, rows, first, lengths=None):
+        """(ids (B, T), targets (B, K), positions (B, K)) from windows (B, T - 2), sequences number `first` and following.
+
+        Windows shorter than that have lengths (B,); the batch then has a fourth part, attention_mask (B, T), False
+        where a sequence has ended.
         """
         B, T = len(rows), self.stride + 2
         lengths = np.full(B, self.stride) if lengths is None else lengths
         ids, attention_mask = self._framed(rows, lengths)
-        # Philox gives 4 numbers a count, which is one token's share: so each sequence has counts of its own.
+        # Philox gives 4 numbers a count, one count for each token: a sequence's numbers depend on its own number alone.
         random = np.random.Philox(key=self.key, counter=first * T).random_raw(4 * B * T).reshape(B, T, 4)
         K = n_masked(T, self.mask_prob)
         positions = self._order(random[..., 0], ids).argsort(axis=1, kind="stable")[:, :K]  # B K
@@ -103,7 +118,7 @@ class Masked:
         return tuple(map(torch.from_numpy, batch if attention_mask.all() else (*batch, attention_mask)))
 
     def _framed(self, rows, lengths):
-        """[CLS] tokens [SEP] and padding, (B, T), and where there is none of the latter."""
+        """(B, T) of [CLS] tokens [SEP] padding, and a mask that is False on padding."""
         place, end = np.arange(self.stride + 2), lengths[:, None] + 1  # end: where [SEP] stands
         ids = np.pad(rows, ((0, 0), (1, 1)), constant_values=self.cls)
         ids[ids == self.eot] = self.sep
@@ -111,25 +126,33 @@ class Masked:
         return ids, place <= end
 
     def _order(self, random, ids):
-        """What positions are sorted by: a random number for each, or for each word; special tokens come last."""
+        """Sort keys of positions: a random number for each token, or each word; special tokens come last."""
         if self.continues.any():
             start = np.where(self.continues[ids], 0, np.arange(ids.shape[1]))
             random = np.take_along_axis(random, np.maximum.accumulate(start, axis=1), 1)
         return np.where(self.is_special[ids], np.iinfo(np.uint64).max, random)
 
 
+OBJECTIVES = {"clm": NextToken, "mlm": Masked}
+
+
+def make_objective(name, cfg, seq_len, seed, meta):
+    """An objective by its name; its batch() makes batches of windows. cfg: ObjectiveConfig; meta: the data's meta.json."""
+    return OBJECTIVES[name].of(cfg, seq_len, seed, meta)
+
+
+def head_share(name, cfg, seq_len):
+    """Share of a sequence's tokens that go through the model's head under an objective."""
+    return OBJECTIVES[name].head_share(cfg, seq_len)
+
+
 def n_masked(seq_len, mask_prob):
-    """How many tokens of a sequence are to be predicted, of seq_len with [CLS] and [SEP]."""
+    """Tokens to predict in a sequence; seq_len counts [CLS] and [SEP]."""
     return max(1, round(mask_prob * seq_len))
 
 
-def head_share(objective, cfg, seq_len):
-    """Share of a sequence's tokens that go through the model's head: of a masked model those to predict alone."""
-    return n_masked(seq_len, cfg.mask_prob) / seq_len if objective == "mlm" else 1.0
-
-
 def special_id(specials, role):
-    """The id of a special token by its role, mask, cls, sep or pad, under either of its usual names."""
+    """The id of the mask, cls, sep or pad token, under either of its usual names, <|mask|> or [MASK]."""
     for name in (f"<|{role}|>", f"[{role.upper()}]"):
         if name in specials:
             return specials[name]
