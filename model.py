@@ -120,7 +120,7 @@ class ModelConfig:
 
     @property
     def padded_vocab_size(self):
-        """Rows of the embedding: vocab_size rounded up to a multiple of 64, for matmul kernels (50257 becomes 50304)."""
+        """Rows of the embedding: vocab_size rounded up to a multiple of 64 for matmul kernels (50257 to 50304)."""
         return -(-self.vocab_size // 64) * 64
 
 

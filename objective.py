@@ -62,8 +62,8 @@ class Masked:
             raise UserError(f"seq_len is {seq_len}; masked training needs at least 3: [CLS], a token and [SEP]")
         if (count := n_masked(seq_len, mask_prob)) > seq_len - 2:
             raise UserError(
-                f"mask_prob {mask_prob} of seq_len {seq_len} is {count} tokens, but only {seq_len - 2} fit between [CLS] "
-                f"and [SEP]; lower mask_prob"
+                f"mask_prob {mask_prob} of seq_len {seq_len} is {count} tokens, but only {seq_len - 2} fit between "
+                f"[CLS] and [SEP]; lower mask_prob"
             )
         self.stride, self.mask_prob = seq_len - 2, mask_prob
         self.mask, self.cls, self.sep, self.pad = (special_id(specials, role) for role in ("mask", "cls", "sep", "pad"))
@@ -84,8 +84,8 @@ class Masked:
             raise UserError("mlm needs to know the special tokens of its data, which has no meta.json; use prepare.py")
         if cfg.whole_word_masking and not meta.get("continuations"):
             raise UserError(
-                f"whole_word_masking is on, but the data's tokenizer, {meta.get('tokenizer')}, does not mark where words "
-                f"start, as only WordPiece does; leave it off, or make the data with --tokenizer=vocab.txt, BERT's"
+                f"whole_word_masking is on, but the data's tokenizer, {meta.get('tokenizer')}, does not mark where "
+                f"words start, as WordPiece does; leave it off, or make the data with --tokenizer=vocab.txt, BERT's"
             )
         continuations = meta["continuations"] if cfg.whole_word_masking else ()
         return cls(seq_len, cfg.mask_prob, seed, meta["vocab_size"], meta.get("specials", {}), continuations)
@@ -96,7 +96,7 @@ class Masked:
         return n_masked(seq_len, cfg.mask_prob) / seq_len
 
     def batch(self, rows, first, lengths=None):
-        """(ids (B, T), targets (B, K), positions (B, K)) from windows (B, T - 2), sequences number `first` and following.
+        """(ids (B, T), targets (B, K), positions (B, K)) from windows (B, T - 2); first: number of the first one.
 
         Windows shorter than that have lengths (B,); the batch then has a fourth part, attention_mask (B, T), False
         where a sequence has ended.
@@ -137,7 +137,7 @@ OBJECTIVES = {"clm": NextToken, "mlm": Masked}
 
 
 def make_objective(name, cfg, seq_len, seed, meta):
-    """An objective by its name; its batch() makes batches of windows. cfg: ObjectiveConfig; meta: the data's meta.json."""
+    """An objective by name; its batch() turns windows into batches. cfg: ObjectiveConfig; meta: meta.json."""
     return OBJECTIVES[name].of(cfg, seq_len, seed, meta)
 
 
