@@ -14,9 +14,7 @@ STACK, MUON_DTYPE = 2**26, torch.bfloat16  # elements that Muon orthogonalizes a
 
 @dataclass(frozen=True)
 class OptimConfig:
-    optimizer: Literal["adamw", "muon", "adafactor", "sgd"] = (
-        "adamw"  # muon: for the blocks' matrices, adamw for the rest
-    )
+    optimizer: Literal["adamw", "muon", "adafactor", "sgd"] = "adamw"  # muon: for the blocks' matrices, else adamw
     learning_rate: float = 6e-4  # peak learning rate, after warmup; adafactor: relative to the weights' size
     min_lr: float = 0.0  # learning rate at the end of the schedule
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"  # wsd: constant, then linear

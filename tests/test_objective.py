@@ -10,6 +10,7 @@ import ranks
 from data import Loader, Split, TrainOrder, eval_batches
 from model import ModelConfig, Transformer
 from objective import Masked, NextToken, ObjectiveConfig, head_share, make_objective, n_masked
+from ops import IGNORE
 from world import World
 
 V = 53
@@ -113,7 +114,7 @@ def test_all_between_the_frame_may_be_predicted_and_no_more():
     ids, targets, positions = numpy_batch(masked(7, 0.7), rows_of(31, 7))
     assert np.array_equal(hits(ids, targets, positions)[:, 1:-1], np.ones((31, 5), bool))
     assert ((targets != IGNORE).sum(1) == 5).all()
-    with pytest.raises(ValueError, match="mask_prob 0.8 of seq_len 7 is 6 tokens, .* only 5; lower mask_prob"):
+    with pytest.raises(ValueError, match="mask_prob 0.8 of seq_len 7 is 6 tokens, but only 5 .*; lower mask_prob"):
         masked(7, 0.8)
 
 
@@ -424,7 +425,7 @@ def test_whole_word_masking_shares_80_10_10_token_by_token():
 META = {"vocab_size": V, "specials": BERT, "tokenizer": "tokenizer.json", "continuations": CONTINUATIONS}
 
 
-def test_windows_are_those_of_the_objective_and_of_what_meta_json_says():
+def test_an_objective_follows_its_settings_and_meta_json():
     cfg, rows = ObjectiveConfig(mask_prob=0.3), rows_of(9, 20)
     clm = make_objective("clm", cfg, 20, 1, {})
     assert isinstance(clm, NextToken) and (clm.stride, clm.extra) == (20, 1)
