@@ -123,9 +123,9 @@ class Log:
         self._write(record)
         left = (self.last_step - state.step) * seconds / steps
         self._print(
-            f"{self._step_text(state)} {_short(record['tokens']):>6} tok  loss {record['mean_loss']:7.4f}  lr {lr:.1e}"
-            f"  norm {record['grad_norm']:4.2f} {_short(tokens_per_s):>6} tok/s  mfu {record['mfu']:.1%}"
-            f"  {record['memory_gib']:.1f} GiB  wait {record['data_wait_ms']:.0f} ms  left {_duration(left)}"
+            f"{self._step_text(state)} {_short(record['tokens']):>5} tok  loss {record['mean_loss']:7.4f}  lr {lr:.1e}"
+            f"  norm {record['grad_norm']:4.2f}  {_short(tokens_per_s):>5} tok/s  mfu {record['mfu']:.1%}"
+            f"  {record['memory_gib']:.1f} GiB  wait {record['data_wait_ms']:.0f}ms  left {_duration(left)}"
         )
 
     def evaluation(self, state, figures):
@@ -212,8 +212,9 @@ class Log:
             f"step       {cfg.data.batch_tokens:,} tokens = {cfg.data.batch_tokens // at_once} micro-steps"
             f" x {world.data_ranks} ranks x {cfg.data.micro_batch_size} sequences x {cfg.data.seq_len} tokens"
         )
-        replicas, shards, tp = world.mesh_shape
-        print(f"layout     {replicas} replicas x {shards} shards x {tp} tensor parallel ranks")
+        if world.size > 1:
+            replicas, shards, tp = world.mesh_shape
+            print(f"layout     {world.size} ranks = {replicas} replicas x {shards} shards x {tp} tensor parallel")
         n_params, n_bytes = per_rank
         print(f"per rank   {n_params:,.0f} parameters, {n_bytes / 2**20:,.1f} MiB with gradients and optimizer state")
         parts = ", ".join(f"{name} {n_bytes / 2**30:.2f}" for name, n_bytes in self.predicted.items() if n_bytes)

@@ -218,8 +218,23 @@ def test_loader_tells_its_mistakes_where_the_batch_is_asked_for(tmp_path):
 def test_closed_loader_leaves_no_thread(split):
     loader = Loader(TrainOrder(split, T, 1), NextToken(T), 0, 2, 3, world())
     loader.next()
+    thread = loader._thread
     loader.close()
-    assert not loader._thread.is_alive()
+    assert not thread.is_alive()
+
+
+def test_loader_continues_from_where_it_is_sent(split):
+    def first(loader):
+        return [part.tolist() for part in loader.next()[0][0]]
+
+    loader = Loader(TrainOrder(split, T, 1), NextToken(T), 0, 2, 3, world())
+    at_0 = first(loader)
+    at_6 = first(loader)
+    loader.seek(0)
+    assert first(loader) == at_0
+    loader.seek(6)
+    assert first(loader) == at_6 != at_0
+    loader.close()
 
 
 # ---- evaluation
