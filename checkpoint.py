@@ -118,7 +118,7 @@ class CheckpointWriter:
     def _write(self, *arguments):
         try:
             write_checkpoint(self.out_dir, *arguments, self.world)
-            together(self.world, lambda: self.world.is_main and remove_old_checkpoints(self.out_dir, self.cfg))
+            on_all_ranks(self.world, lambda: self.world.is_main and remove_old_checkpoints(self.out_dir, self.cfg))
         except Exception as error:  # training raises it, whatever it is
             self._problem = error
 
@@ -165,9 +165,9 @@ def write_checkpoint(out_dir, step, tensors, numbers, facts, world):
         _sync_folder(final.parent)
 
     try:
-        together(world, lambda: world.is_main and prepare())
-        files = {name: digest for by_rank in together(world, write) for name, digest in by_rank.items()}
-        together(world, lambda: world.is_main and finish())
+        on_all_ranks(world, lambda: world.is_main and prepare())
+        files = {name: digest for by_rank in on_all_ranks(world, write) for name, digest in by_rank.items()}
+        on_all_ranks(world, lambda: world.is_main and finish())
     except Failure:
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
@@ -182,7 +182,7 @@ class Failure(Exception):
         self.is_of_disk = is_of_disk
 
 
-def together(world, function):
+def on_all_ranks(world, function):
     """A list with each rank's function(); Failure on all ranks where one raised."""
     from torch.distributed.checkpoint import CheckpointException  # no subclass of Exception
 
@@ -246,7 +246,7 @@ def newest_checkpoint(run_dir, world=None):
     problems = []
     for path in reversed(paths):
         try:
-            together(world, lambda path=path: _check(path, world))
+            on_all_ranks(world, lambda path=path: _check(path, world))
         except Failure as error:
             problems.append(str(error))
             continue

@@ -235,9 +235,7 @@ class Split:
         self.shards = [open_shard(path) for path in self.paths]
         for path, shard in zip(self.paths, self.shards) if meta else ():
             if len(shard) != (promised := meta["splits"][split]["shards"][path.name]):
-                raise UserError(
-                    f"{path} holds {len(shard)} tokens, meta.json says {promised}; {make_command} makes it"
-                )
+                raise UserError(f"{path} holds {len(shard)} tokens, meta.json says {promised}; {make_command} makes it")
         self.tokens = sum(map(len, self.shards))
         text_bytes = meta["splits"][split].get("bytes") if meta else None
         self.bytes_per_token = text_bytes / self.tokens if text_bytes else None

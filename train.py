@@ -88,7 +88,9 @@ def main(cfg):
         guarded(cfg, world) as stop,
     ):
         model, optimizer, scaler = build(cfg, world, cfg.run.seed)
-        saver = Saver(cfg, world, model, optimizer, scaler, f"{train_data.split.fingerprint()}-{val_data.fingerprint()}")
+        saver = Saver(
+            cfg, world, model, optimizer, scaler, f"{train_data.split.fingerprint()}-{val_data.fingerprint()}"
+        )
         state = saver.resume()
         if state is None:
             start_from(cfg, model, world)
@@ -185,7 +187,9 @@ def evaluate(model, split, cfg, world):
     model.eval()
     windows, data = windows_for(cfg, EVAL_MASK_SEED), cfg.data
     sums, frequencies = torch.zeros(2, dtype=torch.float64), torch.zeros(model.cfg.vocab_size, dtype=torch.int64)
-    for batch in eval_batches(split, windows, data.eval_tokens, data.micro_batch_size, world.data_rank, world.data_ranks):
+    for batch in eval_batches(
+        split, windows, data.eval_tokens, data.micro_batch_size, world.data_rank, world.data_ranks
+    ):
         with world.phase("evaluation"), world.autocast():
             loss_and_correct = model(*(part.to(world.device) for part in batch), count_correct=True)
         sums += torch.stack(loss_and_correct).cpu()

@@ -109,7 +109,11 @@ class Saver:
             by_rank = [f"on rank {rank} {name}" for rank, name in enumerate(self.world.gather(tensor)) if name]
             raise UserError(
                 f"{state.bad_steps} steps in a row were skipped, the last one step {state.step} with {bad}, "
-                + (f"again after a rollback to {newest.name}" if newest else "and there is no checkpoint to roll back to")
+                + (
+                    f"again after a rollback to {newest.name}"
+                    if newest
+                    else "and there is no checkpoint to roll back to"
+                )
                 + f"; first bad tensor: {by_rank[0] if by_rank else 'none when the step was repeated'}; "
                 "lower learning_rate, or look at what computes that tensor"
             )

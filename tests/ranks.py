@@ -21,11 +21,11 @@ import torch
 
 import config
 import train
-from world import end_process
 from data import ShardWriter
 from optim import OptimConfig
 from prepare import write_meta
 from run.health import HealthConfig
+from world import end_process
 
 # Odd sizes: a mistake that 2, 4 and 8 would hide shows.
 SMALL = {

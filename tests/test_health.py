@@ -172,10 +172,10 @@ def test_bad_steps_that_come_again_end_the_run_and_name_step_rank_and_tensor(lay
     assert answer[1] == 2 and not (out_dir / "finished").exists()
     back = 4 if layout != "tp" else 0
     if back:
-        assert f"last of them step {back + 3} with loss" in answer[0]
-        assert "again after going back to step_00000004" in answer[0]
+        assert f"last one step {back + 3} with loss" in answer[0]
+        assert "again after a rollback to step_00000004" in answer[0]
     else:
-        assert "last of them step 6 with loss" in answer[0] and "there is no checkpoint to roll back to" in answer[0]
+        assert "last one step 6 with loss" in answer[0] and "there is no checkpoint to roll back to" in answer[0]
     assert "first bad tensor: on rank 1 the gradient of blocks.1.mlp.up.weight" in answer[0] and "\n" not in answer[0]
 
 

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -129,6 +131,28 @@ def test_a_run_logs_every_step_and_keeps_what_it_takes_to_know_it_again(nine, da
     assert (nine / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert any((nine / "source").rglob("train.py")) and (nine / "meta.json").exists()
     assert not [p for p in nine.rglob("*") if p.suffix in (".pt", ".pth", ".pkl", ".metadata") or p.name == ".metadata"]
+
+
+def test_the_loss_that_is_printed_is_the_mean_since_the_last_line(nine, data_dir, tmp_path, capsys, no_curves):
+    run(data_dir, tmp_path, log_interval=4)
+    each, mean = records(nine), records(tmp_path, "mean_loss")
+    assert list(mean) == [4, 8, 9] and records(tmp_path) == {step: each[step] for step in mean}
+    for first, last in ((1, 4), (5, 8), (9, 9)):
+        wanted = statistics.fmean(each[step] for step in range(first, last + 1))
+        assert mean[last] == pytest.approx(wanted, rel=1e-12)
+    printed = re.findall(r"step (\d)/9 .* loss +(\S+)  lr", capsys.readouterr().out)
+    assert [(int(step), float(loss)) for step, loss in printed] == [(s, round(m, 4)) for s, m in mean.items()]
+
+
+def test_a_run_prints_its_epochs_and_warns_where_they_are_many(data_dir, tmp_path, capsys, no_curves):
+    """The data has 2000 training tokens, and a step 42."""
+    run(data_dir, tmp_path / "few", max_steps=1)
+    assert "run        1 steps, 42 tokens, 0.021 epochs, in " in (told := capsys.readouterr().out)
+    assert "warning" not in told
+    run(data_dir, tmp_path / "many", max_steps=1000, target_loss=1000.0)
+    told = capsys.readouterr().out
+    assert "1,000 steps, 42,000 tokens, 21 epochs, in " in told
+    assert "warning    the run reads its 2,000 training tokens 21 times; " in told and "lower --max_steps" in told
 
 
 def test_training_learns_what_can_be_learned(data_dir, tmp_path, no_curves):
@@ -527,11 +551,18 @@ def test_max_minutes_ends_a_run_and_the_same_command_goes_on(data_dir, nine, tmp
     run(data_dir, tmp_path, **changes)
     assert logged(tmp_path) == 1 and not (tmp_path / "finished").exists()
     assert list(records(tmp_path, "val_loss")) == [0, 1] and steps_kept(tmp_path) == [1]
-    assert "stopped after max_minutes" in capsys.readouterr().out
+    *_, how, last = capsys.readouterr().out.splitlines()
+    assert how.startswith("stopped after max_minutes 1e-06: step 1 of 9, val loss")
+    assert last == "the model is unfinished; the same command continues"
     run(data_dir, tmp_path, **changes)
     assert logged(tmp_path) == 2
     run(data_dir, tmp_path)
     assert records(tmp_path) == records(nine) and (tmp_path / "finished").exists()
+
+
+def test_max_minutes_ends_a_run_at_any_step_not_just_at_lines_of_the_log(data_dir, tmp_path, no_curves):
+    run(data_dir, tmp_path, max_minutes=1e-6, log_interval=1000)
+    assert steps_kept(tmp_path) == [1] and list(records(tmp_path, "val_loss")) == [0, 1]
 
 
 # ---- wandb
@@ -577,11 +608,11 @@ BAD_DATA = {
     "without meta.json": (unprepared, "no meta.json.*unfinished prepare; .*python prepare.py"),
     "damaged meta.json": (lambda f: write_data(f).joinpath("meta.json").write_text("{"), "meta.json is damaged.*again"),
     "cut shard": (spoilt(cut=1001), "train_000001.bin is damaged.*make the data again"),
-    "foreign shard": (spoilt(head=b"PK\3\4flat"), "train_000001.bin is no token shard.*make the data again"),
+    "foreign shard": (spoilt(head=b"PK\3\4flat"), "train_000001.bin is not a token shard.*make the data again"),
     "missing shard": (lambda f: write_data(f).joinpath("train_000001.bin").unlink(), "train_000001.bin is missing"),
-    "ids past the vocabulary": (with_large_ids, r"holds the token id \d+, but vocab_size is 37"),
+    "ids past the vocabulary": (with_large_ids, r"holds token \d+, but vocab_size is 37"),
     "larger vocabulary": (lambda f: write_data(f, vocab_size=50), "vocab_size is 37.*vocabulary of 50; set vocab_size"),
-    "short train": (lambda f: write_data(f, train_tokens=13), "no shard of 2 x 7 tokens.*shorten seq_len"),
+    "short train": (lambda f: write_data(f, train_tokens=13), "no shard of 2 x 7 tokens.*lower seq_len"),
     "short val": (lambda f: write_data(f, val_tokens=1), "val split has 1 tokens.*val_fraction"),
 }
 BAD_SETTINGS = {
@@ -655,7 +686,7 @@ def test_foreign_data_needs_a_vocabulary_and_then_trains(data_dir, tmp_path, no_
     raw.mkdir()
     for split in ("train", "val"):
         np.concatenate(Split(data_dir, split, 37).shards).tofile(raw / f"{split}.bin")
-    refused("no meta.json to take vocab_size from; set vocab_size", raw, tmp_path / "run", vocab_size="none")
+    refused("no meta.json to take vocab_size from; set --vocab_size", raw, tmp_path / "run", vocab_size="none")
     assert (run(raw, tmp_path / "run", max_steps=2) / "finished").exists()
     assert "val_bpb" not in (tmp_path / "run" / "log.jsonl").read_text()  # nobody counted bytes
 
