@@ -116,8 +116,9 @@ def main(cfg):
                         state.val_loss, state.evaluated_at = figures["val_loss"], state.step
                         log.evaluation(state, figures)
                 ending = ending or state.has_reached_target(cfg)
-                with log.paused():
-                    saver.save_if_due(state, ending)
+                if saver.is_due(state, ending):
+                    with log.paused():
+                        saver.save(state)
                 if ending:
                     break
 
