@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from config import UserError
+from data import near_divisors
 from objective import OBJECTIVES
 from ops import LayerNorm, Linear, LossOptions, RMSNorm, Vocabulary, attend, linear_cross_entropy, rope_table, rotate
 
@@ -69,14 +70,14 @@ class ModelConfig:
         if counts_are_sound and self.head_dim is None and self.n_embd % self.n_head:
             wrong.append(
                 f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; "
-                f"n_head {_near_divisors(self.n_embd, self.n_head)} would fit"
+                f"n_head {near_divisors(self.n_embd, self.n_head)} would fit"
             )
         elif counts_are_sound and self.position == "rope" and self.head_width % 2:
-            wrong.append(f"head_dim is {self.head_width}; rope turns pairs, so it must be even")
+            wrong.append(f"head_dim is {self.head_width}; rope rotates pairs of channels, so it must be even")
         if counts_are_sound and self.n_head % self.kv_heads:
             wrong.append(
                 f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}; "
-                f"n_kv_head {_near_divisors(self.n_head, self.n_kv_head)} would fit"
+                f"n_kv_head {near_divisors(self.n_head, self.n_kv_head)} would fit"
             )
         wrong += [
             f"{name} is {getattr(self, name)}; it must not be negative"
@@ -125,12 +126,6 @@ class ModelConfig:
     def padded_vocab_size(self):
         """Rows of the embedding: vocab_size rounded up to 64, for fast matmuls (50257 becomes 50304)."""
         return -(-self.vocab_size // 64) * 64
-
-
-def _near_divisors(number, wanted):
-    """The three divisors of a number nearest to the wanted one, as text."""
-    divisors = [d for d in range(1, min(number, 4 * wanted, 10_000) + 1) if number % d == 0]
-    return ", ".join(map(str, sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:3])))
 
 
 def _dropout(cfg):

@@ -17,16 +17,16 @@ from torch.utils._pytree import tree_leaves
 
 import optim
 import parallel
-from checkpoint import Saver, _tensors, load_checkpoint
+from checkpoint import CheckpointConfig, CheckpointWriter, _tensors, load_checkpoint
 from model import ModelConfig, Transformer
 from objective import IGNORE
 from optim import OptimConfig, build_optimizer, orthogonalize
-from parallel import ParallelConfig, check_tensor_parallel, distribute, shape_of_mesh
+from parallel import ParallelConfig, distribute, on_whole_matrices
 from perf.memory import held as numbers_held
-from ranks import on_ranks
-from run.folder import RunConfig, check_shared
+from ranks import on_ranks, step_settings
+from run.folder import check_shared
 from train import train_step
-from world import init_world, seed_step
+from world import WorldConfig, init_world, seed_step
 
 # 4 heads of 6; an MLP of 38, which 4 ranks share unevenly; a vocabulary of 64 with its padding.
 GPT = ModelConfig(vocab_size=37, block_size=11, n_layer=3, n_head=4, n_embd=20, head_dim=6, n_inner=38)
@@ -76,8 +76,8 @@ def local(tensor):
 @contextlib.contextmanager
 def a_model(name, optimizer="adamw", precision="fp32", dropout=0.0, **layout):
     """(world, model, its optimizer) in a layout over the ranks that there are."""
-    cfg = ParallelConfig(device="cpu", precision=precision, **layout)
-    with init_world(cfg) as world:
+    cfg = ParallelConfig(**layout)
+    with init_world(WorldConfig(device="cpu", precision=precision), cfg) as world:
         yield world, *built(replace(MODELS[name], dropout=dropout), optimizer, cfg, world)
 
 
@@ -95,7 +95,7 @@ def step_of(world, model, optimizer, name, step, micro_steps=1, scaler=None):
     batches = list(zip(*(part.split(size) for part in batch(name, step))))[world.data_rank :: world.data_ranks]
     assert len(batches) == micro_steps
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-    return train_step(model, optimizer, scaler, batches, 1.0, world)[:2]
+    return train_step(model, optimizer, scaler, batches, step_settings(1.0), world)[:2]
 
 
 def trained(name, micro_steps=1, **layout):
@@ -176,7 +176,7 @@ def full():
     answers = {}
     for n in (2, 4, 8):
         cases = [case for case in FULL if RANKS[case["layout"]] == n]
-        answers |= zip(map(id_of, cases), on_ranks(n, *((run_case, case) for case in cases), patience=1200))
+        answers |= zip(map(id_of, cases), on_ranks(n, *((run_case, case) for case in cases)))
     return answers
 
 
@@ -200,7 +200,7 @@ def compiled(name, layout, kind):
 
 @pytest.fixture(scope="module")
 def of_compiled():
-    return dict(zip(COMPILED, on_ranks(4, *((compiled, *case) for case in COMPILED), patience=900)))
+    return dict(zip(COMPILED, on_ranks(4, *((compiled, *case) for case in COMPILED))))
 
 
 @pytest.mark.slow
@@ -231,7 +231,7 @@ def orthogonalised(layout):
                 return orthogonalize(stack)
 
             parts = [local(m).bfloat16() for m in matrices]
-            for m, result in zip(matrices, world.on_whole_matrices(counted, parts, matrices)):
+            for m, result in zip(matrices, on_whole_matrices(counted, parts, matrices, world.mesh)):
                 local(m).copy_(result)
             answers.append((all(torch.equal(whole(m), w.float()) for m, w in zip(matrices, wanted)), sum(counts)))
     return answers
@@ -438,7 +438,7 @@ def saved(folder, layout, name, optimizer):
         for step in range(2):
             step_of(world, model, optimizer, name, step)
         tensors = tensors_of(model, optimizer)
-        saver = Saver(RunConfig(out_dir=str(folder)), world)
+        saver = CheckpointWriter(folder, CheckpointConfig(), world)
         saver.save(2, model, optimizer, {})
         saver.wait()
         return tensors if world.is_main else None, step_of(world, model, optimizer, name, 2)
@@ -460,7 +460,7 @@ def in_each_layout(function, arguments):
         if n == 1:
             answers |= {key: [function(*args)] for key, args in of_n.items()}
         else:
-            answers |= dict(zip(of_n, on_ranks(n, *((function, *args) for args in of_n.values()), patience=600)))
+            answers |= dict(zip(of_n, on_ranks(n, *((function, *args) for args in of_n.values()))))
     return answers
 
 
@@ -528,8 +528,8 @@ def memory(layout):
         line = next(line for line in open("/proc/self/smaps_rollup") if line.startswith("Anonymous"))
         return int(line.split()[1]) / 1024
 
-    cfg = ParallelConfig(device="cpu", precision="fp32", **layout)
-    with init_world(cfg) as world:
+    cfg = ParallelConfig(**layout)
+    with init_world(WorldConfig(device="cpu", precision="fp32"), cfg) as world:
         world.barrier()
         before, seen = held_now(), []
         model, optimizer = built(ModelConfig(n_layer=12, n_embd=1024, n_head=16), "adamw", cfg, world)
@@ -537,7 +537,7 @@ def memory(layout):
         ids = torch.randint(50257, (1, 65), generator=torch.Generator().manual_seed(world.rank))
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         for _ in range(2):
-            train_step(model, optimizer, scaler, [(ids[:, :-1], ids[:, 1:])], 1.0, world)
+            train_step(model, optimizer, scaler, [(ids[:, :-1], ids[:, 1:])], step_settings(1.0), world)
         assert sum(p.numel() for p in model.parameters()) > 200e6
         return seen[1], numbers_held(optimizer)[1] / MIB
 
@@ -549,7 +549,7 @@ def test_fsdp_on_four_ranks_holds_a_quarter_of_the_memory():
     """Weights, gradients and AdamW's state of 204 M parameters; needs 14 GiB."""
     measured = {}
     for layout in ("ddp", "hsdp", "fsdp", "fsdp tp"):
-        [answers] = on_ranks(4, (memory, LAYOUTS[layout]), patience=600)
+        [answers] = on_ranks(4, (memory, LAYOUTS[layout]))
         measured[layout] = max(mib for mib, _ in answers)
         print(f"{layout:8} {measured[layout]:8,.0f} MiB a rank, {measured[layout] / measured['ddp']:.3f} of ddp; "
               f"{answers[0][1]:,.0f} by the log")  # fmt: skip
@@ -569,7 +569,7 @@ def test_fsdp_on_four_ranks_holds_a_quarter_of_the_memory():
 ])  # fmt: skip
 def test_a_layout_that_does_not_fit_the_processes_is_refused_with_the_numbers(settings, size, said):
     with pytest.raises(ValueError, match=said):
-        shape_of_mesh(ParallelConfig(**settings), size)
+        ParallelConfig(**settings).mesh_shape(size)
 
 
 @pytest.mark.parametrize(("settings", "size", "shape"), [
@@ -577,15 +577,15 @@ def test_a_layout_that_does_not_fit_the_processes_is_refused_with_the_numbers(se
     ({"strategy": "fsdp", "shard_size": 2, "tp": 2}, 8, (2, 2, 2)), ({"strategy": "fsdp"}, 1, (1, 1, 1)),
 ])  # fmt: skip
 def test_a_layout_is_copies_by_shards_by_tensor_parallel_ranks(settings, size, shape):
-    assert shape_of_mesh(ParallelConfig(**settings), size) == shape
+    assert ParallelConfig(**settings).mesh_shape(size) == shape
 
 
 @pytest.mark.parametrize(("settings", "said"), [
     ({"tp": 0}, "tp is 0; it must be at least 1"),
     ({"shard_size": 2}, "shard_size is 2 and strategy ddp.*--strategy=fsdp"),
     ({"accumulate": "whole", "reshard": False}, "reshard is False .*\naccumulate is whole .*--strategy=fsdp"),
-    ({"grad_compression": "bf16", "strategy": "fsdp"}, "grad_compression is bf16, .*of ddp alone, .*fsdp"),
-    ({"grad_compression": "powersgd", "tp": 2}, "grad_compression is powersgd, .*with tp 2"),
+    ({"grad_compression": "bf16", "strategy": "fsdp"}, "grad_compression is bf16, .*with ddp alone, .*fsdp"),
+    ({"grad_compression": "powersgd", "tp": 2}, "grad_compression is powersgd, .*and tp 2"),
 ])  # fmt: skip
 def test_parallel_settings_that_contradict_each_other_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
@@ -599,6 +599,6 @@ def test_parallel_settings_that_contradict_each_other_are_refused(settings, said
     ({}, 7, 2, "^seq_len 7 is not a multiple of tp 2; tp 1 would fit"),
 ])  # fmt: skip
 def test_tensor_parallelism_that_would_cut_heads_is_refused_with_the_numbers(changes, seq_len, tp, said):
-    check_tensor_parallel(MODELS["modern"], 8, 2)
+    ParallelConfig(tp=2).check_tensor_parallel(MODELS["modern"], 8)
     with pytest.raises(ValueError, match=said):
-        check_tensor_parallel(replace(MODELS["modern"], **changes), seq_len, tp)
+        ParallelConfig(tp=tp).check_tensor_parallel(replace(MODELS["modern"], **changes), seq_len)
