@@ -1,4 +1,4 @@
-"""The network: one Transformer that is GPT-2 or BERT, exactly, or a present-day decoder or encoder.
+"""The network: a Transformer that is GPT-2 or BERT exactly, or a modern decoder or encoder.
 
 Tensor dimensions, here and everywhere in the project:
     B batch   T tokens of a sequence   C width (n_embd)   H heads   D width of a head   V vocabulary   N rows, B * T
@@ -18,42 +18,46 @@ from torch import nn
 from config import UserError
 from data import near_divisors
 from objective import OBJECTIVES
-from ops import LayerNorm, Linear, RMSNorm, Vocabulary, attend, linear_cross_entropy, rope_table, rotate
+from ops import LayerNorm, Linear, LossOptions, RMSNorm, Vocabulary, attend, linear_cross_entropy, rope_table, rotate
 
-ACTIVATIONS = {  # kinds of MLP: the non-linearity, and whether it acts on a gate that multiplies up
-    "gelu_tanh": (functools.partial(F.gelu, approximate="tanh"), False),
-    "gelu": (F.gelu, False),
-    "swiglu": (F.silu, True),
-    "relu2": (lambda x: F.relu(x).square(), False),
+# The MLP's activation functions: GPT-2's GELU is the tanh approximation, BERT's and nanoGPT's the exact one. With those
+# in GATED, activation(gate(x)) * up(x) takes the place of activation(up(x)).
+ACTIVATIONS = {
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+    "swiglu": F.silu,
+    "relu2": lambda x: F.relu(x).square(),
 }
+GATED = {"swiglu"}
+TRAINING_ONLY = {"dropout", "label_smoothing", "z_loss"}  # settings that weights do not depend on
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    objective: Literal[*OBJECTIVES] = "clm"  # clm: predict the next token from those before; mlm: masked ones from all
-    vocab_size: int | None = 50257  # number of tokens, without padding; none: the data's
-    block_size: int = 1024  # longest sequence, in tokens
+    objective: Literal[*OBJECTIVES] = "clm"  # clm: predict the next token, GPT; mlm: masked tokens, BERT
+    vocab_size: int | None = 50257  # tokens in the vocabulary, without padding; none: the data's
+    block_size: int = 1024  # context: longest sequence, in tokens
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads
-    n_kv_head: int | None = None  # heads of keys and values, each shared by n_head / n_kv_head queries; none: n_head
+    n_kv_head: int | None = None  # heads of keys and values, each shared by a group of queries; none: n_head
     head_dim: int | None = None  # width of a head; none: n_embd / n_head
     n_embd: int = 768  # width of the residual stream
     n_inner: int | None = None  # width of the MLP; none: 4 * n_embd
-    mlp: Literal[*ACTIVATIONS] = "gelu_tanh"  # activation of the MLP: gelu_tanh is GPT-2's, gelu BERT's
+    mlp: Literal[*ACTIVATIONS] = "gelu_tanh"  # activation; gelu_tanh: GPT-2's, gelu: BERT's, swiglu: Llama's
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # kind of norm
-    norm_position: Literal["pre", "post"] = "pre"  # pre: before each sublayer, as GPT-2; post: after each sum, as BERT
-    norm_eps: float = 1e-5  # added to the variance in norms
-    qk_norm: bool = False  # norm of queries and keys, per head
-    position: Literal["learned", "rope"] = "learned"  # learned: a table of positions; rope: rotated queries and keys
+    norm_position: Literal["pre", "post"] = "pre"  # pre: before each sublayer, GPT-2's; post: after each residual sum, BERT's
+    norm_eps: float = 1e-5  # epsilon added to the variance in norms
+    qk_norm: bool = False  # normalize queries and keys in each head
+    position: Literal["learned", "rope"] = "learned"  # learned: an embedding; rope: rotated queries and keys
     rope_theta: float = 10_000.0  # base of rope's wavelengths
-    rope_scale: float = 1.0  # factor on rope's wavelengths longer than rope_context, as in Llama 3.1; 1: no scaling
-    rope_context: int = 8192  # block_size of the model before rope_scale, in tokens
-    n_token_types: int | None = None  # token types, 2 for BERT; none: no table of them
+    rope_scale: float = 1.0  # factor by which rope stretches long wavelengths, as Llama 3.1 does; 1: none
+    rope_context: int = 8192  # context before rope_scale extended it, in tokens
+    n_token_types: int | None = None  # token types (segments), 2 in BERT; none: no embedding
     bias: bool = True  # biases in linear layers and norms
-    dropout: float = 0.0  # dropout after the embedding, in attention and after each sublayer
-    label_smoothing: float = 0.0  # training: share of the target that is spread over the whole vocabulary
-    z_loss: float = 0.0  # training: weight of (log Z)^2 in the loss, 1e-4 in PaLM; keeps logits small
-    tie_embeddings: bool = True  # share one matrix between token embedding and head
+    dropout: float = 0.0  # dropout rate, after the embedding, in attention and after each sublayer
+    label_smoothing: float = 0.0  # share of the target spread over the vocabulary, in training
+    z_loss: float = 0.0  # weight of log(Z)^2 in the loss, in training; PaLM: 1e-4
+    tie_embeddings: bool = True  # share the head's weight with the token embedding
 
     def __post_init__(self):
         counts = ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "n_inner")
@@ -94,14 +98,14 @@ class ModelConfig:
             raise UserError("\n".join(wrong))
 
     @property
-    def causal(self):
-        """Whether a token sees only those before it; if not, all, and the head is BERT's."""
+    def is_causal(self):
+        """Whether a token sees earlier ones alone."""
         return OBJECTIVES[self.objective].causal
 
     @property
-    def gated(self):
+    def is_gated(self):
         """Whether the MLP has a gate."""
-        return ACTIVATIONS[self.mlp][1]
+        return self.mlp in GATED
 
     @property
     def kv_heads(self):
@@ -120,7 +124,7 @@ class ModelConfig:
 
     @property
     def padded_vocab_size(self):
-        """Rows of the embedding: vocab_size rounded up to a multiple of 64 for matmul kernels (50257 to 50304)."""
+        """Rows of the embedding: vocab_size rounded up to 64, for fast matmuls (50257 becomes 50304)."""
         return -(-self.vocab_size // 64) * 64
 
 
@@ -139,9 +143,9 @@ class Attention(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.head_width, self.causal, self.dropout = cfg.head_width, cfg.causal, cfg.dropout
+        self.head_width, self.causal, self.dropout = cfg.head_width, cfg.is_causal, cfg.dropout
         queries, keys = cfg.n_head * cfg.head_width, cfg.kv_heads * cfg.head_width
-        # Separate matrices, so that a shard of each is whole heads and Muon sees each by itself.
+        # Separate matrices: a shard of each is whole heads, and Muon sees each one.
         self.q = Linear(cfg.n_embd, queries, bias=cfg.bias)
         self.k = Linear(cfg.n_embd, keys, bias=cfg.bias)
         self.v = Linear(cfg.n_embd, keys, bias=cfg.bias)
@@ -151,29 +155,29 @@ class Attention(nn.Module):
 
     def forward(self, x, rope=None, mask=None, cache=None):
         B, T, _ = x.shape
-        # -1 is the number of heads, fewer than n_head under tensor parallelism.
+        # -1 stands for the heads, fewer than cfg.n_head under tensor parallelism.
         q, k, v = (linear(x).view(B, T, -1, self.head_width) for linear in (self.q, self.k, self.v))  # B T H D
         if self.q_norm is not None:
-            q, k = self.q_norm(q.type_as(x)), self.k_norm(k.type_as(x))  # bf16 norms with float32 weights are slow
+            q, k = self.q_norm(q.type_as(x)), self.k_norm(k.type_as(x))  # a norm of bf16 with float32 weights is slow
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # B H T D
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        q, k = q.type_as(v), k.type_as(v)  # autocast: the norms return float32
+        q, k = q.type_as(v), k.type_as(v)  # autocast norms return float32
         if cache is not None:
             k, v = cache.append(k, v)  # B H S D, S tokens so far
-        # After the prompt, tokens come one at a time and attend to the whole cache.
+        # After the prompt, tokens come one at a time and see everything in the cache.
         causal = self.causal and mask is None and (cache is None or T > 1)
         y = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # B T C
 
 
 class MLP(nn.Module):
-    """The position-wise network of a block: up, activation, down; or up times an activated gate, down."""
+    """The feed-forward network of a block: up, activation, down; with a gate parallel to up in swiglu."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.activation, gated = ACTIVATIONS[cfg.mlp]
-        self.gate = Linear(cfg.n_embd, cfg.inner_width, bias=cfg.bias) if gated else None
+        self.activation = ACTIVATIONS[cfg.mlp]
+        self.gate = Linear(cfg.n_embd, cfg.inner_width, bias=cfg.bias) if cfg.is_gated else None
         self.up = Linear(cfg.n_embd, cfg.inner_width, bias=cfg.bias)
         self.down = Linear(cfg.inner_width, cfg.n_embd, bias=cfg.bias)
 
@@ -184,7 +188,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A Transformer block: two sublayers, attention and MLP, each normed and added to the residual stream."""
+    """A Transformer block: attention and MLP, each with a norm and a residual connection."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -209,21 +213,21 @@ class Transform(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.dense = Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
-        self.activation = ACTIVATIONS[cfg.mlp if cfg.mlp.startswith("gelu") else "gelu"][0]
+        self.activation = ACTIVATIONS[cfg.mlp if cfg.mlp.startswith("gelu") else "gelu"]
         self.norm = _norm(cfg, cfg.n_embd)
 
     def forward(self, x):
-        return self.norm(self.activation(self.dense(x)).type_as(x))  # autocast: the norm stays in float32
+        return self.norm(self.activation(self.dense(x)).type_as(x))  # autocast: the norm, too, in float32
 
 
 class Transformer(nn.Module):
-    """Token ids to logits or, given targets, to the loss."""
+    """Token ids to logits or, with targets, to the sum of their losses."""
 
     def __init__(self, cfg):
         """Builds the model on torch's default device; on the meta device that costs nothing."""
         super().__init__()
         self.cfg = cfg
-        post, bert_head = cfg.norm_position == "post", not cfg.causal
+        post, masked = cfg.norm_position == "post", not cfg.is_causal
         self.wte = nn.Embedding(cfg.padded_vocab_size, cfg.n_embd)
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd) if cfg.position == "learned" else None
         self.wtt = nn.Embedding(cfg.n_token_types, cfg.n_embd) if cfg.n_token_types else None
@@ -231,29 +235,29 @@ class Transformer(nn.Module):
         self.dropout = _dropout(cfg)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm_f = nn.Identity() if post else _norm(cfg, cfg.n_embd)
-        self.transform = Transform(cfg) if bert_head else nn.Identity()
-        self.head = Linear(cfg.n_embd, cfg.padded_vocab_size, bias=bert_head and cfg.bias)
+        self.transform = Transform(cfg) if masked else nn.Identity()
+        self.head = Linear(cfg.n_embd, cfg.padded_vocab_size, bias=masked and cfg.bias)
         self.tie_weights()
 
     def tie_weights(self):
-        """Makes head and embedding one parameter; must be called again after parameters are replaced (to_empty)."""
+        """Makes head and embedding one parameter; call it again after to_empty, which replaces parameters."""
         if self.cfg.tie_embeddings:
             self.head.weight = self.wte.weight
 
     def forward(
         self, ids, targets=None, positions=None, attention_mask=None, token_types=None, cache=None, count_correct=False
     ):
-        """Logits (B, T, V) for ids (B, T); or, given targets (B, T), the sum of their losses in float32.
+        """Logits (B, T, V) for ids (B, T) or, with targets (B, T), the float32 sum of their losses.
 
-        Targets that are IGNORE have no loss. With positions (B, K), logits and targets are (B, K, V) and (B, K), for
-        these positions only. attention_mask (B, T) is False on padding; token_types (B, T) default to 0. With a cache,
-        ids follow its tokens, attention_mask covers all tokens so far, and logits are the last token's, (B, 1, V).
+        Targets that equal IGNORE do not count. positions (B, K) selects tokens: logits are then (B, K, V), targets
+        (B, K). attention_mask (B, T) is False at padding, token_types (B, T) default to 0. With a cache, ids continue
+        its tokens, attention_mask covers all tokens so far, and logits are the last token's alone, (B, 1, V).
         count_correct, without gradients, also returns the number of targets that have the largest logit.
         """
         cfg, T, start = self.cfg, ids.shape[1], 0 if cache is None else cache.length
         if start + T > cfg.block_size:
             raise UserError(f"{start + T} tokens do not fit into block_size {cfg.block_size}; shorten the sequence")
-        assert start == 0 or T == 1, f"{T} tokens after a cache of {start}: after the prompt they come one at a time"
+        assert start == 0 or T == 1, f"{T} tokens behind a cache of {start}: after the prompt they come one at a time"
         place, mask = torch.arange(start, start + T, device=ids.device), None
         x = self.embed(ids, place, token_types)  # B T C
         rope = None
@@ -261,7 +265,7 @@ class Transformer(nn.Module):
             rope = rope_table(place, cfg.head_width, cfg.rope_theta, cfg.rope_scale, cfg.rope_context)
         if attention_mask is not None:
             mask = attention_mask.bool()[:, None, None, :]  # B 1 1 T
-            mask = mask & (place <= place[:, None]) if cfg.causal else mask
+            mask = mask & (place <= place[:, None]) if cfg.is_causal else mask
         for i, block in enumerate(self.blocks):
             x = block(x, rope, mask, None if cache is None else cache.layers[i])
         if positions is not None:
@@ -271,22 +275,16 @@ class Transformer(nn.Module):
         x = self.transform(self.norm_f(x))
         if targets is None:
             return self.head(x)[..., : cfg.vocab_size]
-        return self.cross_entropy(
-            x.flatten(0, 1),
-            self.head.weight,
-            targets.flatten(),
-            Vocabulary(cfg.vocab_size),
-            self.head.bias,
-            cfg if self.training else None,
-            count_correct,
-        )
+        options = LossOptions(cfg.label_smoothing, cfg.z_loss) if self.training else LossOptions()
+        weight, bias, vocabulary = self.head_of_vocabulary()
+        return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), vocabulary, bias, options, count_correct)
 
-    def cross_entropy(self, *args):
-        """The loss; a method, which tensor parallelism replaces by one for a sharded vocabulary."""
-        return linear_cross_entropy(*args)
+    def head_of_vocabulary(self):
+        """Weight and bias of the head, and their Vocabulary; tensor parallelism replaces it by a shard's."""
+        return self.head.weight, self.head.bias, Vocabulary(self.cfg.vocab_size)
 
     def embed(self, ids, place, token_types=None):
-        """Input of the first block (B, T, C): the sum of the embeddings of tokens, positions and token types."""
+        """The first block's input (B, T, C): the sum of the embeddings of tokens, positions and token types."""
         x = self.wte(ids)
         if self.wpe is not None:
             x = x + self.wpe(place)
@@ -296,11 +294,10 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed, fill=torch.Tensor.copy_):
-        """Draws normal weights of std 0.02, zero biases and unit norms.
+        """Draws normal weights with std 0.02; pre-norm models divide residual projections' by sqrt(2 n_layer), as GPT-2.
 
-        In pre-norm models, projections into the residual stream have std 0.02 / sqrt(2 n_layer), as in GPT-2; BERT's
-        are all alike. Each weight is a function of the seed and its own name, so that sharding or another layer changes
-        no other. fill(param, weight) copies a whole weight, on the CPU, into a parameter.
+        A weight is a function of the seed and its own name, so that sharding, or an added layer, changes no other.
+        fill(param, weight) copies the whole weight, on the CPU, into the parameter.
         """
         for name, param in self.named_parameters():
             if name.endswith("bias"):
@@ -312,14 +309,14 @@ class Transformer(nn.Module):
                 if self.cfg.norm_position == "pre" and name.endswith(("attn.proj.weight", "mlp.down.weight")):
                     std /= math.sqrt(2 * self.cfg.n_layer)
                 key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8])
-                generator = torch.Generator().manual_seed(key)  # on the CPU: the same numbers for every device
+                generator = torch.Generator().manual_seed(key)  # CPU: the same numbers whatever the device
                 rows = self.cfg.vocab_size if name in ("wte.weight", "head.weight") else param.shape[0]
-                weight = torch.zeros(param.shape)  # rows that pad the vocabulary stay zero
+                weight = torch.zeros(param.shape)  # padding rows stay zero
                 weight[:rows] = torch.randn(rows, *param.shape[1:], generator=generator).mul_(std)
             fill(param, weight)
 
     def num_params(self):
-        """Number of parameters, without the vocabulary's padding; tied ones count once."""
+        """Parameters, without the vocabulary's padding rows; tied ones count once."""
         padding = self.cfg.padded_vocab_size - self.cfg.vocab_size
         padded = {p: p.numel() // len(p) for p in (self.wte.weight, self.head.weight, self.head.bias) if p is not None}
         return sum(p.numel() for p in self.parameters()) - padding * sum(padded.values())
@@ -332,7 +329,7 @@ def parameter_shapes(cfg):
 
 
 class Cache:
-    """Keys and values of the tokens so far, for generation; preallocated, two tensors per layer."""
+    """Keys and values of the tokens so far, for generation: one preallocated tensor per layer."""
 
     class Layer:
         def __init__(self, shape, **kind):
@@ -340,7 +337,7 @@ class Cache:
             self.k, self.v = torch.empty(shape, **kind), torch.empty(shape, **kind)
 
         def append(self, k, v):
-            """Appends k and v (B, H, T, D); returns all keys and values so far, as views."""
+            """Appends k and v (B, H, T, D); returns views of all tokens so far."""
             end = self.length + k.shape[2]
             self.k[:, :, self.length : end] = k
             self.v[:, :, self.length : end] = v
@@ -358,6 +355,6 @@ class Cache:
         return self.layers[0].length
 
     def clear(self):
-        """Removes all tokens."""
+        """Forgets every token."""
         for layer in self.layers:
             layer.length = 0

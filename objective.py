@@ -1,4 +1,4 @@
-"""Objectives: windows of tokens to batches of what a model learns from, the next token or masked ones."""
+"""Training objectives: from windows of tokens to inputs and targets, for the next token or masked ones."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from ops import IGNORE
 @dataclass(frozen=True)
 class ObjectiveConfig:
     mask_prob: float = 0.15  # mlm: share of a sequence's tokens to predict
-    whole_word_masking: bool = False  # mlm: mask whole words, which needs a WordPiece tokenizer
+    whole_word_masking: bool = False  # mlm: mask whole words; needs a WordPiece tokenizer
 
     def __post_init__(self):
         if not 0 < self.mask_prob < 1:
@@ -20,16 +20,16 @@ class ObjectiveConfig:
 
 
 class NextToken:
-    """The target of each token is the one that follows. A window has `stride` tokens and `extra` that are only read."""
+    """The next token as the target of each: windows start `stride` tokens apart, with `extra` tokens behind them."""
 
-    causal = True  # tokens see those before them; False: all, and the model has BERT's head
+    causal = True  # the model sees earlier tokens alone
 
     def __init__(self, seq_len):
         self.stride, self.extra = seq_len, 1
 
     @classmethod
-    def of(cls, cfg, seq_len, seed, meta):
-        """The objective of a run's settings, as make_objective takes them."""
+    def build(cls, cfg, seq_len, seed, meta):
+        """The objective of a run. cfg: an ObjectiveConfig; meta: the data's meta.json."""
         return cls(seq_len)
 
     @staticmethod
@@ -38,7 +38,7 @@ class NextToken:
         return 1.0
 
     def batch(self, rows, first, lengths=None):
-        """(ids, targets), both (B, T), from windows (B, T + 1); tokens beyond lengths (B,) are no targets."""
+        """(ids, targets), both (B, T), from windows (B, T + 1); targets beyond lengths (B,) are ignored."""
         ids, targets = rows[:, :-1], rows[:, 1:]
         if lengths is not None:
             targets = np.where(np.arange(self.stride) < lengths[:, None], targets, IGNORE)
@@ -46,24 +46,42 @@ class NextToken:
 
 
 class Masked:
-    """Windows become [CLS] tokens [SEP], of which round(mask_prob * T) are to be predicted (BERT, section 3.1).
+    """Masked tokens as targets: [CLS] tokens [SEP], with round(mask_prob * T) tokens to predict (BERT, section 3.1).
 
-    80 % of these are masked, 10 % become a random token and 10 % stay as they are; special tokens are neither predicted
-    nor drawn, and ends of documents become [SEP]. The outcome for a sequence is a function of the seed and its number
-    alone. Given the ids that continue words, whole words are masked; the last word is cut where it exceeds the number.
+    80 % of them are masked, 10 % become a random token and 10 % stay. Special tokens are neither predicted nor drawn,
+    and ends of documents become [SEP]. A sequence's masks are a function of the seed and its number alone. With
+    `continuations`, tokens that continue a word, whole words are masked; the last is cut at the number of targets.
     """
 
-    causal = False
-    extra = 0
+    causal, extra = False, 0
+
+    @classmethod
+    def build(cls, cfg, seq_len, seed, meta):
+        """The objective of a run; UserError where the data's tokenizer cannot serve it."""
+        if not meta:
+            raise UserError("mlm needs to know the special tokens of its data, which has no meta.json; use prepare.py")
+        if cfg.whole_word_masking and not meta.get("continuations"):
+            raise UserError(
+                f"whole_word_masking is on, but the data's tokenizer, {meta.get('tokenizer')}, does not mark where "
+                f"words start, as only WordPiece does; leave it off, or prepare the data with --tokenizer=vocab.txt, "
+                f"BERT's"
+            )
+        continuations = meta["continuations"] if cfg.whole_word_masking else ()
+        return cls(seq_len, cfg.mask_prob, seed, meta["vocab_size"], meta.get("specials", {}), continuations)
+
+    @staticmethod
+    def head_share(cfg, seq_len):
+        """Share of a sequence's tokens that go through the model's head: the targets."""
+        return n_masked(seq_len, cfg.mask_prob) / seq_len
 
     def __init__(self, seq_len, mask_prob, seed, vocab_size, specials, continuations=()):
-        """specials: {name: id} of the tokenizer's special tokens; mask, cls, sep and pad are needed."""
+        """specials: {name: id} of the tokenizer, with a mask, cls, sep and pad token under a usual name."""
         if seq_len < 3:
             raise UserError(f"seq_len is {seq_len}; masked training needs at least 3: [CLS], a token and [SEP]")
         if (count := n_masked(seq_len, mask_prob)) > seq_len - 2:
             raise UserError(
-                f"mask_prob {mask_prob} of seq_len {seq_len} is {count} tokens, but only {seq_len - 2} fit between "
-                f"[CLS] and [SEP]; lower mask_prob"
+                f"mask_prob {mask_prob} of seq_len {seq_len} is {count} tokens, and between [CLS] and [SEP] are only "
+                f"{seq_len - 2}; lower mask_prob"
             )
         self.stride, self.mask_prob = seq_len - 2, mask_prob
         self.mask, self.cls, self.sep, self.pad = (special_id(specials, role) for role in ("mask", "cls", "sep", "pad"))
@@ -73,38 +91,20 @@ class Masked:
         self.replacements = np.flatnonzero(~self.is_special)
         if not len(self.replacements):
             raise UserError(
-                f"all {vocab_size} tokens of vocab_size are special; masked training needs others to predict"
+                f"vocab_size is {vocab_size}, special tokens alone; masked training needs others to predict"
             )
         self.key = np.random.SeedSequence((seed, 2)).generate_state(2, np.uint64)
 
-    @classmethod
-    def of(cls, cfg, seq_len, seed, meta):
-        """The objective of a run's settings, as make_objective takes them."""
-        if not meta:
-            raise UserError("mlm needs to know the special tokens of its data, which has no meta.json; use prepare.py")
-        if cfg.whole_word_masking and not meta.get("continuations"):
-            raise UserError(
-                f"whole_word_masking is on, but the data's tokenizer, {meta.get('tokenizer')}, does not mark where "
-                f"words start, as WordPiece does; leave it off, or make the data with --tokenizer=vocab.txt, BERT's"
-            )
-        continuations = meta["continuations"] if cfg.whole_word_masking else ()
-        return cls(seq_len, cfg.mask_prob, seed, meta["vocab_size"], meta.get("specials", {}), continuations)
-
-    @staticmethod
-    def head_share(cfg, seq_len):
-        """Share of a sequence's tokens that go through the model's head."""
-        return n_masked(seq_len, cfg.mask_prob) / seq_len
-
     def batch(self, rows, first, lengths=None):
-        """(ids (B, T), targets (B, K), positions (B, K)) from windows (B, T - 2); first: number of the first one.
+        """(ids (B, T), targets (B, K), positions (B, K)) from windows (B, T - 2); first: number of the first sequence.
 
-        Windows shorter than that have lengths (B,); the batch then has a fourth part, attention_mask (B, T), False
-        where a sequence has ended.
+        Where windows hold fewer tokens, by lengths (B,), a fourth part is attention_mask (B, T), False after the end of
+        a sequence.
         """
         B, T = len(rows), self.stride + 2
         lengths = np.full(B, self.stride) if lengths is None else lengths
         ids, attention_mask = self._framed(rows, lengths)
-        # Philox gives 4 numbers a count, one count for each token: a sequence's numbers depend on its own number alone.
+        # Philox gives 4 numbers per count, enough for a token: so each sequence has counts of its own.
         random = np.random.Philox(key=self.key, counter=first * T).random_raw(4 * B * T).reshape(B, T, 4)
         K = n_masked(T, self.mask_prob)
         positions = self._order(random[..., 0], ids).argsort(axis=1, kind="stable")[:, :K]  # B K
@@ -118,8 +118,8 @@ class Masked:
         return tuple(map(torch.from_numpy, batch if attention_mask.all() else (*batch, attention_mask)))
 
     def _framed(self, rows, lengths):
-        """(B, T) of [CLS] tokens [SEP] padding, and a mask that is False on padding."""
-        place, end = np.arange(self.stride + 2), lengths[:, None] + 1  # end: where [SEP] stands
+        """[CLS] tokens [SEP] and padding, (B, T), and a mask (B, T) that is False at padding."""
+        place, end = np.arange(self.stride + 2), lengths[:, None] + 1  # end: position of [SEP]
         ids = np.pad(rows, ((0, 0), (1, 1)), constant_values=self.cls)
         ids[ids == self.eot] = self.sep
         ids = np.where(place < end, ids, np.where(place == end, self.sep, self.pad))
@@ -133,26 +133,13 @@ class Masked:
         return np.where(self.is_special[ids], np.iinfo(np.uint64).max, random)
 
 
-OBJECTIVES = {"clm": NextToken, "mlm": Masked}
-
-
-def make_objective(name, cfg, seq_len, seed, meta):
-    """An objective by name; its batch() turns windows into batches. cfg: ObjectiveConfig; meta: meta.json."""
-    return OBJECTIVES[name].of(cfg, seq_len, seed, meta)
-
-
-def head_share(name, cfg, seq_len):
-    """Share of a sequence's tokens that go through the model's head under an objective."""
-    return OBJECTIVES[name].head_share(cfg, seq_len)
-
-
 def n_masked(seq_len, mask_prob):
-    """Tokens to predict in a sequence; seq_len counts [CLS] and [SEP]."""
+    """Tokens to predict in a sequence of seq_len tokens, [CLS] and [SEP] included."""
     return max(1, round(mask_prob * seq_len))
 
 
 def special_id(specials, role):
-    """The id of the mask, cls, sep or pad token, under either of its usual names, <|mask|> or [MASK]."""
+    """The id of a special token by its role (mask, cls, sep, pad), under either of its usual names."""
     for name in (f"<|{role}|>", f"[{role.upper()}]"):
         if name in specials:
             return specials[name]
@@ -160,3 +147,7 @@ def special_id(specials, role):
         f"masked models need a {role} token, and the data's tokenizer has only {', '.join(specials) or 'none'}; "
         f"make the data with --tokenizer=bpe, byte or BERT's vocab.txt"
     )
+
+
+# The objectives by name. A new one is a class and its line here; `causal` tells the model which tokens it may see.
+OBJECTIVES = {"clm": NextToken, "mlm": Masked}

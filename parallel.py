@@ -24,7 +24,8 @@ from torch.distributed.tensor.parallel import (
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from config import UserError
-from ops import Vocabulary, linear_cross_entropy
+from ops import Vocabulary
+from world import local
 
 POWERSGD_RANK, POWERSGD_START = 32, 10  # rank of the approximation; initial steps with plain all-reduce
 Checkpointing = Literal["none", "full", "selective"]
@@ -98,7 +99,7 @@ def distribute(model, cfg, world, seed):
     """
     if cfg.grad_compression == "powersgd" and world.precision == "fp16":
         raise UserError(
-            "grad_compression is powersgd, whose error feedback would keep an overflow of precision fp16 for ever; "
+            "grad_compression is powersgd, whose error feedback would keep every overflow of precision fp16; "
             "use --precision=bf16 or --grad_compression=bf16"
         )
     is_sharded = world.size > 1 and (cfg.strategy == "fsdp" or cfg.tp > 1)
@@ -116,7 +117,7 @@ def distribute(model, cfg, world, seed):
         fully_shard_model(model, cfg, world)
     model.to_empty(device=world.device)
     model.tie_weights()
-    model.init_weights(seed, fill_shard) if is_sharded else model.init_weights(seed)
+    model.init_weights(seed, fill) if is_sharded else model.init_weights(seed)
     if world.size > 1 and not is_sharded:
         replicate_model(model, cfg.grad_compression)
     return model
@@ -212,7 +213,7 @@ def sync_gradients(model, last):
                 p.grad = torch.zeros_like(p)
 
 
-def has_gradient_buckets(model):
+def keeps_gradients(model):
     """Whether gradients are views of DDP's buckets: then zero them, do not drop them.
 
     Dropped, they would be allocated again beside the buckets until the micro-step that reduces them.
@@ -292,12 +293,11 @@ def shard_tensors(model, mesh):
         dist.all_reduce(tensor, getattr(dist.ReduceOp, op.upper()), group)
         return tensor
 
-    def cross_entropy(hidden, weight, targets, vocabulary, bias, *options):
-        weight, bias = weight.to_local(), None if bias is None else bias.to_local()
-        shard = Vocabulary(vocabulary.size, rank * len(weight), reduce)
-        return linear_cross_entropy(hidden, weight, targets, shard, bias, *options)
+    def head_of_vocabulary():
+        weight, bias = local(model.head.weight), None if model.head.bias is None else local(model.head.bias)
+        return weight, bias, Vocabulary(model.cfg.vocab_size, rank * len(weight), reduce)
 
-    model.cross_entropy = cross_entropy
+    model.head_of_vocabulary = head_of_vocabulary
 
 
 # ---- FSDP
@@ -324,7 +324,7 @@ def fully_shard_model(model, cfg, world):
     model.accumulates_sharded = cfg.accumulate == "sharded" and shards
 
 
-def fill_shard(param, weight):
+def fill(param, weight):
     """Copies this rank's shard of a whole weight into a sharded parameter."""
     part = distribute_tensor(weight, param.device_mesh, param.placements, src_data_rank=None)  # without communication
     param.to_local().copy_(part.to_local())

@@ -11,7 +11,6 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,15 +20,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from config import UserError
 from data import DataConfig, Split
 from model import ModelConfig, Transformer
-from objective import Masked, NextToken, ObjectiveConfig
-from ops import IGNORE
+from objective import IGNORE, Masked, NextToken
 from optim import OptimConfig, build_optimizer
 from parallel import ParallelConfig, distribute
-from ranks import on_ranks, run, write_data
-from run.health import HealthConfig
+from ranks import on_ranks, run, step_settings, write_data
 from text.tokenizer import SPECIALS
 from train import evaluate, train_step
 from world import World, WorldConfig, init_world, pick_device, pick_precision, seed_step
@@ -67,11 +63,6 @@ def build(world, cfg=SMALL, **parallel):
     with torch.device("meta"):
         model = Transformer(cfg)
     return distribute(model, ParallelConfig(**parallel), world, seed=1)
-
-
-def step_settings(grad_clip):
-    """The settings that train_step reads."""
-    return SimpleNamespace(optim=OptimConfig(grad_clip=grad_clip), health=HealthConfig())
 
 
 def one_step(name, micro_batch_size, count=False):
@@ -121,7 +112,7 @@ def two_ranks(data_dirs):
     cases |= {("eval", name, size): (evaluated, name, data_dirs[name], size) for name, size in EVALUATIONS}
     cases["dropout"] = (dropout_losses,)
     cases["buckets"] = (places_of_gradients,)
-    return dict(zip(cases, on_ranks(2, *cases.values(), patience=600)))
+    return dict(zip(cases, on_ranks(2, *cases.values())))
 
 
 @functools.cache
@@ -208,13 +199,9 @@ def evaluated(name, data_dir, micro_batch_size):
     """What evaluate says."""
     with init_world(WorldConfig(device="cpu", precision="fp32")) as world:
         model = echo(build(world, replace(MODELS[name], dropout=0.5)))
-        cfg = SimpleNamespace(
-            model=model.cfg,
-            objective=ObjectiveConfig(mask_prob=0.3),
-            data=DataConfig(data_dir=data_dir, seq_len=T, micro_batch_size=micro_batch_size, eval_tokens=1000),
-        )
+        cfg = DataConfig(data_dir=data_dir, seq_len=T, micro_batch_size=micro_batch_size, eval_tokens=1000)
         states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-        figures = evaluate(model, Split(data_dir, "val", 37), cfg, world)
+        figures = evaluate(model, Split(data_dir, "val", 37), windows_of_model(name), cfg, world)
         assert torch.equal(states[0], torch.get_rng_state()), "evaluation drew from torch's random state"
         assert states[1:] == (np.random.get_state()[1].tolist(), random.getstate())
         assert model.training
@@ -386,9 +373,9 @@ def test_fp16_on_a_cpu_is_refused():
 
 
 def test_powersgd_with_fp16_is_refused():
-    """One overflow, which fp16's scaler causes on purpose, would stay in PowerSGD's error feedback for ever."""
-    with pytest.raises(UserError, match="powersgd.* fp16.*--precision=bf16"):
-        build(replace(ONE, precision="fp16"), grad_compression="powersgd")  # as on a GPU without bf16
+    """One overflow, which fp16's scaler meets on purpose, would stay in what PowerSGD carries over for ever."""
+    with pytest.raises(ValueError, match="powersgd.* fp16; use --precision=bf16"):
+        build(replace(ONE, precision="fp16"), grad_compression="powersgd")
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux")
@@ -463,8 +450,7 @@ def test_compiled_blocks_that_are_recomputed_are_compiled_indeed(kind):
 FAULTS = """
 import resource
 import torch
-from parallel import ParallelConfig
-from world import init_world
+from world import WorldConfig, init_world
 
 with init_world(WorldConfig(device="cpu")):
     faults = []

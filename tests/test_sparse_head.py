@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from config import load
 from model import Transformer
-from ops import IGNORE, Vocabulary, linear_cross_entropy
+from objective import IGNORE
+from ops import Vocabulary, linear_cross_entropy
 from ranks import start
 from train import Settings
 
