@@ -56,7 +56,7 @@ class ParallelConfig:
         if self.grad_compression and (self.strategy == "fsdp" or self.tp > 1):
             wrong.append(
                 f"grad_compression is {self.grad_compression}, which needs ddp without tensor parallelism, but "
-                f"strategy is {self.strategy} and tp is {self.tp}; use --strategy=ddp --tp=1, or --grad_compression=none"
+                f"strategy is {self.strategy} and tp is {self.tp}; use --strategy=ddp --tp=1 or --grad_compression=none"
             )
         if wrong:
             raise UserError("\n".join(wrong))
