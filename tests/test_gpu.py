@@ -73,7 +73,7 @@ def test_fp16_skips_steps_until_its_scale_fits():
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_compile_and_recomputation_change_rounding_alone(name, kind):
+def test_compile_and_activation_checkpointing_change_rounding_alone(name, kind):
     torch._dynamo.reset()
     losses, _ = losses_of(name, "bf16", compile=True, activation_checkpointing=kind)
     assert losses == pytest.approx(losses_of(name, "bf16")[0], rel=2e-2)
@@ -103,7 +103,7 @@ def test_fsdp_on_one_device_trains_as_without(kind, compile, group_of_one):
     assert losses == pytest.approx(losses_of("modern", "bf16")[0], rel=2e-2)
 
 
-def test_dropout_is_replayed_by_selective_recomputation():
+def test_selective_activation_checkpointing_replays_dropout():
     cfg = replace(MODELS["gpt"], dropout=0.3)
     found = []
     for kind in KINDS:

@@ -43,7 +43,7 @@ SPECIAL_IDS = {name: 32 + i for i, name in enumerate(SPECIALS)}
 
 
 def uneven_batch(name="gpt"):
-    """Twelve sequences, four of them without a target: however they are shared out, one rank has fewer targets.
+    """Twelve sequences, four of them without a target: however ranks split them, one rank has fewer targets.
 
     Of masked models, with positions, sequences of several lengths, and token types.
     """
@@ -287,13 +287,13 @@ def test_dropout_differs_between_ranks_and_steps_and_replays(two_ranks):
     assert len({a4, a5, b4, b5}) == 4
 
 
-# ---- recomputation
+# ---- activation checkpointing
 
 ONE = World(0, 1, torch.device("cpu"), "fp32")
 
 
-def recomputed(name, kind, precision="fp32", dropout=0.0):
-    """(loss, gradients) of one forward and backward, with a kind of recomputation."""
+def checkpointed(name, kind, precision="fp32", dropout=0.0):
+    """(loss, gradients) of one forward and backward, with a kind of activation checkpointing."""
     world = replace(ONE, precision=precision)
     model = build(world, replace(MODELS[name], dropout=dropout), activation_checkpointing=kind)
     torch.manual_seed(3)
@@ -309,13 +309,13 @@ def recomputed(name, kind, precision="fp32", dropout=0.0):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_recomputation_changes_no_bit_of_loss_and_gradients(name, precision, dropout):
-    loss, grads = recomputed(name, "none", precision, dropout)
+def test_activation_checkpointing_changes_no_bit_of_loss_and_gradients(name, precision, dropout):
+    loss, grads = checkpointed(name, "none", precision, dropout)
     for kind in ("full", "selective"):
-        other, other_grads = recomputed(name, kind, precision, dropout)
+        other, other_grads = checkpointed(name, kind, precision, dropout)
         assert torch.equal(loss, other) and grads.keys() == other_grads.keys()
         assert all(torch.equal(grads[name], other_grads[name]) for name in grads)
-    assert dropout == 0 or loss != recomputed(name, "none", precision)[0]  # or nothing was dropped
+    assert dropout == 0 or loss != checkpointed(name, "none", precision)[0]  # or nothing was dropped
 
 
 class Storages(TorchDispatchMode):
@@ -351,7 +351,7 @@ def kept_for_backward(name, kind, n_layer, dropout=0.0):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("name", MODELS)
-def test_recomputation_keeps_of_each_block_what_it_says(name, dropout):
+def test_activation_checkpointing_saves_what_it_says_of_each_block(name, dropout):
     """Full: its input alone. Selective: beside it what matmuls gave, and, where it need not drop, attention."""
     kept = {kind: kept_for_backward(name, kind, 3, dropout) - kept_for_backward(name, kind, 2, dropout)
             for kind in ("none", "selective", "full")}  # fmt: skip
@@ -430,7 +430,7 @@ def test_compiled_blocks_give_the_same_loss_and_gradients():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "selective"])
-def test_compiled_blocks_that_are_recomputed_are_compiled_indeed(kind):
+def test_compiled_blocks_with_activation_checkpointing_are_compiled(kind):
     """Blocks that compile does not take run as they are, without an error: so torch's own counts are asked."""
     torch._dynamo.reset()
     counts = torch._dynamo.utils.counters
