@@ -203,8 +203,8 @@ def _sum_of_chunks(hidden, weight, bias, targets, vocabulary, options, dtype, wi
             if bias is not None:
                 x += bias.detach()
             few_loss, few_correct, d_logits = chunk_loss(x, few_targets, vocabulary, options, with_gradients)
-            loss += few_loss
-            n_correct += few_correct
+            # Not in place: compiled by torch 2.11, the gradients would be zero (pytorch/pytorch#180642).
+            loss, n_correct = loss + few_loss, n_correct + few_correct
             if with_gradients:
                 few_logits.copy_(d_logits)
                 if bias is not None:

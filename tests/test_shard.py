@@ -26,7 +26,7 @@ from perf.memory import held as numbers_held
 from ranks import on_ranks, step_settings
 from run.folder import check_shared
 from train import train_step
-from world import WorldConfig, init_world, seed_step
+from world import WorldConfig, init_world, local, seed_step
 
 # 4 heads of 6; an MLP of 38, which 4 ranks share unevenly; a vocabulary of 64 with its padding.
 GPT = ModelConfig(vocab_size=37, block_size=11, n_layer=3, n_head=4, n_embd=20, head_dim=6, n_inner=38)
@@ -68,17 +68,12 @@ def whole(tensor):
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
 
 
-def local(tensor):
-    """This rank's part of a tensor that may be sharded."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 @contextlib.contextmanager
-def a_model(name, optimizer="adamw", precision="fp32", dropout=0.0, **layout):
-    """(world, model, its optimizer) in a layout over the ranks that there are."""
+def a_model(name, optimizer="adamw", precision="fp32", changes=None, **layout):
+    """(world, model, its optimizer) in a layout over the ranks that there are; changes: settings of the model."""
     cfg = ParallelConfig(**layout)
     with init_world(WorldConfig(device="cpu", precision=precision), cfg) as world:
-        yield world, *built(replace(MODELS[name], dropout=dropout), optimizer, cfg, world)
+        yield world, *built(replace(MODELS[name], **changes or {}), optimizer, cfg, world)
 
 
 def built(shape, optimizer, cfg, world):
@@ -335,9 +330,34 @@ def test_in_bf16_sharding_changes_rounding_alone(layout, others):
     assert found[2][0] == pytest.approx(wanted[2][0], rel=1e-3) and found[2][1] == pytest.approx(wanted[2][1], rel=2e-2)
 
 
+TERMS = {"label_smoothing": 0.1, "z_loss": 0.01}
+
+
+def with_terms(name, precision, layout):
+    """What `trained` gives with each term of the loss; SGD, so that updates show gradients."""
+    return trained(name, optimizer="sgd", precision=precision, changes=TERMS, **MORE_LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["gpt", "bert"])
+def test_each_term_of_the_loss_is_the_same_over_a_sharded_vocabulary(name, precision, others):
+    """In the loss and in the gradient; bert's head has a bias."""
+    wanted, answers = with_terms(name, precision, "ddp"), others["terms", name, precision]
+    plain = trained(name, optimizer="sgd", precision=precision)
+    assert wanted[1][0][0] > 1.02 * plain[1][0][0], "the terms change the loss"
+    assert all(answer[1] == answers[0][1] for answer in answers), "ranks disagree"
+    for figures, found in zip(wanted[1], answers[0][1]):
+        assert found == pytest.approx(figures, rel=1e-5 if precision == "fp32" else 5e-3)
+    for key, first in wanted[0].items():
+        if not key.endswith("attn.k.bias"):  # whose gradient is nothing but rounding
+            error, update = (answers[0][2][key] - wanted[2][key]).norm(), (wanted[2][key] - first).norm()
+            assert error < (1e-5 if precision == "fp32" else 0.05) * update, (key, error / update)
+
+
 def dropped(kind):
     """(loss, gradient's norm) with dropout and a kind of recomputation, under tensor parallelism."""
-    with a_model("gpt", dropout=0.3, activation_checkpointing=kind, strategy="fsdp", tp=2) as (world, model, optimizer):
+    layout = {"activation_checkpointing": kind, "strategy": "fsdp", "tp": 2}
+    with a_model("gpt", changes={"dropout": 0.3}, **layout) as (world, model, optimizer):
         seed_step(seed=1, step=4, rank=world.rank)
         return step_of(world, model, optimizer, "gpt", 0)
 
@@ -404,6 +424,8 @@ def others(tmp_path_factory):
     kept_in = itertools.product(("sharded", "whole"), ("fsdp", "hsdp"))
     cases |= {("counted", *args): (counted, *args) for args in kept_in}
     cases |= {("bf16", layout): (in_bf16, layout) for layout in ("fsdp", "fsdp tp")}
+    cases |= {("terms", name, precision): (with_terms, name, precision, "ddp tp")
+              for name, precision in itertools.product(("gpt", "bert"), ("fp32", "bf16"))}  # fmt: skip
     cases |= {("dropped", kind): (dropped, kind) for kind in ("none", "full")}
     cases |= {("compressed", kind): (compressed, kind) for kind in (None, "bf16", "powersgd")}
     cases |= {("held", layout): (held, layout) for layout in ("ddp", "fsdp", "hsdp", "fsdp tp")}
@@ -582,10 +604,10 @@ def test_a_layout_is_copies_by_shards_by_tensor_parallel_ranks(settings, size, s
 
 @pytest.mark.parametrize(("settings", "said"), [
     ({"tp": 0}, "tp is 0; it must be at least 1"),
-    ({"shard_size": 2}, "shard_size is 2 and strategy ddp.*--strategy=fsdp"),
+    ({"shard_size": 2}, "shard_size is 2, but strategy ddp.*--strategy=fsdp"),
     ({"accumulate": "whole", "reshard": False}, "reshard is False .*\naccumulate is whole .*--strategy=fsdp"),
-    ({"grad_compression": "bf16", "strategy": "fsdp"}, "grad_compression is bf16, .*with ddp alone, .*fsdp"),
-    ({"grad_compression": "powersgd", "tp": 2}, "grad_compression is powersgd, .*and tp 2"),
+    ({"grad_compression": "bf16", "strategy": "fsdp"}, "grad_compression is bf16, which needs ddp .*fsdp"),
+    ({"grad_compression": "powersgd", "tp": 2}, "grad_compression is powersgd, .*tp is 2"),
 ])  # fmt: skip
 def test_parallel_settings_that_contradict_each_other_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
