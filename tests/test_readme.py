@@ -1,5 +1,6 @@
 """Every command of README.md and docs/ runs as it stands there, cut down to seconds by settings put behind it."""
 
+import itertools
 import json
 import os
 import pickle
@@ -27,8 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 README, *DOCS = PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
 BLOCKS = [block for text in TEXT.values() for block in re.findall(r"^```\w*\n(.*?)^```$", text, re.M | re.S)]
+COMMAND = re.compile(r"(make|python3?|pip|source|torchrun|echo|lm_eval)\b")
 LINES = [line.partition(" #")[0].strip() for block in BLOCKS for line in block.splitlines()]
-COMMANDS = list(dict.fromkeys(c for c in LINES if re.match(r"(make|python3?|pip|source|torchrun|echo|lm_eval)\b", c)))
+COMMANDS = list(dict.fromkeys(filter(COMMAND.match, LINES)))
 SET_UP = ("python3 -m venv", "source ", "pip install")  # they made the environment that this test runs in
 
 # Settings that make a command small. The data of config/quickstart.py is real, so its vocabulary is left alone.
@@ -107,6 +109,13 @@ def run(command, folder, extra=""):
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
+def shown_below(command):
+    """Lines that a page shows as a command's output, below it in the same block."""
+    block = next(block for block in BLOCKS if command in block)
+    lines = block.partition(command)[2].splitlines()[1:]
+    return [line for line in itertools.takewhile(lambda line: not COMMAND.match(line), lines) if line.strip(" .")]
+
+
 def run_on_two_machines(script, folder, name, more=""):
     """Runs a job script with two agents of torchrun, one process each, as if they were two machines."""
     bin = folder / "bin"
@@ -161,6 +170,8 @@ def test_readme_command_runs(command, folder):
     done = run(command, folder, local)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     assert "error:" not in done.stderr.lower(), done.stderr
+    if "plan.py" in command and "--gpu=this" not in command:  # all other figures depend on the machine
+        assert not [line for line in shown_below(command) if line not in done.stdout], "the page shows another output"
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "--tp=" in c])
@@ -232,8 +243,8 @@ def test_files_that_the_readmes_map_names_exist():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_files_that_a_page_names_exist(page):
-    wrong = []
-    for path, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", TEXT[page]):
+    wrong, prose = [], re.sub(r"^```.*?^```$|`[^`\n]*`", "", TEXT[page], flags=re.M | re.S)
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", prose):
         target = (page.parent / path).resolve() if path else page
         headings = re.findall(r"^#+ (.*)$", TEXT.get(target, ""), re.M)
         slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
