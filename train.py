@@ -6,7 +6,9 @@
 The same command again continues from the newest checkpoint in out_dir.
 """
 
+import contextlib
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 
@@ -80,10 +82,15 @@ class Settings:
 
 def main(cfg):
     cfg = resolve(dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, out_dir=run_dir_of(cfg) or "out/run")))
-    with init_world(cfg.world, cfg.parallel) as world, guarded(cfg, world) as stop:
-        train_data, val_data = open_data(cfg, world)
+    with (
+        init_world(cfg.world, cfg.parallel) as world,
+        open_data(cfg, world) as (train_data, val_data),
+        guarded(cfg, world) as stop,
+    ):
         model, optimizer, scaler = build(cfg, world, cfg.run.seed)
-        saver = Saver(cfg, world, model, optimizer, scaler, f"{train_data.split.fingerprint()}-{val_data.fingerprint()}")
+        saver = Saver(
+            cfg, world, model, optimizer, scaler, f"{train_data.split.fingerprint()}-{val_data.fingerprint()}"
+        )
         state = saver.resume()
         if state is None:
             start_from(cfg, model, world)
@@ -109,8 +116,9 @@ def main(cfg):
                         state.val_loss, state.evaluated_at = figures["val_loss"], state.step
                         log.evaluation(state, figures)
                 ending = ending or state.has_reached_target(cfg)
-                with log.paused():
-                    saver.save_if_due(state, ending)
+                if saver.is_due(state, ending):
+                    with log.paused():
+                        saver.save(state)
                 if ending:
                     break
 
@@ -127,11 +135,10 @@ def main(cfg):
                 log.step(state, loss, grad_norm, lr, waited, bad)
 
                 if state.bad_steps >= cfg.health.max_bad_steps:
-                    repeat = lambda: train_step(model, optimizer, scaler, batches, cfg, world)  # noqa: B023, E731
-                    state = saver.roll_back(state, bad, repeat)
+                    repeat_step = functools.partial(train_step, model, optimizer, scaler, batches, cfg, world)
+                    state = saver.roll_back(state, bad, repeat_step)
                     train_data.seek(state.sequences_seen)
                     log.rolled_back(state)
-            train_data.close()
             saver.writer.wait()
             stop.acknowledge(request)
             log.end(state, request)
@@ -181,7 +188,9 @@ def evaluate(model, split, cfg, world):
     model.eval()
     windows, data = windows_for(cfg, EVAL_MASK_SEED), cfg.data
     sums, frequencies = torch.zeros(2, dtype=torch.float64), torch.zeros(model.cfg.vocab_size, dtype=torch.int64)
-    for batch in eval_batches(split, windows, data.eval_tokens, data.micro_batch_size, world.data_rank, world.data_ranks):
+    for batch in eval_batches(
+        split, windows, data.eval_tokens, data.micro_batch_size, world.data_rank, world.data_ranks
+    ):
         with world.phase("evaluation"), world.autocast():
             loss_and_correct = model(*(part.to(world.device) for part in batch), count_correct=True)
         sums += torch.stack(loss_and_correct).cpu()
@@ -202,15 +211,17 @@ def evaluate(model, split, cfg, world):
     }
 
 
+@contextlib.contextmanager
 def open_data(cfg, world):
-    """The Loader of the training split, which reads ahead, and the validation Split."""
+    """Yields the Loader of the training split, which reads ahead, and the validation Split."""
     train, val = (
         Split(cfg.data.data_dir, name, cfg.model.vocab_size, prepare_command(cfg)) for name in ("train", "val")
     )
     windows = windows_for(cfg, cfg.run.seed)
     micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, world.data_ranks)
     order = TrainOrder(train, windows.stride, cfg.run.seed)
-    return Loader(order, windows, 0, micro_steps, cfg.data.micro_batch_size, world), val
+    with contextlib.closing(Loader(order, windows, 0, micro_steps, cfg.data.micro_batch_size, world)) as loader:
+        yield loader, val
 
 
 def windows_for(cfg, seed):

@@ -97,7 +97,7 @@ class World:
     def phase(self, name, detail=""):
         """A part of the run by name, such as "forward": the watchdog reports it, a benchmark times it."""
         self.progress.n_phases += 1
-        self.progress.place = f"step {self.progress.step}, {name}{detail and ' '}{detail}"
+        self.progress.place = f"step {self.progress.step}, {name}{detail and f', {detail}'}"
         with self.progress.timer(name):
             yield
 

@@ -323,5 +323,11 @@ def _settings_everywhere():
     for path in project_files():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
-                found.update({line.target.id: path.relative_to(ROOT).as_posix() for line in node.body if isinstance(line, ast.AnnAssign)})
+                found.update(
+                    {
+                        line.target.id: path.relative_to(ROOT).as_posix()
+                        for line in node.body
+                        if isinstance(line, ast.AnnAssign)
+                    }
+                )
     return found

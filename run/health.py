@@ -14,7 +14,7 @@ WINDOW = 128  # sound steps in the baseline for spikes
 
 @dataclass(frozen=True)
 class HealthConfig:
-    spike_z: float | None = None  # skip steps whose loss or gradient norm is this many standard deviations up; none: do not
+    spike_z: float | None = None  # skip steps whose loss or norm is this many standard deviations up; none: do not
     max_bad_steps: int = 10  # consecutive bad steps before a rollback; a second rollback ends the run
 
     def __post_init__(self):

@@ -53,7 +53,7 @@ class Log:
         reset_peak_memory(world.device)  # the matmul that measured the peak had its own
         per_rank = [world.worst(figure) for figure in held(optimizer)]
         self.predicted = memory(cfg.model, setup_here(cfg, world))
-        self.has_reported_memory, self.losses = False, []
+        self.n_steps, self.losses = 0, []
         self.file = self.wandb = None
         self.draws = world.is_main and importlib.util.find_spec("matplotlib") is not None
         if world.is_main:
@@ -78,9 +78,9 @@ class Log:
 
     @property
     def is_out_of_time(self):
-        """Whether max_minutes are over on this rank."""
+        """Whether max_minutes are over on this rank; not before the first step, so that each start gets further."""
         minutes = self.cfg.train.max_minutes
-        return minutes is not None and time.perf_counter() - self.started >= 60 * minutes
+        return minutes is not None and self.n_steps > 0 and time.perf_counter() - self.started >= 60 * minutes
 
     @contextlib.contextmanager
     def paused(self):
@@ -92,19 +92,20 @@ class Log:
 
     def step(self, state, loss, grad_norm, lr, waited, bad):
         """Counts a step; logs every log_interval steps, at the end, and bad ones, with the mean loss since the last."""
+        now = time.perf_counter()
+        state.hours = self.hours_before + (now - self.started) / 3600
         self.waited += waited
         if not bad:
             self.losses.append(loss)
-        if not self.has_reported_memory:
+        if self.n_steps == 0:
             self._report_memory()
+        self.n_steps += 1
         if bad:
             self._print(f"{self._step_text(state)}  skipped, number {state.bad_steps} in a row: {bad}")
         if state.step % self.cfg.log.log_interval and state.step != self.last_step and not bad:
             return
-        now, steps = time.perf_counter(), state.step - self.interval_step
-        seconds = now - self.interval_start
+        steps, seconds = state.step - self.interval_step, now - self.interval_start
         tokens_per_s = steps * self.cfg.data.batch_tokens / seconds
-        state.hours = self.hours_before + (now - self.started) / 3600
         record = {
             "step": state.step,
             "tokens": state.sequences_seen * self.cfg.data.seq_len,
@@ -123,9 +124,9 @@ class Log:
         self._write(record)
         left = (self.last_step - state.step) * seconds / steps
         self._print(
-            f"{self._step_text(state)} {_short(record['tokens']):>6} tok  loss {record['mean_loss']:7.4f}  lr {lr:.1e}"
-            f"  norm {record['grad_norm']:4.2f} {_short(tokens_per_s):>6} tok/s  mfu {record['mfu']:.1%}"
-            f"  {record['memory_gib']:.1f} GiB  wait {record['data_wait_ms']:.0f} ms  left {_duration(left)}"
+            f"{self._step_text(state)} {_short(record['tokens']):>5} tok  loss {record['mean_loss']:7.4f}  lr {lr:.1e}"
+            f"  norm {record['grad_norm']:4.2f}  {_short(tokens_per_s):>5} tok/s  mfu {record['mfu']:.1%}"
+            f"  {record['memory_gib']:.1f} GiB  wait {record['data_wait_ms']:.0f}ms  left {_duration(left)}"
         )
 
     def evaluation(self, state, figures):
@@ -212,8 +213,9 @@ class Log:
             f"step       {cfg.data.batch_tokens:,} tokens = {cfg.data.batch_tokens // at_once} micro-steps"
             f" x {world.data_ranks} ranks x {cfg.data.micro_batch_size} sequences x {cfg.data.seq_len} tokens"
         )
-        replicas, shards, tp = world.mesh_shape
-        print(f"layout     {replicas} replicas x {shards} shards x {tp} tensor parallel ranks")
+        if world.size > 1:
+            replicas, shards, tp = world.mesh_shape
+            print(f"layout     {world.size} ranks = {replicas} replicas x {shards} shards x {tp} tensor parallel")
         n_params, n_bytes = per_rank
         print(f"per rank   {n_params:,.0f} parameters, {n_bytes / 2**20:,.1f} MiB with gradients and optimizer state")
         parts = ", ".join(f"{name} {n_bytes / 2**30:.2f}" for name, n_bytes in self.predicted.items() if n_bytes)
@@ -256,7 +258,6 @@ class Log:
         seen, predicted = self.world.worst(peak_memory_gib(self.world.device)), sum(self.predicted.values()) / 2**30
         process = "" if self.world.device.type == "cuda" else "; the process holds Python and torch as well"
         self._print(f"memory     {seen:.2f} GiB peak after the first step ({predicted:.2f} predicted{process})")
-        self.has_reported_memory = True
 
     def _step_text(self, state):
         return f"step {state.step:>{len(str(self.last_step))}}/{self.last_step}"
