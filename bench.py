@@ -21,7 +21,7 @@ from config import UserError, only, run_script
 from data import DataConfig, accumulation_steps, seq_len_of
 from interop.pretrained import resolve
 from model import ModelConfig
-from objective import ObjectiveConfig, head_share, windows_of
+from objective import OBJECTIVES, ObjectiveConfig
 from optim import OptimConfig
 from parallel import ParallelConfig
 from perf import cost, machine, meters
@@ -34,7 +34,16 @@ from plan import OutputConfig, PlanConfig, step_parts, write_json
 from run.folder import RunConfig
 from run.health import HealthConfig
 from train import build, open_data, train_step
-from world import WorldConfig, device_name, end_process, init_world, memory_now_gib, peak_memory_gib, pick_device, reset_peak_memory
+from world import (
+    WorldConfig,
+    device_name,
+    end_process,
+    init_world,
+    memory_now_gib,
+    peak_memory_gib,
+    pick_device,
+    reset_peak_memory,
+)
 
 
 @dataclass(frozen=True)
@@ -191,7 +200,7 @@ def random_batches(cfg, micro_steps, world):
     vocab_size = cfg.model.vocab_size
     specials = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[MASK]": 3}  # any ids will do
     meta = {"vocab_size": vocab_size, "specials": specials, "continuations": range(4, vocab_size, 3)}
-    windows = windows_of(cfg.model.objective, cfg.objective, cfg.data.seq_len, 0, meta)
+    windows = OBJECTIVES[cfg.model.objective].build(cfg.objective, cfg.data.seq_len, 0, meta)
     random = np.random.default_rng(world.data_rank)
     shape = (cfg.data.micro_batch_size, windows.stride + windows.extra)
     batches = [windows.batch(random.integers(vocab_size, size=shape), first=i) for i in range(micro_steps)]
@@ -233,7 +242,7 @@ def speed(cfg, model, micro_steps, timed_micro_steps, times, world):
     peak, peak_name = peak_flops(world.device, world.precision)
     is_measured = peak_name.startswith("measured")
     measured_peak = peak if is_measured else measured_matmul_flops(world.device, world.precision)
-    share = head_share(cfg.model.objective, cfg.objective, seq_len)
+    share = OBJECTIVES[cfg.model.objective].head_share(cfg.objective, seq_len)
     figures = {
         "device": device_name(world.device),
         "ranks": world.size,

@@ -21,11 +21,10 @@ import torch
 
 from config import UserError
 from data import sha256
-from model import ModelConfig
+from model import TRAINING_ONLY, ModelConfig
 from world import local
 
 FILE_BYTES = 2**27
-FREE = {"dropout", "label_smoothing"}  # settings of a model that its weights do not depend on
 
 
 @dataclass(frozen=True)
@@ -283,7 +282,7 @@ def load_checkpoint(path, model, optimizer=None):
     wanted, found = asdict(model.cfg), asdict(config_of_checkpoint(path, manifest))
     differing = [
         f"{name} {found[name]} there, {wanted[name]} here"
-        for name in sorted(wanted.keys() - FREE)
+        for name in sorted(wanted.keys() - TRAINING_ONLY)
         if found[name] != wanted[name]
     ]
     if differing:

@@ -88,7 +88,7 @@ def export(source, folder, dtype=None):
         carried = source.carried
         config = config_of(source.cfg, special_ids, dtype or source.dtype, carried)
         write_json(config, partial / "config.json")
-        if source.cfg.objective == "clm" and not (partial / "generation_config.json").exists():
+        if source.cfg.is_causal and not (partial / "generation_config.json").exists():
             known_ids = {name: id_ for name, id_ in special_ids.items() if id_ is not None}
             write_json(known_ids, partial / "generation_config.json")
         itemsize = getattr(torch, dtype or source.dtype).itemsize
@@ -171,7 +171,7 @@ PRIVATE = {"out_dir", "resume", "device", "data_fingerprint", "wandb", "wandb_pr
 
 def card(source, family, name, tokenizer):
     """README.md of an exported model: what it is, what it was trained on, how long, to which loss, how to use it."""
-    cfg, is_masked = source.cfg, source.cfg.objective == "mlm"
+    cfg, is_masked = source.cfg, not source.cfg.is_causal
     auto, task = ("AutoModelForMaskedLM", "fill-mask") if is_masked else ("AutoModelForCausalLM", "text-generation")
     kind = "masked" if is_masked else "causal"
     blocks = [
@@ -209,7 +209,7 @@ def training_facts(source):
         "validation loss": None if state.get("val_loss") is None else f"{state['val_loss']:.4f} nats a token",
     }
     split = data.get("splits", {}).get("val", {})
-    if state.get("val_loss") is not None and split.get("bytes") and source.cfg.objective == "clm":
+    if state.get("val_loss") is not None and split.get("bytes") and source.cfg.is_causal:
         bits = state["val_loss"] / math.log(2) * split["tokens"] / split["bytes"]
         rows["validation bits per byte"] = f"{bits:.4f}"
     rows["tokenizer"] = data.get("settings", data).get("tokenizer")

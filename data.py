@@ -328,9 +328,9 @@ class Loader:
     Micro-step m of rank r takes micro_batch_size of a step's sequences, from (m * ranks + r) * micro_batch_size on.
     """
 
-    def __init__(self, order, windows, seen, micro_steps, micro_batch_size, world, ahead=3):
-        """windows: an objective's way from windows of tokens to a batch. Of the world, data_rank and device count."""
-        self.split, self._order, self._windows, self._seen = order.split, order, windows, seen
+    def __init__(self, order, objective, seen, micro_steps, micro_batch_size, world, ahead=3):
+        """objective: turns windows of tokens into a batch. The world gives data_rank, data_ranks and the device."""
+        self.split, self._order, self._objective, self._seen = order.split, order, objective, seen
         self._micro_steps, self._micro_batch_size = micro_steps, micro_batch_size
         self._rank, self._ranks, self._device = world.data_rank, world.data_ranks, world.device
         self._ahead, self._thread = ahead, None
@@ -373,7 +373,7 @@ class Loader:
             self._ready.put(error)
 
     def _steps(self):
-        B, width = self._micro_batch_size, self._windows.stride + self._windows.extra
+        B, width = self._micro_batch_size, self._objective.stride + self._objective.extra
         per_step, pins = B * self._ranks * self._micro_steps, self._device.type == "cuda"
         while True:
             steps = max(1, 4096 // per_step)  # permute many indices per call; overhead dominates small calls
@@ -385,7 +385,7 @@ class Loader:
                     rows = np.empty((B, width), dtype=np.int64)
                     for row, shard, start in zip(rows, shards[first : first + B], starts[first : first + B]):
                         self._order.split.copy(shard, start, row)
-                    batch = self._windows.batch(rows, self._seen + first)
+                    batch = self._objective.batch(rows, self._seen + first)
                     batches.append(tuple(part.pin_memory() for part in batch) if pins else batch)
                 yield batches
             self._seen += steps * per_step
@@ -395,7 +395,7 @@ class Loader:
 # ---- the windows of evaluation
 
 
-def eval_batches(split, windows, eval_tokens, batch_size, rank, ranks):
+def eval_batches(split, objective, eval_tokens, batch_size, rank, ranks):
     """Batches that cover the split's first eval_tokens tokens once, over all ranks.
 
     Windows lie end to end within a shard, and the last one may be short. Its padding, and the rows that give every rank
@@ -408,13 +408,13 @@ def eval_batches(split, windows, eval_tokens, batch_size, rank, ranks):
         )
     places, left = [], eval_tokens
     for shard, tokens in enumerate(split.shards):
-        here = min(left, max(0, len(tokens) - windows.extra))
-        places += [(shard, start, min(windows.stride, here - start)) for start in range(0, here, windows.stride)]
+        here = min(left, max(0, len(tokens) - objective.extra))
+        places += [(shard, start, min(objective.stride, here - start)) for start in range(0, here, objective.stride)]
         left -= here
     for first in range(rank * batch_size, len(places) + rank * batch_size, batch_size * ranks):
-        rows = np.zeros((batch_size, windows.stride + windows.extra), dtype=np.int64)
+        rows = np.zeros((batch_size, objective.stride + objective.extra), dtype=np.int64)
         lengths = np.zeros(batch_size, dtype=np.int64)
         for row, (shard, start, length) in enumerate(places[first : first + batch_size]):
-            split.copy(shard, start, rows[row, : length + windows.extra])
+            split.copy(shard, start, rows[row, : length + objective.extra])
             lengths[row] = length
-        yield windows.batch(rows, first, lengths)
+        yield objective.batch(rows, first, lengths)

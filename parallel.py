@@ -24,7 +24,8 @@ from torch.distributed.tensor.parallel import (
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from config import UserError
-from ops import linear_cross_entropy
+from ops import Vocabulary
+from world import local
 
 POWERSGD_RANK, POWERSGD_START = 32, 10  # rank of the approximation; initial steps with plain all-reduce
 Checkpointing = Literal["none", "full", "selective"]
@@ -288,13 +289,11 @@ def shard_tensors(model, mesh):
         dist.all_reduce(tensor, getattr(dist.ReduceOp, op.upper()), group)
         return tensor
 
-    def cross_entropy(hidden, weight, targets, vocab_size, bias, *options):
-        weight, bias = weight.to_local(), None if bias is None else bias.to_local()
-        return linear_cross_entropy(
-            hidden, weight, targets, vocab_size, bias, *options, shard=(rank * len(weight), reduce)
-        )
+    def head_of_vocabulary():
+        weight, bias = local(model.head.weight), None if model.head.bias is None else local(model.head.bias)
+        return weight, bias, Vocabulary(model.cfg.vocab_size, rank * len(weight), reduce)
 
-    model.cross_entropy = cross_entropy
+    model.head_of_vocabulary = head_of_vocabulary
 
 
 # ---- FSDP

@@ -69,7 +69,7 @@ def main(cfg):
     prompt = read_prompt(cfg.sample.prompt)
     if cfg.sample.score:
         return print_scores(model, tokenizer, read_requests(cfg.sample.prompt, prompt))
-    if model.cfg.objective == "mlm":
+    if not model.cfg.is_causal:
         return print_candidates(model, tokenizer, prompt, cfg.sample.top_k or 5, device)
     ids = [*tokenizer.begin, *tokenizer.encode(prompt).tolist()] or [tokenizer.eot]
     if ids == [None]:

@@ -29,7 +29,7 @@ from data import (
 )
 from interop.pretrained import resolve, start_from
 from model import ModelConfig, Transformer
-from objective import ObjectiveConfig, windows_of
+from objective import OBJECTIVES, ObjectiveConfig
 from ops import IGNORE
 from optim import OptimConfig, build_optimizer, lr_at, set_lr
 from parallel import ParallelConfig, distribute, keeps_gradients, reshard, sync_gradients
@@ -186,10 +186,10 @@ def evaluate(model, split, cfg, world):
     Also returns the accuracy of always predicting the most frequent target.
     """
     model.eval()
-    windows, data = windows_for(cfg, EVAL_MASK_SEED), cfg.data
+    objective, data = objective_for(cfg, EVAL_MASK_SEED), cfg.data
     sums, frequencies = torch.zeros(2, dtype=torch.float64), torch.zeros(model.cfg.vocab_size, dtype=torch.int64)
     for batch in eval_batches(
-        split, windows, data.eval_tokens, data.micro_batch_size, world.data_rank, world.data_ranks
+        split, objective, data.eval_tokens, data.micro_batch_size, world.data_rank, world.data_ranks
     ):
         with world.phase("evaluation"), world.autocast():
             loss_and_correct = model(*(part.to(world.device) for part in batch), count_correct=True)
@@ -217,16 +217,17 @@ def open_data(cfg, world):
     train, val = (
         Split(cfg.data.data_dir, name, cfg.model.vocab_size, prepare_command(cfg)) for name in ("train", "val")
     )
-    windows = windows_for(cfg, cfg.run.seed)
+    objective = objective_for(cfg, cfg.run.seed)
     micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, world.data_ranks)
-    order = TrainOrder(train, windows.stride, cfg.run.seed)
-    with contextlib.closing(Loader(order, windows, 0, micro_steps, cfg.data.micro_batch_size, world)) as loader:
+    order = TrainOrder(train, objective.stride, cfg.run.seed)
+    with contextlib.closing(Loader(order, objective, 0, micro_steps, cfg.data.micro_batch_size, world)) as loader:
         yield loader, val
 
 
-def windows_for(cfg, seed):
-    """The objective's way from windows of the data to batches; the seed draws the masks, if any."""
-    return windows_of(cfg.model.objective, cfg.objective, cfg.data.seq_len, seed, read_meta(cfg.data.data_dir))
+def objective_for(cfg, seed):
+    """The run's objective, which turns windows of tokens into batches; the seed draws the masks, if any."""
+    objective = OBJECTIVES[cfg.model.objective]
+    return objective.build(cfg.objective, cfg.data.seq_len, seed, read_meta(cfg.data.data_dir))
 
 
 def build(cfg, world, seed):

@@ -200,7 +200,7 @@ FAMILIES = {"gpt2": GPT2, "bert": BERT, "llama": LLAMA, "mistral": LLAMA, "qwen3
 
 def family_of(cfg):
     """The family that computes what a model does; UserError that names the settings where none does."""
-    if cfg.objective == "mlm":
+    if not cfg.is_causal:
         family = BERT
     elif cfg.position == "learned":
         family = GPT2

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import FREE, checkpoints, config_of_checkpoint, newest_checkpoint, read_manifest, tensor_reader
+from checkpoint import checkpoints, config_of_checkpoint, newest_checkpoint, read_manifest, tensor_reader
 from config import UserError, preset_value
 from data import prepare_command, seq_len_of, vocab_size_of
 from interop.families import resolved
 from interop.hub import HubModel, folder_of, model_config_in, open_tensors, read_config, save_tensors
-from model import ModelConfig, Transformer
+from model import TRAINING_ONLY, ModelConfig, Transformer
 from run.folder import run_dir_of, tokenizer_of, writing_to
 from text.tokenizer import load_tokenizer
 
@@ -87,12 +87,12 @@ def starting_config(where, wanted, given):
         folder = folder_of(where)
         source, longest = model_config_in(folder, read_config(folder))
     automatic = {"vocab_size"} if wanted.vocab_size is None else set()
-    names = ({field.name for field in fields(ModelConfig)} & set(given) - automatic) | FREE
+    names = ({field.name for field in fields(ModelConfig)} & set(given) - automatic) | TRAINING_ONLY
     cfg = replace(source, **{name: getattr(wanted, name) for name in names})
     found, here = resolved(source), resolved(cfg)
     differing = [
         f"{name} {found[name]} there, {here[name]} here"
-        for name in sorted(names - FREE - {"block_size"})
+        for name in sorted(names - TRAINING_ONLY - {"block_size"})
         if here[name] != found[name]
     ]
     if differing:

@@ -154,7 +154,7 @@ def print_scores(model, tokenizer, requests):
     Perplexity is that of a token; bits per byte, of whole texts, do not depend on the tokenizer; greedy says of a
     continuation whether the model, always taking the likeliest token, would write it.
     """
-    if model.cfg.objective != "clm":
+    if not model.cfg.is_causal:
         raise UserError(
             "a masked model has no log-likelihood of a text, since it sees both sides of a token; "
             "score with a model of --objective=clm"

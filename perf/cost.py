@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from objective import head_share
+from objective import OBJECTIVES
 from ops import BY_MATMULS
 from parallel import POWERSGD_RANK
 from perf.hardware import CONTENTION, COPY_SHARE, collective_s, nvls_share, rates_of, rounds
@@ -81,7 +81,7 @@ def setup_of(cfg, mesh_shape, micro_steps, precision, device_type):
         recomputed=p.activation_checkpointing,
         compiled=device_type == "cuda" if p.compile is None else p.compile,
         on_cpu=device_type == "cpu",
-        head_share=head_share(cfg.model.objective, cfg.objective, cfg.data.seq_len),
+        head_share=OBJECTIVES[cfg.model.objective].head_share(cfg.objective, cfg.data.seq_len),
     )
 
 
@@ -95,7 +95,7 @@ def num_params(cfg, padded=False):
     of_norm = 2 if cfg.norm == "layernorm" and cfg.bias else 1  # vectors of a norm
     tables = vocab_size * (1 if cfg.tie_embeddings else 2) + (cfg.n_token_types or 0)
     tables += cfg.block_size if cfg.position == "learned" else 0
-    transform = d * d + biases * (d + vocab_size) + of_norm * d if cfg.objective == "mlm" else 0
+    transform = d * d + biases * (d + vocab_size) + of_norm * d if not cfg.is_causal else 0
     return tables * d + cfg.n_layer * block_params(cfg) + of_norm * d + transform
 
 
@@ -106,8 +106,8 @@ def flops_per_token(cfg, seq_len, head_share=1.0, causal=False):
     half that a causal model needs. head_share is the share of tokens that go through the head, of masked models the
     masked ones. Recomputation is never counted.
     """
-    head = cfg.vocab_size * cfg.n_embd + (cfg.n_embd**2 if cfg.objective == "mlm" else 0)
-    attention = 6 if causal and cfg.objective == "clm" else 12
+    head = cfg.vocab_size * cfg.n_embd + (cfg.n_embd**2 if not cfg.is_causal else 0)
+    attention = 6 if causal and cfg.is_causal else 12
     attention *= cfg.n_layer * cfg.n_head * cfg.head_width * seq_len
     return round(6 * (cfg.n_layer * block_weights(cfg) + head_share * head) + attention)
 
@@ -115,7 +115,7 @@ def flops_per_token(cfg, seq_len, head_share=1.0, causal=False):
 def block_matrices(cfg):
     """(rows, columns) of a block's matrices: queries, keys, values, projection; of the MLP up, gate if any, down."""
     d, q, kv, f = cfg.n_embd, cfg.n_head * cfg.head_width, cfg.kv_heads * cfg.head_width, cfg.inner_width
-    return [(q, d), (kv, d), (kv, d), (d, q)] + [(f, d)] * (2 if cfg.mlp == "swiglu" else 1) + [(d, f)]
+    return [(q, d), (kv, d), (kv, d), (d, q)] + [(f, d)] * (2 if cfg.is_gated else 1) + [(d, f)]
 
 
 def block_weights(cfg):
@@ -127,7 +127,7 @@ def block_params(cfg):
     """Parameters of a block."""
     d, biases = cfg.n_embd, int(cfg.bias)
     q, kv = cfg.n_head * cfg.head_width, cfg.kv_heads * cfg.head_width
-    matrices_up = 2 if cfg.mlp == "swiglu" else 1
+    matrices_up = 2 if cfg.is_gated else 1
     of_norm = 2 if cfg.norm == "layernorm" and cfg.bias else 1  # vectors of a norm
     norms = of_norm * 2 * (d + cfg.qk_norm * cfg.head_width)
     return block_weights(cfg) + biases * (q + 2 * kv + d + matrices_up * cfg.inner_width + d) + norms
@@ -222,7 +222,7 @@ def powersgd_numbers(cfg):
     """
     tables = [cfg.padded_vocab_size] * (1 if cfg.tie_embeddings else 2) + [cfg.n_token_types or 0]
     tables += [cfg.block_size] if cfg.position == "learned" else []
-    tables += [cfg.n_embd] if cfg.objective == "mlm" else []
+    tables += [cfg.n_embd] if not cfg.is_causal else []
     matrices = cfg.n_layer * block_matrices(cfg) + [(rows, cfg.n_embd) for rows in tables]
     vectors = num_params(cfg, padded=True) - sum(rows * columns for rows, columns in matrices)
     thin = [(min(rows, columns, POWERSGD_RANK) * (rows + columns), rows * columns) for rows, columns in matrices]
@@ -245,14 +245,14 @@ def work(cfg, s):
     d, q, kv, f = cfg.n_embd, cfg.n_head * cfg.head_width, cfg.kv_heads * cfg.head_width, cfg.inner_width
     matmuls_again, attention_again, rest_again = RECOMPUTED[s.recomputed]
     tokens = s.tokens / s.tp
-    head = s.head_share * d * (cfg.vocab_size + (d if cfg.objective == "mlm" else 0))
+    head = s.head_share * d * (cfg.vocab_size + (d if not cfg.is_causal else 0))
     matmuls = 2 * tokens * (cfg.n_layer * block_weights(cfg) * (3 + matmuls_again) + 3 * head)
     # Fused attention is 2 matmuls forward and, as it keeps no scores, 5 backward; causal, it needs half of each.
     attention = 2 * tokens * cfg.n_layer * q * s.seq_len * (7 + 2 * attention_again)
-    attention *= 0.5 if cfg.objective == "clm" else 1
+    attention *= 0.5 if cfg.is_causal else 1
     # Numbers read and written: norms 2 * 5 d, residual sums 2 * 6 d, the activation function, what goes into and comes
     # out of attention. Matmuls' own traffic is in their rate.
-    numbers = 22 * d + (13 if cfg.mlp == "swiglu" else 5) * f + 8 * (q + kv)
+    numbers = 22 * d + (13 if cfg.is_gated else 5) * f + 8 * (q + kv)
     n_bytes = 2 * tokens * cfg.n_layer * numbers * (1 + rest_again / 3)  # a third of it is forward's
     n_bytes += 24 * tokens * s.head_share * cfg.vocab_size  # cross-entropy, mostly in float32
     return matmuls, attention, n_bytes

@@ -84,7 +84,7 @@ def block_activation_bytes(cfg, s, recomputed="none"):
     Counted from what autograd saves (torch 2.13); ranks that share layers gather each norm's output whole.
     """
     d, q, kv, f, w = cfg.n_embd, cfg.n_head * cfg.head_width, cfg.kv_heads * cfg.head_width, cfg.inner_width, s.width
-    up = 2 if cfg.mlp == "swiglu" else 1  # matrices
+    up = 2 if cfg.is_gated else 1  # matrices
     kernel = w * (2 * q + 2 * kv) + 4 * cfg.n_head  # queries, keys, values, what comes out, and sums of softmax
     x = s.residual_bytes * d
     if recomputed == "full":

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from config import ROOT, UserError, as_dict, as_preset
-from objective import head_share
+from objective import OBJECTIVES
 from perf import cost
 from perf.hardware import peak_flops
 from perf.memory import held, memory, setup_here
@@ -47,7 +47,7 @@ class Log:
         self.cfg, self.world, self.bytes_per_token = cfg, world, val_split.bytes_per_token
         self.last_step = cfg.optim.last_step(cfg.data.batch_tokens)
         self.out_dir, self.hours_before = Path(cfg.run.out_dir), state.hours
-        self.head_share = head_share(cfg.model.objective, cfg.objective, cfg.data.seq_len)
+        self.head_share = OBJECTIVES[cfg.model.objective].head_share(cfg.objective, cfg.data.seq_len)
         self.flops_per_token = cost.flops_per_token(cfg.model, cfg.data.seq_len, self.head_share)
         self.peak, self.peak_name = peak_flops(world.device, world.precision)
         reset_peak_memory(world.device)  # the matmul that measured the peak had its own
@@ -133,13 +133,13 @@ class Log:
         """Logs an evaluation and redraws the curves."""
         record = {"step": state.step, **figures}
         text = f"{self._step_text(state)}  val loss {state.val_loss:.4f}"
-        if self.cfg.model.objective == "mlm":
+        if not self.cfg.model.is_causal:
             text += f"  masked accuracy {figures['val_accuracy']:.1%}"
             text += f" (the most frequent token alone {figures['val_accuracy_of_commonest']:.1%})"
         else:
             text += f"  perplexity {math.exp(min(state.val_loss, 700)):.5g}"  # beyond that a float overflows
             text += f"  accuracy {figures['val_accuracy']:.1%}"
-        if self.bytes_per_token and self.cfg.model.objective == "clm":
+        if self.bytes_per_token and self.cfg.model.is_causal:
             record["val_bpb"] = state.val_loss / math.log(2) / self.bytes_per_token
             text += f"  {record['val_bpb']:.4f} bits per byte"
         self._write(record)
@@ -206,7 +206,7 @@ class Log:
         causal = cost.flops_per_token(cfg.model, cfg.data.seq_len, self.head_share, causal=True)
         print(
             f"model      {model.num_params():,} parameters, {self.flops_per_token / 1e6:,.1f} MFLOPs per token"
-            f" by PaLM's count" + (f", {causal / 1e6:,.1f} by the causal count" if cfg.model.objective == "clm" else "")
+            f" by PaLM's count" + (f", {causal / 1e6:,.1f} by the causal count" if cfg.model.is_causal else "")
         )
         at_once = cfg.data.micro_batch_size * cfg.data.seq_len * world.data_ranks
         print(
