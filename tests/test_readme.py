@@ -25,7 +25,7 @@ from ranks import free_port, run_script
 from text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-README, *DOCS = PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
 BLOCKS = [block for text in TEXT.values() for block in re.findall(r"^```\w*\n(.*?)^```$", text, re.M | re.S)]
 COMMAND = re.compile(r"(make|python3?|pip|source|torchrun|echo|lm_eval)\b")
