@@ -35,7 +35,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-FOLDERS = ("text", "run", "perf", "interop", "config")  # of the project's source, beside its root
+FOLDERS = ("text", "run", "perf", "interop", "config")  # folders of the project's source, beside its root
 
 
 class UserError(ValueError):
@@ -245,7 +245,7 @@ def run_script(main, settings_type, doc):
 
 
 def _exit_with(message):
-    # Under torchrun every rank meets the same wrong input: rank 0 prints it, and torchrun ends the others while they wait.
+    # Under torchrun every rank meets the same wrong input: rank 0 prints it, and torchrun ends the others meanwhile.
     # A rank that is still there after the wait has an error of its own.
     rank = int(os.environ.get("RANK", 0))
     if rank > 0:
