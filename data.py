@@ -58,19 +58,21 @@ def accumulation_steps(cfg, seq_len, ranks):
     at_once = cfg.micro_batch_size * seq_len * ranks
     if cfg.batch_tokens % at_once:
         sequences, rest = divmod(cfg.batch_tokens, seq_len * ranks)
-        upper = min(sequences, 4 * cfg.micro_batch_size, 10_000)
-        fitting = [] if rest else [b for b in range(1, upper + 1) if sequences % b == 0]
-        near = sorted(sorted(fitting, key=lambda b: abs(b - cfg.micro_batch_size))[:4])
-        remedy = (
-            f"micro_batch_size {', '.join(map(str, near))} would fit"
-            if near
-            else f"batch_tokens {max(1, round(cfg.batch_tokens / at_once)) * at_once} would fit"
-        )
+        if rest or not sequences:
+            remedy = f"batch_tokens {max(1, round(cfg.batch_tokens / at_once)) * at_once} would fit"
+        else:
+            remedy = f"micro_batch_size {near_divisors(sequences, cfg.micro_batch_size, 4)} would fit"
         raise UserError(
             f"batch_tokens {cfg.batch_tokens} is not a multiple of {at_once} = micro_batch_size "
             f"{cfg.micro_batch_size} x seq_len {seq_len} x {ranks} ranks; {remedy}"
         )
     return cfg.batch_tokens // at_once
+
+
+def near_divisors(number, wanted, n=3):
+    """The n divisors of a number nearest to a wanted one, as text for an error's remedy."""
+    divisors = [d for d in range(1, min(number, 4 * wanted, 10_000) + 1) if number % d == 0]
+    return ", ".join(map(str, sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:n])))
 
 
 # ---- shards on disk

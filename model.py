@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from config import UserError
+from data import near_divisors
 from objective import OBJECTIVES
 from ops import LayerNorm, Linear, LossOptions, RMSNorm, Vocabulary, attend, linear_cross_entropy, rope_table, rotate
 
@@ -34,7 +35,7 @@ TRAINING_ONLY = {"dropout", "label_smoothing", "z_loss"}  # settings that weight
 @dataclass(frozen=True)
 class ModelConfig:
     objective: Literal[*OBJECTIVES] = "clm"  # clm: predict the next token, GPT; mlm: masked tokens, BERT
-    vocab_size: int | None = 50257  # tokens in the vocabulary, without padding; none: the data's
+    vocab_size: int | None = None  # tokens in the vocabulary, without padding; none: the data's
     block_size: int = 1024  # context: longest sequence, in tokens
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads
@@ -44,7 +45,7 @@ class ModelConfig:
     n_inner: int | None = None  # width of the MLP; none: 4 * n_embd
     mlp: Literal[*ACTIVATIONS] = "gelu_tanh"  # activation; gelu_tanh: GPT-2's, gelu: BERT's, swiglu: Llama's
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # kind of norm
-    norm_position: Literal["pre", "post"] = "pre"  # pre: before each sublayer, GPT-2's; post: after each residual sum, BERT's
+    norm_position: Literal["pre", "post"] = "pre"  # pre: before each sublayer, GPT-2; post: after each sum, BERT
     norm_eps: float = 1e-5  # epsilon added to the variance in norms
     qk_norm: bool = False  # normalize queries and keys in each head
     position: Literal["learned", "rope"] = "learned"  # learned: an embedding; rope: rotated queries and keys
@@ -69,14 +70,14 @@ class ModelConfig:
         if counts_are_sound and self.head_dim is None and self.n_embd % self.n_head:
             wrong.append(
                 f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; "
-                f"n_head {_near_divisors(self.n_embd, self.n_head)} would fit"
+                f"n_head {near_divisors(self.n_embd, self.n_head)} would fit"
             )
         elif counts_are_sound and self.position == "rope" and self.head_width % 2:
-            wrong.append(f"head_dim is {self.head_width}; rope turns pairs, so it must be even")
+            wrong.append(f"head_dim is {self.head_width}; rope rotates pairs of channels, so it must be even")
         if counts_are_sound and self.n_head % self.kv_heads:
             wrong.append(
                 f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}; "
-                f"n_kv_head {_near_divisors(self.n_head, self.n_kv_head)} would fit"
+                f"n_kv_head {near_divisors(self.n_head, self.n_kv_head)} would fit"
             )
         wrong += [
             f"{name} is {getattr(self, name)}; it must not be negative"
@@ -125,12 +126,6 @@ class ModelConfig:
     def padded_vocab_size(self):
         """Rows of the embedding: vocab_size rounded up to 64, for fast matmuls (50257 becomes 50304)."""
         return -(-self.vocab_size // 64) * 64
-
-
-def _near_divisors(number, wanted):
-    """The three divisors of a number nearest to the wanted one, as text."""
-    divisors = [d for d in range(1, min(number, 4 * wanted, 10_000) + 1) if number % d == 0]
-    return ", ".join(map(str, sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:3])))
 
 
 def _dropout(cfg):
@@ -282,7 +277,8 @@ class Transformer(nn.Module):
             return self.head(x)[..., : cfg.vocab_size]
         options = LossOptions(cfg.label_smoothing, cfg.z_loss) if self.training else LossOptions()
         weight, bias, vocabulary = self.head_of_vocabulary()
-        return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), vocabulary, bias, options, count_correct)
+        x, targets = x.flatten(0, 1), targets.flatten()
+        return linear_cross_entropy(x, weight, targets, vocabulary, bias, options, count_correct)
 
     def head_of_vocabulary(self):
         """Weight and bias of the head, and their Vocabulary; tensor parallelism replaces it by a shard's."""
@@ -299,7 +295,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed, fill=torch.Tensor.copy_):
-        """Draws normal weights with std 0.02; pre-norm models divide residual projections' by sqrt(2 n_layer), as GPT-2.
+        """Draws normal weights, std 0.02; pre-norm models divide residual projections' by sqrt(2 n_layer), as GPT-2.
 
         A weight is a function of the seed and its own name, so that sharding, or an added layer, changes no other.
         fill(param, weight) copies the whole weight, on the CPU, into the parameter.

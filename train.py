@@ -98,6 +98,7 @@ def main(cfg):
         elif state.is_finished(cfg):
             return print_finished(cfg, state, world)
         train_data.seek(state.sequences_seen)
+        val_objective = objective_for(cfg, EVAL_MASK_SEED)
 
         with Log(cfg, world, model, optimizer, state, saver.changes, train_data.split, val_data) as log:
             while True:
@@ -112,7 +113,7 @@ def main(cfg):
                 # stop requested: skip the evaluation, we may be killed soon
                 if due and not request.is_requested and state.evaluated_at != state.step:
                     with log.paused():
-                        figures = evaluate(model, val_data, cfg, world)
+                        figures = evaluate(model, val_data, val_objective, cfg.data, world)
                         state.val_loss, state.evaluated_at = figures["val_loss"], state.step
                         log.evaluation(state, figures)
                 ending = ending or state.has_reached_target(cfg)
@@ -145,7 +146,7 @@ def main(cfg):
 
 
 def train_step(model, optimizer, scaler, batches, cfg, world, recent=()):
-    """One optimizer step over a list of micro-batches, each the arguments (tokens, targets, ...) of the model's forward.
+    """One optimizer step over micro-batches, each a tuple of the model's arguments (tokens, targets, ...).
 
     Returns the mean loss, the gradient norm before clipping, and None, or why the step was skipped: then weights and
     optimizer are as before, on all ranks. recent: (loss, gradient norm) of sound steps, the baseline for spikes.
@@ -180,16 +181,15 @@ def train_step(model, optimizer, scaler, batches, cfg, world, recent=()):
 
 
 @torch.no_grad()
-def evaluate(model, split, cfg, world):
+def evaluate(model, split, objective, cfg, world):
     """Mean loss and accuracy over the fixed windows of a split, the same for every batch size and number of ranks.
 
     Also returns the accuracy of always predicting the most frequent target.
     """
     model.eval()
-    objective, data = objective_for(cfg, EVAL_MASK_SEED), cfg.data
     sums, frequencies = torch.zeros(2, dtype=torch.float64), torch.zeros(model.cfg.vocab_size, dtype=torch.int64)
     for batch in eval_batches(
-        split, objective, data.eval_tokens, data.micro_batch_size, world.data_rank, world.data_ranks
+        split, objective, cfg.eval_tokens, cfg.micro_batch_size, world.data_rank, world.data_ranks
     ):
         with world.phase("evaluation"), world.autocast():
             loss_and_correct = model(*(part.to(world.device) for part in batch), count_correct=True)
@@ -201,7 +201,7 @@ def evaluate(model, split, cfg, world):
     n_targets = world.sum(frequencies).sum().item()
     if n_targets == 0:
         raise UserError(
-            f"the first eval_tokens {data.eval_tokens} of the {split.name} split hold nothing to predict, only special "
+            f"the first eval_tokens {cfg.eval_tokens} of the {split.name} split hold nothing to predict, only special "
             f"tokens; raise eval_tokens, or the text's share by --val_fraction of prepare.py"
         )
     return {

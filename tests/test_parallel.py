@@ -25,7 +25,7 @@ from model import ModelConfig, Transformer
 from objective import IGNORE, Masked, NextToken
 from optim import OptimConfig, build_optimizer
 from parallel import ParallelConfig, distribute
-from ranks import on_ranks, run, write_data
+from ranks import on_ranks, run, step_settings, write_data
 from text.tokenizer import SPECIALS
 from train import evaluate, train_step
 from world import World, WorldConfig, init_world, pick_device, pick_precision, seed_step
@@ -62,7 +62,7 @@ def uneven_batch(name="gpt"):
 def build(world, cfg=SMALL, **parallel):
     with torch.device("meta"):
         model = Transformer(cfg)
-    return distribute(model, ParallelConfig(device="cpu", precision="fp32", **parallel), world, seed=1)
+    return distribute(model, ParallelConfig(**parallel), world, seed=1)
 
 
 def one_step(name, micro_batch_size, count=False):
@@ -79,7 +79,7 @@ def one_step(name, micro_batch_size, count=False):
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) if count else nullcontext()
         with profile as profiler:
-            loss, grad_norm, _ = train_step(model, optimizer, scaler, batches, None, world)
+            loss, grad_norm, _ = train_step(model, optimizer, scaler, batches, step_settings(None), world)
         events = profiler.key_averages() if count else ()
         reduced = sum(event.count for event in events if event.key == "c10d::allreduce_")
         grads = {name: before[name] - p.detach() for name, p in model.named_parameters()}
@@ -170,7 +170,7 @@ def places_of_gradients():
         )
         optimizer, scaler = build_optimizer(model, OptimConfig()), torch.amp.GradScaler("cpu", enabled=False)
         for _ in range(3):
-            train_step(model, optimizer, scaler, [(ids, ids)] * 2, 1.0, world)
+            train_step(model, optimizer, scaler, [(ids, ids)] * 2, step_settings(1.0), world)
     return [len(places) for places in seen]
 
 
@@ -372,13 +372,10 @@ def test_fp16_on_a_cpu_is_refused():
         pick_precision("fp16", torch.device("cpu"))
 
 
-def test_powersgd_with_fp16_is_refused(monkeypatch):
+def test_powersgd_with_fp16_is_refused():
     """One overflow, which fp16's scaler meets on purpose, would stay in what PowerSGD carries over for ever."""
-    monkeypatch.setattr("pick_precision", lambda name, device: "fp16")  # as on a GPU without bf16
-    with pytest.raises(ValueError, match="powersgd.* fp16 .*--precision=bf16"), init_world(
-        ParallelConfig(device="cpu", grad_compression="powersgd")
-    ):
-        pass
+    with pytest.raises(ValueError, match="powersgd.* fp16; use --precision=bf16"):
+        build(replace(ONE, precision="fp16"), grad_compression="powersgd")
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux")
@@ -453,8 +450,7 @@ def test_compiled_blocks_that_are_recomputed_are_compiled_indeed(kind):
 FAULTS = """
 import resource
 import torch
-from parallel import ParallelConfig
-from world import init_world
+from world import WorldConfig, init_world
 
 with init_world(WorldConfig(device="cpu")):
     faults = []
