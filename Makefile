@@ -6,18 +6,23 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: quickstart bert setup test test-slow clean
+.PHONY: quickstart bert ending setup test test-slow clean
 quickstart: setup
 	$(RUN) prepare.py config/quickstart.py
 	$(RUN) train.py config/quickstart.py
 	$(RUN) sample.py config/quickstart.py --prompt="def main(" --num_samples=3 --max_new_tokens=128
-	@echo "loss curves: out/quickstart/curves.png   checkpoints: out/quickstart/ckpt/"
+	@$(MAKE) -s ending RUN_DIR=out/quickstart GOAL=make
 
 bert: setup
 	$(RUN) prepare.py config/quickstart_bert.py
 	$(RUN) train.py config/quickstart_bert.py
 	$(RUN) sample.py --out_dir=out/quickstart_bert --prompt="for i in [MASK](10):"
-	@echo "loss curves: out/quickstart_bert/curves.png   checkpoints: out/quickstart_bert/ckpt/"
+	@$(MAKE) -s ending RUN_DIR=out/quickstart_bert GOAL="make bert"
+
+ending:
+	@echo "loss curves: $(RUN_DIR)/curves.png   checkpoints: $(RUN_DIR)/ckpt/"
+	@[ -e $(RUN_DIR)/finished ] || \
+	  echo "the model is unfinished, since this machine needs more than max_minutes; to train on: $(GOAL), again"
 
 setup: .venv/installed
 

@@ -1,8 +1,8 @@
 """A run's state on disk: checkpoints, written while training continues.
 
 out_dir/ckpt/step_00001000/ holds the tensors of model and optimizer as safetensors files, written by
-torch.distributed.checkpoint, and manifest.json with everything else. A checkpoint appears under its name only when it is
-whole. Its format is the same for one process and for many, and reading it unpickles nothing.
+torch.distributed.checkpoint, and manifest.json with everything else. A checkpoint appears under its name only when
+it is whole. Its format is the same for one process and for many, and reading it unpickles nothing.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ FILE_BYTES = 2**27
 @dataclass(frozen=True)
 class CheckpointConfig:
     save_interval: int | None = 1000  # steps between checkpoints; the last step is always saved; none: no checkpoints
-    keep_checkpoints: int = 3  # newest checkpoints to keep, beside the best by validation loss
+    keep_checkpoints: int = 3  # newest checkpoints to keep, and the best by validation loss
     keep_every: int | None = None  # keep for good the checkpoints whose step is a multiple of this
 
     def __post_init__(self):

@@ -35,7 +35,7 @@ TRAINING_ONLY = {"dropout", "label_smoothing", "z_loss"}  # settings that weight
 @dataclass(frozen=True)
 class ModelConfig:
     objective: Literal[*OBJECTIVES] = "clm"  # clm: predict the next token, GPT; mlm: masked tokens, BERT
-    vocab_size: int | None = 50257  # tokens in the vocabulary, without padding; none: the data's
+    vocab_size: int | None = None  # tokens in the vocabulary, without padding; none: the data's
     block_size: int = 1024  # context: longest sequence, in tokens
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads
@@ -45,7 +45,7 @@ class ModelConfig:
     n_inner: int | None = None  # width of the MLP; none: 4 * n_embd
     mlp: Literal[*ACTIVATIONS] = "gelu_tanh"  # activation; gelu_tanh: GPT-2's, gelu: BERT's, swiglu: Llama's
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # kind of norm
-    norm_position: Literal["pre", "post"] = "pre"  # pre: before each sublayer, GPT-2's; post: after each residual sum, BERT's
+    norm_position: Literal["pre", "post"] = "pre"  # pre: before each sublayer, GPT-2; post: after each sum, BERT
     norm_eps: float = 1e-5  # epsilon added to the variance in norms
     qk_norm: bool = False  # normalize queries and keys in each head
     position: Literal["learned", "rope"] = "learned"  # learned: an embedding; rope: rotated queries and keys
@@ -277,7 +277,8 @@ class Transformer(nn.Module):
             return self.head(x)[..., : cfg.vocab_size]
         options = LossOptions(cfg.label_smoothing, cfg.z_loss) if self.training else LossOptions()
         weight, bias, vocabulary = self.head_of_vocabulary()
-        return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), vocabulary, bias, options, count_correct)
+        x, targets = x.flatten(0, 1), targets.flatten()
+        return linear_cross_entropy(x, weight, targets, vocabulary, bias, options, count_correct)
 
     def head_of_vocabulary(self):
         """Weight and bias of the head, and their Vocabulary; tensor parallelism replaces it by a shard's."""
@@ -294,7 +295,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed, fill=torch.Tensor.copy_):
-        """Draws normal weights with std 0.02; pre-norm models divide residual projections' by sqrt(2 n_layer), as GPT-2.
+        """Draws normal weights, std 0.02; pre-norm models divide residual projections' by sqrt(2 n_layer), as GPT-2.
 
         A weight is a function of the seed and its own name, so that sharding, or an added layer, changes no other.
         fill(param, weight) copies the whole weight, on the CPU, into the parameter.

@@ -89,7 +89,7 @@ def attend(q, k, v, mask=None, causal=False, dropout=0.0):
 
 @dataclass(frozen=True)
 class LossOptions:
-    """Terms of the loss beside cross-entropy, in training."""
+    """Terms that training adds to the cross-entropy."""
 
     label_smoothing: float = 0.0  # share of the target spread over the whole vocabulary
     z_loss: float = 0.0  # weight of log(Z)^2, which keeps logits from drifting (PaLM, arXiv 2204.02311, section 5)
@@ -133,7 +133,7 @@ def chunk_loss(logits, targets, vocabulary, options, with_gradients):
         likeliest = reduce((likeliest + vocabulary.first).where(is_largest, vocabulary.size), "min")
         n_correct = ((likeliest == targets) & valid).sum()
     exp = logits.exp_()
-    Z = reduce(exp.sum(1, keepdim=True), "sum")  # of logits less the largest
+    Z = reduce(exp.sum(1, keepdim=True), "sum")  # after the largest logit is subtracted
     loss, d_log_Z = Z.log() - wanted, valid
     if options.z_loss:
         log_Z = Z.log() + largest

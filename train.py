@@ -146,7 +146,7 @@ def main(cfg):
 
 
 def train_step(model, optimizer, scaler, batches, cfg, world, recent=()):
-    """One optimizer step over a list of micro-batches, each the arguments (tokens, targets, ...) of the model's forward.
+    """One optimizer step over micro-batches, each a tuple of the model's arguments (tokens, targets, ...).
 
     Returns the mean loss, the gradient norm before clipping, and None, or why the step was skipped: then weights and
     optimizer are as before, on all ranks. recent: (loss, gradient norm) of sound steps, the baseline for spikes.

@@ -1,4 +1,4 @@
-"""The processes of a run and their devices: who is here, on what, in which precision, and where each is at the moment."""
+"""The processes of a run and their devices: ranks, groups, precision, memory, and the progress of each rank."""
 
 import contextlib
 import ctypes

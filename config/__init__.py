@@ -1,21 +1,22 @@
-"""How settings reach a script: class defaults < preset files, left to right < --key=value.
+"""Settings: class defaults < preset files, left to right < --key=value.
 
-Each file of the project declares its settings in a frozen dataclass whose name ends in `Config`; the comment that ends
-a field's line is its help text. A script composes the classes it needs and reads them as cfg.model.n_layer:
+Each file of the project declares its settings in a frozen dataclass whose name ends in `Config`; the comment at the end
+of a field's line is its help text. A script composes the classes it needs and reads them as cfg.model.n_layer:
 
     @dataclass(frozen=True)
     class Settings:
         model: ModelConfig
-        run: RunConfig = only("out_dir", "seed")  # of RunConfig, just these are settings of this script
-        presets: tuple = ()  # filled with the preset files of the command
-        files: tuple = ()  # where a script has it, with the .json files of the command
-        given: frozenset = ...  # likewise, with the names that presets or the command line set
+        run: RunConfig = only("out_dir", "seed")  # these alone are settings of this script
+        presets: tuple = ()  # the command's preset files
+        files: tuple = ()  # where a script has it, the command's .json files
+        given: frozenset = ...  # likewise, the names that presets or the command line set
 
-A preset is a Python file of plain assignments, run in a namespace of its own. Wrong values in combination are found by
-the classes themselves: __post_init__ raises a UserError, a line for each mistake.
+A preset is a Python file of plain assignments, run in a namespace of its own. The classes themselves refuse wrong
+values: __post_init__ raises a UserError, a line for each mistake.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -25,6 +26,7 @@ import os
 import re
 import runpy
 import sys
+import textwrap
 import time
 import traceback
 import types
@@ -33,7 +35,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-FOLDERS = ("text", "run", "perf", "interop", "config")  # of the project's source, beside its root
+FOLDERS = ("text", "run", "perf", "interop", "config")  # folders of the project's source, beside its root
 
 
 class UserError(ValueError):
@@ -43,17 +45,18 @@ class UserError(ValueError):
     """
 
 
-# What nanoGPT's users will type, and what it is called here.
+# nanoGPT's names for settings, and what they are called here; a sentence where the two differ in meaning.
 NANOGPT_NAMES = {
     "max_iters": "max_steps", "lr_decay_iters": "lr_decay_steps", "warmup_iters": "warmup_steps",
-    "batch_size": "micro_batch_size", "gradient_accumulation_steps": "batch_tokens", "eval_iters": "eval_tokens",
-    "dataset": "data_dir", "dtype": "precision", "wandb_log": "wandb", "decay_lr": "schedule", "start": "prompt",
-    "always_save_checkpoint": "save_interval", "backend": "device",
+    "eval_iters": "eval_tokens", "dtype": "precision", "wandb_log": "wandb", "decay_lr": "schedule", "start": "prompt",
+    "always_save_checkpoint": "save_interval", "backend": "device", "dataset": "data_dir",
+    "batch_size": "batch_tokens sets the tokens of a step, micro_batch_size the sequences of one forward pass",
+    "gradient_accumulation_steps": "it follows from batch_tokens, the tokens of a step, and micro_batch_size",
 }  # fmt: skip
 
 
 def only(*names):
-    """A section of a script's settings that takes just these settings of its class."""
+    """A section of a script's settings with some of its class's settings alone."""
     return dataclasses.field(metadata={"only": names})
 
 
@@ -62,56 +65,101 @@ def load(settings_type, argv):
 
     Raises UserError that lists every mistake of the command, a line each.
     """
-    owners = settings_of(settings_type)
+    taken = {field.name for field in dataclasses.fields(settings_type)}
     words = [arg for arg in argv if not arg.startswith("--")]
-    names = {field.name for field in dataclasses.fields(settings_type)}
-    files = [word for word in words if "files" in names and word.endswith(".json")]
-    presets = [word for word in words if word not in files]
-    values, failed, errors = {}, set(), []
+    files = [word for word in words if "files" in taken and word.endswith(".json")]
+    presets = [word for word in words if word.endswith(".py")]
+    values = _Values(settings_of(settings_type))
+    if strays := [word for word in words if word not in (*files, *presets)]:
+        values.errors.append(_stray_words(strays, values.owners))
     for path in presets:
-        for name, value in _run_preset(path, errors).items():
-            if name in owners:
-                _take(values, name, value, owners, f"{path}: {name}", failed, errors)
-            elif name not in (everywhere := _settings_everywhere()):
-                errors.append(f"{path}: {name} is not a setting{_did_you_mean(name, everywhere)}")
+        values.take_preset(path)
     for arg in argv:
-        if not arg.startswith("--"):
-            continue
-        name, equals, text = arg[2:].partition("=")
-        if name in owners and (equals or bool in _kinds(owners[name][1].type)):
-            value = _from_text(text, owners[name][1].type) if equals else True  # a bare --profile switches it on
-            _take(values, name, value, owners, f"--{name}", failed, errors)
-        elif name in owners:
-            errors.append(f"--{name} has no value; settings are written --{name}=value")
-        elif name in (everywhere := _settings_everywhere()) and name not in NANOGPT_NAMES:
-            errors.append(
-                f"--{name} is a setting of {everywhere[name]}, not of this script{_did_you_mean(name, owners)}"
-            )
-        else:
-            errors.append(f"--{name} is not a setting{_did_you_mean(name, owners)}")
-
-    sections = {}
-    for section in _sections(settings_type):
-        own = {name: value for name, value in values.items() if owners[name][0] == section.name}
-        if section.name in failed:
-            continue
-        try:
-            sections[section.name] = section.type(**own)
-        except ValueError as error:
-            errors.append(str(error))
-    if sections.keys() == {section.name for section in _sections(settings_type)}:
-        try:
-            others = {"presets": tuple(presets), "files": tuple(files), "given": frozenset(values)}
-            cfg = settings_type(**sections, **{name: others[name] for name in others.keys() & names})
-        except ValueError as error:  # of settings of several classes together
-            errors.append(str(error))
-    if errors:
-        raise UserError("\n".join(errors))
+        if arg.startswith("--"):
+            values.take_argument(arg)
+    extra = {"presets": tuple(presets), "files": tuple(files), "given": frozenset(values.by_name)}
+    cfg = values.build(settings_type, {name: extra[name] for name in extra.keys() & taken})
+    if values.errors:
+        raise UserError("\n".join(values.errors))
     return cfg
 
 
+def _stray_words(words, owners):
+    """The error about arguments that are neither presets nor settings."""
+    known = [f"config/{path.name}" for path in sorted((ROOT / "config").glob("[!_]*.py"))]
+    if len(words) == 1:
+        (word,) = words
+        remedy = f"; text files are named by --input={word}" if "input" in owners else ""
+        return f"{word}: neither a preset file (.py) nor --name=value{_did_you_mean(word, known) or remedy}"
+    remedy = "; several text files are named by a quoted glob, as in --input='texts/*.txt'" if "input" in owners else ""
+    return f"{words[0]}, {words[1]}{' ...' * (len(words) > 2)}: neither preset files (.py) nor --name=value{remedy}"
+
+
+class _Values:
+    """The values that a command sets, and its mistakes."""
+
+    def __init__(self, owners):
+        """owners: {name: (section, field)} of the script's settings."""
+        self.owners, self.by_name, self.errors, self.failed_sections = owners, {}, [], set()
+
+    def take_preset(self, path):
+        """Takes the script's own settings from a preset file; the others must be some script's."""
+        for name, value in _run_preset(path, self.errors).items():
+            if name in self.owners:
+                self._take(name, value, f"{path}: {name}")
+            elif name not in (everywhere := _settings_everywhere()):
+                self.errors.append(f"{path}: {name} is not a setting{_did_you_mean(name, everywhere)}")
+
+    def take_argument(self, arg):
+        """Takes --name=value, or --name for what is true or false."""
+        name, equals, text = arg[2:].partition("=")
+        if name in self.owners:
+            type_ = self.owners[name][1].type
+            if equals:
+                self._take(name, _from_text(text, type_), f"--{name}")
+            elif bool in _kinds(type_):
+                self._take(name, True, f"--{name}")
+            else:
+                self.errors.append(f"--{name} has no value; settings are written --{name}=value")
+        elif name in (everywhere := _settings_everywhere()) and name not in NANOGPT_NAMES:
+            self.errors.append(
+                f"--{name} is a setting of {everywhere[name]}, not of this script{_did_you_mean(name, self.owners)}"
+            )
+        else:
+            self.errors.append(f"--{name} is not a setting{_did_you_mean(name, self.owners)}")
+
+    def _take(self, name, value, where):
+        section, field = self.owners[name]
+        try:
+            self.by_name[name] = _checked(value, field.type)
+        except (TypeError, OverflowError):  # OverflowError: a whole number that no float holds
+            self.failed_sections.add(section)
+            choices = [choice for kind in _kinds(field.type) for choice in typing.get_args(kind)]
+            hint = _did_you_mean(value, choices) if isinstance(value, str) else ""
+            self.errors.append(f"{where} must be {_described(field.type)}, not {value!r}{hint}")
+
+    def build(self, settings_type, extra):
+        """The script's settings; None where a section is wrong."""
+        sections = {}
+        for section in _sections(settings_type):
+            if section.name not in self.failed_sections:
+                own = {name: v for name, v in self.by_name.items() if self.owners[name][0] == section.name}
+                with self._collecting_errors():
+                    sections[section.name] = section.type(**own)
+        if len(sections) == len(_sections(settings_type)):
+            with self._collecting_errors():  # mistakes of several sections together
+                return settings_type(**sections, **extra)
+
+    @contextlib.contextmanager
+    def _collecting_errors(self):
+        try:
+            yield
+        except ValueError as error:
+            self.errors.append(str(error))
+
+
 def preset_value(presets, name):
-    """What preset files by themselves set a name to, the last one first; None where they do not."""
+    """The value that preset files give a name, the last file first; None where they do not set it."""
     return next((names[name] for path in reversed(presets) if name in (names := _run_preset(path, []))), None)
 
 
@@ -135,19 +183,35 @@ def as_dict(cfg):
 
 def as_preset(cfg):
     """The settings of a script as the text of a preset file that reproduces them."""
-    told = comments(type(cfg))
-    return "".join(f"{name} = {value!r}  # {told[name]}\n" for name, value in as_dict(cfg).items())
+    notes = comments(type(cfg))
+    return "".join(f"{name} = {value!r}  # {notes[name]}\n" for name, value in as_dict(cfg).items())
 
 
-def help_text(cfg, doc):
-    """Every setting of a script with its value and its comment, below the script's docstring."""
+def help_text(settings_type, argv, doc):
+    """Every setting of a script with its value, its comment and its choices, below the script's docstring.
+
+    Values are the command's where they are right by themselves, else the defaults.
+    """
+    values = _Values(settings_of(settings_type))
+    for arg in argv:
+        if arg.startswith("--"):
+            values.take_argument(arg)
+        elif arg.endswith(".py"):
+            values.take_preset(arg)
     lines = [doc.strip(), "", "Settings, written --name=value or, in a preset file, name = value:"]
-    told, last = comments(type(cfg)), None
-    for name, (section, _) in settings_of(type(cfg)).items():
+    notes, last = comments(settings_type), None
+    for name, (section, field) in values.owners.items():
         if section != last:
             lines.append(f"\n  {section}")
             last = section
-        lines.append(f"    {f'--{name}={_text(as_dict(cfg)[name])}':<36} {told[name]}")
+        value = values.by_name.get(name, field.default)
+        lines.append(f"    {f'--{name}={_text(value)}':<36} {notes[name]}")
+        choices = [choice for kind in _kinds(field.type) for choice in typing.get_args(kind)]
+        if choices and not all(f"{choice}:" in notes[name] for choice in choices):
+            indent = " " * 41
+            lines.append(
+                textwrap.fill("one of " + ", ".join(choices), 120, initial_indent=indent, subsequent_indent=indent)
+            )
     return "\n".join(lines)
 
 
@@ -162,18 +226,16 @@ def run_script(main, settings_type, doc):
     Any other error keeps its traceback, and ends it with code 1.
     """
     try:
-        asks_for_help = not {"-h", "--help"}.isdisjoint(sys.argv[1:])
-        cfg = load(settings_type, [arg for arg in sys.argv[1:] if arg not in ("-h", "--help")])
-        if asks_for_help:
-            print(help_text(cfg, doc))
+        if {"-h", "--help"}.isdisjoint(sys.argv[1:]):
+            main(load(settings_type, sys.argv[1:]))
         else:
-            main(cfg)
+            print(help_text(settings_type, sys.argv[1:], doc))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         _end(130)
-    except SystemExit as ending:  # of a rank whose error another one tells
+    except SystemExit as ending:  # another rank reports the error
         _end(ending.code)
-    except BrokenPipeError:  # the reader of our output has gone (`| head`): nobody is left to tell
+    except BrokenPipeError:  # our output's reader has ended, as in `| head`
         os._exit(1)
     except Exception as error:
         if isinstance(error, UserError):
@@ -183,7 +245,7 @@ def run_script(main, settings_type, doc):
 
 
 def _exit_with(message):
-    # Under torchrun every rank meets the same wrong input: rank 0 speaks and torchrun ends the others while they wait.
+    # Under torchrun every rank meets the same wrong input: rank 0 prints it, and torchrun ends the others meanwhile.
     # A rank that is still there after the wait has an error of its own.
     rank = int(os.environ.get("RANK", 0))
     if rank > 0:
@@ -206,12 +268,11 @@ def _run_preset(path, errors):
     file = next((p for p in (Path(path), ROOT / path) if p.is_file()), None)
     if file is None:
         known = [f"config/{p.name}" for p in sorted((ROOT / "config").glob("[!_]*.py"))]
-        what = "no such preset file" if path.endswith(".py") else "neither a preset file (.py) nor --name=value"
-        errors.append(f"{path}: {what}{_did_you_mean(path, known)}")
+        errors.append(f"{path}: no such preset file{_did_you_mean(path, known)}")
         return {}
     try:
         names = runpy.run_path(str(file))
-    except Exception as error:  # whatever a person's own file raises
+    except Exception as error:  # a user's file may raise anything
         where, line = _place(error, path)
         what = error.msg if isinstance(error, SyntaxError) else error
         errors.append(f"{where}, line {line}: {type(error).__name__}: {what}")
@@ -221,7 +282,7 @@ def _run_preset(path, errors):
 
 
 def _place(error, path):
-    """(file, line) of a preset's mistake: where its own assignments stand, be it in a preset that it starts from."""
+    """(file, line) of a preset's mistake, be it in a preset that it imports."""
     if isinstance(error, SyntaxError):
         where, line = error.filename or path, error.lineno or 1
     else:
@@ -234,25 +295,14 @@ def _place(error, path):
 # ---- one value
 
 
-def _take(values, name, value, owners, where, failed, errors):
-    section, field = owners[name]
-    try:
-        values[name] = _checked(value, field.type)
-    except (TypeError, OverflowError):  # the latter of whole numbers that no float holds
-        failed.add(section)
-        choices = [choice for kind in _kinds(field.type) for choice in typing.get_args(kind)]
-        hint = _did_you_mean(value, choices) if isinstance(value, str) else ""
-        errors.append(f"{where} must be {_described(field.type)}, not {value!r}{hint}")
-
-
 def _kinds(type_):
-    """The alternatives of a setting's type, the plainest last: text is read as str only where nothing else fits."""
+    """The alternatives in a setting's type, str last: text is a str only where nothing else fits."""
     kinds = typing.get_args(type_) if typing.get_origin(type_) in (types.UnionType, typing.Union) else (type_,)
     return sorted(kinds, key=lambda kind: (kind is str, kind is float))
 
 
 def _from_text(text, type_):
-    """The value that a command line's text stands for, or the text itself where it fits no kind of the type."""
+    """The value of a command line's text, or the text itself where it fits no alternative."""
     for kind in _kinds(type_):
         if kind is types.NoneType and text.lower() in (("none",) if str in _kinds(type_) else ("none", "auto")):
             return None
@@ -267,7 +317,7 @@ def _from_text(text, type_):
 
 
 def _checked(value, type_):
-    """The value as its setting's type; TypeError where it is of another one."""
+    """The value in its setting's type; TypeError where it has another."""
     for kind in _kinds(type_):
         if typing.get_origin(kind) is typing.Literal:
             if value in typing.get_args(kind) and not isinstance(value, bool):
@@ -294,9 +344,13 @@ def _text(value):
 
 
 def _did_you_mean(name, names):
+    """A hint at what somebody meant by a name: nanoGPT's word for it, choices that start with it, or the nearest."""
     known = NANOGPT_NAMES.get(name)
-    close = [known] if known in names else difflib.get_close_matches(name.lower(), list(names), 1, cutoff=0.7)
-    return f"; did you mean {close[0]}?" if close else ""
+    if known and known.split()[0] in (*names, "it"):
+        return f"; did you mean {known}?" if known in names else f"; {known}"
+    starts = [other for other in names if other.startswith(f"{name.lower()}-")]
+    close = starts or difflib.get_close_matches(name.lower(), list(names), 1, cutoff=0.7)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 # ---- the classes

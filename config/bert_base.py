@@ -11,7 +11,7 @@
 #       --micro_batch_size=8 --init_from=out/bert_base --out_dir=out/bert_base_512 \
 #       --max_steps=100000 --lr_decay_steps=none --learning_rate=1e-5 --warmup_steps=1000
 #
-# What differs from Google's code: no next-sentence task; sequences cross documents, with [SEP] between; masks are drawn
+# Differences from Google's code: no next-sentence task; sequences cross documents, with [SEP] between; masks are drawn
 # anew each time a sequence is seen, theirs ten times beforehand; AdamW corrects the bias of its means and adds 1e-8,
 # theirs does not and adds 1e-6; the decay is counted from the end of warm-up, theirs from step 0; initial weights are
 # normal, theirs cut off at two deviations; phase 2 starts with fresh means and a warm-up of its own.

@@ -5,7 +5,7 @@
 #   python train.py config/finetune_gpt2.py
 #   python sample.py config/finetune_gpt2.py --prompt="ROMEO:"
 #
-# The model's settings are those of the weights: --init_from=gpt2-medium, gpt2-large and gpt2-xl need no others, nor does
+# The weights determine the model's settings: --init_from=gpt2-medium, gpt2-large and gpt2-xl need no others, nor does
 # a folder with any model of GPT-2's, Llama's, Mistral's, Qwen3's or (with data for it) BERT's kind.
 
 init_from = "gpt2"

@@ -8,6 +8,7 @@
 # 94 minutes (llm.c, scripts/run_gpt2_124M.sh). Memory at micro_batch_size 16 is about 10 GiB a device, by arithmetic:
 # 2.1 for weights, gradients and optimizer, 5.1 for activations, up to 2.5 for a chunk of the loss.
 
+vocab_size = 50_257  # GPT-2's
 block_size = 1024
 n_layer = 12
 n_head = 12

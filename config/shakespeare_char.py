@@ -10,7 +10,6 @@ tokenizer = "byte"
 val_fraction = 0.1
 data_dir = "data/shakespeare"
 
-vocab_size = None  # the data's
 block_size = 64
 n_layer = 4
 n_head = 4

@@ -175,7 +175,7 @@ class Log:
             by_file = f"by {self.out_dir / 'stop'}"
             names = {"OUT_OF_TIME": f"after max_minutes {self.cfg.train.max_minutes}", "FILE": by_file}
             how = f"stopped {names.get(stop.name, f'by {stop.name}')}"
-        if self.wandb:  # which prints a summary of its own
+        if self.wandb:  # it prints a summary of its own
             self.wandb.finish()
         loss = "" if state.val_loss is None else f", val loss {state.val_loss:.4f}"
         print(f"{state.sequences_seen * self.cfg.data.seq_len:,} tokens in {state.hours:.3f} hours")
@@ -229,8 +229,9 @@ class Log:
         print(f"run        {self.last_step:,} steps, {tokens:,} tokens, {epochs:.3g} epochs, in {self.out_dir}")
         if epochs > 20:
             print(
-                f"warning    the run reads its {train_tokens:,} training tokens {epochs:,.0f} times; after about 4 epochs "
-                f"a model learns little more from the same text (arXiv 2305.16264): lower --max_steps, or add text"
+                f"warning    the run reads its {train_tokens:,} training tokens {epochs:,.0f} times; after "
+                f"about 4 epochs a model learns little more from the same text (arXiv 2305.16264): "
+                f"lower --max_steps, or add text"
             )
         print(
             f"device     {self.world.size} x {device_name(self.world.device)}, {self.world.precision}; "

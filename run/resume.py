@@ -23,7 +23,7 @@ from world import seed_step
 
 @dataclass
 class State:
-    """All that a run must remember beside its tensors; a checkpoint's manifest holds it under these names."""
+    """The state of a run apart from its tensors; a checkpoint's manifest holds it under these names."""
 
     step: int = 0
     sequences_seen: int = 0

@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
 from config import FOLDERS, project_files
+from conftest import ROOT
 
 ORDER = ("libraries", "text", "perf", "run", "interop", "scripts")  # each may import itself and what stands before it
 FILES = project_files()

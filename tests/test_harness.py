@@ -16,12 +16,12 @@ from test_model import MODERN, SMALL, random_model
 
 import config
 import sample
-from checkpoint import Saver
+from checkpoint import CheckpointConfig, CheckpointWriter
 from convert import export
 from hugging_face import saved
 from interop.pretrained import load_model, load_tokenizer_of, open_model
 from interop.score import loglikelihood, loglikelihood_rolling, score_tokens
-from run.folder import RunConfig, tokenizer_of
+from run.folder import tokenizer_of
 from text.tokenizer import load_tokenizer, train_bpe
 from world import World
 
@@ -93,7 +93,7 @@ def trained(kind, folder):
     (run_dir / "meta.json").write_text(json.dumps({"tokenizer": "tokenizer.json"}))
     tokenizer = load_tokenizer(tokenizer_of(run_dir))
     model = random_model(replace(KINDS[kind], vocab_size=tokenizer.vocab_size, block_size=23)).eval()
-    saver = Saver(RunConfig(out_dir=str(run_dir)), World(0, 1, torch.device("cpu"), "fp32"))
+    saver = CheckpointWriter(run_dir, CheckpointConfig(), World(0, 1, torch.device("cpu"), "fp32"))
     saver.save(1, model, None, {})
     saver.wait()
     export(open_model(str(run_dir)), folder / "hf")

@@ -69,7 +69,7 @@ GPT2 = {"124m": (12, 12, 768, 124_439_808), "350m": (24, 16, 1024, 354_823_168),
 def test_gpt2_sizes_count_as_published_and_cost_nothing_on_meta(layers, heads, width, count):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with torch.device("meta"):
-        model = Transformer(ModelConfig(n_layer=layers, n_head=heads, n_embd=width))
+        model = Transformer(ModelConfig(vocab_size=50257, n_layer=layers, n_head=heads, n_embd=width))
     assert model.num_params() == count
     assert all(tensor.is_meta for tensor in model.state_dict().values())
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before

@@ -27,10 +27,11 @@ SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/t
 
 
 class Corpus:
-    """The documents of the input. skipped counts what was left out, and why; it is that of the last pass."""
+    """The documents of the input. skipped counts, by reason, what the last pass left out."""
 
     def __init__(self, cfg, folder):
         self.cfg, self.skipped = cfg, collections.Counter()
+        self.other_fields = ""  # fields of the first line that lacks text_field
         if cfg.dataset == "stdlib":
             self.root = Path(sysconfig.get_paths()["stdlib"])
             left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
@@ -61,7 +62,8 @@ class Corpus:
         if not first:
             why = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items()) or "no documents"
             raise UserError(
-                f"there is no text in {self.cfg.input or self.cfg.dataset}: {why}; check --input and --text_field"
+                f"there is no text in {self.cfg.input or self.cfg.dataset}: {why}; "
+                + (f"set --text_field to one of: {self.other_fields}" if self.other_fields else "check --input")
             )
         limit = self.cfg.val_fraction
         if len(first) < 1000:
@@ -127,6 +129,7 @@ class Corpus:
         text = value.get(self.cfg.text_field) if isinstance(value, dict) else None
         if not isinstance(text, str):
             self.skipped[f"lines without text in the field {self.cfg.text_field!r}"] += 1
+            self.other_fields = self.other_fields or (", ".join(value) if isinstance(value, dict) else "")
             return None
         return text.encode("utf-8", errors="replace")
 
@@ -187,7 +190,7 @@ def download(url, folder):
         try:
             with urllib.request.urlopen(url, timeout=60) as response, open(partial, "wb") as file:
                 shutil.copyfileobj(response, file)
-                if getattr(response, "length", None):  # what is still to come of the length that the server promised
+                if getattr(response, "length", None):  # bytes that the server promised and has not sent
                     raise ConnectionError(f"cut short {response.length:,} bytes before its end")
         except (OSError, ValueError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
             raise UserError(

@@ -27,13 +27,13 @@ GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 
 
 class Tokenizer:
-    """What all tokenizers share. specials maps the names of special tokens to their ids."""
+    """Base of all tokenizers. specials: {name of a special token: id}."""
 
     space_begins_word = False  # whether a word's first token holds the space before it
-    continuations = ()  # ids of tokens that go on with a word, where the tokenizer knows
+    continuations = ()  # tokens that continue a word, where the tokenizer marks them
     begin = ()  # ids that a Hugging Face model was given before each text
     before_text = None  # id that stands before a text to be scored; none: end-of-text
-    saved = None  # its tokenizer.json, as a dict, where it is of a file
+    saved = None  # the content of its tokenizer.json, where it has one
 
     def __init__(self, name, vocab_size, specials):
         self.name, self.vocab_size, self.specials = name, vocab_size, specials
@@ -142,7 +142,7 @@ class FileTokenizer(Tokenizer):
             raise UserError("its vocabulary is empty")
         super().__init__(name, 1 + max([*self._vocab.values(), *specials.values()]), specials)
         self._decode_token = _decoder_of_tokens(saved.get("decoder"))
-        # Of a tokenizer of characters that has no token for others: the characters.
+        # The known characters, where a tokenizer of characters has no token for others.
         knows_no_others = model["type"] == "WordLevel" and model["unk_token"] not in model["vocab"]
         self.alphabet = set(self._vocab) if knows_no_others and max(map(len, self._vocab)) == 1 else None
 
@@ -166,7 +166,7 @@ class FileTokenizer(Tokenizer):
             )
         try:
             encoded = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
-        except Exception as error:  # which is what tokenizers raises
+        except Exception as error:  # tokenizers raises plain Exceptions
             raise UserError(f"the tokenizer {self.name} cannot encode the text ({error}); use another") from error
         return np.array(encoded.ids, dtype=np.uint32)
 
@@ -336,7 +336,7 @@ def _decoder_of_tokens(decoder):
     if not kinds <= known:
         raise UserError(f"its decoder is {', '.join(kinds - known)}, which is none of {', '.join(sorted(known))}")
     byte_of = byte_of_character()
-    replaced = {"Metaspace": "replacement", "BPEDecoder": "suffix"}  # what of a token stands for a space
+    replaced = {"Metaspace": "replacement", "BPEDecoder": "suffix"}  # the key whose text stands for a space in tokens
     spaces = [step[replaced[step["type"]]] for step in steps if step["type"] in replaced]
     pairs = [(step["pattern"]["String"], step["content"]) for step in steps if step["type"] == "Replace"]
     pairs += [(space, " ") for space in spaces]
