@@ -103,19 +103,15 @@ class Vocabulary:
     first: int = 0  # token of the weight's first row
     reduce: Callable = lambda tensor, op: tensor  # reduces a tensor in place over all shards by "sum", "max" or "min"
 
-    def rows(self, n):
-        """How many of a weight's n rows are tokens."""
-        return max(0, min(n, self.size - self.first))
-
 
 def chunk_loss(logits, targets, vocabulary, options, with_gradients):
-    """The loss of some rows, its gradient, and the predictions that are right: a term of the loss is added here alone.
+    """The loss of a few rows, their correct predictions and the gradient: a term of the loss is added here alone.
 
-    logits (N, V) in float32, of one shard of the vocabulary, are overwritten. targets (N, 1), IGNORE where a row does
-    not count. Returns the sums of losses and of right predictions, which are counted without gradients alone, and
-    d loss / d logits (N, V) or None.
+    logits (N, V), float32, cover one shard of the vocabulary and are overwritten. targets (N, 1) are IGNORE for rows
+    without loss. A value that depends on all columns of a row must go through vocabulary.reduce. Returns the sum of
+    losses, the number of correct predictions (0 with gradients) and d loss / d logits (N, V), or None without.
     """
-    reduce, n_tokens = vocabulary.reduce, vocabulary.rows(logits.shape[1])
+    reduce, n_tokens = vocabulary.reduce, max(0, min(logits.shape[1], vocabulary.size - vocabulary.first))
     valid, column = targets != IGNORE, targets - vocabulary.first
     here = valid & (0 <= column) & (column < logits.shape[1])  # this shard has the target
     column = column.where(here, 0)

@@ -102,7 +102,7 @@ def test_an_activation_is_one_line_of_activations(tmp_path):
     losses = [records(trained(folder, data, tmp_path / mlp, mlp=mlp)) for mlp in ("sine", "gelu")]
     assert losses[0].keys() == losses[1].keys() and losses[0] != losses[1]
     assert "sine" in run(folder, "-c", "import model; print(model.ModelConfig.__annotations__['mlp'])")
-    run(folder, "plan.py", "--mlp=sine", "--gpu=h100-sxm")
+    run(folder, "plan.py", "config/gpt2_124m.py", "--mlp=sine", "--gpu=h100-sxm")
 
 
 # ---- an objective: the token after the next

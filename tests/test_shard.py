@@ -356,14 +356,14 @@ def test_each_term_of_the_loss_is_the_same_over_a_sharded_vocabulary(name, preci
 
 
 def dropped(kind):
-    """(loss, gradient's norm) with dropout and a kind of recomputation, under tensor parallelism."""
+    """(loss, gradient's norm) with dropout and a kind of activation checkpointing, under tensor parallelism."""
     layout = {"activation_checkpointing": kind, "strategy": "fsdp", "tp": 2}
     with a_model("gpt", changes={"dropout": 0.3}, **layout) as (world, model, optimizer):
         seed_step(seed=1, step=4, rank=world.rank)
         return step_of(world, model, optimizer, "gpt", 0)
 
 
-def test_recomputation_replays_dropout_under_tensor_parallelism(others):
+def test_activation_checkpointing_replays_dropout_under_tensor_parallelism(others):
     none, full = (others["dropped", kind] for kind in ("none", "full"))
     assert none == full
     assert none[0][0] != pytest.approx(alone("gpt", "adamw")[1][0][0], rel=1e-3), "nothing was dropped"
@@ -555,7 +555,7 @@ def memory(layout):
     with init_world(WorldConfig(device="cpu", precision="fp32"), cfg) as world:
         world.barrier()
         before, seen = held_now(), []
-        model, optimizer = built(ModelConfig(n_layer=12, n_embd=1024, n_head=16), "adamw", cfg, world)
+        model, optimizer = built(ModelConfig(vocab_size=50257, n_layer=12, n_embd=1024, n_head=16), "adamw", cfg, world)
         optimizer.register_step_pre_hook(lambda *args: seen.append(held_now() - before))
         ids = torch.randint(50257, (1, 65), generator=torch.Generator().manual_seed(world.rank))
         scaler = torch.amp.GradScaler("cpu", enabled=False)
