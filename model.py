@@ -30,7 +30,7 @@ ACTIVATIONS = {
 @dataclass(frozen=True)
 class ModelConfig:
     objective: Literal["clm", "mlm"] = "clm"  # clm: the next token, seeing those before; mlm: masked ones, seeing all
-    vocab_size: int | None = 50257  # number of token ids, the real one; none: the data's
+    vocab_size: int | None = None  # number of token ids, without padding; none: the data's
     block_size: int = 1024  # longest sequence, in tokens
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads
