@@ -16,7 +16,6 @@ its __post_init__ raises a UserError, a line for each mistake.
 """
 
 import ast
-import contextlib
 import dataclasses
 import difflib
 import functools
@@ -46,27 +45,22 @@ class UserError(ValueError):
     """
 
 
-# nanoGPT's name for a setting: ours, and where the meaning differs, a sentence.
+# nanoGPT's name for a setting: ours, or where the meaning differs, a sentence that begins with ours.
 NANOGPT_NAMES = {
-    "max_iters": ("max_steps", ""),
-    "lr_decay_iters": ("lr_decay_steps", ""),
-    "warmup_iters": ("warmup_steps", ""),
-    "batch_size": (
-        "micro_batch_size",
-        "micro_batch_size is the sequences of one forward pass; batch_tokens sets the size of a step",
-    ),
-    "gradient_accumulation_steps": (
-        "batch_tokens",
-        "batch_tokens sets the size of a step, and gradient accumulation is derived from it",
-    ),
-    "eval_iters": ("eval_tokens", "eval_tokens is the number of tokens to evaluate on"),
-    "dataset": ("data_dir", "data_dir is the folder that prepare.py wrote"),
-    "dtype": ("precision", "precision is auto, fp32, bf16 or fp16"),
-    "wandb_log": ("wandb", ""),
-    "decay_lr": ("schedule", "schedule=constant keeps the learning rate"),
-    "start": ("prompt", ""),
-    "always_save_checkpoint": ("save_interval", "save_interval is the number of steps between checkpoints"),
-    "backend": ("device", "the backend follows from the device: nccl on GPUs, gloo on CPUs"),
+    "max_iters": "max_steps",
+    "lr_decay_iters": "lr_decay_steps",
+    "warmup_iters": "warmup_steps",
+    "batch_size": "micro_batch_size is the sequences of one forward pass; batch_tokens sets the size of a step",
+    "gradient_accumulation_steps": "batch_tokens sets the size of a step; gradient accumulation is derived from it",
+    "eval_iters": "eval_tokens is the number of tokens to evaluate on",
+    "eval_only": "max_steps=0 evaluates and stops",
+    "dataset": "data_dir is the folder that prepare.py wrote, as in --data_dir=data/shakespeare",
+    "dtype": "precision is auto, fp32, bf16 or fp16",
+    "wandb_log": "wandb",
+    "decay_lr": "schedule=constant keeps the learning rate",
+    "start": "prompt",
+    "always_save_checkpoint": "save_interval is the number of steps between checkpoints",
+    "backend": "device=cuda communicates by nccl, device=cpu by gloo",
 }
 
 
@@ -80,115 +74,98 @@ def load(settings_type, argv):
 
     Raises UserError that lists every mistake of the command, one a line.
     """
-    given, errors = _Given(settings_of(settings_type)), []
-    presets, files = _files_in(argv, settings_type, errors)
-    for path in presets:
-        _read_preset(path, given, errors)
-    for arg in argv:
-        if arg.startswith("--"):
-            _read_argument(arg[2:], given, errors)
-    extra = {"presets": tuple(presets), "files": tuple(files), "given": frozenset(given.values)}
-    cfg = _compose(settings_type, given, extra, errors)
-    if errors:
-        raise UserError("\n".join(errors))
+    command = _Command(settings_of(settings_type))
+    command.read(argv, takes_json="files" in {field.name for field in dataclasses.fields(settings_type)})
+    cfg = command.compose(settings_type)
+    if command.errors:
+        raise UserError("\n".join(command.errors))
     return cfg
 
 
-@dataclasses.dataclass
-class _Given:
-    """The values that a command sets; sections with a wrong value are not built."""
+class _Command:
+    """What a command sets, read argument by argument, and its mistakes so far."""
 
-    settings: dict  # {name: (section, field)} of the script
-    values: dict = dataclasses.field(default_factory=dict)
-    wrong_sections: set = dataclasses.field(default_factory=set)
+    def __init__(self, settings):
+        """settings: {name: (section, field)} of the script."""
+        self.settings, self.values, self.errors = settings, {}, []
+        self.presets, self.files = (), ()
+        self.wrong_sections = set()  # not built, so that a wrong value is reported once
 
-    def set(self, name, value, where, errors):
+    def read(self, argv, takes_json=False):
+        """Reads presets first, so that --key=value wins wherever it stands."""
+        words = [arg for arg in argv if not arg.startswith("--")]
+        self.presets = tuple(word for word in words if word.endswith(".py"))
+        self.files = tuple(word for word in words if takes_json and word.endswith(".json"))
+        if others := [word for word in words if word not in self.presets + self.files]:
+            self._refuse_words(others, argv)
+        for path in self.presets:
+            self._read_preset(path)
+        for arg in argv:
+            if arg.startswith("--"):
+                self._read_argument(arg[2:])
+
+    def compose(self, settings_type):
+        """The script's settings; None where values are wrong by themselves or together."""
+        sections = {}
+        for section in _sections(settings_type):
+            own = {name: value for name, value in self.values.items() if self.settings[name][0] == section.name}
+            if section.name not in self.wrong_sections:
+                sections[section.name] = self._build(section.type, own)
+        if None in sections.values() or len(sections) < len(_sections(settings_type)):
+            return None
+        extra = {"presets": self.presets, "files": self.files, "given": frozenset(self.values)}
+        taken = {field.name for field in dataclasses.fields(settings_type)}
+        return self._build(settings_type, sections | {name: extra[name] for name in extra.keys() & taken})
+
+    def _build(self, type_, values):
+        try:
+            return type_(**values)
+        except UserError as error:
+            self.errors.append(str(error))
+            return None
+
+    def _read_preset(self, path):
+        for name, value in _run_preset(path, self.errors).items():
+            if name in self.settings:
+                self._set(name, value, f"{path}: {name}")
+            elif name not in (everywhere := _settings_everywhere()):
+                self.errors.append(f"{path}: {name} is not a setting{_did_you_mean(name, everywhere)}")
+
+    def _read_argument(self, arg):
+        name, equals, text = arg.partition("=")
+        if name in self.settings:
+            type_ = self.settings[name][1].type
+            if equals:
+                self._set(name, _from_text(text, type_), f"--{name}")
+            elif bool in _kinds(type_):
+                self._set(name, True, f"--{name}")  # a bare --profile switches it on
+            else:
+                self.errors.append(f"--{name} has no value; settings are written --{name}=value")
+        elif name in (everywhere := _settings_everywhere()) and name not in NANOGPT_NAMES:
+            hint = _did_you_mean(name, self.settings)
+            self.errors.append(f"--{name} is a setting of {everywhere[name]}, not of this script{hint}")
+        else:
+            self.errors.append(f"--{name} is not a setting{_did_you_mean(name, self.settings)}")
+
+    def _set(self, name, value, where):
         section, field = self.settings[name]
         try:
             self.values[name] = _checked(value, field.type)
         except (TypeError, OverflowError):  # OverflowError: an int beyond the range of floats
             self.wrong_sections.add(section)
             hint = _nearest_choice(value, _choices(field.type)) if isinstance(value, str) else ""
-            errors.append(f"{where} must be {_described(field.type)}, not {value!r}{hint}")
+            self.errors.append(f"{where} must be {_described(field.type)}, not {value!r}{hint}")
 
-
-def _files_in(argv, settings_type, errors):
-    """(presets, .json files) among a command's arguments; anything else without -- is a mistake."""
-    words = [arg for arg in argv if not arg.startswith("--")]
-    takes_json = "files" in {field.name for field in dataclasses.fields(settings_type)}
-    files = [word for word in words if takes_json and word.endswith(".json")]
-    presets = [word for word in words if word.endswith(".py")]
-    if others := [word for word in words if word not in files and word not in presets]:
-        errors.append(_stray_words(others, argv, settings_of(settings_type)))
-    return presets, files
-
-
-def _stray_words(words, argv, settings):
-    shown = " ".join(words[:3]) + (f" and {len(words) - 3} more" if len(words) > 3 else "")
-    what = f"{shown}: neither a preset file (.py) nor --name=value"
-    if "input" not in settings:
-        return f"{what}{_did_you_mean(words[0], _known_presets())}"
-    if len(words) > 1 or any(arg.startswith("--input=") for arg in argv):
-        return f"{what}; name several files by a glob in quotes, as in --input='{_glob_of(words)}'"
-    return f"{what}; name your text by --input={words[0]}"
-
-
-def _glob_of(words):
-    """A glob for files that the shell may have expanded from one: their common folder and ending."""
-    folder = os.path.commonpath([os.path.dirname(word) or "." for word in words])
-    endings = {os.path.splitext(word)[1] for word in words}
-    return os.path.normpath(os.path.join(folder, "*" + (endings.pop() if len(endings) == 1 else "")))
-
-
-def _read_preset(path, given, errors):
-    for name, value in _run_preset(path, errors).items():
-        if name in given.settings:
-            given.set(name, value, f"{path}: {name}", errors)
-        elif name not in (everywhere := _settings_everywhere()):
-            errors.append(f"{path}: {name} is not a setting{_did_you_mean(name, everywhere)}")
-
-
-def _read_argument(arg, given, errors):
-    name, equals, text = arg.partition("=")
-    if name not in given.settings:
-        errors.append(f"--{name} {_not_taken(name, given.settings)}")
-        return
-    type_ = given.settings[name][1].type
-    if equals:
-        given.set(name, _from_text(text, type_), f"--{name}", errors)
-    elif bool in _kinds(type_):
-        given.set(name, True, f"--{name}", errors)  # a bare --profile switches it on
-    else:
-        errors.append(f"--{name} has no value; settings are written --{name}=value")
-
-
-def _not_taken(name, settings):
-    everywhere = _settings_everywhere()
-    if name in everywhere and name not in NANOGPT_NAMES:
-        return f"is a setting of {everywhere[name]}, not of this script{_did_you_mean(name, settings)}"
-    return f"is not a setting{_did_you_mean(name, settings)}"
-
-
-def _compose(settings_type, given, extra, errors):
-    """The script's settings; None, and errors extended, where values don't fit each other."""
-    sections, taken = {}, {field.name for field in dataclasses.fields(settings_type)}
-    for section in _sections(settings_type):
-        own = {name: value for name, value in given.values.items() if given.settings[name][0] == section.name}
-        if section.name not in given.wrong_sections:
-            with _collecting(errors):
-                sections[section.name] = section.type(**own)
-    if len(sections) == len(_sections(settings_type)):
-        with _collecting(errors):
-            return settings_type(**sections, **{name: value for name, value in extra.items() if name in taken})
-    return None
-
-
-@contextlib.contextmanager
-def _collecting(errors):
-    try:
-        yield
-    except UserError as error:
-        errors.append(str(error))
+    def _refuse_words(self, words, argv):
+        more = f" and {len(words) - 3} more" if len(words) > 3 else ""
+        what = f"{' '.join(words[:3])}{more}: neither a preset file (.py) nor --name=value"
+        if "input" not in self.settings:
+            return self.errors.append(what + _did_you_mean(words[0], _known_presets()))
+        self.wrong_sections.add(self.settings["input"][0])
+        if len(words) == 1 and not any(arg.startswith("--input=") for arg in argv):
+            return self.errors.append(f"{what}; name your text by --input={words[0]}")
+        pattern = Path(words[0]).with_name(f"*{Path(words[0]).suffix}")
+        self.errors.append(f"{what}; name several files by a glob in quotes, as in --input='{pattern}'")
 
 
 def preset_value(presets, name):
@@ -220,35 +197,24 @@ def as_preset(cfg):
     return "".join(f"{name} = {value!r}  # {texts[name]}\n" for name, value in as_dict(cfg).items())
 
 
-def help_text(values, settings_type, doc):
-    """Every setting of a script with its value, its comment and its choices, below the script's docstring."""
+def help_text(settings_type, argv, doc):
+    """A script's docstring and its settings: value, comment, choices.
+
+    Values are those of the command's presets and arguments where they are sound, else the defaults.
+    """
+    command = _Command(settings_of(settings_type))
+    command.read([arg for arg in argv if arg not in ("-h", "--help")])
     texts, width = comments(settings_type), min(120, shutil.get_terminal_size((120, 24)).columns)
-    lines = [doc.strip(), "", "Settings, written --name=value or, in a preset file, name = value:"]
-    last = None
-    for name, (section, field) in settings_of(settings_type).items():
+    lines, last = [doc.strip(), "", "Settings, written --name=value or, in a preset file, name = value:"], None
+    for name, (section, field) in command.settings.items():
         if section != last:
             lines.append(f"\n  {section}")
             last = section
-        choices = ", ".join([*_choices(field.type), *["none"] * (types.NoneType in _kinds(field.type))])
-        text = f"{texts[name]} [{choices}]" if _choices(field.type) else texts[name]
-        head = f"--{name}={_text(values[name])}"
-        head, first = (f"{head:<31} ", []) if len(head) < 32 else (" " * 32, [f"    {head}"])
-        lines += first + textwrap.wrap(
-            text, width, initial_indent=f"    {head}", subsequent_indent=" " * 36, break_on_hyphens=False
-        )
+        head = f"    {f'--{name}={_text(command.values.get(name, field.default))}':<31} "
+        choices = _choices(field.type) + ["none"] * (types.NoneType in _kinds(field.type))
+        text = f"{texts[name]} [{', '.join(choices)}]" if _choices(field.type) else texts[name]
+        lines += textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * 36, break_on_hyphens=False)
     return "\n".join(lines)
-
-
-def _values_for_help(settings_type, argv):
-    """{name: value} to show in the help: of the command's presets and arguments where they are sound, else defaults."""
-    given = _Given(settings_of(settings_type))
-    for arg in argv:
-        if not arg.startswith("-") and arg.endswith(".py"):
-            _read_preset(arg, given, [])
-    for arg in argv:
-        if arg.startswith("--"):
-            _read_argument(arg[2:], given, [])
-    return {name: given.values.get(name, field.default) for name, (_, field) in given.settings.items()}
 
 
 def project_files(root=ROOT):
@@ -264,7 +230,7 @@ def run_script(main, settings_type, doc):
     argv = sys.argv[1:]
     try:
         if "-h" in argv or "--help" in argv:
-            print(help_text(_values_for_help(settings_type, argv), settings_type, doc))
+            print(help_text(settings_type, argv, doc))
         else:
             main(load(settings_type, argv))
     except KeyboardInterrupt:
@@ -395,13 +361,11 @@ def _nearest_choice(text, choices):
 
 
 def _did_you_mean(name, names):
-    ours, meaning = NANOGPT_NAMES.get(name, (None, ""))
-    close = [ours] if ours in names else difflib.get_close_matches(name.lower(), list(names), 1, cutoff=0.7)
-    if not close:
-        return ""
-    return f"; did you mean {close[0]}?" + (
-        f" {meaning[0].upper()}{meaning[1:]}" if close == [ours] and meaning else ""
-    )
+    hint = NANOGPT_NAMES.get(name, "")
+    if re.split(r"\W", hint)[0] in names:
+        return f"; {hint}" if " " in hint else f"; did you mean {hint}?"
+    close = difflib.get_close_matches(name.lower(), list(names), 1, cutoff=0.7)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 # ---- the classes
