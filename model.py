@@ -34,9 +34,9 @@ TRAINING_ONLY = {"dropout", "label_smoothing", "z_loss"}  # settings that weight
 
 @dataclass(frozen=True)
 class ModelConfig:
-    objective: Literal[*OBJECTIVES] = "clm"  # clm: predict the next token, GPT; mlm: masked tokens, BERT
-    vocab_size: int | None = None  # tokens in the vocabulary, without padding; none: the data's
-    block_size: int = 1024  # context: longest sequence, in tokens
+    objective: Literal["clm", "mlm"] = "clm"  # clm: the next token, seeing those before; mlm: masked ones, seeing all
+    vocab_size: int | None = None  # number of token ids, without padding; none: the data's
+    block_size: int = 1024  # longest sequence, in tokens
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads
     n_kv_head: int | None = None  # heads of keys and values, each shared by a group of queries; none: n_head

@@ -4,7 +4,7 @@
     python prepare.py config/quickstart.py
     python prepare.py --dataset=fineweb10b --max_shards=10
 
-Input is a file, folder, glob or URL of .txt, .jsonl, .jsonl.gz or .parquet; any other file is read as text.
+Input is a file, folder, glob (in quotes) or URL of .txt, .jsonl, .jsonl.gz or .parquet; other files are read as text.
 """
 
 import collections
@@ -29,24 +29,26 @@ import numpy as np
 
 from config import UserError, as_dict, only, run_script
 from data import DataConfig, ShardWriter, is_own_shard, open_shard, read_meta, sha256
-from text.corpus import Corpus
+from text.corpus import DATASETS, Corpus
 from text.tokenizer import END_OF_TEXT, SMALLEST_BPE, load_tokenizer, train_bpe
 
-TASK_BYTES = 1 << 20  # bytes of text per task of a worker
-BPE_BYTES = 200 << 20  # most bytes of text to learn a BPE from
+TASK_BYTES = 1 << 20  # text per task of a worker
+BPE_BYTES = 200 << 20  # most text to train a BPE on
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    dataset: Literal["stdlib", "shakespeare", "fineweb10b"] | None = None  # corpus by name, in place of input
-    input: str | None = None  # file, folder, quoted glob or URL of text; for fineweb10b, a local folder of its shards
-    text_field: str = "text"  # field of .jsonl objects, column of .parquet files
-    doc_separator: str | None = None  # text between the documents of a .txt file; none: a file is one document
-    tokenizer: str = "gpt2"  # byte, bpe (learned from the text), a tiktoken name, or a file: tokenizer.json, vocab.txt
-    bpe_vocab_size: int = 4096  # vocabulary size of bpe, special tokens included
-    val_fraction: float = 0.01  # share of documents for validation, by hash; for a single document, its tail
-    shard_tokens: int = 100_000_000  # tokens per shard
-    max_shards: int | None = None  # training shards of fineweb10b to fetch, of 103; none: all
+    dataset: Literal[*DATASETS, "fineweb10b"] | None = None  # corpus by name, in place of input
+    input: str | None = None  # files, folder, glob (in quotes) or URL of text; fineweb10b: a local folder of its shards
+    text_field: str = "text"  # text's field in .jsonl objects, its column in .parquet files
+    doc_separator: str | None = None  # text between the documents of a .txt file; none: each file is one document
+    tokenizer: str = (
+        "gpt2"  # byte, bpe (trained on the corpus), a tiktoken name, or the path of tokenizer.json, vocab.txt
+    )
+    bpe_vocab_size: int = 4096  # vocabulary size of tokenizer bpe, special tokens included
+    val_fraction: float = 0.01  # validation share of the documents, chosen by hash; a single document gives its tail
+    shard_tokens: int = 100_000_000  # tokens per shard file
+    max_shards: int | None = None  # training shards of fineweb10b to download; none: all 103
     workers: int | None = None  # processes; none: one per core
 
     def __post_init__(self):
@@ -57,11 +59,14 @@ class PrepareConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 wrong.append(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.input is None and self.dataset is None:
-            wrong.append("neither input nor dataset is set; name your text with --input=, or a corpus with --dataset=")
-        if self.input is not None and self.dataset in ("stdlib", "shakespeare"):
+            wrong.append(
+                f"neither input nor dataset is set; name your text by --input=FILE, or a corpus by --dataset=, one of "
+                f"{', '.join(DATASETS)}, fineweb10b"
+            )
+        if self.input is not None and self.dataset in DATASETS:
             wrong.append(f"input {self.input} and dataset {self.dataset} are both set; give one")
         if self.dataset == "fineweb10b" and self.tokenizer != "gpt2":
-            wrong.append(f"tokenizer is {self.tokenizer}, but dataset fineweb10b comes in tokens of gpt2; leave it out")
+            wrong.append(f"tokenizer is {self.tokenizer}, but dataset fineweb10b is in gpt2 tokens; leave it out")
         if not SMALLEST_BPE <= self.bpe_vocab_size <= 2**24:
             wrong.append(f"bpe_vocab_size is {self.bpe_vocab_size}; it must be {SMALLEST_BPE} to {2**24}")
         if wrong:
@@ -79,7 +84,7 @@ def main(cfg):
     folder = Path(cfg.data.data_dir or default_folder(cfg.prepare))
     if cfg.prepare.dataset == "fineweb10b":
         return fetch_fineweb(cfg.prepare, folder)
-    # The settings that the tokens depend on, by which a finished folder is recognized.
+    # settings that the tokens depend on, by which a finished folder is recognised
     settings = {k: v for k, v in as_dict(cfg).items() if k not in ("data_dir", "workers", "max_shards")}
     if meta := read_meta(folder):
         if meta.get("settings") != settings:
@@ -101,7 +106,7 @@ def main(cfg):
 
 
 def default_folder(cfg):
-    """data/ and the corpus's name: the dataset, or the last part of input without a glob."""
+    """data/ and the corpus's name: the dataset's, or the last part of input that is no glob."""
     parts = [part for part in Path(cfg.input or "").parts if not glob.has_magic(part)]
     return Path("data", cfg.dataset or (Path(parts[-1]).stem.strip("./") if parts else "") or "text")
 
@@ -110,10 +115,10 @@ def default_folder(cfg):
 
 
 def make_tokenizer(cfg, corpus, folder):
-    """Learns, copies or checks the tokenizer; returns its name or path for load_tokenizer."""
+    """Trains, copies or checks the tokenizer; returns its name or path for load_tokenizer."""
     saved = folder / "tokenizer.json"
     if cfg.tokenizer == "bpe":
-        print(f"learning a BPE of {cfg.bpe_vocab_size} tokens", flush=True)
+        print(f"training a BPE with a vocabulary of {cfg.bpe_vocab_size}", flush=True)
         train_bpe(_texts(corpus), cfg.bpe_vocab_size, saved)
         return str(saved)
     tokenizer = load_tokenizer(cfg.tokenizer)
@@ -138,7 +143,7 @@ def tokenize(corpus, tokenizer_name, cfg, folder):
     tokenizer = load_tokenizer(tokenizer_name)
     if tokenizer.eot is None:
         raise UserError(
-            f"the tokenizer {cfg.tokenizer} has no special token to end documents with, only "
+            f"the tokenizer {cfg.tokenizer} has no end-of-text token; its special tokens are "
             f"{', '.join(tokenizer.specials) or 'none'}; use one that has {', '.join(END_OF_TEXT[:3])} or the like"
         )
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
@@ -152,7 +157,7 @@ def tokenize(corpus, tokenizer_name, cfg, folder):
     for split, count in counts.items():
         if not count["tokens"]:
             raise UserError(
-                f"no document fell into the {split} split, of {sum(c['documents'] for c in counts.values()):,}; "
+                f"none of {sum(c['documents'] for c in counts.values()):,} documents fell into the {split} split; "
                 f"change --val_fraction={cfg.val_fraction}"
             )
     meta = {
@@ -161,7 +166,7 @@ def tokenize(corpus, tokenizer_name, cfg, folder):
         "tokenizer": tokenizer_name,
         "notes": notes,
     }
-    if tokenizer_name.endswith(".json"):  # make_tokenizer has copied it into the folder
+    if tokenizer_name.endswith(".json"):  # make_tokenizer has put it beside the shards
         meta |= {"tokenizer": "tokenizer.json", "tokenizer_sha256": sha256(tokenizer_name)}
     meta["splits"] = {split: dict(counts[split]) | {"shards": writers[split].finish()} for split in writers}
     if len(tokenizer.continuations):
@@ -170,19 +175,19 @@ def tokenize(corpus, tokenizer_name, cfg, folder):
 
 
 def encoded(corpus, tokenizer_name, dtype, workers):
-    """Yields _encode's results for the corpus, in order, from several processes, with a progress bar."""
+    """Yields the results of _encode over the corpus, in order, by several processes and with a progress bar."""
     try:
         from tqdm import tqdm
     except ImportError as error:
         raise UserError("prepare.py needs tqdm; install it with: pip install tqdm") from error
-    workers = min(workers or os.cpu_count(), 4 * os.cpu_count())  # more processes would only cost memory
-    # fork, where it is safe: other ways import everything again in each process.
+    workers = min(workers or os.cpu_count(), 4 * os.cpu_count())  # more would only cost memory
+    # fork where it is safe; spawn imports everything anew in each process, which takes seconds
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with (
         ProcessPoolExecutor(workers, context, _end_with_parent) as pool,
         tqdm(total=corpus.bytes, unit="B", unit_scale=True, disable=None) as progress,
     ):
-        pending = collections.deque()  # bounded, and so is memory
+        pending = collections.deque()  # its length is bounded, and so is memory
         for group in itertools.chain(_grouped(corpus.pieces()), [None] * (2 * workers + 1)):
             if group is not None:
                 pending.append(pool.submit(_encode, group, tokenizer_name, dtype))
@@ -205,11 +210,11 @@ def _grouped(pieces):
         yield group
 
 
-_loaded_once = functools.cache(load_tokenizer)  # in each worker
+_loaded_once = functools.cache(load_tokenizer)  # once per worker
 
 
 def _end_with_parent():
-    """Ends a worker when its parent ends, even by a kill; otherwise it would wait for work for ever."""
+    """Ends a worker when its parent ends or is killed; it would wait for work for ever."""
 
     def watch():
         multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
@@ -219,7 +224,7 @@ def _end_with_parent():
 
 
 def _encode(group, tokenizer_name, dtype):
-    """[(split, tokens, documents, bytes, pieces with bad UTF-8)] of a group of pieces."""
+    """A group of pieces as [(split, tokens, documents, bytes, pieces with bad UTF-8)]."""
     tokenizer = _loaded_once(tokenizer_name)
     results = []
     for split, pieces in itertools.groupby(group, key=lambda piece: piece[0]):
@@ -242,7 +247,7 @@ def _encode(group, tokenizer_name, dtype):
 
 
 def clear_unfinished(folder):
-    """Removes an interrupted prepare's files; refuses a folder with other token files."""
+    """Removes the files of an interrupted prepare; refuses a folder with other token files."""
     make_folder(folder)
     named = re.compile(r"(train|val)_\d{6}\.bin")
     leftovers = [
@@ -266,7 +271,7 @@ def make_folder(folder):
 
 
 def write_meta(folder, meta):
-    """Writes meta.json whole, as the last file: without it data is unfinished."""
+    """Writes meta.json last and atomically: data without it is unfinished."""
     partial = folder / "meta.json.part"
     lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in meta.items()]
     partial.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
@@ -276,7 +281,7 @@ def write_meta(folder, meta):
 def summary(meta):
     """A table of the splits."""
     lines = [
-        f"tokenizer {meta['tokenizer']}, vocabulary {meta['vocab_size']:,}",
+        f"tokenizer {meta['tokenizer']}, vocabulary of {meta['vocab_size']:,}",
         f"{'split':<8}{'documents':>12}{'tokens':>16}{'bytes':>17}{'bytes/token':>15}{'shards':>8}",
     ]
     for split, s in meta["splits"].items():
@@ -289,7 +294,7 @@ def summary(meta):
 
 
 def fetch_fineweb(cfg, folder):
-    """Fetches FineWeb-10B in GPT-2 tokens, llm.c's shards, from the hub or a local folder."""
+    """Downloads FineWeb-10B in GPT-2 tokens, llm.c's shards, from the hub, or copies it from a local folder."""
     names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, 1 + (cfg.max_shards or 103))]
     make_folder(folder)
     if others := [path.name for path in folder.glob("*.bin") if not path.name.startswith("fineweb_")]:
@@ -335,8 +340,8 @@ def _fetch(name, source, folder):
         huggingface_hub.hf_hub_download("kjj0/fineweb10B-gpt2", name, repo_type="dataset", local_dir=folder)
     except (OSError, huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError) as error:
         raise UserError(
-            f"the Hugging Face hub did not give {name} ({type(error).__name__}); with a network, try again; "
-            f"without one, give a folder of the shards with --input="
+            f"{name} could not be downloaded from the Hugging Face hub ({type(error).__name__}); try again, or, "
+            f"without a network, name a folder of the shards by --input="
         ) from error
 
 
