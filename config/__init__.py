@@ -1,4 +1,4 @@
-"""Settings: class defaults < preset files, left to right < --key=value.
+"""How settings reach a script: class defaults < preset files, left to right < --key=value.
 
 Each file of the project declares its settings in a frozen dataclass whose name ends in `Config`; each field's trailing
 comment is its help text. A script composes the classes it needs and reads them as cfg.model.n_layer:
@@ -16,7 +16,6 @@ its __post_init__ raises a UserError, a line for each mistake.
 """
 
 import ast
-import contextlib
 import dataclasses
 import difflib
 import functools
