@@ -1,28 +1,28 @@
 # make         sets up, prepares the quickstart's text, trains its model in about 3 minutes, prints samples
-# make bert    the same for a masked model: trains it in about 3 minutes, prints what it fills a gap with
+# make bert    the same for a masked model, in about 3 minutes; prints its guesses for a gap
 # make test    sets up and runs the tests; make test-slow runs the long ones
 # make setup   creates .venv and installs what requirements.txt pins
 
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: quickstart bert ending setup test test-slow clean
+.PHONY: quickstart bert setup test test-slow clean
 quickstart: setup
 	$(RUN) prepare.py config/quickstart.py
 	$(RUN) train.py config/quickstart.py
 	$(RUN) sample.py config/quickstart.py --prompt="def main(" --num_samples=3 --max_new_tokens=128
-	@$(MAKE) -s ending RUN_DIR=out/quickstart GOAL=make
+	@$(call last_line,quickstart)
 
 bert: setup
 	$(RUN) prepare.py config/quickstart_bert.py
 	$(RUN) train.py config/quickstart_bert.py
 	$(RUN) sample.py --out_dir=out/quickstart_bert --prompt="for i in [MASK](10):"
-	@$(MAKE) -s ending RUN_DIR=out/quickstart_bert GOAL="make bert"
+	@$(call last_line,quickstart_bert)
 
-ending:
-	@echo "loss curves: $(RUN_DIR)/curves.png   checkpoints: $(RUN_DIR)/ckpt/"
-	@[ -e $(RUN_DIR)/finished ] || \
-	  echo "the model is unfinished, since this machine needs more than max_minutes; to train on: $(GOAL), again"
+# train.py writes the file `finished`; without it, max_minutes has ended the run early
+last_line = test -e out/$(1)/finished \
+  && echo "loss curves: out/$(1)/curves.png   checkpoints: out/$(1)/ckpt/" \
+  || echo "the model is unfinished: training stopped after the preset's max_minutes; make $@ continues it"
 
 setup: .venv/installed
 
