@@ -131,7 +131,7 @@ def rising(sizes, measured, work_of, world, seconds, left_out, name):
     measured(size): (figure, seconds of one run). work_of(size) is proportional to those seconds. Sizes too slow for the
     time that is left are added to left_out by name.
     """
-    found, start = {}, time.perf_counter()
+    found, start, one_run = {}, time.perf_counter(), 0.0
     for i, size in enumerate(sizes):
         if found:
             expected = 2 * one_run * work_of(size) / work_of(sizes[i - 1])  # a run, and its preparation
@@ -433,7 +433,10 @@ def table(figures):
     named = [("matmuls, TFLOP/s by width", rates["matmul_tflops"])]
     named += [("attention, TFLOP/s by seq_len", rates["attention_tflops"])]
     named += [(f"{kind} block, GB/s by width", by_width) for kind, by_width in rates["memory_gb_per_s"].items()]
-    named += [("head and loss, TFLOP/s by width", rates["head_tflops"]), ("Muon, TFLOP/s by width", rates["muon_tflops"])]
+    named += [
+        ("head and loss, TFLOP/s by width", rates["head_tflops"]),
+        ("Muon, TFLOP/s by width", rates["muon_tflops"]),
+    ]
     named += [("overhead of a block, ms", rates["overhead_ms"])]
     for name, by_size in named:
         yield f"           {name:<32}{', '.join(f'{size}: {rate:.3g}' for size, rate in by_size.items())}"

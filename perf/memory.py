@@ -64,7 +64,9 @@ def memory(cfg, s):
 def optimizer_bytes(cfg, s, n):
     """Bytes of the optimizer's state on a rank, for n parameters before sharding."""
     each = OPTIMIZER_BYTES[s.optimizer] if s.optimizer_bytes is None else s.optimizer_bytes
-    unused = 4 * cfg.n_layer * block_weights(cfg) / s.tp if s.optimizer == "muon" else 0  # one state per matrix, not two
+    unused = (
+        4 * cfg.n_layer * block_weights(cfg) / s.tp if s.optimizer == "muon" else 0
+    )  # one state per matrix, not two
     return (n * each - unused) / s.shards
 
 
