@@ -14,34 +14,18 @@ import torch
 import torch.distributed as dist
 
 from data import Loader, Split, TrainOrder
-from model import Block, ModelConfig
 from objective import NextToken
-from ops import Linear, attend, linear_cross_entropy, rope_table
-from optim import OptimConfig, build_optimizer
-from perf import cost
-from perf.hardware import between, known_device
+from perf.hardware import known_device
+from perf.meters import rising, timed
+from perf.rates import training_rates
 from world import device_name, memory_bytes
 
-# Sizes by device type: of matrices, messages in bytes, blocks, and the sequences of a block.
+# Sizes by device type: of matrices, and of messages in bytes.
 SIZES = {
-    "cpu": {
-        "matmuls": (256, 512, 1024, 2048), "messages": (2**16, 2**20, 2**24, 2**26),
-        "widths": (128, 256, 512, 1024), "lengths": (64, 512, 1024), "rows": 1024, "vocab_size": 16384,
-    },
-    "cuda": {
-        "matmuls": (1024, 2048, 4096, 8192, 16384), "messages": (2**20, 2**24, 2**28, 2**30),
-        "widths": (256, 1024, 2048, 4096), "lengths": (256, 1024, 4096), "rows": 16384, "vocab_size": 32768,
-    },
-}  # fmt: skip
-# Seconds to spend on each: a size that would take longer is left out.
-SECONDS = {"matmuls": 3.0, "collectives": 3.0, "disk": 4.0, "rates": 15.0}
-HEAD_WIDTH, BLOCK_LENGTH = 64, 128
-# Blocks whose element-wise work differs. What is measured of one width and kind stands for others like it.
-KINDS = {
-    "plain": {},
-    "modern": {"norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True, "position": "rope", "bias": False},
-    "dropout": {"dropout": 0.1},
+    "cpu": {"matmuls": (256, 512, 1024, 2048), "messages": (2**16, 2**20, 2**24, 2**26)},
+    "cuda": {"matmuls": (1024, 2048, 4096, 8192, 16384), "messages": (2**20, 2**24, 2**28, 2**30)},
 }
+SECONDS = {"matmuls": 3.0, "collectives": 3.0, "disk": 4.0}  # to spend on each dtype, collective, disk
 LOADER_SECONDS = 0.2  # for each reading, which must not reach the end of the file
 COPIED, SHARD_TOKENS, CHECKPOINT_BYTES = 2**29, 2**25, 2**28
 
@@ -90,56 +74,6 @@ def driver():
         return pynvml.nvmlSystemGetDriverVersion()
     except pynvml.NVMLError:
         return None
-
-
-# ---- timing
-
-
-def timed(work, world, seconds=0.15, repeats=None):
-    """[median, least, most] seconds of work()."""
-    return timed_in_turn([work], world, seconds, repeats)[0]
-
-
-def timed_in_turn(works, world, seconds=0.15, repeats=None):
-    """[median, least, most] seconds of each work(), called in turn, so that a busy moment slows all of them.
-
-    The first round warms up and is not counted, unless it alone takes three times the seconds. repeats: rounds to time;
-    None: at least 3 and as many as fit into the seconds.
-    """
-
-    def once(work, n_calls=1):
-        world.synchronize()
-        start = time.perf_counter()
-        for _ in range(n_calls):
-            work()
-        world.synchronize()
-        return (time.perf_counter() - start) / n_calls
-
-    start = time.perf_counter()
-    rounds, first = [], [once(work) for work in works]
-    n_calls = 10 if world.device.type != "cpu" and sum(first) < seconds / 10 else 1  # hides the time of giving work
-    while len(rounds) < repeats if repeats else len(rounds) < 3 or time.perf_counter() - start < seconds:
-        if repeats is None and time.perf_counter() - start >= 3 * seconds:
-            break
-        rounds.append([once(work, n_calls) for work in works])
-    return [[statistics.median(times), min(times), max(times)] for times in zip(*rounds or [first])]
-
-
-def rising(sizes, measured, work_of, world, seconds, left_out, name):
-    """{size: figure} for rising sizes, as far as the seconds last on the slowest rank.
-
-    measured(size): (figure, seconds of one run). work_of(size) is proportional to those seconds. Sizes too slow for the
-    time that is left are added to left_out by name.
-    """
-    found, start, one_run = {}, time.perf_counter(), 0.0
-    for i, size in enumerate(sizes):
-        if found:
-            expected = 2 * one_run * work_of(size) / work_of(sizes[i - 1])  # a run, and its preparation
-            if world.worst(time.perf_counter() - start + expected) > seconds:
-                left_out += [name.format(larger) for larger in sizes[i:]]
-                break
-        found[size], one_run = measured(size)
-    return found
 
 
 def rate(amount, seconds):
@@ -285,117 +219,6 @@ def loader_speed(folder, path, world, seq_len=1024, micro_batch_size=16):
         loader.close()
         found[kind].append(steps * micro_batch_size * seq_len / elapsed)
     return {kind: [statistics.median(rates), min(rates), max(rates)] for kind, rates in found.items()}
-
-
-# ---- the rates of training
-
-
-def training_rates(world, left_out):
-    """Rates of forward and backward in the run's precision, by which cost.step_seconds predicts a step.
-
-    {matmul_tflops: {width}, attention_tflops: {seq_len}, memory_gb_per_s: {kind: {width}}, head_tflops: {width},
-    muon_tflops: {width}, overhead_ms: {kind}}. Matmuls are the linear layers of a block. Memory is the time of a whole
-    block minus its matmuls, attention and overhead, relative to the bytes that cost.work counts.
-    """
-    rows, vocab_size = sizes_of(world, "rows"), sizes_of(world, "vocab_size")
-    seconds = SECONDS["rates"] / 3
-
-    def forward_backward(function, *inputs):
-        """A function that runs function(*inputs) and its backward."""
-        wanted = [*inputs, *(function.parameters() if isinstance(function, torch.nn.Module) else ())]
-
-        def work():
-            with world.autocast():
-                output = function(*inputs)
-            torch.autograd.grad(output, wanted, torch.ones_like(output))
-
-        return work
-
-    def random(*shape, dtype=torch.float32):
-        return torch.randn(shape, device=world.device, dtype=dtype).mul_(0.02).requires_grad_()
-
-    def block(kind, width, seq_len, batch):
-        """(work of a block, its model, its Setup)."""
-        cfg = ModelConfig(n_embd=width, n_head=max(1, width // HEAD_WIDTH), n_layer=1, vocab_size=64, **KINDS[kind])
-        with world.device:
-            layer = Block(cfg)
-        rope = None
-        if cfg.position == "rope":
-            rope = rope_table(torch.arange(seq_len, device=world.device), cfg.head_width, cfg.rope_theta)
-        setup = cost.Setup(seq_len, batch, precision=world.precision, on_cpu=world.device.type == "cpu", head_share=0)
-        x, params = random(batch, seq_len, width), list(layer.parameters())
-
-        def work():
-            with world.autocast():
-                y = layer(x, rope)
-            torch.autograd.grad(y, [x, *params], torch.ones_like(y))
-
-        return work, layer, cost.work(cfg, setup)
-
-    def attention(seq_len):
-        n_heads = 8
-        batch, dtype = max(1, rows // seq_len), world.dtype
-        q, k, v = (random(batch, seq_len, n_heads, HEAD_WIDTH, dtype=dtype) for _ in range(3))
-
-        def attended(*heads):
-            return attend(*(x.transpose(1, 2) for x in heads), causal=True).transpose(1, 2).flatten(2)
-
-        cfg = ModelConfig(n_embd=n_heads * HEAD_WIDTH, n_head=n_heads, n_layer=1)
-        setup = cost.Setup(seq_len, batch, precision=world.precision, on_cpu=world.device.type == "cpu")
-        seconds = timed(forward_backward(attended, q, k, v), world)[0]
-        return cost.work(cfg, setup).attention / 1e12 / seconds, seconds
-
-    def of_blocks(width):
-        """(matmuls' TFLOP/s, {kind: (seconds of a block, its work)}) at a width."""
-        blocks = {kind: block(kind, width, BLOCK_LENGTH, rows // BLOCK_LENGTH) for kind in KINDS}
-        linears = [layer for layer in blocks["plain"][1].modules() if isinstance(layer, Linear)]
-        works = [forward_backward(layer, random(rows, layer.in_features)) for layer in linears]
-        matmul, *times = timed_in_turn(
-            [lambda: [work() for work in works], *(work for work, *_ in blocks.values())], world, seconds / 8
-        )
-        tflops = blocks["plain"][2].matmuls / 1e12 / matmul[0]
-        return (tflops, {kind: t[0] for kind, t in zip(blocks, times)}), sum(t[0] for t in (matmul, *times))
-
-    def of_loss(width):
-        h, ids = random(rows, width), torch.randint(vocab_size, (rows,), device=world.device)
-        weight = random(vocab_size, width)
-        work = forward_backward(lambda h, w: linear_cross_entropy(h, w, ids, vocab_size), h, weight)
-        seconds = timed(work, world)[0]
-        return 6e-12 * rows * vocab_size * width / seconds, seconds
-
-    def muon(width):
-        with world.device:
-            model = torch.nn.Module()
-            model.blocks = torch.nn.ModuleList(Linear(width, width, bias=False) for _ in range(4))
-        for p in model.parameters():
-            p.grad = torch.full_like(p, 1e-3)
-        optimizer = build_optimizer(model, OptimConfig(optimizer="muon"))
-        seconds = timed(optimizer.step, world)[0]
-        return 4 * 30 * width**3 / 1e12 / seconds, seconds
-
-    def climbing(what, sizes, measured, work_of):
-        return rising(sizes, measured, work_of, world, seconds, left_out, f"{what} {{}}")
-
-    overhead = {kind: timed(block(kind, HEAD_WIDTH // 8, 2, 1)[0], world)[0] for kind in KINDS}
-    widths, lengths = sizes_of(world, "widths"), sizes_of(world, "lengths")
-    attention_tflops = climbing("attention over tokens", lengths, attention, lambda n: n)
-    blocks = climbing("blocks of width", widths, of_blocks, lambda n: n * n)
-    matmul_tflops = {width: tflops for width, (tflops, _) in blocks.items()}
-    memory = {kind: {} for kind in KINDS}
-    for width, (tflops, seconds_of) in blocks.items():
-        for kind, block_s in seconds_of.items():
-            work = block(kind, width, BLOCK_LENGTH, rows // BLOCK_LENGTH)[2]
-            others = work.matmuls / tflops + work.attention / between(attention_tflops, BLOCK_LENGTH)
-            rest = block_s - others / 1e12 - overhead[kind]
-            memory[kind][width] = work.elementwise_bytes / 1e9 / max(rest, 0.05 * block_s)
-    return {
-        "matmul_tflops": matmul_tflops,
-        "attention_tflops": attention_tflops,
-        "memory_gb_per_s": memory,
-        "head_tflops": climbing("the loss at width", widths, of_loss, lambda n: n),
-        "muon_tflops": climbing("Muon at width", widths, muon, lambda n: n**3),
-        "overhead_ms": {kind: 1e3 * seconds for kind, seconds in overhead.items()},
-    }
 
 
 # ---- for people

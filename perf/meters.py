@@ -1,4 +1,4 @@
-"""A step's time, memory and energy, measured by phase and by category."""
+"""Measuring time, memory and energy: of functions, and of a training step by phase and category."""
 
 import contextlib
 import itertools
@@ -45,6 +45,56 @@ class PhaseTimer:
             yield
             self.world.synchronize()
         self.seconds[name] += time.perf_counter() - start
+
+
+# ---- timing
+
+
+def timed(work, world, seconds=0.15, repeats=None):
+    """[median, least, most] seconds of work()."""
+    return timed_in_turn([work], world, seconds, repeats)[0]
+
+
+def timed_in_turn(works, world, seconds=0.15, repeats=None):
+    """[median, least, most] seconds of each work(), called in turn, so that a busy moment slows all of them.
+
+    The first round warms up and is not counted, unless it alone takes three times the seconds. repeats: rounds to time;
+    None: at least 3 and as many as fit into the seconds.
+    """
+
+    def once(work, n_calls=1):
+        world.synchronize()
+        start = time.perf_counter()
+        for _ in range(n_calls):
+            work()
+        world.synchronize()
+        return (time.perf_counter() - start) / n_calls
+
+    start = time.perf_counter()
+    rounds, first = [], [once(work) for work in works]
+    n_calls = 10 if world.device.type != "cpu" and sum(first) < seconds / 10 else 1  # hides the time of giving work
+    while len(rounds) < repeats if repeats else len(rounds) < 3 or time.perf_counter() - start < seconds:
+        if repeats is None and time.perf_counter() - start >= 3 * seconds:
+            break
+        rounds.append([once(work, n_calls) for work in works])
+    return [[statistics.median(times), min(times), max(times)] for times in zip(*rounds or [first])]
+
+
+def rising(sizes, measured, work_of, world, seconds, left_out, name):
+    """{size: figure} for rising sizes, as far as the seconds last on the slowest rank.
+
+    measured(size): (figure, seconds of one run). work_of(size) is proportional to those seconds. Sizes too slow for the
+    time that is left are added to left_out by name.
+    """
+    found, start, one_run = {}, time.perf_counter(), 0.0
+    for i, size in enumerate(sizes):
+        if found:
+            expected = 2 * one_run * work_of(size) / work_of(sizes[i - 1])  # a run, and its preparation
+            if world.worst(time.perf_counter() - start + expected) > seconds:
+                left_out += [name.format(larger) for larger in sizes[i:]]
+                break
+        found[size], one_run = measured(size)
+    return found
 
 
 # ---- traces
