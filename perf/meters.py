@@ -89,7 +89,7 @@ def rising(sizes, measured, work_of, world, seconds, left_out, name):
     found, start, one_run = {}, time.perf_counter(), 0.0
     for i, size in enumerate(sizes):
         if found:
-            expected = 2 * one_run * work_of(size) / work_of(sizes[i - 1])  # a run, and its preparation
+            expected = 1.5 * one_run * work_of(size) / work_of(sizes[i - 1])  # a run, and its preparation
             if world.worst(time.perf_counter() - start + expected) > seconds:
                 left_out += [name.format(larger) for larger in sizes[i:]]
                 break

@@ -99,7 +99,7 @@ def block_seconds(world, rows, width):
     linears = [layer for layer in blocks["plain"].block.modules() if isinstance(layer, Linear)]
     matmuls = [forward_backward(layer, world, random(world, rows, layer.in_features)) for layer in linears]
     works = [lambda: [work() for work in matmuls], *(block.work for block in blocks.values())]
-    matmul_s, *seconds = (median for median, *_ in timed_in_turn(works, world, SECONDS / 8))
+    matmul_s, *seconds = (median for median, *_ in timed_in_turn(works, world, 0.5))
     flops = 6 * rows * sum(layer.weight.numel() for layer in linears)
     by_kind = {kind: (s, block.counted) for (kind, block), s in zip(blocks.items(), seconds)}
     return (flops / 1e12 / matmul_s, by_kind), matmul_s + sum(seconds)
