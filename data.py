@@ -36,13 +36,10 @@ class DataConfig:
     eval_tokens: int = 10_485_760  # tokens of the validation split to evaluate on, at most
 
     def __post_init__(self):
-        wrong = [
-            f"{name} is {getattr(self, name)}; it must be at least 1"
-            for name in ("seq_len", "batch_tokens", "micro_batch_size", "eval_tokens")
-            if getattr(self, name) is not None and getattr(self, name) < 1
-        ]
-        if wrong:
-            raise UserError("\n".join(wrong))
+        names = ("seq_len", "batch_tokens", "micro_batch_size", "eval_tokens")
+        too_small = [name for name in names if getattr(self, name) is not None and getattr(self, name) < 1]
+        if too_small:
+            raise UserError("\n".join(f"{name} is {getattr(self, name)}; it must be at least 1" for name in too_small))
 
 
 def seq_len_of(cfg):

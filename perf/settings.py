@@ -12,9 +12,7 @@ GPT2_VOCAB_SIZE = 50257
 
 @dataclass(frozen=True)
 class OutputConfig:
-    json: bool | str = (
-        False  # print the figures as one JSON object on the last line, or write them to the file of this name
-    )
+    json: bool | str = False  # print the figures as a JSON object on the last line, or write them to this file
     compare: bool = False  # plan.py: a row for each known GPU; bench.py: two of its JSON files side by side
 
     def __post_init__(self):
