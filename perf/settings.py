@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass, replace
 
 from config import UserError
+from data import prepare_command
 from perf.hardware import Names
 
 GPT2_VOCAB_SIZE = 50257
@@ -49,8 +50,13 @@ def read_json(path, made_by):
 
 def with_default_vocab(cfg):
     """(settings, note): GPT-2's vocabulary size where nothing gives one. The note says so, or is None."""
-    if cfg.model.vocab_size or cfg.data.data_dir or cfg.run.init_from:
+    data_dir = cfg.data.data_dir
+    if cfg.model.vocab_size or cfg.run.init_from or (data_dir and os.path.isdir(data_dir)):
         return cfg, None
+    if data_dir:
+        raise UserError(
+            f"vocab_size is none and data_dir {data_dir} does not exist; make it: {prepare_command(cfg)}, or give --vocab_size"
+        )
     note = f"vocabulary {GPT2_VOCAB_SIZE:,} tokens, GPT-2's, as neither vocab_size nor data_dir is set"
     return replace(cfg, model=replace(cfg.model, vocab_size=GPT2_VOCAB_SIZE)), note
 

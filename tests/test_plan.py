@@ -251,11 +251,11 @@ def test_wrong_input_is_one_line(args, message, tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_a_batch_that_the_gpus_do_not_divide_is_planned_as_the_nearest_one(args, note, run):
     out = run(*args)
-    assert f"batch      {note}" in out
+    assert f"\nbatch      {note}" in out
     batch = int(note.split()[0].partition("=")[2])
     f = json.loads(run(*args, "--json").splitlines()[-1])
     assert f["batch_tokens"] == batch and f["tokens"] % batch == 0
-    assert "batch      " not in run(*args, *note.split(":")[0].split())  # those settings divide
+    assert "\nbatch      " not in run(*args, *note.split(":")[0].split())  # those settings divide
 
 
 def test_without_vocabulary_and_data_it_is_gpt2s_and_the_plan_says_so(run):
