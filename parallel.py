@@ -109,9 +109,7 @@ def distribute(model, cfg, world, seed):
         recompute_blocks(model, "selective")
     if cfg.compile or (cfg.compile is None and world.device.type == "cuda"):
         compile_blocks(model, world)
-    if (
-        cfg.activation_checkpointing == "full"
-    ):  # after compile: compiled with the block it fails under tensor parallelism
+    if cfg.activation_checkpointing == "full":  # after compile: compiled with the block, it fails under tp
         recompute_blocks(model, "full")
     if is_sharded:  # tensor parallelism with ddp, too, with shards of one rank: DDP itself takes no DTensors
         fully_shard_model(model, cfg, world)
@@ -346,7 +344,7 @@ def on_whole_matrices(function, parts, params, mesh):
     for name, dim in sharded_dim.items():
         if mesh[name].size() == 1:
             continue
-        shape = [len(stack), *param.shape]  # of the stack before it is sharded over this dimension of the mesh
+        shape = [len(stack), *param.shape]  # before this dimension of the mesh shards it
         if name != "tp" and sharded_dim["tp"] is not None:  # FSDP shards what tensor parallelism has sharded before
             shape[1 + sharded_dim["tp"]] //= mesh["tp"].size()
         layout = Replicate() if dim is None else Shard(1 + dim)

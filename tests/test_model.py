@@ -622,7 +622,7 @@ def test_padding_rows_stay_zero_with_a_bias_and_label_smoothing_too(tied, optimi
 
 
 def test_gpt2s_vocabulary_is_padded_to_50304():
-    assert ModelConfig().padded_vocab_size == 50304
+    assert ModelConfig(vocab_size=50257).padded_vocab_size == 50304
     assert ModelConfig(vocab_size=64).padded_vocab_size == 64
 
 
