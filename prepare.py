@@ -42,7 +42,7 @@ class PrepareConfig:
     input: str | None = None  # files, folder, glob (in quotes) or URL of text; fineweb10b: a local folder of its shards
     text_field: str = "text"  # text's field in .jsonl objects, its column in .parquet files
     doc_separator: str | None = None  # text between the documents of a .txt file; none: each file is one document
-    tokenizer: str = "gpt2"  # byte, bpe (trained on the corpus), a tiktoken name, or a path: tokenizer.json, vocab.txt
+    tokenizer: str = "gpt2"  # byte, bpe (trained on the corpus), a tiktoken name, or a tokenizer.json or vocab.txt
     bpe_vocab_size: int = 4096  # vocabulary size of tokenizer bpe, special tokens included
     val_fraction: float = 0.01  # validation share of the documents, chosen by hash; a single document gives its tail
     shard_tokens: int = 100_000_000  # tokens per shard file
