@@ -37,21 +37,15 @@ def measure(world, out_dir="."):
     """
     left_out = []
     figures = {
-        "device": device_name(world.device),
-        "device_type": world.device.type,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "ranks": world.size,
-        "data_ranks": world.data_ranks,
-        "precision": world.precision,
-        "memory_gib": memory_bytes(world.device) / 2**30,
-        "data_sheet": None,
+        "device": device_name(world.device), "device_type": world.device.type, "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "ranks": world.size, "data_ranks": world.data_ranks,
+        "precision": world.precision, "memory_gib": memory_bytes(world.device) / 2**30, "data_sheet": None,
         "matmul_tflops": matmuls(world, dtypes_of(world), left_out),
         "bandwidth_gb_per_s": bandwidths(world),
         "collectives_gb_per_s": collectives(world, left_out) if world.size > 1 else {},
         "rates": training_rates(world, left_out),
         "left_out": left_out,
-    }
+    }  # fmt: skip
     if world.device.type == "cuda":
         figures |= {"cuda": torch.version.cuda, "driver": driver()}
         if known := known_device(figures["device"]):

@@ -133,14 +133,6 @@ def report_scaling(cfg, rows):
             yield f"           beyond {count:,} GPUs, with {what}, doubling them is less than 1.5 times as fast"
 
 
-def _dividing(f):
-    """Which micro-batches up to the largest divide the batch, where that itself does not."""
-    largest = f["largest_micro_batch_size"]
-    sequences = f["micro_steps"] * f["micro_batch_size"]
-    dividing = max((n for n in range(1, min(largest, sequences) + 1) if sequences % n == 0), default=largest)
-    return "" if dividing == largest else f", of those that divide the batch {dividing}"
-
-
 def _largest(f):
     """The largest micro-batch that fits, and the largest that also divides the batch."""
     largest, sequences = f["largest_micro_batch_size"], f["micro_steps"] * f["micro_batch_size"]
