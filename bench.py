@@ -154,7 +154,7 @@ def measure(cfg, world):
     n, times, power_w = time_steps(step, micro_steps, cfg.bench, world)
     if n < min(2, micro_steps):
         step(2)  # for the memory peak: only a second micro-step has gradients and activations at once
-    peak = peaks(world.device)
+    peak = peak_memory_gib(world.device)  # before profiling
     figures = speed(cfg, model, micro_steps, n, times, matmul_flops, world)
     figures |= energy(power_w, statistics.mean(times), figures["tokens"], world)
     n_more = max(1, min(3, int(cfg.bench.bench_seconds / 10 / max(times))))
@@ -162,8 +162,7 @@ def measure(cfg, world):
     n_traced = min(max(n, 2), micro_steps)
     checkpointing = cfg.parallel.activation_checkpointing
     parts, traced = meters.memory_parts(lambda: step(n_traced), model, optimizer, world, checkpointing)
-    total = traced if world.device.type == "cpu" else peak["peak_memory_gib"] - memory_before
-    figures |= memory_of_fullest(peak | {"total": total}, parts, world)
+    figures |= memory_of_fullest(parts, traced if world.device.type == "cpu" else peak - memory_before, peak, world)
     figures["predicted"] = predicted(cfg, world, n, 1e12 * figures["peak_tflops"])
     figures["error"] = errors(figures, figures["predicted"])
     if world.is_main:
@@ -221,28 +220,15 @@ def speed(cfg, model, micro_steps, timed_micro_steps, times, matmul_flops, world
     measured_peak = peak if peak_name.startswith("measured") else matmul_flops
     share = OBJECTIVES[cfg.model.objective].head_share(cfg.objective, seq_len)
     figures = {
-        "device": device_name(world.device),
-        "ranks": world.size,
-        "data_ranks": world.data_ranks,
-        "torch": torch.__version__,
-        "precision": world.precision,
-        "objective": cfg.model.objective,
-        "n_params": model.num_params(),
-        "micro_batch_size": cfg.data.micro_batch_size,
-        "seq_len": seq_len,
+        "device": device_name(world.device), "ranks": world.size, "data_ranks": world.data_ranks,
+        "torch": torch.__version__, "precision": world.precision, "objective": cfg.model.objective,
+        "n_params": model.num_params(), "micro_batch_size": cfg.data.micro_batch_size, "seq_len": seq_len,
         "activation_checkpointing": cfg.parallel.activation_checkpointing,
-        "micro_steps": timed_micro_steps,
-        "micro_steps_of_training": micro_steps,
-        "tokens": tokens,
-        "steps": len(times),
-        "step_ms": 1e3 * seconds,
-        "step_ms_min": 1e3 * min(times),
-        "step_ms_max": 1e3 * max(times),
+        "micro_steps": timed_micro_steps, "micro_steps_of_training": micro_steps, "tokens": tokens, "steps": len(times),
+        "step_ms": 1e3 * seconds, "step_ms_min": 1e3 * min(times), "step_ms_max": 1e3 * max(times),
         "tokens_per_s": tokens / seconds,
-        "peak_tflops": peak / 1e12,
-        "peak_name": peak_name,
-        "measured_tflops": measured_peak / 1e12,
-    }
+        "peak_tflops": peak / 1e12, "peak_name": peak_name, "measured_tflops": measured_peak / 1e12,
+    }  # fmt: skip
     for suffix, causal in (("", False), ("_causal", True)):
         counted = cost.flops_per_token(cfg.model, seq_len, share, causal)
         again = recomputed_flops(cfg, world, causal)
@@ -276,19 +262,13 @@ def energy(power_w, seconds, tokens, world):
     return {"power_w": sum(by_rank), "energy_per_token_mj": 1e3 * sum(by_rank) * seconds / tokens}
 
 
-def peaks(device):
-    """This rank's memory peaks in GiB: allocated by torch, and reserved; on a CPU, the process's."""
-    found = {"peak_memory_gib": peak_memory_gib(device)}
-    if device.type == "cuda":
-        found["reserved_memory_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
-    return found
-
-
-def memory_of_fullest(peak, parts, world):
-    """Memory peaks of the fullest rank, and its memory by category."""
-    peak = max(world.gather(peak | {"memory_gib": parts}), key=lambda rank: rank["total"])
-    parts, total = peak.pop("memory_gib"), peak.pop("total")
-    return peak | {"memory_gib": parts | {"other": total - sum(parts.values()), "total": total}}
+def memory_of_fullest(parts, total, peak, world):
+    """Memory figures of the fullest rank, in GiB: peaks of torch (on a CPU the process), and categories of tensors."""
+    found = {"peak_memory_gib": peak}
+    if world.device.type == "cuda":
+        found["reserved_memory_gib"] = torch.cuda.max_memory_reserved(world.device) / 2**30
+    found["memory_gib"] = parts | {"other": total - sum(parts.values()), "total": total}
+    return max(world.gather(found), key=lambda rank: rank["memory_gib"]["total"])
 
 
 def predicted(cfg, world, micro_steps, peak):

@@ -148,35 +148,22 @@ def predict(cfg, gpu, s):
     batch_tokens = s.micro_steps * s.tokens * s.replicas * s.shards
     tokens = cfg.optim.last_step(cfg.data.batch_tokens) * cfg.data.batch_tokens
     tokens_per_s = batch_tokens / step_s
+    sent = sum(cost.bytes_sent(m, s, p.gpus_per_node).values())
     hours = tokens / tokens_per_s / 3600 / p.availability
     flops, causal = (cost.flops_per_token(m, s.seq_len, s.head_share, causal) for causal in (False, True))
     peak = gpu.peak_tflops(s.precision) * 1e12 * s.ranks
     kwh = s.ranks * gpu.watts / 1e3 * p.gpu_load * (1 + p.host_share) * p.pue * hours if gpu.watts else None
     return {
-        "gpu": gpu.name,
-        "n_gpus": s.ranks,
-        "batch_tokens": batch_tokens,
-        "n_params": cost.num_params(m),
-        "flops_per_token": flops,
-        "flops_per_token_causal": causal,
-        "micro_batch_size": s.micro_batch_size,
-        "micro_steps": s.micro_steps,
-        "activation_checkpointing": s.checkpointing,
-        "memory_gib": need,
-        "fits": need["reserved"] <= need["available"],
-        "step_s": step_s,
-        "step_parts_s": parts,
-        "tokens": tokens,
-        "tokens_per_s": tokens_per_s,
-        "tokens_per_s_per_gpu": tokens_per_s / s.ranks,
-        "mfu": tokens_per_s * flops / peak,
-        "mfu_causal": tokens_per_s * causal / peak,
-        "sent_gb_per_step": sum(cost.bytes_sent(m, s, p.gpus_per_node).values()) / 1e9,
-        "days": hours / 24,
-        "gpu_hours": hours * s.ranks,
-        "kwh": kwh,
+        "gpu": gpu.name, "n_gpus": s.ranks, "batch_tokens": batch_tokens, "micro_batch_size": s.micro_batch_size,
+        "micro_steps": s.micro_steps, "activation_checkpointing": s.checkpointing, "n_params": cost.num_params(m),
+        "flops_per_token": flops, "flops_per_token_causal": causal,
+        "memory_gib": need, "fits": need["reserved"] <= need["available"],
+        "step_s": step_s, "step_parts_s": parts, "sent_gb_per_step": sent / 1e9,
+        "tokens": tokens, "tokens_per_s": tokens_per_s, "tokens_per_s_per_gpu": tokens_per_s / s.ranks,
+        "mfu": tokens_per_s * flops / peak, "mfu_causal": tokens_per_s * causal / peak,
+        "days": hours / 24, "gpu_hours": hours * s.ranks, "kwh": kwh,
         "cost": None if gpu.price is None else hours * s.ranks * gpu.price,
-    }
+    }  # fmt: skip
 
 
 def largest_micro_batch(m, s, available):

@@ -74,22 +74,13 @@ def setup_of(cfg, mesh_shape, micro_steps, precision, device_type, **others):
     """The Setup of a run with these settings on a mesh (replicas, shards, tp); others: fields of other projects."""
     p = cfg.parallel
     return Setup(
-        cfg.data.seq_len,
-        cfg.data.micro_batch_size,
-        micro_steps,
-        *mesh_shape,
-        precision=precision,
-        optimizer=cfg.optim.optimizer,
-        strategy=p.strategy,
-        reshard=p.reshard,
-        accumulate=p.accumulate,
-        grad_compression=p.grad_compression,
-        checkpointing=p.activation_checkpointing,
+        cfg.data.seq_len, cfg.data.micro_batch_size, micro_steps, *mesh_shape, precision, cfg.optim.optimizer,
+        p.strategy, p.reshard, p.accumulate, p.grad_compression, p.activation_checkpointing,
         compiled=device_type == "cuda" if p.compile is None else p.compile,
         on_cpu=device_type == "cpu",
         head_share=OBJECTIVES[cfg.model.objective].head_share(cfg.objective, cfg.data.seq_len),
         **others,
-    )
+    )  # fmt: skip
 
 
 # ---- parameters and FLOPs

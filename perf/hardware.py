@@ -253,18 +253,12 @@ def this(figures):
     links = figures["collectives_gb_per_s"].get("all-gather", {})
     known = known_device(figures["device"])
     return Device(
-        "this",
-        known.family if known else "ampere",
-        tflops[figures["precision"]],
-        tflops["fp32"],
-        figures["memory_gib"],
-        figures["bandwidth_gb_per_s"]["memory copy"][0],
+        "this", known.family if known else "ampere", tflops[figures["precision"]], tflops["fp32"],
+        figures["memory_gib"], figures["bandwidth_gb_per_s"]["memory copy"][0],
         link_gbs=max((rates[0] for rates in links.values()), default=0.0) / LINK_SHARE,
-        watts=known.watts if known else None,
-        price=known.price if known else None,
-        device_type=figures["device_type"],
-        machine=figures,
-    )
+        watts=known.watts if known else None, price=known.price if known else None,
+        device_type=figures["device_type"], machine=figures,
+    )  # fmt: skip
 
 
 def measured_rates(gpu, cfg, s):

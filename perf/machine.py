@@ -37,21 +37,15 @@ def measure(world, out_dir="."):
     """
     left_out = []
     figures = {
-        "device": device_name(world.device),
-        "device_type": world.device.type,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "ranks": world.size,
-        "data_ranks": world.data_ranks,
-        "precision": world.precision,
-        "memory_gib": memory_bytes(world.device) / 2**30,
-        "data_sheet": None,
+        "device": device_name(world.device), "device_type": world.device.type, "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "ranks": world.size, "data_ranks": world.data_ranks,
+        "precision": world.precision, "memory_gib": memory_bytes(world.device) / 2**30, "data_sheet": None,
         "matmul_tflops": matmuls(world, dtypes_of(world), left_out),
         "bandwidth_gb_per_s": bandwidths(world),
         "collectives_gb_per_s": collectives(world, left_out) if world.size > 1 else {},
         "rates": training_rates(world, left_out),
         "left_out": left_out,
-    }
+    }  # fmt: skip
     if world.device.type == "cuda":
         figures |= {"cuda": torch.version.cuda, "driver": driver()}
         if known := known_device(figures["device"]):
@@ -127,18 +121,11 @@ def matmuls(world, names, left_out):
 
 
 def bandwidths(world):
-    """{what: GB/s}: copies in memory, counting bytes read and written, and from host to device."""
+    """{"memory copy": GB/s}, counting bytes read and written."""
     n_bytes = min(COPIED, memory_bytes(world.device) // 16)
     a = torch.zeros(n_bytes // 4, device=world.device)
     b = torch.zeros_like(a)
-    found = {"memory copy": rate(2 * n_bytes / 1e9, timed(lambda: b.copy_(a), world))}
-    if world.device.type == "cuda":
-        n_bytes = 2**28
-        host, on_device = torch.zeros(n_bytes // 4), torch.zeros(n_bytes // 4, device=world.device)
-        pinned = host.pin_memory()
-        found["host to device, pageable"] = rate(n_bytes / 1e9, timed(lambda: on_device.copy_(host), world))
-        found["host to device, pinned"] = rate(n_bytes / 1e9, timed(lambda: on_device.copy_(pinned), world))
-    return found
+    return {"memory copy": rate(2 * n_bytes / 1e9, timed(lambda: b.copy_(a), world))}
 
 
 def collectives(world, left_out):
@@ -237,10 +224,10 @@ def table(figures):
     yield "           each figure is the median of several runs, followed by the least and the most"
     sheet = f["data_sheet"] or {}
     sizes = sorted({n for by_size in f["matmul_tflops"].values() for n in by_size}, key=int)
-    yield f"matmul     TFLOP/s {''.join(f'{n} x {n}'.rjust(22) for n in sizes)}{'data sheet':>14}"
+    yield f"matmul     TFLOP/s {''.join(f'{n} x {n}'.rjust(25) for n in sizes)}{'data sheet':>14}"
     for name, by_size in f["matmul_tflops"].items():
         peak = sheet.get({"fp32": "fp32_tflops", "bf16": "tflops", "fp16": "tflops"}.get(name), "-")
-        yield f"           {name:8}{''.join(f'{cell(by_size.get(n)):>22}' for n in sizes)}{peak:>14}"
+        yield f"           {name:8}{''.join(f'{cell(by_size.get(n)):>25}' for n in sizes)}{peak:>14}"
     rows = [(f"memory     {name}", "GB/s", rates, "memory_gbs") for name, rates in f["bandwidth_gb_per_s"].items()]
     for name, by_size in f["collectives_gb_per_s"].items():
         rows += [(f"network    {name} of {int(n):,} bytes", "GB/s", r, "link_gbs") for n, r in by_size.items()]
@@ -249,7 +236,7 @@ def table(figures):
     what = f"disk       a checkpoint of {f['disk']['checkpoint_gb']:.3g} GB, synced"
     rows.append((what, "GB/s", f["disk"]["write_gb_per_s"], None))
     for what, unit, rates, in_sheet in rows:
-        limit = f"   data sheet {sheet[in_sheet]:g}" if in_sheet in sheet and "host" not in what else ""
+        limit = f"   data sheet {sheet[in_sheet]:g}" if in_sheet in sheet else ""
         yield f"{what:<52}{cell(rates):>24} {unit}{limit}"
     yield f"training   forward and backward in {f['precision']}, the rates of plan.py --gpu=this"
     rates = f["rates"]
@@ -263,5 +250,5 @@ def table(figures):
     named += [("overhead of a block, ms", rates["overhead_ms"])]
     for name, by_size in named:
         yield f"           {name:<32}{', '.join(f'{size}: {rate:.3g}' for size, rate in by_size.items())}"
-    for what in f["left_out"]:
-        yield f"left out   {what}: too slow here"
+    if f["left_out"]:
+        yield f"left out   too slow here: {', '.join(f['left_out'])}"

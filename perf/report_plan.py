@@ -36,7 +36,7 @@ def report(cfg, gpu, setup, f, rows, notes):
 def answer(f):
     """The plan in one line."""
     need = f["memory_gib"]
-    gib = f"{need['reserved']:.1f} of {need['available']:.1f} GiB"
+    gib = f"{need['reserved']:.3g} of {need['available']:.3g} GiB"
     gpus = f"{f['n_gpus']} x {f['gpu']}"
     if f["fits"]:
         return f"answer     fits on {gpus} ({gib}): {_totals(f)}"
@@ -51,15 +51,15 @@ def report_run(cfg, gpu, s, f):
     m = cfg.model
     yield (
         f"model      {f['n_params']:,} parameters: {m.n_layer} layers, width {m.n_embd}; "
-        f"{f['flops_per_token'] / 1e9:,.4g} GFLOP a token (PaLM's count), {f['flops_per_token_causal'] / 1e9:,.4g} causal"
+        f"{f['flops_per_token'] / 1e6:,.1f} MFLOP a token (PaLM's count), {f['flops_per_token_causal'] / 1e6:,.1f} causal"
     )
     steps = f["tokens"] // cfg.data.batch_tokens
-    yield f"length     {steps:,} steps of {cfg.data.batch_tokens:,} tokens: {f['tokens'] / 1e9:,.4g} billion tokens"
-    price = "price unknown, give --gpu_price" if gpu.price is None else f"${gpu.price:.2f} an hour"
-    watts = "" if gpu.watts is None else f"{gpu.watts:g} W, "
+    yield f"length     {steps:,} steps of {cfg.data.batch_tokens:,} tokens: {f['tokens']:,} tokens"
+    price = ", price unknown, give --gpu_price" if gpu.price is None else f", ${gpu.price:.2f} an hour"
+    watts = "" if gpu.watts is None else f", {gpu.watts:g} W"
     yield (
         f"GPUs       {f['n_gpus']} x {gpu.name}: {gpu.tflops:,.4g} TFLOP/s, {gpu.memory_gib:,.4g} GiB at "
-        f"{gpu.memory_gbs:,.4g} GB/s, {watts}{price}"
+        f"{gpu.memory_gbs:,.4g} GB/s{watts}{'' if gpu.machine else price}"
     )
     if gpu.machine:
         yield f"           {gpu.machine['device']}, as python bench.py measured it"
@@ -87,8 +87,8 @@ def report_memory(cfg, f):
     if not need["gradients"]:
         yield "           the peak is in the loss of the only micro-step, before there are gradients"
     verdict = "FITS" if f["fits"] else "DOES NOT FIT"
-    reserved = f"{need['total']:.1f} x {cfg.plan.fragmentation:g} for fragmentation = {need['reserved']:.1f} GiB"
-    yield f"           {reserved} of {need['available']:.1f}: {verdict}; largest micro-batch {_largest(f)}"
+    reserved = f"{need['total']:.3g} x {cfg.plan.fragmentation:g} for fragmentation = {need['reserved']:.3g} GiB"
+    yield f"           {reserved} of {need['available']:.3g}: {verdict}; largest micro-batch {_largest(f)}"
 
 
 def report_time(cfg, gpu, f):
@@ -131,14 +131,6 @@ def report_scaling(cfg, rows):
     for count, what in zip(stops_paying(rows), ("the same batch", "a larger batch")):
         if count:
             yield f"           beyond {count:,} GPUs, with {what}, doubling them is less than 1.5 times as fast"
-
-
-def _dividing(f):
-    """Which micro-batches up to the largest divide the batch, where that itself does not."""
-    largest = f["largest_micro_batch_size"]
-    sequences = f["micro_steps"] * f["micro_batch_size"]
-    dividing = max((n for n in range(1, min(largest, sequences) + 1) if sequences % n == 0), default=largest)
-    return "" if dividing == largest else f", of those that divide the batch {dividing}"
 
 
 def _largest(f):

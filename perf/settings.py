@@ -13,7 +13,7 @@ GPT2_VOCAB_SIZE = 50257
 
 @dataclass(frozen=True)
 class OutputConfig:
-    json: bool | str = False  # print the figures as a JSON object on the last line, or write them to this file
+    json: bool | str = False  # JSON of the figures: on the last line printed, or in the file of this name
     compare: bool = False  # plan.py: a row for each known GPU; bench.py: two of its JSON files side by side
 
     def __post_init__(self):
@@ -95,17 +95,17 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    gpu: Names = "h100-sxm"  # this: this machine, as python bench.py measured it; other: by the settings below
+    gpu: Names = "h100-sxm"  # this: as python bench.py measured it; other: by the settings below
     n_gpus: int | None = None  # number of GPUs; none: 8, or for --gpu=this as many as were measured
     gpus_per_node: int = 8  # GPUs that gpu_link_gbs connects
-    gpu_tflops: float | None = None  # dense matmuls in bf16, else fp16; none, here and below: the data sheet's
+    gpu_tflops: float | None = None  # dense bf16 matmuls, or fp16 without bf16; none: the data sheet's
     gpu_memory_gib: float | None = None  # memory of a GPU
     gpu_memory_gbs: float | None = None  # memory bandwidth, 1e9 bytes/s
     gpu_link_gbs: float | None = None  # bandwidth to GPUs in the same node, one way, 1e9 bytes/s
     network_gbs: float | None = None  # bandwidth per GPU to other nodes, 1e9 bytes/s; 400 Gbit/s are 50
     gpu_watts: float | None = None  # rated power
     gpu_price: float | None = None  # dollars per GPU-hour, host included
-    efficiency: float = 1.0  # speed of computing relative to this project's code; one number for other code
+    efficiency: float = 1.0  # speed of computing relative to this project's code, to describe other code
     gpu_load: float = 0.85  # mean power over rated power; a guess: metered runs of OLMo ranged from 15 to 85 %
     host_share: float = 0.3  # power of CPUs, network and fans over the GPUs'; a guess: BLOOM's was 0.59 with idle hours
     pue: float = 1.1  # a data centre's power over its computers'; LLaMA's paper, table 15

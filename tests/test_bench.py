@@ -332,7 +332,7 @@ def test_compare_prints_figures_side_by_side_with_their_ratio(tmp_path, capsys):
     ):
         with pytest.raises(ValueError, match=message):
             bench.main(config.load(bench.Settings, ["--compare", *files]))
-    with pytest.raises(ValueError, match="read by --compare alone"):
+    with pytest.raises(ValueError, match="only --compare reads files"):
         config.load(bench.Settings, [str(a)])
     with pytest.raises(ValueError, match="neither a preset file"):  # of a script that reads no such files
         config.load(train.Settings, [str(tmp_path / "c.json")])
