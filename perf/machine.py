@@ -218,7 +218,7 @@ def table(figures):
         return "{:.3g} ({:.3g}-{:.3g})".format(*rates) if rates else "-"
 
     f = figures
-    yield f"machine    {f['ranks']} x {f['device']}, {f['memory_gib']:.1f} GiB, torch {f['torch']}, {f['threads']} threads"
+    yield f"machine    {f['ranks']} x {f['device']}, {f['memory_gib']:.1f} GiB, torch {f['torch']}"
     if "cuda" in f:
         yield f"           CUDA {f['cuda']}, driver {f['driver'] or 'unknown: pip install nvidia-ml-py'}"
     yield "           each figure is the median of several runs, followed by the least and the most"

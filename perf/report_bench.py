@@ -114,7 +114,7 @@ def compare(path_a, path_b):
 
 
 def comparable(figures):
-    """Figures as {"a.b": value}, medians where something was measured several times, without the predictions' errors."""
+    """Figures as {"a.b": value}: medians of what was measured several times; without the predictions' errors."""
     found = flat({name: value for name, value in figures.items() if name not in ("rates", "left_out", "error")})
     return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
 

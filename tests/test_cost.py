@@ -181,16 +181,16 @@ GPT = ModelConfig(vocab_size=64, block_size=8, n_layer=3, n_head=4, n_embd=32)
 WIDE = ModelConfig(vocab_size=64, block_size=8, n_layer=1, n_head=4, n_embd=256)
 BATCH, T, MICRO_STEPS = 6, 8, 2
 TRAINING = types.SimpleNamespace(optim=OptimConfig(), health=HealthConfig())  # settings of train_step
-LAYOUTS = {  # of 4 ranks: (replicas, shards, settings)
+LAYOUTS = {  # 4 ranks as (replicas, shards, settings)
     "ddp": (4, 1, {}),
     "ddp bf16": (4, 1, {"grad_compression": "bf16"}),
     "fsdp": (1, 4, {"strategy": "fsdp"}),
-    "fsdp recomputed": (1, 4, {"strategy": "fsdp", "activation_checkpointing": "full"}),
+    "fsdp checkpointing": (1, 4, {"strategy": "fsdp", "activation_checkpointing": "full"}),
     "fsdp kept": (1, 4, {"strategy": "fsdp", "reshard": False}),
     "fsdp whole": (1, 4, {"strategy": "fsdp", "accumulate": "whole"}),
     "hsdp": (2, 2, {"strategy": "fsdp", "shard_size": 2}),
     "tp": (1, 1, {"tp": 4}),
-    "tp recomputed": (1, 1, {"tp": 4, "activation_checkpointing": "full"}),
+    "tp checkpointing": (1, 1, {"tp": 4, "activation_checkpointing": "full"}),
     "ddp tp": (2, 1, {"tp": 2}),
     "fsdp tp": (1, 2, {"tp": 2, "strategy": "fsdp"}),
 }
@@ -211,7 +211,7 @@ def counted(layout, precision):
     return sent.n_bytes
 
 
-FEW = {name: LAYOUTS[name] for name in ("hsdp", "tp recomputed")}
+FEW = {name: LAYOUTS[name] for name in ("hsdp", "tp checkpointing")}
 
 
 @pytest.mark.parametrize(("precision", "layouts"), [
@@ -300,7 +300,7 @@ def seconds_of(machine, *args):
 
 @pytest.mark.parametrize("preset", ["config/gpt2_124m.py", "config/modern_124m.py", "config/bert_base.py"])
 def test_a_measured_machine_does_the_work_that_mfu_counts(preset):
-    """Micro-steps, layers, rows and weights are those of the FLOPs that MFU counts."""
+    """Micro-steps, layers, rows and weights agree with the FLOPs that MFU counts."""
     seconds, cfg, setup = seconds_of(machine_of(matmul=1, head=1), preset)
     flops = 42 * cost.flops_per_token(cfg.model, 7, setup.head_share)
     attention = 42 * 12 * 3 * cfg.model.n_head * cfg.model.head_width * 7
