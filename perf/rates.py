@@ -14,7 +14,7 @@ from perf.meters import rising, timed, timed_in_turn
 # Sizes by device type: widths of blocks, lengths of sequences for attention, rows (tokens), vocabulary.
 SIZES = {
     "cpu": ((128, 256, 512, 1024), (64, 512, 1024), 1024, 16384),
-    "cuda": ((256, 1024, 2048, 4096), (256, 1024, 4096), 16384, 32768),
+    "cuda": ((256, 1024, 2048, 4096), (256, 1024, 4096), 8192, 32768),
 }
 HEAD_WIDTH, BLOCK_LENGTH = 64, 128
 SECONDS = 5.0  # to spend on blocks, attention, the head, and Muon, each

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perf import machine, meters, rates
+from perf import hardware, machine, meters, rates
 from perf.report_bench import flat as bench_flat
 from ranks import on_ranks
 from world import WorldConfig, init_world
@@ -142,6 +142,14 @@ def test_a_minute_is_enough_where_a_large_matmul_takes_ten_seconds(monkeypatch):
         assert what in figures["left_out"]
     last = list(machine.table(json.loads(json.dumps(figures))))[-1]
     assert last.startswith("left out   too slow here: ") and "bf16 matmuls of 2048 x 2048" in last
+
+
+def test_the_peak_of_mfu_is_measured_within_seconds_on_slow_hardware(monkeypatch):
+    with SlowMatmuls(2 * 2048**3 / 10) as clock:
+        monkeypatch.setattr(hardware, "time", clock)
+        peak, name = hardware.peak_flops(torch.device("cpu"), "bf16")
+    assert peak == pytest.approx(2 * 2048**3 / 10, rel=0.2) and name.startswith("measured bf16 matmul")
+    assert clock.spent < 5
 
 
 def stub_world(monkeypatch):
