@@ -9,7 +9,6 @@ this (this machine, as python bench.py measured it), other (given by the setting
 
 import dataclasses
 import importlib.util
-import os
 from dataclasses import dataclass, replace
 
 from config import UserError, only, run_script
@@ -96,8 +95,6 @@ def nearest_batch(data, ranks):
 
 def measured(path):
     """python bench.py's figures of this machine; UserError where it has not run."""
-    if not os.path.exists(path):
-        raise UserError(f"there is no {path}; run python bench.py first, which measures this machine")
     figures = read_json(path, "python bench.py")
     if "rates" not in figures:
         raise UserError(f"{path} has no rates of training; run python bench.py, which measures them")

@@ -41,6 +41,8 @@ def read_json(path, made_by):
     try:
         with open(path, encoding="utf-8") as file:
             figures = json.load(file)
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}; run {made_by} first, which writes it") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is no file that {made_by} writes: {error}") from error
     if not isinstance(figures, dict):

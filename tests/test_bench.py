@@ -328,7 +328,7 @@ def test_compare_prints_figures_side_by_side_with_their_ratio(tmp_path, capsys):
     ]  # fmt: skip
     for files, message in (
         ([str(a)], "takes two files, not 1"),
-        ([str(a), str(tmp_path / "c.json")], "is no file that --json writes"),
+        ([str(a), str(tmp_path / "c.json")], "there is no .*c.json; run bench.py --json first"),
     ):
         with pytest.raises(ValueError, match=message):
             bench.main(config.load(bench.Settings, ["--compare", *files]))
