@@ -9,7 +9,6 @@ this (this machine, as python bench.py measured it), other (given by the setting
 
 import dataclasses
 import importlib.util
-import os
 from dataclasses import dataclass, replace
 
 from config import UserError, only, run_script
@@ -78,8 +77,9 @@ def resolve(cfg):
     data = nearest_batch(cfg.data, n_gpus // cfg.parallel.mesh_shape(n_gpus)[2])
     if data != cfg.data:
         notes.append(
-            f"batch      --batch_tokens={data.batch_tokens} --micro_batch_size={data.micro_batch_size}: {n_gpus} GPUs do "
-            f"not divide {cfg.data.batch_tokens:,} tokens in micro-batches of {cfg.data.micro_batch_size} x {data.seq_len}"
+            f"batch      --batch_tokens={data.batch_tokens} --micro_batch_size={data.micro_batch_size}: {n_gpus} GPUs "
+            f"do not divide {cfg.data.batch_tokens:,} tokens in micro-batches of {cfg.data.micro_batch_size} x "
+            f"{data.seq_len}"
         )
     return replace(cfg, data=data), notes + ([note] if note else [])
 
@@ -95,8 +95,6 @@ def nearest_batch(data, ranks):
 
 def measured(path):
     """python bench.py's figures of this machine; UserError where it has not run."""
-    if not os.path.exists(path):
-        raise UserError(f"there is no {path}; run python bench.py first, which measures this machine")
     figures = read_json(path, "python bench.py")
     if "rates" not in figures:
         raise UserError(f"{path} has no rates of training; run python bench.py, which measures them")

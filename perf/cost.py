@@ -88,7 +88,7 @@ def setup_of(cfg, mesh_shape, micro_steps, precision, device_type, **others):
 
 @functools.cache
 def _counted(cfg):
-    """(parameters, shapes of a block's parameters, shapes of the others), from a model of one block on the meta device."""
+    """(parameters, shapes in a block, other shapes) of a model with one block, counted on the meta device."""
     with torch.device("meta"):
         model = Transformer(replace(cfg, n_layer=1))
     block, params = [tuple(p.shape) for p in model.blocks.parameters()], list(model.parameters())
@@ -171,8 +171,8 @@ def collectives(cfg, s, gpus_per_node=8):
     gradient = 2 if s.grad_compression == "bf16" else s.gradient_bytes
     found = []
     if s.tp > 1:
-        # Forward gathers each norm's output for attention and MLP, and reduces and scatters their outputs; backward does
-        # the reverse. Full checkpointing repeats forward except for its last reduction, which nothing needs.
+        # Forward gathers each norm's output for attention and MLP, and reduces and scatters their outputs; backward
+        # does the reverse. Full checkpointing repeats forward except for its last reduction, which nothing needs.
         stream, layers, again = s.tokens * cfg.n_embd, cfg.n_layer * s.micro_steps, s.checkpointing == "full"
         of_tp = (s.tp, tp_local)
         wide, narrow = s.residual_bytes * stream, s.width * stream

@@ -111,7 +111,7 @@ def peak_flops(device, precision, earlier=None):
 
 
 def measured_matmul_flops(device, precision):
-    """FLOP/s of a square matmul on this device, the best of five; a smaller one where a large one would take a second."""
+    """FLOP/s of a square matmul on this device, the best of five; smaller where a large one would take a second."""
     sizes = (256, 512, 1536) if device.type == "cpu" else (1024, 8192)
     for n, larger in zip(sizes, (*sizes[1:], math.inf)):
         a = torch.randn(n, n, device=device).to(DTYPES[precision])
@@ -138,17 +138,17 @@ class Rates:
     matmul: float
     attention: float
     memory: float
-    head: float | None = None  # of peak FLOP/s in the head with its loss; None: by matmul and memory
-    muon: float | None = None  # of peak FLOP/s in Muon's matmuls; None: matmul's
-    optimizer: float = 0.77  # of memory bandwidth in the optimizer: A100 1580 of 2039 GB/s, H100 2520 of 3350
+    head: float | None = None  # share of peak FLOP/s in the head with its loss; None: by matmul and memory
+    muon: float | None = None  # share of peak FLOP/s in Muon's matmuls; None: matmul's
+    optimizer: float = 0.77  # share of memory bandwidth in the optimizer: A100 1580 of 2039 GB/s, H100 2520 of 3350
     overhead_s: float = 0.0  # seconds of a block's forward and backward on next to no data
 
 
-# Fitted by tests/fit_rates.py to llm-foundry's table (8c8dd48): 68 rows of H100, 138 of A100, eager, from 2023, with the
-# first flash attention. In both families the matmul rate is 0.9 of what large bf16 matmuls reach (ml-engineering's MAMF:
-# A100 0.869, H100 0.803). Other families take 0.9 of theirs: B200 0.776, MI300X 0.51; their attention scales with
-# matmuls, their memory with copies (A100 0.775, H100 0.752, GB200 0.727). Volta, Turing and Ada have no such figure and
-# take Ampere's.
+# Fitted by tests/fit_rates.py to llm-foundry's table (8c8dd48): 68 rows of H100, 138 of A100, eager, from 2023, with
+# the first flash attention. In both families the matmul rate is 0.9 of what large bf16 matmuls reach (ml-engineering's
+# MAMF: A100 0.869, H100 0.803). Other families take 0.9 of theirs: B200 0.776, MI300X 0.51; their attention scales
+# with matmuls, their memory with copies (A100 0.775, H100 0.752, GB200 0.727). Volta, Turing and Ada have no such
+# figure and take Ampere's.
 AMPERE, HOPPER = Rates(0.791, 0.318, 0.423), Rates(0.730, 0.182, 0.302)
 CDNA = Rates(0.459, 0.116, 0.304)
 EAGER = {
@@ -159,8 +159,8 @@ EAGER = {
 # 335, forward and backward, 1.8 times the rates above). The second factor is tests/fit_rates.py's, from compiled rows
 # without tensor parallelism.
 COMPILED_ATTENTION, COMPILED_MEMORY = 1.8, 1.5
-# Cost of overlapped collectives, as a multiple of their bytes at the link's data-sheet speed: they take memory bandwidth
-# and multiprocessors. From tests/fit_rates.py, H100 and A100 alike.
+# Cost of overlapped collectives, as a multiple of their bytes at the link's data-sheet speed: they take memory
+# bandwidth and multiprocessors. From tests/fit_rates.py, H100 and A100 alike.
 CONTENTION = 1.0
 NVLS = {"hopper": 0.85, "blackwell": 0.74}  # share of links that reductions in switches use (NCCL, src/graph/tuning.cc)
 
@@ -180,15 +180,17 @@ def nvls_share(gpu):
 
 # ---- collectives
 
-# NCCL's own model (src/graph/tuning.cc, commit 5067397c), by protocol: microseconds to start, then per step over NVLink,
-# PCIe, network; last the share of the bandwidth that the protocol leaves.
+# NCCL's own model (src/graph/tuning.cc, commit 5067397c), by protocol: microseconds to start, then per step over
+# NVLink, PCIe, network; last the share of the bandwidth that the protocol leaves.
 RING = {"LL": (6.6, 0.6, 1.0, 2.7, 0.5), "LL128": (14, 1.9, 2.5, 4, 0.92), "Simple": (8.4, 3.4, 5.7, 14, 1)}
 TREE = {"LL": (6.8, 0.6, 1.0, 5, 0.5), "LL128": (14, 1.25, 1.9, 8.5, 0.92), "Simple": (8.4, 4, 4, 14, 1)}
 NVLS_US, NVLS_TREE_STEP_US, TREE_SHARE = 25, 20.9, 0.92  # from the same file
 # Fitted over a coarse grid to 96 nccl-tests timings (stas00/ml-engineering, network/README.md), then set to what large
 # rows reach. The grid's best, 0.76, 0.95, 30 and 4, has a mean error of 9 %; these have 10 %, equal for all systems.
-LINK_SHARE = 0.78  # of the data sheet, rings at 1 GiB or more: A100 0.78, H200 0.81, B200 0.76, MI300X 0.70 to 0.75
-NETWORK_SHARE = 0.9  # of the line rate: mean of five rows at 1 GiB or more, two systems of 4 nodes
+LINK_SHARE = (
+    0.78  # share of the data sheet: rings at 1 GiB or more: A100 0.78, H200 0.81, B200 0.76, MI300X 0.70 to 0.75
+)
+NETWORK_SHARE = 0.9  # share of the line rate: mean of five rows at 1 GiB or more, two systems of 4 nodes
 LAUNCH_US = 30  # beyond NCCL's model: 32 to 256 KiB on three kinds of 8 GPUs, minus its 15 us
 SIMPLE_FILL = 3  # factor on Simple's step times until its pipeline of large chunks is full
 STEP_BYTES = 2 * 2**20  # bytes of a ring's step when its pipeline is full: half NCCL's buffer; chosen, not fitted

@@ -14,7 +14,7 @@ from perf.meters import rising, timed, timed_in_turn
 # Sizes by device type: widths of blocks, lengths of sequences for attention, rows (tokens), vocabulary.
 SIZES = {
     "cpu": ((128, 256, 512, 1024), (64, 512, 1024), 1024, 16384),
-    "cuda": ((256, 1024, 2048, 4096), (256, 1024, 4096), 16384, 32768),
+    "cuda": ((256, 1024, 2048, 4096), (256, 1024, 4096), 8192, 32768),
 }
 HEAD_WIDTH, BLOCK_LENGTH = 64, 128
 SECONDS = 5.0  # to spend on blocks, attention, the head, and Muon, each
@@ -62,7 +62,8 @@ class BlockOf:
     """One block of a kind, and forward and backward of a micro-batch through it."""
 
     def __init__(self, kind, width, world, micro_batch_size, seq_len=BLOCK_LENGTH):
-        cfg = ModelConfig(n_embd=width, n_head=max(1, width // HEAD_WIDTH), n_layer=1, **KINDS[kind])
+        heads = max(1, width // HEAD_WIDTH)
+        cfg = ModelConfig(n_embd=width, n_head=heads, n_layer=1, vocab_size=64, **KINDS[kind])
         on_cpu = world.device.type == "cpu"
         with world.device:
             self.block = Block(cfg)
@@ -115,7 +116,7 @@ def attention_tflops(world, rows, seq_len, n_heads=8):
 
     seconds = timed(forward_backward(attended, world, q, k, v), world)[0]
     setup = cost.Setup(seq_len, batch, precision=world.precision, on_cpu=world.device.type == "cpu")
-    cfg = ModelConfig(n_embd=n_heads * HEAD_WIDTH, n_head=n_heads, n_layer=1)
+    cfg = ModelConfig(n_embd=n_heads * HEAD_WIDTH, n_head=n_heads, n_layer=1, vocab_size=64)
     return cost.work(cfg, setup).attention / 1e12 / seconds, seconds
 
 

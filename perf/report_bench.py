@@ -99,7 +99,7 @@ def report_table(f):
 
 def compare(path_a, path_b):
     """Prints the figures of two --json files side by side, and the ratio of the second to the first."""
-    a, b = (comparable(read_json(path, "--json")) for path in (path_a, path_b))
+    a, b = (comparable(read_json(path, "bench.py --json")) for path in (path_a, path_b))
     names = [*a, *(name for name in b if name not in a)]
     rows = [("", path_a, path_b, "B / A")]
     for name in names:
@@ -114,7 +114,7 @@ def compare(path_a, path_b):
 
 
 def comparable(figures):
-    """Figures as {"a.b": value}, medians where something was measured several times, without the predictions' errors."""
+    """Figures as {"a.b": value}: medians of what was measured several times; without the predictions' errors."""
     found = flat({name: value for name, value in figures.items() if name not in ("rates", "left_out", "error")})
     return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
 
@@ -191,7 +191,7 @@ def draw_roofline(roofs_tflops, memory_gbs, points, path, title):
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(title=f"memory {memory_gbs:,.0f} GB/s")
+    axes.legend(title=f"memory {memory_gbs:,.3g} GB/s")
     figure.savefig(path, dpi=120)
 
 

@@ -41,7 +41,7 @@ def answer(f):
     if f["fits"]:
         return f"answer     fits on {gpus} ({gib}): {_totals(f)}"
     if not f["to_fit"]:
-        return f"answer     does not fit on {gpus} ({gib}), whatever micro-batch, checkpointing or sharding; take more or larger GPUs"
+        return f"answer     does not fit on {gpus} ({gib}) with any setting that saves memory; take more or larger GPUs"
     way = f["to_fit"][0]
     return f"answer     does not fit on {gpus} ({gib}); fits with {way['change']}: {_totals(way)}"
 
@@ -51,7 +51,8 @@ def report_run(cfg, gpu, s, f):
     m = cfg.model
     yield (
         f"model      {f['n_params']:,} parameters: {m.n_layer} layers, width {m.n_embd}; "
-        f"{f['flops_per_token'] / 1e6:,.1f} MFLOP a token (PaLM's count), {f['flops_per_token_causal'] / 1e6:,.1f} causal"
+        f"{f['flops_per_token'] / 1e6:,.1f} MFLOP a token (PaLM's count), "
+        f"{f['flops_per_token_causal'] / 1e6:,.1f} causal"
     )
     steps = f["tokens"] // cfg.data.batch_tokens
     yield f"length     {steps:,} steps of {cfg.data.batch_tokens:,} tokens: {f['tokens']:,} tokens"
@@ -109,15 +110,15 @@ def report_time(cfg, gpu, f):
     p = cfg.plan
     yield f"total      {_totals(f)}: {_days(f['days'] * p.availability)} of computing / availability {p.availability:g}"
     if f["kwh"] is not None:
-        yield (
-            f"           kWh = GPU-hours x {gpu.watts:g} W x load {p.gpu_load:g} x (1 + host {p.host_share:g}) x PUE {p.pue:g}"
-        )
+        factors = f"load {p.gpu_load:g} x (1 + host {p.host_share:g}) x PUE {p.pue:g}"
+        yield f"           kWh = GPU-hours x {gpu.watts:g} W x {factors}"
 
 
 def report_scaling(cfg, rows):
     """The same run on other numbers of GPUs, with the same batch and with one that grows with them."""
     yield f"GPUs       {'the same batch':<60}a larger batch, which changes training"
-    yield "                  micro-batch         time  GPU-hours         cost  fits      tokens a step  tokens/s per GPU"
+    columns = "micro-batch         time  GPU-hours         cost  fits      tokens a step  tokens/s per GPU"
+    yield f"{'':18}{columns}"
     for same, grown in rows:
         if not same and grown["n_gpus"] > cfg.plan.n_gpus:
             continue  # more GPUs than the batch can be divided over

@@ -41,6 +41,8 @@ def read_json(path, made_by):
     try:
         with open(path, encoding="utf-8") as file:
             figures = json.load(file)
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}; run {made_by} first, which writes it") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is no file that {made_by} writes: {error}") from error
     if not isinstance(figures, dict):
@@ -55,7 +57,8 @@ def with_default_vocab(cfg):
         return cfg, None
     if data_dir:
         raise UserError(
-            f"vocab_size is none and data_dir {data_dir} does not exist; make it: {prepare_command(cfg)}, or give --vocab_size"
+            f"vocab_size is none and data_dir {data_dir} does not exist; make it: {prepare_command(cfg)}, "
+            f"or give --vocab_size"
         )
     note = f"vocabulary {GPT2_VOCAB_SIZE:,} tokens, GPT-2's, as neither vocab_size nor data_dir is set"
     return replace(cfg, model=replace(cfg.model, vocab_size=GPT2_VOCAB_SIZE)), note

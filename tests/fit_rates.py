@@ -19,7 +19,7 @@ from perf.hardware import DEVICES, Rates
 
 PUBLISHED = Path(__file__).parent / "published.csv"
 FITTED = {"hopper": ("h100-sxm",), "ampere": ("a100-80", "a100-40")}  # llm-foundry's GPUs
-CARDS = {  # of published rows alone
+CARDS = {  # in published rows only
     "a100-40-pcie": replace(DEVICES["a100-40"], link_gbs=31, watts=250),
     "h100-96-500w": replace(DEVICES["h100-sxm"], memory_gib=96, memory_gbs=2400, watts=500),  # torchtitan's
 }
@@ -30,7 +30,7 @@ def model_of(row):
     numbers = ("n_layer", "n_embd", "n_head", "n_kv_head", "n_inner", "vocab_size")
     modern = {"norm": "rmsnorm", "position": "rope", "bias": False} if row["mlp"] == "swiglu" else {}
     return ModelConfig(
-        **{name: int(row[name]) for name in numbers if row[name]},
+        **{"vocab_size": 50257} | {name: int(row[name]) for name in numbers if row[name]},
         block_size=int(row["seq_len"]),
         mlp="swiglu" if row["mlp"] == "swiglu" else "gelu",
         objective=row["objective"] or "clm",
@@ -64,7 +64,7 @@ def setup_of(row):
 
 
 def gpu_of(row):
-    """The Device of a published row, with its network where that is told."""
+    """The Device of a published row, with its network where it was published."""
     gpu = DEVICES.get(row["gpu"]) or CARDS[row["gpu"]]
     return replace(gpu, network_gbs=float(row["network_gbit_s"]) / 8) if row["network_gbit_s"] else gpu
 
@@ -149,7 +149,7 @@ def table_of_groups(rows):
     yield f"{'group':<17} {'rows':>4} efficiency  {'with it':^20}  {'with 1':^20}  median, 90th percentile, largest, %"
     for group in dict.fromkeys(row["group"] for row, _ in rows):
         some = of_group(rows, group)
-        some = [r for r in some if r[0]["step_s"]] or some  # of steps, not of whole trainings with their stops
+        some = [r for r in some if r[0]["step_s"]] or some  # steps, not whole trainings with their stops
         efficiency = 1.0 if group == "llm-foundry" else best_efficiency(some)
         own, one = (errors_text(np.expm1(log_ratios(some, efficiency=e))) for e in (efficiency, 1.0))
         yield f"{group:<17} {len(some):4} {efficiency:10.2f}  {own:>20}  {one:>20}"

@@ -76,7 +76,7 @@ def benched_on_ranks(folder, args):
 
 @pytest.mark.parametrize(("args", "data_ranks"), [(["--tp=2"], 1), ([], 2)])
 def test_ranks_that_share_layers_share_their_tokens_too(args, data_ranks, tmp_path):
-    """Tokens/s count the tokens of a step once; MFU's peak is that of all ranks."""
+    """Tokens/s count the tokens of a step once; MFU is relative to the peak of all ranks."""
     args += ["--n_head=2", "--seq_len=8", "--batch_tokens=48"]
     [ids] = on_ranks(2, (benched_on_ranks, str(tmp_path), args))
     assert torch.equal(*ids) == (data_ranks == 1)
@@ -86,9 +86,9 @@ def test_ranks_that_share_layers_share_their_tokens_too(args, data_ranks, tmp_pa
     assert f["mfu"] * f["peak_tflops"] * 1e12 * 2 == pytest.approx(f["tokens_per_s"] * f["flops_per_token"])
     assert sum(f["time_share"].values()) == pytest.approx(1)
     assert 0 < f["time_share"]["communication"] < 1
-    held = cost.num_params(ModelConfig(vocab_size=64, block_size=11, n_layer=3, n_head=2, n_embd=20)) * 4 / 2**30
-    assert f["memory_gib"]["weights"] == f["memory_gib"]["gradients"] < held * 1.001
-    assert (f["memory_gib"]["weights"] < 0.9 * held) == (data_ranks == 1)  # tp halves most of it
+    whole = cost.num_params(ModelConfig(vocab_size=64, block_size=11, n_layer=3, n_head=2, n_embd=20)) * 4 / 2**30
+    assert f["memory_gib"]["weights"] == f["memory_gib"]["gradients"] < whole * 1.001
+    assert (f["memory_gib"]["weights"] < 0.9 * whole) == (data_ranks == 1)  # tp halves most of it
 
 
 @pytest.mark.parametrize("args", [
@@ -141,7 +141,7 @@ def test_a_masked_preset_is_timed_with_the_head_at_masked_places_alone(real_data
         assert sum((targets != IGNORE).sum() for _, targets, _ in step) > 12  # of 18; some rows hold special tokens
     assert len({batch[0].numpy().tobytes() for batch in batches[-1]}) == 3
     assert "causal" not in capsys.readouterr().out
-    if real_data:  # the first are those of a training run
+    if real_data:  # the first ones equal a training run
         split = Split(data, "train", 37)
         places = zip(*TrainOrder(split, 5, 1337).locate([0, 1, 2]))
         rows = np.stack([split.shards[shard][start : start + 5] for shard, start in places]).astype(np.int64)
@@ -328,13 +328,13 @@ def test_compare_prints_figures_side_by_side_with_their_ratio(tmp_path, capsys):
     ]  # fmt: skip
     for files, message in (
         ([str(a)], "takes two files, not 1"),
-        ([str(a), str(tmp_path / "c.json")], "is no file that --json writes"),
+        ([str(a), str(tmp_path / "c.json")], "there is no .*c.json; run bench.py --json first"),
     ):
         with pytest.raises(ValueError, match=message):
             bench.main(config.load(bench.Settings, ["--compare", *files]))
     with pytest.raises(ValueError, match="only --compare reads files"):
         config.load(bench.Settings, [str(a)])
-    with pytest.raises(ValueError, match="neither a preset file"):  # of a script that reads no such files
+    with pytest.raises(ValueError, match="neither a preset file"):  # train.py reads no such files
         config.load(train.Settings, [str(tmp_path / "c.json")])
 
 
@@ -376,7 +376,7 @@ def test_the_machine_is_measured_for_the_planner_and_for_predictions_beside_what
 
     f = benched(tmp_path, "--batch_tokens=21000", "--bench_seconds=0.001")
     expected, error = f["predicted"], f["error"]
-    assert expected["tokens_per_s"] * expected["step_s"] == pytest.approx(21)  # of the micro-step that was timed
+    assert expected["tokens_per_s"] * expected["step_s"] == pytest.approx(21)  # the micro-step that was timed
     assert error["step_s"] == pytest.approx(expected["step_s"] / (f["step_ms"] / 1e3) - 1)
     assert error["mfu"] == pytest.approx(expected["mfu"] / f["mfu"] - 1)
     assert error["memory_gib.total"] == pytest.approx(expected["memory_gib"]["total"] / f["memory_gib"]["total"] - 1)
@@ -477,7 +477,7 @@ def test_steps_take_the_predicted_time(preset, tmp_path, monkeypatch):
 
 
 def rows_of(ended):
-    """A trial that answers from {(recomputation, compile, micro-batch): tokens/s, or None for out of memory}."""
+    """A trial that returns {(checkpointing, compile, micro-batch): tokens/s, or None for out of memory}."""
 
     def trial(cfg, setting):
         speed = ended[tuple(setting[key] for key in sweep.KEYS)]

@@ -73,7 +73,7 @@ def test_parameters_are_the_models_count(changes):
 @pytest.mark.parametrize("shape, count", GPT2.items())
 def test_parameters_of_gpt2_are_hugging_faces(shape, count):
     layers, heads, width = shape
-    assert cost.num_params(ModelConfig(n_layer=layers, n_head=heads, n_embd=width)) == count
+    assert cost.num_params(ModelConfig(vocab_size=50257, n_layer=layers, n_head=heads, n_embd=width)) == count
 
 
 @pytest.mark.parametrize(("preset", "count"), [("bert_base", 109_514_298), ("bert_large", 335_174_458)])
@@ -119,27 +119,27 @@ def test_flops_of_a_masked_model_are_what_torch_counts_with_the_head_at_masked_p
 
 
 def test_causal_count_halves_attention_alone():
-    cfg = ModelConfig()
+    cfg = ModelConfig(vocab_size=50257)
     without_attention = cost.flops_per_token(cfg, seq_len=0)
     full, causal = (cost.flops_per_token(cfg, 1024, causal=causal) - without_attention for causal in (False, True))
     assert full == 2 * causal == 12 * 12 * 768 * 1024  # PaLM's 12 L H Q T
 
 
 def test_causal_count_does_not_halve_the_attention_of_a_model_that_looks_to_both_sides():
-    cfg = ModelConfig(objective="mlm")
+    cfg = ModelConfig(vocab_size=50257, objective="mlm")
     assert cost.flops_per_token(cfg, 1024, 0.15, causal=True) == cost.flops_per_token(cfg, 1024, 0.15, causal=False)
 
 
 def test_causal_count_halves_attention_as_wide_as_its_queries():
     """Whose width is not the stream's, and whose keys are fewer."""
-    cfg = ModelConfig(n_head=6, n_kv_head=2, head_dim=50, n_embd=99)
+    cfg = ModelConfig(vocab_size=50257, n_head=6, n_kv_head=2, head_dim=50, n_embd=99)
     saved = cost.flops_per_token(cfg, 1024) - cost.flops_per_token(cfg, 1024, causal=True)
     assert saved == 6 * 12 * 6 * 50 * 1024
 
 
 def test_gpt2_124m_needs_6_flops_a_weight_and_attention():
     """nanoGPT's transformer_sizing notebook: 6 N + 12 L H Q T, N without positions; norms and biases are no matmuls."""
-    cfg = ModelConfig(bias=False)
+    cfg = ModelConfig(vocab_size=50257, bias=False)
     notebook = 6 * (124_337_664 - 1024 * 768) + 12 * 12 * 768 * 1024
     norms = 6 * 25 * 768
     assert cost.flops_per_token(cfg, 1024) == notebook - norms
@@ -181,16 +181,16 @@ GPT = ModelConfig(vocab_size=64, block_size=8, n_layer=3, n_head=4, n_embd=32)
 WIDE = ModelConfig(vocab_size=64, block_size=8, n_layer=1, n_head=4, n_embd=256)
 BATCH, T, MICRO_STEPS = 6, 8, 2
 TRAINING = types.SimpleNamespace(optim=OptimConfig(), health=HealthConfig())  # settings of train_step
-LAYOUTS = {  # of 4 ranks: (replicas, shards, settings)
+LAYOUTS = {  # 4 ranks as (replicas, shards, settings)
     "ddp": (4, 1, {}),
     "ddp bf16": (4, 1, {"grad_compression": "bf16"}),
     "fsdp": (1, 4, {"strategy": "fsdp"}),
-    "fsdp recomputed": (1, 4, {"strategy": "fsdp", "activation_checkpointing": "full"}),
+    "fsdp checkpointing": (1, 4, {"strategy": "fsdp", "activation_checkpointing": "full"}),
     "fsdp kept": (1, 4, {"strategy": "fsdp", "reshard": False}),
     "fsdp whole": (1, 4, {"strategy": "fsdp", "accumulate": "whole"}),
     "hsdp": (2, 2, {"strategy": "fsdp", "shard_size": 2}),
     "tp": (1, 1, {"tp": 4}),
-    "tp recomputed": (1, 1, {"tp": 4, "activation_checkpointing": "full"}),
+    "tp checkpointing": (1, 1, {"tp": 4, "activation_checkpointing": "full"}),
     "ddp tp": (2, 1, {"tp": 2}),
     "fsdp tp": (1, 2, {"tp": 2, "strategy": "fsdp"}),
 }
@@ -211,7 +211,7 @@ def counted(layout, precision):
     return sent.n_bytes
 
 
-FEW = {name: LAYOUTS[name] for name in ("hsdp", "tp recomputed")}
+FEW = {name: LAYOUTS[name] for name in ("hsdp", "tp checkpointing")}
 
 
 @pytest.mark.parametrize(("precision", "layouts"), [
@@ -300,7 +300,7 @@ def seconds_of(machine, *args):
 
 @pytest.mark.parametrize("preset", ["config/gpt2_124m.py", "config/modern_124m.py", "config/bert_base.py"])
 def test_a_measured_machine_does_the_work_that_mfu_counts(preset):
-    """Micro-steps, layers, rows and weights are those of the FLOPs that MFU counts."""
+    """Micro-steps, layers, rows and weights agree with the FLOPs that MFU counts."""
     seconds, cfg, setup = seconds_of(machine_of(matmul=1, head=1), preset)
     flops = 42 * cost.flops_per_token(cfg.model, 7, setup.head_share)
     attention = 42 * 12 * 3 * cfg.model.n_head * cfg.model.head_width * 7
