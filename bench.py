@@ -92,7 +92,7 @@ def names_nothing_to_train(cfg):
 def bench_machine(cfg):
     """Measures this machine, for people, for plan.py --gpu=this, and for predictions of later benchmarks."""
     with init_world(cfg.world, cfg.parallel) as world, Watchdog(cfg.world.timeout_minutes, world):
-        figures = machine.measure(world)
+        figures = machine.measure(world, os.path.dirname(cfg.plan.machine) or ".")
         if world.is_main:
             print(*machine.table(figures), sep="\n", flush=True)
             write_json(figures, cfg.plan.machine)

@@ -1,8 +1,20 @@
-"""Speed of this machine, measured within a minute: matmuls, memory, network, and the rates of training."""
+"""Speed of this machine, measured within a minute: matmuls, memory, network, disk, and the rates of training."""
 
+import dataclasses
+import importlib.util
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from data import Loader, Split, TrainOrder
+from objective import NextToken
 from perf.hardware import known_device
 from perf.meters import rising, timed
 from perf.rates import training_rates
@@ -13,24 +25,49 @@ SIZES = {
     "cpu": {"matmuls": (256, 512, 1024, 2048), "messages": (2**16, 2**20, 2**24, 2**26)},
     "cuda": {"matmuls": (1024, 2048, 4096, 8192, 16384), "messages": (2**20, 2**24, 2**28, 2**30)},
 }
-SECONDS = 3.0  # to spend on each dtype and each collective
-COPIED = 2**29  # bytes of the memory copy
+SECONDS = {"matmuls": 3.0, "collectives": 3.0, "disk": 4.0}  # to spend on each dtype, collective, disk
+LOADER_SECONDS = 0.2  # for each reading, which must not reach the end of the file
+COPIED, SHARD_TOKENS, CHECKPOINT_BYTES = 2**29, 2**25, 2**28
 
 
-def measure(world):
-    """The figures of this machine as JSON takes them, [median, least, most] for what is timed; all ranks call it."""
+def measure(world, out_dir="."):
+    """The figures of this machine as JSON takes them; [median, least, most] where something was timed several times.
+
+    All ranks call it. The disk is the one of out_dir; rank 0 writes there, and removes what it wrote.
+    """
     left_out = []
     figures = {
         "device": device_name(world.device), "device_type": world.device.type, "torch": torch.__version__,
-        "cuda": torch.version.cuda, "ranks": world.size, "precision": world.precision,
-        "memory_gib": memory_bytes(world.device) / 2**30,
+        "threads": torch.get_num_threads(), "ranks": world.size, "data_ranks": world.data_ranks,
+        "precision": world.precision, "memory_gib": memory_bytes(world.device) / 2**30, "data_sheet": None,
         "matmul_tflops": matmuls(world, dtypes_of(world), left_out),
         "bandwidth_gb_per_s": bandwidths(world),
         "collectives_gb_per_s": collectives(world, left_out) if world.size > 1 else {},
         "rates": training_rates(world, left_out),
+        "left_out": left_out,
     }  # fmt: skip
+    if world.device.type == "cuda":
+        figures |= {"cuda": torch.version.cuda, "driver": driver()}
+        if known := known_device(figures["device"]):
+            figures["data_sheet"] = {"tflops": known.tflops, "fp32_tflops": known.fp32_tflops}
+            figures["data_sheet"] |= {"memory_gbs": known.memory_gbs, "link_gbs": known.link_gbs}
+    if world.is_main:
+        figures["disk"] = disk(world, out_dir)
     world.barrier()
-    return figures | {"left_out": left_out}
+    return figures
+
+
+def driver():
+    """The version of NVIDIA's driver; None without nvidia-ml-py."""
+    if importlib.util.find_spec("pynvml") is None:
+        return None
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return pynvml.nvmlSystemGetDriverVersion()
+    except pynvml.NVMLError:
+        return None
 
 
 def rate(amount, seconds):
@@ -76,7 +113,7 @@ def matmuls(world, names, left_out):
         for name in names:
             torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
             sizes, what = sizes_of(world, "matmuls"), f"{name} matmuls of {{0}} x {{0}}"
-            by_size = rising(sizes, measured, lambda n: n**3, world, SECONDS, left_out, what)
+            by_size = rising(sizes, measured, lambda n: n**3, world, SECONDS["matmuls"], left_out, what)
             found[name] = {str(n): rates for n, rates in by_size.items()}
     finally:
         torch.set_float32_matmul_precision(before)
@@ -111,9 +148,64 @@ def collectives(world, left_out):
 
     for name, factor in (("all-reduce", 2), ("all-gather", 1), ("reduce-scatter", 1)):
         sizes, what = sizes_of(world, "messages"), f"{name} of {{:,}} bytes"
-        by_size = rising(sizes, measured, lambda size: size, world, SECONDS, left_out, what)
+        by_size = rising(sizes, measured, lambda size: size, world, SECONDS["collectives"], left_out, what)
         found[name] = {str(n_bytes): rates for n_bytes, rates in by_size.items()}
     return found
+
+
+# ---- disk
+
+
+def disk(world, out_dir):
+    """{what: figure} of the disk of out_dir: the data loader's tokens/s, and GB/s of a checkpoint that is synced."""
+    os.makedirs(out_dir, exist_ok=True)
+    free, found = shutil.disk_usage(out_dir).free, {}
+    with tempfile.TemporaryDirectory(dir=out_dir, prefix="machine_") as folder:
+        data = np.random.default_rng(0)
+
+        def write(path, content):
+            with open(path, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+
+        small = min(2**24, free // 4)  # bytes; shows whether the disk is fast enough for more
+        small_s = timed(lambda: write(Path(folder, "small"), data.bytes(small)), world, repeats=1)[0]
+        fast = small_s * CHECKPOINT_BYTES / small < SECONDS["disk"] / 4
+        n_bytes = min(CHECKPOINT_BYTES, free // 4) if fast else small
+        content, path = data.bytes(n_bytes), Path(folder, "checkpoint")
+        found["checkpoint_gb"] = n_bytes / 1e9
+        seconds = timed(lambda: write(path, content), world, SECONDS["disk"] / 3)
+        found["write_gb_per_s"] = rate(n_bytes / 1e9, seconds)
+        path.unlink()
+        n_tokens = min(SHARD_TOKENS, free // 64)
+        if n_tokens >= 2**20 and fast:
+            path = Path(folder, "train.bin")  # nanoGPT's format, which needs no meta.json
+            write(path, data.integers(50257, size=n_tokens, dtype=np.uint16).data)
+            found["loader_tokens_per_s"] = loader_speed(folder, path, world)
+    return found
+
+
+def loader_speed(folder, path, world, seq_len=1024, micro_batch_size=16):
+    """{"cold", "warm": tokens/s} of training's data loader, with the file out of the system's cache and in it."""
+    split, found = Split(folder, "train", 2**16), {"cold": [], "warm": []}
+    alone = dataclasses.replace(world, size=1, rank=0, mesh=None)
+    for kind in ("cold", "cold", "cold", "warm", "warm", "warm"):
+        if kind == "cold" and hasattr(os, "posix_fadvise"):
+            split.release_pages()  # mapped pages would stay
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        elif kind == "warm":
+            path.read_bytes()
+        start, steps = time.perf_counter(), 0
+        loader = Loader(TrainOrder(split, seq_len, 0), NextToken(seq_len), 0, 1, micro_batch_size, alone)
+        while time.perf_counter() - start < LOADER_SECONDS:
+            loader.next()
+            steps += 1
+        elapsed = time.perf_counter() - start
+        loader.close()
+        found[kind].append(steps * micro_batch_size * seq_len / elapsed)
+    return {kind: [statistics.median(rates), min(rates), max(rates)] for kind, rates in found.items()}
 
 
 # ---- for people
@@ -125,20 +217,27 @@ def table(figures):
     def cell(rates):
         return "{:.3g} ({:.3g}-{:.3g})".format(*rates) if rates else "-"
 
-    f, sheet = figures, known_device(figures["device"])
-    cuda = f", CUDA {f['cuda']}" if f["device_type"] == "cuda" else ""
-    yield f"machine    {f['ranks']} x {f['device']}, {f['memory_gib']:.1f} GiB, torch {f['torch']}{cuda}"
+    f = figures
+    yield f"machine    {f['ranks']} x {f['device']}, {f['memory_gib']:.1f} GiB, torch {f['torch']}"
+    if "cuda" in f:
+        yield f"           CUDA {f['cuda']}, driver {f['driver'] or 'unknown: pip install nvidia-ml-py'}"
     yield "           each figure is the median of several runs, followed by the least and the most"
+    sheet = f["data_sheet"] or {}
     sizes = sorted({n for by_size in f["matmul_tflops"].values() for n in by_size}, key=int)
     yield f"matmul     TFLOP/s {''.join(f'{n} x {n}'.rjust(25) for n in sizes)}{'data sheet':>14}"
     for name, by_size in f["matmul_tflops"].items():
-        peak = getattr(sheet, {"fp32": "fp32_tflops", "bf16": "tflops", "fp16": "tflops"}.get(name, ""), "-")
+        peak = sheet.get({"fp32": "fp32_tflops", "bf16": "tflops", "fp16": "tflops"}.get(name), "-")
         yield f"           {name:8}{''.join(f'{cell(by_size.get(n)):>25}' for n in sizes)}{peak:>14}"
-    rows = [("memory     copy", f["bandwidth_gb_per_s"]["memory copy"], "memory_gbs")]
+    rows = [(f"memory     {name}", "GB/s", rates, "memory_gbs") for name, rates in f["bandwidth_gb_per_s"].items()]
     for name, by_size in f["collectives_gb_per_s"].items():
-        rows += [(f"network    {name} of {int(n):,} bytes", rates, "link_gbs") for n, rates in by_size.items()]
-    for what, rates, in_sheet in rows:
-        yield f"{what:<52}{cell(rates):>24} GB/s" + (f"   data sheet {getattr(sheet, in_sheet):g}" if sheet else "")
+        rows += [(f"network    {name} of {int(n):,} bytes", "GB/s", r, "link_gbs") for n, r in by_size.items()]
+    for kind, rates in f["disk"].get("loader_tokens_per_s", {}).items():
+        rows.append((f"loader     from a {kind} file", "M tokens/s", [rate / 1e6 for rate in rates], None))
+    what = f"disk       a checkpoint of {f['disk']['checkpoint_gb']:.3g} GB, synced"
+    rows.append((what, "GB/s", f["disk"]["write_gb_per_s"], None))
+    for what, unit, rates, in_sheet in rows:
+        limit = f"   data sheet {sheet[in_sheet]:g}" if in_sheet in sheet else ""
+        yield f"{what:<52}{cell(rates):>24} {unit}{limit}"
     yield f"training   forward and backward in {f['precision']}, the rates of plan.py --gpu=this"
     rates = f["rates"]
     named = [("matmuls, TFLOP/s by width", rates["matmul_tflops"])]

@@ -30,7 +30,7 @@ def model_of(row):
     numbers = ("n_layer", "n_embd", "n_head", "n_kv_head", "n_inner", "vocab_size")
     modern = {"norm": "rmsnorm", "position": "rope", "bias": False} if row["mlp"] == "swiglu" else {}
     return ModelConfig(
-        **{"vocab_size": 50257} | {name: int(row[name]) for name in numbers if row[name]},
+        **{name: int(row[name]) for name in numbers if row[name]},
         block_size=int(row["seq_len"]),
         mlp="swiglu" if row["mlp"] == "swiglu" else "gelu",
         objective=row["objective"] or "clm",

@@ -1,7 +1,8 @@
-"""A machine's figures are sound, are printed, and take at most a minute on slow hardware."""
+"""A machine's figures are sound, are printed, leave nothing behind, and take at most a minute on slow hardware."""
 
 import contextlib
 import json
+import os
 import time
 import types
 from unittest import mock
@@ -16,9 +17,12 @@ from ranks import on_ranks
 from world import WorldConfig, init_world
 
 SMALL = {
-    machine: {"SIZES": {"cpu": {"matmuls": (16, 33), "messages": (64, 4096)}}, "SECONDS": 60.0, "COPIED": 2**16},
+    machine: {
+        "SIZES": {"cpu": {"matmuls": (16, 33), "messages": (64, 4096)}}, "SHARD_TOKENS": 2**20,
+        "CHECKPOINT_BYTES": 2**16, "LOADER_SECONDS": 0.05, "COPIED": 2**16,
+    },
     rates: {"SIZES": {"cpu": ((64, 128), (5, 520), 128, 64)}, "SECONDS": 60.0, "BLOCK_LENGTH": 16},
-}
+}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -30,9 +34,9 @@ def small_sizes():
         yield
 
 
-def measured_on_ranks():
+def measured_on_ranks(folder):
     with small_sizes(), init_world(WorldConfig(device="cpu", precision="fp32")) as world:
-        figures = machine.measure(world)
+        figures = machine.measure(world, folder)
         return figures if world.is_main else list(figures)
 
 
@@ -46,12 +50,12 @@ def triples(figures):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_figures_are_sound_and_printed(precision):
+def test_figures_are_sound_are_printed_and_leave_nothing_behind(precision, tmp_path):
     with small_sizes(), init_world(WorldConfig(device="cpu", precision=precision)) as world:
-        figures = machine.measure(world)
-    assert len(triples(figures)) == 2 * 2 + 1  # matmuls, copy
+        figures = machine.measure(world, tmp_path)
+    assert len(triples(figures)) == 2 * 2 + 1 + 2 + 1  # matmuls, copies, loader, disk
     assert all(0 < least <= median <= most for median, least, most in triples(figures))
-    assert figures["precision"] == precision and figures["left_out"] == []
+    assert os.listdir(tmp_path) == [] and figures["precision"] == precision and figures["left_out"] == []
     measured = json.loads(json.dumps(figures["rates"]))
     assert list(measured["matmul_tflops"]) == list(measured["head_tflops"]) == ["64", "128"]
     assert (
@@ -64,29 +68,33 @@ def test_figures_are_sound_and_printed(precision):
         "matmul",
         "33 x 33",
         "GB/s",
+        "cold file",
+        "synced",
         "modern block",
         "overhead of a block, ms",
     ):
         assert word in text
 
 
-def test_a_known_devices_data_sheet_stands_next_to_what_it_reaches():
-    figures = {"device": "NVIDIA H100 PCIe", "device_type": "cuda", "ranks": 2, "memory_gib": 79.1, "torch": "2.13",
-               "cuda": "13.0", "matmul_tflops": {"bf16": {"8192": [600, 590, 610]}, "fp32": {"8192": [40, 39, 41]}},
-               "bandwidth_gb_per_s": {"memory copy": [1500, 1, 2]}, "precision": "bf16",
+def test_a_known_devices_data_sheet_stands_beside_what_it_reaches():
+    figures = {"device": "NVIDIA H100 PCIe", "ranks": 2, "memory_gib": 79.1, "torch": "2.13", "threads": 8,
+               "cuda": "13.0", "driver": "580", "data_sheet": {"tflops": 756, "fp32_tflops": 51, "memory_gbs": 2000,
+               "link_gbs": 63}, "matmul_tflops": {"bf16": {"8192": [600, 590, 610]}, "fp32": {"8192": [40, 39, 41]}},
+               "bandwidth_gb_per_s": {"memory copy": [1500, 1, 2]},
                "collectives_gb_per_s": {"all-reduce": {"1024": [20, 1, 2]}},
+               "precision": "bf16", "disk": {"checkpoint_gb": 0.3, "write_gb_per_s": [1, 1, 1]},
                "rates": {"matmul_tflops": {}, "attention_tflops": {}, "memory_gb_per_s": {}, "head_tflops": {},
                "muon_tflops": {}, "overhead_ms": {}}, "left_out": ["fp32 matmuls of 16384 x 16384"]}  # fmt: skip
     lines = list(machine.table(figures))
-    for start, sheet in (("           bf16", "756"), ("           fp32", "51"), ("memory     copy", "2000"),
+    for start, sheet in (("           bf16", "756"), ("           fp32", "51"), ("memory     memory copy", "2000"),
                          ("network    all-reduce of 1,024", "63")):  # fmt: skip
         assert next(line for line in lines if line.startswith(start)).endswith(sheet)
     assert lines[-1] == "left out   too slow here: fp32 matmuls of 16384 x 16384"
 
 
-def test_ranks_measure_what_connects_them():
-    [[figures, _]] = on_ranks(2, (measured_on_ranks,))
-    assert figures["ranks"] == 2
+def test_ranks_measure_what_connects_them(tmp_path):
+    [[figures, others]] = on_ranks(2, (measured_on_ranks, str(tmp_path)))
+    assert figures["ranks"] == 2 and "disk" not in others
     assert list(figures["collectives_gb_per_s"]) == ["all-reduce", "all-gather", "reduce-scatter"]
     assert all(least > 0 for _, least, _ in triples(figures["collectives_gb_per_s"]))
     assert "all-reduce of 64 bytes" in "\n".join(machine.table(figures))
@@ -100,6 +108,13 @@ def test_bus_bandwidth_is_what_nccl_tests_count(monkeypatch):
     found = machine.collectives(world, [])
     assert found["all-reduce"]["4000"] == pytest.approx([1.5 * 4e-6, 0.75 * 4e-6, 3 * 4e-6])
     assert found["all-gather"]["4000"] == found["reduce-scatter"]["4000"] == pytest.approx([3e-6, 1.5e-6, 6e-6])
+
+
+def test_a_full_disk_is_left_its_space(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=4096))
+    with init_world(WorldConfig(device="cpu")) as world:
+        found = machine.disk(world, tmp_path)
+    assert found["checkpoint_gb"] == 1024 / 1e9 and "loader_tokens_per_s" not in found
 
 
 # ---- slow hardware
@@ -129,11 +144,11 @@ class SlowMatmuls(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def test_a_minute_is_enough_where_a_large_matmul_takes_ten_seconds(monkeypatch):
+def test_a_minute_is_enough_where_a_large_matmul_takes_ten_seconds(tmp_path, monkeypatch):
     """A bf16 matmul of 2048 x 2048 on an EPYC without bf16 units; what was left out is named."""
     with init_world(WorldConfig(device="cpu", precision="bf16")) as world, SlowMatmuls(2 * 2048**3 / 10) as clock:
         monkeypatch.setattr(meters, "time", clock)
-        figures = machine.measure(world)
+        figures = machine.measure(world, tmp_path)
     assert 1 < clock.spent < 40
     measured = figures["matmul_tflops"]["bf16"]
     assert {"256", "512"} <= measured.keys() and "2048" not in measured
