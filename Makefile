@@ -1,5 +1,5 @@
 # make         sets up, prepares the quickstart's text, trains its model in about 3 minutes, prints samples
-# make bert    the same for a masked model: trains it in about 3 minutes, prints what it fills a gap with
+# make bert    the same for a masked model, in about 3 minutes; prints its guesses for a gap
 # make test    sets up and runs the tests; make test-slow runs the long ones
 # make setup   creates .venv and installs what requirements.txt pins
 
@@ -11,13 +11,18 @@ quickstart: setup
 	$(RUN) prepare.py config/quickstart.py
 	$(RUN) train.py config/quickstart.py
 	$(RUN) sample.py config/quickstart.py --prompt="def main(" --num_samples=3 --max_new_tokens=128
-	@echo "loss curves: out/quickstart/curves.png   checkpoints: out/quickstart/ckpt/"
+	@$(call last_line,quickstart)
 
 bert: setup
 	$(RUN) prepare.py config/quickstart_bert.py
 	$(RUN) train.py config/quickstart_bert.py
 	$(RUN) sample.py --out_dir=out/quickstart_bert --prompt="for i in [MASK](10):"
-	@echo "loss curves: out/quickstart_bert/curves.png   checkpoints: out/quickstart_bert/ckpt/"
+	@$(call last_line,quickstart_bert)
+
+# train.py writes the file `finished`; without it, max_minutes has ended the run early
+last_line = test -e out/$(1)/finished \
+  && echo "loss curves: out/$(1)/curves.png   checkpoints: out/$(1)/ckpt/" \
+  || echo "the model is unfinished: training stopped after the preset's max_minutes; make $@ continues it"
 
 setup: .venv/installed
 

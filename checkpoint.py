@@ -1,8 +1,8 @@
-"""A run on disk: save, resume, load.
+"""A run's state on disk: checkpoints, written while training continues.
 
 out_dir/ckpt/step_00001000/ holds the tensors of model and optimizer as safetensors files, written by
-torch.distributed.checkpoint, and manifest.json with everything else. It appears under its name only when it is whole,
-is the same for one process and for many, and is read without unpickling anything.
+torch.distributed.checkpoint, and manifest.json with everything else. A checkpoint appears under its name only when
+it is whole. Its format is the same for one process and for many, and reading it unpickles nothing.
 """
 
 import hashlib
@@ -21,17 +21,16 @@ import torch
 
 from config import UserError
 from data import sha256
-from model import ModelConfig
+from model import TRAINING_ONLY, ModelConfig
 from world import local
 
 FILE_BYTES = 2**27
-FREE = {"dropout", "label_smoothing"}  # settings of a model that have no weights
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     save_interval: int | None = 1000  # steps between checkpoints; the last step is always saved; none: no checkpoints
-    keep_checkpoints: int = 3  # newest checkpoints to keep, beside the best by validation loss
+    keep_checkpoints: int = 3  # newest checkpoints to keep, and the best by validation loss
     keep_every: int | None = None  # keep for good the checkpoints whose step is a multiple of this
 
     def __post_init__(self):
@@ -47,18 +46,18 @@ class CheckpointConfig:
 def checkpoints(out_dir):
     """The whole checkpoints of a run, oldest first."""
     found = [path for path in Path(out_dir).glob("ckpt/step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
-    return sorted(found, key=step_of)  # copies under other names are the user's own
+    return sorted(found, key=step_of)  # other names, such as copies, are the user's own
 
 
 def step_of(path):
-    """The step of a checkpoint, by its name."""
+    """The step in a checkpoint's name."""
     return int(path.name[5:])
 
 
 class CheckpointWriter:
-    """Writes checkpoints while training goes on: one at a time, each of them whole or absent.
+    """Writes checkpoints in a thread while training continues: one at a time, each whole or absent.
 
-    `failed` says whether this rank knows of one that could not be written; wait() then raises.
+    `failed` says whether a write has failed on this rank; wait() then raises.
     """
 
     def __init__(self, out_dir, cfg, world):
@@ -71,11 +70,11 @@ class CheckpointWriter:
         return self._problem is not None
 
     def save(self, step, model, optimizer, facts):
-        """Copies the tensors and begins to write them. facts: what JSON can hold, for the manifest."""
+        """Copies the tensors and starts to write them. facts: JSON values for the manifest."""
         if step == self.newest:
             return
         if self.world.is_main and self._thread and self._thread.is_alive():
-            print(f"training waits for checkpoint {self.newest} to be written: a longer save_interval spares that")
+            print(f"training waits for checkpoint {self.newest} to be written; a longer save_interval avoids that")
         self.wait()
         self.newest = step
         tensors = _tensors(model, optimizer)
@@ -89,7 +88,7 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self):
-        """Waits for what is being written; UserError, on all ranks, where it could not be."""
+        """Waits for the checkpoint that is being written; UserError, on all ranks, where that failed."""
         if self._thread:
             with self.world.phase("checkpoint", f"{self.newest} is being written"):
                 self._thread.join()
@@ -99,16 +98,16 @@ class CheckpointWriter:
             raise UserError(
                 f"the checkpoint of step {self.newest} could not be written to {self.out_dir} ({self._problem}); "
                 + (f"the newest whole one is {whole[-1].name}: " if whole else "there is none yet: ")
-                + "make room, then the same command goes on"
+                + "make room, then the same command continues"
             )
         if self._problem:
             raise self._problem
 
     def _staged(self, tensors):
-        """A copy, in the CPU's memory, of what this rank has to write: its shards, and a share of what is nobody's."""
+        """CPU copy of this rank's shards and its share of unsharded tensors."""
         from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-        if self._stager is None:  # its memory is pinned on CUDA, and kept, since that takes long
+        if self._stager is None:  # on CUDA its memory is pinned, which takes long, and kept
             self._stager = BlockingAsyncStager(cache_staged_state_dict=self.world.device.type == "cuda")
         rank, size = self.world.rank, self.world.size
         whole = [name for name, tensor in tensors.items() if not hasattr(tensor, "placements")]
@@ -118,15 +117,15 @@ class CheckpointWriter:
     def _write(self, *arguments):
         try:
             write_checkpoint(self.out_dir, *arguments, self.world)
-            together(self.world, lambda: self.world.is_main and remove_old_checkpoints(self.out_dir, self.cfg))
-        except Exception as error:  # whatever it is, training must hear of it
+            on_all_ranks(self.world, lambda: self.world.is_main and remove_old_checkpoints(self.out_dir, self.cfg))
+        except Exception as error:  # training raises it, whatever it is
             self._problem = error
 
 
 def file_numbers(tensors, world):
-    """{name: number of the file, from 1, that holds a tensor}, so that a rank's files have about FILE_BYTES each.
+    """{tensor's name: number of its file, from 1}, such that a rank's files have about FILE_BYTES each.
 
-    torch makes a file in memory before it writes it, and keeps Python, training's too, from going on for the last copy.
+    torch builds a file in memory before it writes it, and holds Python's lock, training's too, for the last copy.
     """
     numbers, total = {}, 0
     for name, tensor in tensors.items():
@@ -136,7 +135,7 @@ def file_numbers(tensors, world):
 
 
 def write_checkpoint(out_dir, step, tensors, numbers, facts, world):
-    """Writes checkpoint `step` beside its place, syncs it, then renames it; Failure on all ranks where one fails."""
+    """Writes checkpoint `step` under a temporary name, syncs it, renames it; Failure on all ranks where one fails."""
     import torch.distributed.checkpoint as dcp  # here, since it takes half a second
 
     _quieten()
@@ -144,7 +143,7 @@ def write_checkpoint(out_dir, step, tensors, numbers, facts, world):
     partial = final.with_name(f".{final.name}.partial")
 
     def prepare():
-        for leftover in final.parent.glob(".step_*.partial"):  # of a process that was killed
+        for leftover in final.parent.glob(".step_*.partial"):  # a killed process left it
             shutil.rmtree(leftover)
         partial.mkdir(parents=True)
 
@@ -165,9 +164,9 @@ def write_checkpoint(out_dir, step, tensors, numbers, facts, world):
         _sync_folder(final.parent)
 
     try:
-        together(world, lambda: world.is_main and prepare())
-        files = {name: digest for by_rank in together(world, write) for name, digest in by_rank.items()}
-        together(world, lambda: world.is_main and finish())
+        on_all_ranks(world, lambda: world.is_main and prepare())
+        files = {name: digest for by_rank in on_all_ranks(world, write) for name, digest in by_rank.items()}
+        on_all_ranks(world, lambda: world.is_main and finish())
     except Failure:
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
@@ -175,22 +174,22 @@ def write_checkpoint(out_dir, step, tensors, numbers, facts, world):
 
 
 class Failure(Exception):
-    """What went wrong on some rank, told on all."""
+    """An error of one rank, raised on all."""
 
     def __init__(self, text, is_of_disk):
         super().__init__(text)
         self.is_of_disk = is_of_disk
 
 
-def together(world, function):
-    """What function() returns on each rank, a list; Failure on all of them where it failed on one."""
-    from torch.distributed.checkpoint import CheckpointException  # which is no Exception
+def on_all_ranks(world, function):
+    """A list with each rank's function(); Failure on all ranks where one raised."""
+    from torch.distributed.checkpoint import CheckpointException  # no subclass of Exception
 
     value = problem = None
     try:
         value = function()
     except (Exception, CheckpointException) as error:
-        # Of several ranks, torch.distributed.checkpoint wraps up what happened to each.
+        # torch.distributed.checkpoint wraps the errors of all ranks into one.
         cause = next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
         is_plain = isinstance(cause, (OSError, ValueError))
         problem = str(cause) if is_plain else f"{type(cause).__name__}: {cause}", isinstance(cause, OSError)
@@ -207,17 +206,17 @@ def remove_old_checkpoints(out_dir, cfg):
     best = min((path for path in paths if losses[path] < math.inf), key=losses.get, default=None)
     for path in paths[: -cfg.keep_checkpoints]:
         if path != best and not (cfg.keep_every and step_of(path) % cfg.keep_every == 0):
-            # Renamed first: a removal that is cut short must not leave half a checkpoint under a whole one's name.
+            # Renamed first: an interrupted removal must not leave half a checkpoint under a whole one's name.
             doomed = path.with_name(f".{path.name}.partial")
             os.replace(path, doomed)
             shutil.rmtree(doomed)
 
 
 def _val_loss(path):
-    """A checkpoint's validation loss; infinite where there is none, or no sound one."""
+    """A checkpoint's validation loss; infinite where it has none, or the manifest is damaged."""
     try:
         loss = read_manifest(path).get("val_loss")
-    except ValueError:  # damaged: a matter for those who want to read it
+    except UserError:
         loss = None
     return loss if loss is not None and math.isfinite(loss) else math.inf
 
@@ -229,24 +228,24 @@ def read_manifest(path):
         return {"files": manifest["files"], "model": manifest["model"], "step": manifest["step"], **manifest}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} has no readable manifest.json ({type(error).__name__}: {error}); it is no checkpoint "
-            f"of flatlm's, or damaged"
+            f"{path} has no readable manifest.json ({type(error).__name__}: {error}); it is not "
+            f"a checkpoint of flatlm, or is damaged"
         ) from error
 
 
 def newest_checkpoint(run_dir, world=None):
-    """The newest checkpoint of a run whose checksums are right; says which ones it passes over.
+    """The newest checkpoint of a run whose checksums match; prints which ones it skips.
 
-    UserError where there is none. Several ranks, if world is given, share out the reading.
+    UserError where there is none. With a world, its ranks split the reading.
     """
     paths = checkpoints(run_dir) if world is None else world.gather(checkpoints(run_dir))[0]
     if not paths:
-        there = "does not exist" if not Path(run_dir).is_dir() else "holds no checkpoint of flatlm's (ckpt/step_*)"
+        there = "does not exist" if not Path(run_dir).is_dir() else "holds no checkpoint (ckpt/step_*)"
         raise UserError(f"{run_dir} {there}; train.py makes one, in its out_dir")
     problems = []
     for path in reversed(paths):
         try:
-            together(world, lambda path=path: _check(path, world))
+            on_all_ranks(world, lambda path=path: _check(path, world))
         except Failure as error:
             problems.append(str(error))
             continue
@@ -257,50 +256,50 @@ def newest_checkpoint(run_dir, world=None):
 
 
 def set_aside(paths):
-    """Renames checkpoints that are damaged, so that the run can write them again."""
+    """Renames damaged checkpoints, so that the run can write them again."""
     for path in paths:
         names = (path.with_name(f"damaged_{path.name}_{i}") for i in itertools.count(1))
         os.replace(path, next(name for name in names if not name.exists()))
 
 
 def _check(path, world):
-    """UserError where a checkpoint lacks a file or has another checksum, of those files that are this rank's share."""
+    """UserError where a file of this rank's share is missing or fails its checksum."""
     manifest = read_manifest(path)
     if "checksum" in manifest and _checksum(manifest) != manifest["checksum"]:  # older ones have none
-        raise UserError(f"{path / 'manifest.json'} is damaged: it is not what its checksum is of")
+        raise UserError(f"{path / 'manifest.json'} is damaged: checksum mismatch")
     files = manifest["files"]
     names = sorted({*files, *(file.name for file in path.glob("*.safetensors"))})
     for name in names if world is None else names[world.rank :: world.size]:
         if not (path / name).exists() or sha256(path / name) != files.get(name):
-            raise UserError(f"{path / name} is missing or damaged: its checksum is not the manifest's")
+            raise UserError(f"{path / name} is missing or damaged: checksum mismatch")
 
 
 def load_checkpoint(path, model, optimizer=None):
-    """Reads model and, if given, optimizer from a checkpoint in place, on any number of ranks; returns the manifest."""
+    """Loads model and, if given, optimizer from a checkpoint in place, on any number of ranks; returns the manifest."""
     import torch.distributed.checkpoint as dcp
 
     manifest = read_manifest(path)
     wanted, found = asdict(model.cfg), asdict(config_of_checkpoint(path, manifest))
     differing = [
         f"{name} {found[name]} there, {wanted[name]} here"
-        for name in sorted(wanted.keys() - FREE)
+        for name in sorted(wanted.keys() - TRAINING_ONLY)
         if found[name] != wanted[name]
     ]
     if differing:
-        raise UserError(f"{path} is of another model: {', '.join(differing)}; give the same settings")
+        raise UserError(f"{path} holds another model: {', '.join(differing)}; give the same settings")
     _quieten()
     dcp.load(_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     return manifest
 
 
 def tensor_reader(path):
-    """A function that reads a tensor of a checkpoint's model by its name, whole, onto the CPU."""
+    """A function from a parameter's name to its whole tensor on the CPU, read from a checkpoint."""
     import torch.distributed.checkpoint as dcp
 
     _quieten()
     reader = dcp.HuggingFaceStorageReader(str(path))
     metadata = reader.read_metadata()
-    reader.read_metadata = lambda: metadata  # dcp.load would read the headers of all files anew for each tensor
+    reader.read_metadata = lambda: metadata  # otherwise dcp.load reads all files' headers for each tensor
 
     def read(name):
         tensor = torch.empty(metadata.state_dict_metadata[f"model.{name}"].size)
@@ -311,32 +310,32 @@ def tensor_reader(path):
 
 
 def config_of_checkpoint(path, manifest):
-    """The settings of a checkpoint's model; those that are younger than it have their defaults."""
+    """The ModelConfig of a checkpoint; settings that did not exist when it was written have their defaults."""
     if unknown := manifest["model"].keys() - {field.name for field in fields(ModelConfig)}:
         raise UserError(
-            f"{path} is of a model with settings that this code does not know: {', '.join(sorted(unknown))}"
+            f"{path} holds a model with settings that this code does not know: {', '.join(sorted(unknown))}"
         )
     return ModelConfig(**manifest["model"])
 
 
 def _quieten():
-    """Mutes torch's warning, at each save and load, that one process is one process."""
+    """Mutes torch's warning, at each save and load of one process, that torch.distributed is not initialized."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
 def _checksum(manifest):
-    """Of all else in a manifest."""
+    """The checksum of a manifest, over all its other entries."""
     text = json.dumps({name: value for name, value in manifest.items() if name != "checksum"}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _tensors(model, optimizer):
-    """{name: tensor} of all that a checkpoint holds; to load is to write into these very tensors."""
+    """{name: tensor} of a checkpoint's content; loading writes into these tensors."""
     tensors = {f"model.{name}": param.detach() for name, param in model.named_parameters()}  # tied ones once
     if optimizer is not None:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
-        # This also makes the state of an optimizer that has not stepped yet, by a step that it then counts.
+        # torch creates the state of a new optimizer by a step, which that state then counts.
         is_new = not optimizer.state
         state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
         for of_param in optimizer.state.values() if is_new else ():

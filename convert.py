@@ -8,7 +8,6 @@ Weights of Hugging Face need no conversion to start from: train.py, sample.py, b
 """
 
 import contextlib
-import ctypes
 import json
 import math
 import os
@@ -27,14 +26,15 @@ from interop.nanogpt import import_nanogpt
 from interop.pretrained import fitting, open_model, place_of
 from interop.tokenizer import write_tokenizer
 from run.folder import RunConfig
+from world import tune_malloc
 
-SHARD_BYTES = 5 * 10**9  # of a file of weights, as transformers below 5 writes them
+SHARD_BYTES = 5 * 10**9  # largest file of weights, as transformers below 5 writes
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
     to_hf: str | None = None  # folder to write a Hugging Face model to
-    hf_dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the weights in it; none: as they are
+    hf_dtype: Literal["float32", "bfloat16", "float16"] | None = None  # dtype of the exported weights; none: unchanged
     from_nanogpt: str | None = None  # nanoGPT's ckpt.pt, to become a run in out_dir
     nanogpt_tokenizer: str | None = None  # meta.pkl of its data, or as in prepare.py; none: gpt2, if its size is that
 
@@ -55,19 +55,11 @@ def main(cfg):
         if not cfg.run.out_dir:
             raise UserError("out_dir is none; name the folder of the run to make, as in --out_dir=out/nanogpt")
         lines = import_nanogpt(cfg.convert.from_nanogpt, cfg.run.out_dir, cfg.convert.nanogpt_tokenizer)
-        written = f"{cfg.convert.from_nanogpt}: written to {cfg.run.out_dir} as a run, which goes on by:"
+        written = f"{cfg.convert.from_nanogpt}: written to {cfg.run.out_dir} as a run; to continue it:"
         print(*lines, f"{written} python train.py {cfg.run.out_dir}/config.py", sep="\n")
     else:
-        return_freed_memory()
+        tune_malloc(mmap_threshold=2**17)  # return freed tensors at once: glibc keeps those below 32 MiB
         export(open_model(place_of(cfg)), cfg.convert.to_hf, cfg.convert.hf_dtype)
-
-
-def return_freed_memory():
-    """Has freed tensors go back to the system at once: the C library keeps those up to 32 MiB, half a model in all."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        mmap_threshold = -3  # the option's number in malloc.h
-        libc.mallopt(mmap_threshold, 2**17)
 
 
 def export(source, folder, dtype=None):
@@ -80,7 +72,7 @@ def export(source, folder, dtype=None):
     partial = final / ".flatlm_export"
     try:
         final.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)  # of an export that was cut short
+        shutil.rmtree(partial, ignore_errors=True)  # an interrupted export left it
         if any(final.iterdir()):
             raise UserError(f"{folder} is not empty; name another folder with --to_hf=, or remove it")
         partial.mkdir()
@@ -88,7 +80,7 @@ def export(source, folder, dtype=None):
         carried = source.carried
         config = config_of(source.cfg, special_ids, dtype or source.dtype, carried)
         write_json(config, partial / "config.json")
-        if source.cfg.objective == "clm" and not (partial / "generation_config.json").exists():
+        if source.cfg.is_causal and not (partial / "generation_config.json").exists():
             known_ids = {name: id_ for name, id_ in special_ids.items() if id_ is not None}
             write_json(known_ids, partial / "generation_config.json")
         itemsize = getattr(torch, dtype or source.dtype).itemsize
@@ -102,7 +94,7 @@ def export(source, folder, dtype=None):
         raise UserError(f"to_hf {folder} cannot be written ({error}); make room, or name another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        with contextlib.suppress(OSError):  # of a folder that holds something, as it should by now
+        with contextlib.suppress(OSError):  # the folder is not empty, as it should be
             final.rmdir()
     print(f"{source.name}: written to {folder} as {config['architectures'][0]}, {n_bytes / 1e6:,.1f} MB of weights")
 
@@ -171,7 +163,7 @@ PRIVATE = {"out_dir", "resume", "device", "data_fingerprint", "wandb", "wandb_pr
 
 def card(source, family, name, tokenizer):
     """README.md of an exported model: what it is, what it was trained on, how long, to which loss, how to use it."""
-    cfg, is_masked = source.cfg, source.cfg.objective == "mlm"
+    cfg, is_masked = source.cfg, not source.cfg.is_causal
     auto, task = ("AutoModelForMaskedLM", "fill-mask") if is_masked else ("AutoModelForCausalLM", "text-generation")
     kind = "masked" if is_masked else "causal"
     blocks = [
@@ -185,9 +177,7 @@ def card(source, family, name, tokenizer):
     ]
     facts = training_facts(source)
     if facts and tokenizer and tokenizer.specials:
-        how = (
-            "as that token" if is_masked else "as ordinary text, if not told otherwise by `split_special_tokens=False`"
-        )
+        how = "as that token" if is_masked else "as ordinary text, unless `split_special_tokens=False`"
         blocks.append(
             f"In training no text held special tokens, such as `{next(iter(tokenizer.specials))}`, whatever it spelt; "
             f"this tokenizer reads their names {how}."
@@ -196,7 +186,7 @@ def card(source, family, name, tokenizer):
 
 
 def training_facts(source):
-    """What a model card says of the run that a model comes from; nothing where it comes from none."""
+    """The model card's lines about the run; none for a model that comes from no run."""
     manifest = getattr(source, "manifest", None)
     if manifest is None:
         return []
@@ -209,7 +199,7 @@ def training_facts(source):
         "validation loss": None if state.get("val_loss") is None else f"{state['val_loss']:.4f} nats a token",
     }
     split = data.get("splits", {}).get("val", {})
-    if state.get("val_loss") is not None and split.get("bytes") and source.cfg.objective == "clm":
+    if state.get("val_loss") is not None and split.get("bytes") and source.cfg.is_causal:
         bits = state["val_loss"] / math.log(2) * split["tokens"] / split["bytes"]
         rows["validation bits per byte"] = f"{bits:.4f}"
     rows["tokenizer"] = data.get("settings", data).get("tokenizer")
@@ -230,7 +220,7 @@ def last_loss(run_dir):
 
 
 def data_of(run_dir):
-    """meta.json of a run's data, as much as there is of it; of a damaged one a line has told already."""
+    """The run's meta.json; empty where it is missing or damaged, which was reported before."""
     with contextlib.suppress(OSError, ValueError):
         return json.loads((run_dir / "meta.json").read_text(encoding="utf-8"))
     return {}

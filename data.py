@@ -1,7 +1,7 @@
 """Token shards to batches.
 
 A data folder holds {train,val}_000000.bin, ... and meta.json. A shard is a 24-byte header and its tokens, uint16 or
-uint32, which are memory-mapped. nanoGPT's raw train.bin and llm.c's and modded-nanogpt's files are read as they are.
+uint32, and is memory-mapped. nanoGPT's raw train.bin, llm.c's and modded-nanogpt's files are read as they are.
 """
 
 import contextlib
@@ -31,22 +31,19 @@ LLMC = {20240520: np.uint16, 20240801: np.uint32}  # magic of llm.c's GPT-2 and 
 class DataConfig:
     data_dir: str | None = None  # folder of token shards, made by prepare.py
     seq_len: int | None = None  # tokens of a training sequence; none: block_size
-    batch_tokens: int = 524288  # tokens of an optimizer step, over all ranks and micro-steps
-    micro_batch_size: int = 16  # sequences of one forward and backward on one rank; accumulation follows from it
-    eval_tokens: int = 10_485_760  # tokens of the validation split to evaluate on, or all where it has fewer
+    batch_tokens: int = 524288  # global batch: tokens per optimizer step, over all ranks and micro-steps
+    micro_batch_size: int = 16  # sequences per forward pass on one rank; gradient accumulation follows from it
+    eval_tokens: int = 10_485_760  # tokens of the validation split to evaluate on, at most
 
     def __post_init__(self):
-        wrong = [
-            f"{name} is {getattr(self, name)}; it must be at least 1"
-            for name in ("seq_len", "batch_tokens", "micro_batch_size", "eval_tokens")
-            if getattr(self, name) is not None and getattr(self, name) < 1
-        ]
-        if wrong:
-            raise UserError("\n".join(wrong))
+        names = ("seq_len", "batch_tokens", "micro_batch_size", "eval_tokens")
+        too_small = [name for name in names if getattr(self, name) is not None and getattr(self, name) < 1]
+        if too_small:
+            raise UserError("\n".join(f"{name} is {getattr(self, name)}; it must be at least 1" for name in too_small))
 
 
 def seq_len_of(cfg):
-    """Tokens of a training sequence: seq_len, or block_size where it is none."""
+    """Tokens of a training sequence: seq_len, or block_size where seq_len is none."""
     seq_len, block_size = cfg.data.seq_len, cfg.model.block_size
     if seq_len is not None and seq_len > block_size:
         raise UserError(f"seq_len {seq_len} is above block_size {block_size}; lower it, or raise block_size")
@@ -54,23 +51,25 @@ def seq_len_of(cfg):
 
 
 def accumulation_steps(cfg, seq_len, ranks):
-    """Micro-steps of an optimizer step: batch_tokens over what all ranks hold at once."""
+    """Micro-steps per optimizer step: batch_tokens / (micro_batch_size x seq_len x ranks)."""
     at_once = cfg.micro_batch_size * seq_len * ranks
     if cfg.batch_tokens % at_once:
         sequences, rest = divmod(cfg.batch_tokens, seq_len * ranks)
-        upper = min(sequences, 4 * cfg.micro_batch_size, 10_000)
-        fitting = [] if rest else [b for b in range(1, upper + 1) if sequences % b == 0]
-        near = sorted(sorted(fitting, key=lambda b: abs(b - cfg.micro_batch_size))[:4])
-        remedy = (
-            f"micro_batch_size {', '.join(map(str, near))} would fit"
-            if near
-            else f"batch_tokens {max(1, round(cfg.batch_tokens / at_once)) * at_once} would fit"
-        )
+        if rest or not sequences:
+            remedy = f"batch_tokens {max(1, round(cfg.batch_tokens / at_once)) * at_once} would fit"
+        else:
+            remedy = f"micro_batch_size {near_divisors(sequences, cfg.micro_batch_size, 4)} would fit"
         raise UserError(
             f"batch_tokens {cfg.batch_tokens} is not a multiple of {at_once} = micro_batch_size "
             f"{cfg.micro_batch_size} x seq_len {seq_len} x {ranks} ranks; {remedy}"
         )
     return cfg.batch_tokens // at_once
+
+
+def near_divisors(number, wanted, n=3):
+    """The n divisors of a number nearest to a wanted one, as text for an error's remedy."""
+    divisors = [d for d in range(1, min(number, 4 * wanted, 10_000) + 1) if number % d == 0]
+    return ", ".join(map(str, sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:n])))
 
 
 # ---- shards on disk
@@ -83,14 +82,14 @@ def sha256(path):
 
 
 class ShardWriter:
-    """Writes a split as shards of shard_tokens tokens, under names that no reader takes until finish()."""
+    """Writes a split as shards of shard_tokens tokens, under temporary names until finish()."""
 
     def __init__(self, folder, split, dtype, shard_tokens):
         self.folder, self.split, self.dtype, self.shard_tokens = Path(folder), split, np.dtype(dtype), shard_tokens
         self.counts, self._file = [], None
 
     def write(self, tokens):
-        """Appends an array of ids."""
+        """Appends an array of tokens."""
         while len(tokens):
             if self._file is None or self.counts[-1] == self.shard_tokens:
                 self._open_next()
@@ -99,7 +98,7 @@ class ShardWriter:
             self.counts[-1] += len(part)
 
     def finish(self):
-        """Gives the shards their names; returns {name: tokens}."""
+        """Renames the shards; returns {name: tokens}."""
         self._close()
         names = [f"{self.split}_{i:06d}.bin" for i in range(len(self.counts))]
         for name in names:
@@ -123,7 +122,7 @@ class ShardWriter:
 
 
 def open_shard(path):
-    """The tokens of a shard file, memory-mapped; whose file it is shows in its first bytes."""
+    """The tokens of a shard file, memory-mapped; its first bytes tell whose format it is."""
     path = Path(path)
     size, head = path.stat().st_size, _head(path)
     if head.startswith(MAGIC):
@@ -140,7 +139,7 @@ def open_shard(path):
         dtype, start, count = np.uint16, 0, size // 2
     else:
         raise UserError(
-            f"{path} is no token shard: neither flatlm's nor llm.c's header is at its start; "
+            f"{path} is not a token shard: it starts with neither flatlm's header nor llm.c's; "
             f"make the data again with prepare.py"
         )
     if size != start + count * np.dtype(dtype).itemsize:
@@ -152,7 +151,7 @@ def open_shard(path):
 
 
 def is_own_shard(path):
-    """Whether prepare.py wrote a file, by its first bytes."""
+    """Whether prepare.py wrote a file, judged by its first bytes."""
     return _head(path).startswith(MAGIC)
 
 
@@ -162,7 +161,7 @@ def _head(path):
 
 
 def read_meta(data_dir):
-    """What meta.json says of a data folder; {} where the files are foreign and there is none."""
+    """The content of a data folder's meta.json; {} where there is none, as with other projects' files."""
     path = Path(data_dir) / "meta.json"
     if not path.exists():
         return {}
@@ -179,11 +178,11 @@ def read_meta(data_dir):
 
 
 def vocab_size_of(data_dir, make_command):
-    """The vocabulary that a data folder was made with."""
+    """The vocabulary size of a data folder."""
     meta = read_meta(_folder(data_dir, make_command))
     if not meta:
         raise UserError(
-            f"{data_dir} has no meta.json to take vocab_size from; set vocab_size, or finish: {make_command}"
+            f"{data_dir} has no meta.json to take vocab_size from; set --vocab_size, or finish: {make_command}"
         )
     return meta["vocab_size"]
 
@@ -205,7 +204,7 @@ def _folder(data_dir, make_command):
 
 
 def _fault(folder, split, paths, meta):
-    """What keeps a split from being used, as words that follow the folder's name; None where nothing does."""
+    """Why a split cannot be used, in words that follow the folder's name; None where it can."""
     if any(folder.glob("*.part")):
         return "holds an unfinished prepare"
     if not paths:
@@ -218,32 +217,30 @@ def _fault(folder, split, paths, meta):
 
 
 class Split:
-    """The shards of a split. bytes_per_token is None where nobody counted the text's bytes."""
+    """The shards of a split. bytes_per_token is None where the text's bytes are not known."""
 
     def __init__(self, data_dir, split, vocab_size, make_command="python prepare.py --help"):
         folder, meta = _folder(data_dir, make_command), read_meta(data_dir)
         self.name, self.vocab_size = split, vocab_size
-        # The split's name as a word: "val" is not in medieval_train.bin.
+        # The split's name as a word: medieval_train.bin is not validation data.
         self.paths = sorted(p for p in folder.glob("*.bin") if re.search(rf"(^|[_.-]){split}[_.-]", p.name))
         if fault := _fault(folder, split, self.paths, meta):
             raise UserError(f"{folder} {fault}; make the data: {make_command}")
         if meta and meta["vocab_size"] > vocab_size:
             raise UserError(
                 f"vocab_size is {vocab_size}, but {folder} was made with a vocabulary of {meta['vocab_size']}; "
-                f"set vocab_size to that, or to none, or make the data with the tokenizer of the weights to start from"
+                f"set vocab_size to that, or to none, or prepare the data with the tokenizer of the initial weights"
             )
         self.shards = [open_shard(path) for path in self.paths]
         for path, shard in zip(self.paths, self.shards) if meta else ():
             if len(shard) != (promised := meta["splits"][split]["shards"][path.name]):
-                raise UserError(
-                    f"{path} holds {len(shard)} tokens, meta.json says {promised}; {make_command} makes it"
-                )
+                raise UserError(f"{path} holds {len(shard)} tokens, meta.json says {promised}; {make_command} makes it")
         self.tokens = sum(map(len, self.shards))
         text_bytes = meta["splits"][split].get("bytes") if meta else None
         self.bytes_per_token = text_bytes / self.tokens if text_bytes else None
 
     def fingerprint(self):
-        """A hash by which a resumed run knows its data again: names, sizes and ends of the shards."""
+        """A hash of the shards' names, sizes and ends, by which a resumed run recognizes its data."""
         digest = hashlib.sha256()
         for path, shard in zip(self.paths, self.shards):
             digest.update(
@@ -252,17 +249,17 @@ class Split:
         return digest.hexdigest()[:16]
 
     def release_pages(self):
-        """Gives back the memory of pages read so far; what the system caches of the files stays there."""
+        """Releases the memory of pages read so far; the system's file cache keeps them."""
         for shard in self.shards:
             if len(shard):
                 shard._mmap.madvise(mmap.MADV_DONTNEED)
 
     def copy(self, shard, start, row):
-        """Fills row with the tokens of a shard from start on."""
+        """Fills row with the tokens of a shard that begin at start."""
         row[:] = self.shards[shard][start : start + len(row)]
         if row.max() >= self.vocab_size:
             raise UserError(
-                f"{self.paths[shard]} holds the token id {row.max()}, but vocab_size is {self.vocab_size}; "
+                f"{self.paths[shard]} holds token {row.max()}, but vocab_size is {self.vocab_size}; "
                 f"set vocab_size to the tokenizer's or make the data again"
             )
 
@@ -271,14 +268,14 @@ class Split:
 
 
 def permute(index, n, key):
-    """Where a permutation of range(n), drawn by key, sends each index; nothing of size n is ever held.
+    """The images of indices under a random permutation of range(n), in O(1) memory.
 
-    A Feistel network of 6 rounds on the smallest even number of bits that covers n, walked until it lands below n.
-    index: uint64 array; key: tuple of ints.
+    A Feistel network of 6 rounds on the smallest even number of bits that covers n, repeated until the result is below
+    n. index: uint64 array; key: tuple of ints, the permutation's seed.
     """
     half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
-    factors = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9], dtype=np.uint64)  # odd and well-mixing
+    factors = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9], dtype=np.uint64)  # odd constants that mix well
     rounds = np.random.SeedSequence(key).generate_state(6, np.uint64)
     out, todo = index.astype(np.uint64), np.ones(len(index), dtype=bool)
     while todo.any():
@@ -293,25 +290,25 @@ def permute(index, n, key):
 
 
 class TrainOrder:
-    """Which tokens the sequence of a given number holds: a function of the seed and the data alone.
+    """The order of training sequences, a pure function of the seed and the data.
 
-    An epoch takes each window once, in permuted order; windows, of stride tokens, lie end to end within a shard, from
-    an offset that each epoch draws anew. So sequences_seen is all that a run must remember of its data.
+    An epoch takes each window once, in permuted order. Windows of stride tokens lie end to end within a shard, from an
+    offset that each epoch draws anew. So sequences_seen is all that a run must remember of its data.
     """
 
     def __init__(self, split, stride, seed):
         self.split, self.stride, self.seed = split, stride, seed
-        # One window less than fits, so that every offset leaves equally many.
+        # One window fewer than fits, so that each offset leaves the same number.
         self.ends = np.cumsum([max(0, len(shard) // stride - 1) for shard in split.shards])
         self.per_epoch = int(self.ends[-1])
         if self.per_epoch == 0:
             raise UserError(
                 f"the {split.name} split has no shard of 2 x {stride} tokens (its longest has "
-                f"{max(map(len, split.shards))}); shorten seq_len or block_size, or add text"
+                f"{max(map(len, split.shards))}); lower seq_len or block_size, or add text"
             )
 
     def locate(self, numbers):
-        """(shard, start) of each sequence number, as arrays."""
+        """(shard, start) for each sequence number, as arrays."""
         numbers = np.asarray(numbers, dtype=np.uint64)
         window, offset = np.empty(len(numbers), dtype=np.int64), np.empty(len(numbers), dtype=np.int64)
         epochs = numbers // np.uint64(self.per_epoch)
@@ -327,12 +324,12 @@ class TrainOrder:
 class Loader:
     """Batches of a run from sequence number `seen` on, read ahead by a thread.
 
-    Micro-step m of rank r takes those of a step's sequences that start at (m * ranks + r) * micro_batch_size.
+    Micro-step m of rank r takes micro_batch_size of a step's sequences, from (m * ranks + r) * micro_batch_size on.
     """
 
-    def __init__(self, order, windows, seen, micro_steps, micro_batch_size, world, ahead=3):
-        """world has data_rank, which part of the data this is, data_ranks, how many there are, and the device."""
-        self.split, self._order, self._windows, self._seen = order.split, order, windows, seen
+    def __init__(self, order, objective, seen, micro_steps, micro_batch_size, world, ahead=3):
+        """objective: turns windows of tokens into a batch. The world gives data_rank, data_ranks and the device."""
+        self.split, self._order, self._objective, self._seen = order.split, order, objective, seen
         self._micro_steps, self._micro_batch_size = micro_steps, micro_batch_size
         self._rank, self._ranks, self._device = world.data_rank, world.data_ranks, world.device
         self._ahead, self._thread = ahead, None
@@ -343,7 +340,7 @@ class Loader:
         self._seen = seen
 
     def next(self):
-        """One step's micro-batches, tuples of what the model takes, on the device, and the seconds waited for them."""
+        """A step's micro-batches, tuples of the model's arguments on the device, and the seconds waited for them."""
         start = time.perf_counter()
         if self._thread is None:
             self._ready, self._stop = queue.Queue(maxsize=self._ahead), threading.Event()
@@ -371,14 +368,14 @@ class Loader:
                 self._ready.put(step)
                 if self._stop.is_set():
                     return
-        except Exception as error:  # raised again where the step is asked for
+        except Exception as error:  # next() raises it
             self._ready.put(error)
 
     def _steps(self):
-        B, width = self._micro_batch_size, self._windows.stride + self._windows.extra
+        B, width = self._micro_batch_size, self._objective.stride + self._objective.extra
         per_step, pins = B * self._ranks * self._micro_steps, self._device.type == "cuda"
         while True:
-            steps = max(1, 4096 // per_step)  # the permutation is cheap by the thousand, dear by the dozen
+            steps = max(1, 4096 // per_step)  # permute many indices per call; overhead dominates small calls
             shards, starts = self._order.locate(self._seen + np.arange(steps * per_step))
             for step in range(steps):
                 batches = []
@@ -387,21 +384,21 @@ class Loader:
                     rows = np.empty((B, width), dtype=np.int64)
                     for row, shard, start in zip(rows, shards[first : first + B], starts[first : first + B]):
                         self._order.split.copy(shard, start, row)
-                    batch = self._windows.batch(rows, self._seen + first)
+                    batch = self._objective.batch(rows, self._seen + first)
                     batches.append(tuple(part.pin_memory() for part in batch) if pins else batch)
                 yield batches
             self._seen += steps * per_step
-            self._order.split.release_pages()  # else the process grows to the size of the data
+            self._order.split.release_pages()  # otherwise the process grows to the size of the data
 
 
 # ---- the windows of evaluation
 
 
-def eval_batches(split, windows, eval_tokens, batch_size, rank, ranks):
-    """Batches, as in training, that cover the split's first eval_tokens tokens once over all ranks.
+def eval_batches(split, objective, eval_tokens, batch_size, rank, ranks):
+    """Batches that cover the split's first eval_tokens tokens once, over all ranks.
 
-    Windows lie end to end within a shard and their last one may be short; what fills it up, and the rows that give
-    every rank equally many batches, have no targets.
+    Windows lie end to end within a shard, and the last one may be short. Its padding, and the rows that give every rank
+    the same number of batches, have no targets.
     """
     if split.tokens < 2:
         raise UserError(
@@ -410,13 +407,13 @@ def eval_batches(split, windows, eval_tokens, batch_size, rank, ranks):
         )
     places, left = [], eval_tokens
     for shard, tokens in enumerate(split.shards):
-        here = min(left, max(0, len(tokens) - windows.extra))
-        places += [(shard, start, min(windows.stride, here - start)) for start in range(0, here, windows.stride)]
+        here = min(left, max(0, len(tokens) - objective.extra))
+        places += [(shard, start, min(objective.stride, here - start)) for start in range(0, here, objective.stride)]
         left -= here
     for first in range(rank * batch_size, len(places) + rank * batch_size, batch_size * ranks):
-        rows = np.zeros((batch_size, windows.stride + windows.extra), dtype=np.int64)
+        rows = np.zeros((batch_size, objective.stride + objective.extra), dtype=np.int64)
         lengths = np.zeros(batch_size, dtype=np.int64)
         for row, (shard, start, length) in enumerate(places[first : first + batch_size]):
-            split.copy(shard, start, rows[row, : length + windows.extra])
+            split.copy(shard, start, rows[row, : length + objective.extra])
             lengths[row] = length
-        yield windows.batch(rows, first, lengths)
+        yield objective.batch(rows, first, lengths)

@@ -1,4 +1,4 @@
-"""The network: one Transformer that is GPT-2 or BERT, exactly, or a present-day decoder or encoder.
+"""The network: a Transformer that is GPT-2 or BERT exactly, or a modern decoder or encoder.
 
 Tensor dimensions, here and everywhere in the project:
     B batch   T tokens of a sequence   C width (n_embd)   H heads   D width of a head   V vocabulary   N rows, B * T
@@ -16,42 +16,48 @@ import torch.nn.functional as F
 from torch import nn
 
 from config import UserError
-from ops import LayerNorm, Linear, RMSNorm, attend, linear_cross_entropy, rope_table, rotate
+from data import near_divisors
+from objective import OBJECTIVES
+from ops import LayerNorm, Linear, LossOptions, RMSNorm, Vocabulary, attend, linear_cross_entropy, rope_table, rotate
 
-# The non-linearity of each kind of MLP. GPT-2's GELU is the tanh approximation, BERT's (and nanoGPT's) the exact one.
+# The MLP's activation functions: GPT-2's GELU is the tanh approximation, BERT's and nanoGPT's the exact one. With those
+# in GATED, activation(gate(x)) * up(x) takes the place of activation(up(x)).
 ACTIVATIONS = {
-    "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
     "swiglu": F.silu,
     "relu2": lambda x: F.relu(x).square(),
 }
+GATED = {"swiglu"}
+TRAINING_ONLY = {"dropout", "label_smoothing", "z_loss"}  # settings that weights do not depend on
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     objective: Literal["clm", "mlm"] = "clm"  # clm: the next token, seeing those before; mlm: masked ones, seeing all
-    vocab_size: int | None = 50257  # number of token ids, the real one; none: the data's
+    vocab_size: int | None = None  # number of token ids, without padding; none: the data's
     block_size: int = 1024  # longest sequence, in tokens
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads
-    n_kv_head: int | None = None  # heads of keys and values, shared by equally many of queries; none: n_head
+    n_kv_head: int | None = None  # heads of keys and values, each shared by a group of queries; none: n_head
     head_dim: int | None = None  # width of a head; none: n_embd / n_head
     n_embd: int = 768  # width of the residual stream
     n_inner: int | None = None  # width of the MLP; none: 4 * n_embd
-    mlp: Literal["gelu_tanh", "gelu", "swiglu", "relu2"] = "gelu_tanh"  # gelu_tanh is GPT-2's, gelu BERT's
+    mlp: Literal[*ACTIVATIONS] = "gelu_tanh"  # activation; gelu_tanh: GPT-2's, gelu: BERT's, swiglu: Llama's
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # kind of norm
-    norm_position: Literal["pre", "post"] = "pre"  # pre: before each branch, GPT-2's; post: after each sum, BERT's
-    norm_eps: float = 1e-5  # added to the variance in norms
-    qk_norm: bool = False  # normalise queries and keys, head by head
-    position: Literal["learned", "rope"] = "learned"  # a table of positions, or rotations of queries and keys
+    norm_position: Literal["pre", "post"] = "pre"  # pre: before each sublayer, GPT-2; post: after each sum, BERT
+    norm_eps: float = 1e-5  # epsilon added to the variance in norms
+    qk_norm: bool = False  # normalize queries and keys in each head
+    position: Literal["learned", "rope"] = "learned"  # learned: an embedding; rope: rotated queries and keys
     rope_theta: float = 10_000.0  # base of rope's wavelengths
-    rope_scale: float = 1.0  # rope's waves too long for rope_context are this much longer, as in Llama 3.1; 1: none are
-    rope_context: int = 8192  # tokens that a model with rope_scale could hold before
-    n_token_types: int | None = None  # token types, of which BERT has 2; none: no table of them
+    rope_scale: float = 1.0  # factor by which rope stretches long wavelengths, as Llama 3.1 does; 1: none
+    rope_context: int = 8192  # context before rope_scale extended it, in tokens
+    n_token_types: int | None = None  # token types (segments), 2 in BERT; none: no embedding
     bias: bool = True  # biases in linear layers and norms
-    dropout: float = 0.0  # after the embedding, in attention and after each residual branch
-    label_smoothing: float = 0.0  # share of the target that training spreads over the whole vocabulary
-    tie_embeddings: bool = True  # the head's weight is the token embedding
+    dropout: float = 0.0  # dropout rate, after the embedding, in attention and after each sublayer
+    label_smoothing: float = 0.0  # share of the target spread over the vocabulary, in training
+    z_loss: float = 0.0  # weight of log(Z)^2 in the loss, in training; PaLM: 1e-4
+    tie_embeddings: bool = True  # share the head's weight with the token embedding
 
     def __post_init__(self):
         counts = ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "n_inner")
@@ -64,17 +70,20 @@ class ModelConfig:
         if counts_are_sound and self.head_dim is None and self.n_embd % self.n_head:
             wrong.append(
                 f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; "
-                f"n_head {_near_divisors(self.n_embd, self.n_head)} would fit"
+                f"n_head {near_divisors(self.n_embd, self.n_head)} would fit"
             )
         elif counts_are_sound and self.position == "rope" and self.head_width % 2:
-            wrong.append(f"head_dim is {self.head_width}; rope turns pairs, so it must be even")
+            wrong.append(f"head_dim is {self.head_width}; rope rotates pairs of channels, so it must be even")
         if counts_are_sound and self.n_head % self.kv_heads:
             wrong.append(
                 f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}; "
-                f"n_kv_head {_near_divisors(self.n_head, self.n_kv_head)} would fit"
+                f"n_kv_head {near_divisors(self.n_head, self.n_kv_head)} would fit"
             )
-        if self.norm_eps < 0:
-            wrong.append(f"norm_eps is {self.norm_eps}; it must not be negative")
+        wrong += [
+            f"{name} is {getattr(self, name)}; it must not be negative"
+            for name in ("norm_eps", "z_loss")
+            if getattr(self, name) < 0
+        ]
         wrong += [
             f"{name} is {getattr(self, name)}; it must be above 0"
             for name in ("rope_theta", "rope_scale", "rope_context")
@@ -87,6 +96,16 @@ class ModelConfig:
         ]
         if wrong:
             raise UserError("\n".join(wrong))
+
+    @property
+    def is_causal(self):
+        """Whether a token sees earlier ones alone."""
+        return OBJECTIVES[self.objective].causal
+
+    @property
+    def is_gated(self):
+        """Whether the MLP has a gate."""
+        return self.mlp in GATED
 
     @property
     def kv_heads(self):
@@ -105,14 +124,8 @@ class ModelConfig:
 
     @property
     def padded_vocab_size(self):
-        """Rows of the embedding: the vocabulary rounded up to 64, which matmul kernels want (50257 becomes 50304)."""
+        """Rows of the embedding: vocab_size rounded up to 64, for fast matmuls (50257 becomes 50304)."""
         return -(-self.vocab_size // 64) * 64
-
-
-def _near_divisors(number, wanted):
-    """The three divisors of a number nearest to the one wanted, as text."""
-    divisors = [d for d in range(1, min(number, 4 * wanted, 10_000) + 1) if number % d == 0]
-    return ", ".join(map(str, sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:3])))
 
 
 def _dropout(cfg):
@@ -126,13 +139,13 @@ def _norm(cfg, width):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, causal or to both sides."""
+    """Multi-head self-attention, causal or bidirectional."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.head_width, self.causal, self.dropout = cfg.head_width, cfg.objective == "clm", cfg.dropout
+        self.head_width, self.causal, self.dropout = cfg.head_width, cfg.is_causal, cfg.dropout
         queries, keys = cfg.n_head * cfg.head_width, cfg.kv_heads * cfg.head_width
-        # Separate matrices: a shard of each is whole heads, and an optimizer that works on matrices sees each one.
+        # Separate matrices: a shard of each is whole heads, and Muon sees each one.
         self.q = Linear(cfg.n_embd, queries, bias=cfg.bias)
         self.k = Linear(cfg.n_embd, keys, bias=cfg.bias)
         self.v = Linear(cfg.n_embd, keys, bias=cfg.bias)
@@ -142,29 +155,29 @@ class Attention(nn.Module):
 
     def forward(self, x, rope=None, mask=None, cache=None):
         B, T, _ = x.shape
-        # -1 finds the number of heads, which is smaller where they are shared out over devices.
+        # -1 stands for the heads, fewer than cfg.n_head under tensor parallelism.
         q, k, v = (linear(x).view(B, T, -1, self.head_width) for linear in (self.q, self.k, self.v))  # B T H D
         if self.q_norm is not None:
-            q, k = self.q_norm(q.type_as(x)), self.k_norm(k.type_as(x))  # norms of bf16 by float32 weights are slow
+            q, k = self.q_norm(q.type_as(x)), self.k_norm(k.type_as(x))  # a norm of bf16 with float32 weights is slow
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # B H T D
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        q, k = q.type_as(v), k.type_as(v)  # under autocast back from the norms' float32
+        q, k = q.type_as(v), k.type_as(v)  # autocast norms return float32
         if cache is not None:
             k, v = cache.append(k, v)  # B H S D, S tokens so far
-        # After the prompt, tokens come one at a time and may look at everything in the cache.
+        # After the prompt, tokens come one at a time and see everything in the cache.
         causal = self.causal and mask is None and (cache is None or T > 1)
         y = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # B T C
 
 
 class MLP(nn.Module):
-    """The position-wise network of a block: up, non-linearity, down; with a gate beside up in swiglu."""
+    """The feed-forward network of a block: up, activation, down; with a gate parallel to up in swiglu."""
 
     def __init__(self, cfg):
         super().__init__()
         self.activation = ACTIVATIONS[cfg.mlp]
-        self.gate = Linear(cfg.n_embd, cfg.inner_width, bias=cfg.bias) if cfg.mlp == "swiglu" else None
+        self.gate = Linear(cfg.n_embd, cfg.inner_width, bias=cfg.bias) if cfg.is_gated else None
         self.up = Linear(cfg.n_embd, cfg.inner_width, bias=cfg.bias)
         self.down = Linear(cfg.inner_width, cfg.n_embd, bias=cfg.bias)
 
@@ -175,7 +188,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A Transformer block: attention and MLP, each with a norm and added to the residual stream."""
+    """A Transformer block: attention and MLP, each with a norm and a residual connection."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -195,7 +208,7 @@ class Block(nn.Module):
 
 
 class Transform(nn.Module):
-    """What BERT puts between its last block and the head of masked tokens."""
+    """BERT's layer between the last block and the head."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -204,17 +217,17 @@ class Transform(nn.Module):
         self.norm = _norm(cfg, cfg.n_embd)
 
     def forward(self, x):
-        return self.norm(self.activation(self.dense(x)).type_as(x))  # the norm, too, in float32 under autocast
+        return self.norm(self.activation(self.dense(x)).type_as(x))  # autocast: the norm, too, in float32
 
 
 class Transformer(nn.Module):
-    """Token ids to logits, or, given targets, to the sum of their cross-entropies."""
+    """Token ids to logits or, with targets, to the sum of their losses."""
 
     def __init__(self, cfg):
-        """Builds the model where torch's default device says; on the meta device that costs nothing."""
+        """Builds the model on torch's default device; on the meta device that costs nothing."""
         super().__init__()
         self.cfg = cfg
-        post, masked = cfg.norm_position == "post", cfg.objective == "mlm"
+        post, masked = cfg.norm_position == "post", not cfg.is_causal
         self.wte = nn.Embedding(cfg.padded_vocab_size, cfg.n_embd)
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd) if cfg.position == "learned" else None
         self.wtt = nn.Embedding(cfg.n_token_types, cfg.n_embd) if cfg.n_token_types else None
@@ -227,21 +240,19 @@ class Transformer(nn.Module):
         self.tie_weights()
 
     def tie_weights(self):
-        """Makes head and embedding one parameter again; whatever replaces parameters (to_empty does) must call it."""
+        """Makes head and embedding one parameter; call it again after to_empty, which replaces parameters."""
         if self.cfg.tie_embeddings:
             self.head.weight = self.wte.weight
 
     def forward(
         self, ids, targets=None, positions=None, attention_mask=None, token_types=None, cache=None, count_correct=False
     ):
-        """Logits (B, T, V) of ids (B, T); or, given targets (B, T), the float32 sum of their cross-entropies.
+        """Logits (B, T, V) for ids (B, T) or, with targets (B, T), the float32 sum of their losses.
 
-        Targets that equal IGNORE count nothing. With positions (B, K) logits and targets are those of these
-        positions alone, (B, K, V) and (B, K). attention_mask (B, T) is False where a token is padding that none
-        may look at, token_types (B, T) are 0 where not given. With a cache, ids continue what it holds,
-        attention_mask is of all tokens so far, and logits are those of the last token alone, (B, 1, V).
-        count_correct, without gradients, returns beside the loss the number of targets that are the likeliest
-        token.
+        Targets that equal IGNORE do not count. positions (B, K) selects tokens: logits are then (B, K, V), targets
+        (B, K). attention_mask (B, T) is False at padding, token_types (B, T) default to 0. With a cache, ids continue
+        its tokens, attention_mask covers all tokens so far, and logits are the last token's alone, (B, 1, V).
+        count_correct, without gradients, also returns the number of targets that have the largest logit.
         """
         cfg, T, start = self.cfg, ids.shape[1], 0 if cache is None else cache.length
         if start + T > cfg.block_size:
@@ -254,7 +265,7 @@ class Transformer(nn.Module):
             rope = rope_table(place, cfg.head_width, cfg.rope_theta, cfg.rope_scale, cfg.rope_context)
         if attention_mask is not None:
             mask = attention_mask.bool()[:, None, None, :]  # B 1 1 T
-            mask = mask & (place <= place[:, None]) if cfg.objective == "clm" else mask
+            mask = mask & (place <= place[:, None]) if cfg.is_causal else mask
         for i, block in enumerate(self.blocks):
             x = block(x, rope, mask, None if cache is None else cache.layers[i])
         if positions is not None:
@@ -264,22 +275,17 @@ class Transformer(nn.Module):
         x = self.transform(self.norm_f(x))
         if targets is None:
             return self.head(x)[..., : cfg.vocab_size]
-        return self.cross_entropy(
-            x.flatten(0, 1),
-            self.head.weight,
-            targets.flatten(),
-            cfg.vocab_size,
-            self.head.bias,
-            cfg.label_smoothing if self.training else 0.0,
-            count_correct,
-        )
+        options = LossOptions(cfg.label_smoothing, cfg.z_loss) if self.training else LossOptions()
+        weight, bias, vocabulary = self.head_of_vocabulary()
+        x, targets = x.flatten(0, 1), targets.flatten()
+        return linear_cross_entropy(x, weight, targets, vocabulary, bias, options, count_correct)
 
-    def cross_entropy(self, *args):
-        """The loss; a method, so that a model whose vocabulary is sharded can have another in its place."""
-        return linear_cross_entropy(*args)
+    def head_of_vocabulary(self):
+        """Weight and bias of the head, and their Vocabulary; tensor parallelism replaces it by a shard's."""
+        return self.head.weight, self.head.bias, Vocabulary(self.cfg.vocab_size)
 
     def embed(self, ids, place, token_types=None):
-        """What the first block sees (B, T, C): the sum of the embeddings of tokens, positions and token types."""
+        """The first block's input (B, T, C): the sum of the embeddings of tokens, positions and token types."""
         x = self.wte(ids)
         if self.wpe is not None:
             x = x + self.wpe(place)
@@ -289,11 +295,10 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed, fill=torch.Tensor.copy_):
-        """Normal weights of std 0.02, where norms come first less for projections into the residual stream.
+        """Draws normal weights, std 0.02; pre-norm models divide residual projections' by sqrt(2 n_layer), as GPT-2.
 
-        The latter, over sqrt(2 n_layer), is GPT-2's way; BERT draws all alike. Each weight is a function of the
-        seed and its own name, so that sharding, or a layer more, changes no other. fill(param, weight) takes the whole
-        weight, on the CPU, into the parameter.
+        A weight is a function of the seed and its own name, so that sharding, or an added layer, changes no other.
+        fill(param, weight) copies the whole weight, on the CPU, into the parameter.
         """
         for name, param in self.named_parameters():
             if name.endswith("bias"):
@@ -307,25 +312,25 @@ class Transformer(nn.Module):
                 key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8])
                 generator = torch.Generator().manual_seed(key)  # CPU: the same numbers whatever the device
                 rows = self.cfg.vocab_size if name in ("wte.weight", "head.weight") else param.shape[0]
-                weight = torch.zeros(param.shape)  # rows that pad the vocabulary stay zero
+                weight = torch.zeros(param.shape)  # padding rows stay zero
                 weight[:rows] = torch.randn(rows, *param.shape[1:], generator=generator).mul_(std)
             fill(param, weight)
 
     def num_params(self):
-        """Parameters, without the rows that pad the vocabulary; tied ones count once."""
+        """Parameters, without the vocabulary's padding rows; tied ones count once."""
         padding = self.cfg.padded_vocab_size - self.cfg.vocab_size
         padded = {p: p.numel() // len(p) for p in (self.wte.weight, self.head.weight, self.head.bias) if p is not None}
         return sum(p.numel() for p in self.parameters()) - padding * sum(padded.values())
 
 
 def parameter_shapes(cfg):
-    """{name: shape} of a model's parameters, without making it; a tied head is not among them."""
+    """{name: shape} of a model's parameters, without allocating them; a tied head is not among them."""
     with torch.device("meta"):
         return {name: list(param.shape) for name, param in Transformer(cfg).named_parameters()}
 
 
 class Cache:
-    """Keys and values of the tokens so far, for generation: one preallocated tensor a layer."""
+    """Keys and values of the tokens so far, for generation: one preallocated tensor per layer."""
 
     class Layer:
         def __init__(self, shape, **kind):
@@ -333,7 +338,7 @@ class Cache:
             self.k, self.v = torch.empty(shape, **kind), torch.empty(shape, **kind)
 
         def append(self, k, v):
-            """Stores k and v (B, H, T, D) behind what is there and returns all of it, as views."""
+            """Appends k and v (B, H, T, D); returns views of all tokens so far."""
             end = self.length + k.shape[2]
             self.k[:, :, self.length : end] = k
             self.v[:, :, self.length : end] = v
@@ -341,7 +346,7 @@ class Cache:
             return self.k[:, :, :end], self.v[:, :, :end]
 
     def __init__(self, cfg, batch_size, device, dtype, n_tokens=None):
-        """n_tokens: that it can hold; none: block_size."""
+        """n_tokens: the capacity; None: block_size."""
         shape = (batch_size, cfg.kv_heads, n_tokens or cfg.block_size, cfg.head_width)
         self.layers = [Cache.Layer(shape, device=device, dtype=dtype) for _ in range(cfg.n_layer)]
 

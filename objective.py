@@ -1,4 +1,4 @@
-"""Windows of tokens to what a model learns from: the next token, or masked ones."""
+"""Training objectives: from windows of tokens to inputs and targets, for the next token or masked ones."""
 
 from dataclasses import dataclass
 
@@ -6,43 +6,39 @@ import numpy as np
 import torch
 
 from config import UserError
-
-IGNORE = -100  # a target that takes no part in the loss
+from ops import IGNORE
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
     mask_prob: float = 0.15  # mlm: share of a sequence's tokens to predict
-    whole_word_masking: bool = False  # mlm: mask whole words; of the tokenizers WordPiece alone knows them
+    whole_word_masking: bool = False  # mlm: mask whole words; needs a WordPiece tokenizer
 
     def __post_init__(self):
         if not 0 < self.mask_prob < 1:
             raise UserError(f"mask_prob is {self.mask_prob}; it must be above 0 and below 1")
 
 
-def windows_of(objective, cfg, seq_len, seed, meta):
-    """How windows of tokens become batches of an objective, clm or mlm; meta: what meta.json says of the data."""
-    if objective == "clm":
-        return NextToken(seq_len)
-    if not meta:
-        raise UserError("mlm needs to know the special tokens of its data, which has no meta.json; use prepare.py")
-    if cfg.whole_word_masking and not meta.get("continuations"):
-        raise UserError(
-            f"whole_word_masking is on, but the tokenizer of the data, {meta.get('tokenizer')}, does not tell where "
-            f"words start, as only WordPiece does; leave it off, or make the data with --tokenizer=vocab.txt, BERT's"
-        )
-    continuations = meta["continuations"] if cfg.whole_word_masking else ()
-    return Masked(seq_len, cfg.mask_prob, seed, meta["vocab_size"], meta.get("specials", {}), continuations)
-
-
 class NextToken:
-    """Windows whose every token's target is the one that follows: `stride` tokens each, and `extra` ones read."""
+    """The next token as the target of each: windows start `stride` tokens apart, with `extra` tokens behind them."""
+
+    causal = True  # the model sees earlier tokens alone
 
     def __init__(self, seq_len):
         self.stride, self.extra = seq_len, 1
 
+    @classmethod
+    def build(cls, cfg, seq_len, seed, meta):
+        """The objective of a run. cfg: an ObjectiveConfig; meta: the data's meta.json."""
+        return cls(seq_len)
+
+    @staticmethod
+    def head_share(cfg, seq_len):
+        """Share of a sequence's tokens that go through the model's head."""
+        return 1.0
+
     def batch(self, rows, first, lengths=None):
-        """(ids, targets), both (B, T), of windows (B, T + 1); what lies beyond lengths (B,) is no target."""
+        """(ids, targets), both (B, T), from windows (B, T + 1); targets beyond lengths (B,) are ignored."""
         ids, targets = rows[:, :-1], rows[:, 1:]
         if lengths is not None:
             targets = np.where(np.arange(self.stride) < lengths[:, None], targets, IGNORE)
@@ -50,17 +46,36 @@ class NextToken:
 
 
 class Masked:
-    """Windows that become [CLS] tokens [SEP], of which round(mask_prob * T) are to be predicted (BERT, section 3.1).
+    """Masked tokens as targets: [CLS] tokens [SEP], with round(mask_prob * T) tokens to predict (BERT, section 3.1).
 
-    Of these 80 % are masked, 10 % become a random token and 10 % stay as they are; special tokens are neither predicted
-    nor drawn, and ends of documents become [SEP]. What happens to a sequence is a function of the seed and its number
-    alone. Given the ids that continue words, whole words are masked; the last is cut where it exceeds the number.
+    80 % of them are masked, 10 % become a random token and 10 % stay. Special tokens are neither predicted nor drawn,
+    and ends of documents become [SEP]. A sequence's masks are a function of the seed and its number alone. With
+    `continuations`, tokens that continue a word, whole words are masked; the last is cut at the number of targets.
     """
 
-    extra = 0
+    causal, extra = False, 0
+
+    @classmethod
+    def build(cls, cfg, seq_len, seed, meta):
+        """The objective of a run; UserError where the data's tokenizer cannot serve it."""
+        if not meta:
+            raise UserError("mlm needs to know the special tokens of its data, which has no meta.json; use prepare.py")
+        if cfg.whole_word_masking and not meta.get("continuations"):
+            raise UserError(
+                f"whole_word_masking is on, but the data's tokenizer, {meta.get('tokenizer')}, does not mark where "
+                f"words start, as only WordPiece does; leave it off, or prepare the data with --tokenizer=vocab.txt, "
+                f"BERT's"
+            )
+        continuations = meta["continuations"] if cfg.whole_word_masking else ()
+        return cls(seq_len, cfg.mask_prob, seed, meta["vocab_size"], meta.get("specials", {}), continuations)
+
+    @staticmethod
+    def head_share(cfg, seq_len):
+        """Share of a sequence's tokens that go through the model's head: the targets."""
+        return n_masked(seq_len, cfg.mask_prob) / seq_len
 
     def __init__(self, seq_len, mask_prob, seed, vocab_size, specials, continuations=()):
-        """specials: {name: id} of the tokenizer, which has a mask, cls, sep and pad token by either's usual name."""
+        """specials: {name: id} of the tokenizer, with a mask, cls, sep and pad token under a usual name."""
         if seq_len < 3:
             raise UserError(f"seq_len is {seq_len}; masked training needs at least 3: [CLS], a token and [SEP]")
         if (count := n_masked(seq_len, mask_prob)) > seq_len - 2:
@@ -81,15 +96,15 @@ class Masked:
         self.key = np.random.SeedSequence((seed, 2)).generate_state(2, np.uint64)
 
     def batch(self, rows, first, lengths=None):
-        """(ids (B, T), targets (B, K), positions (B, K)) of windows (B, T - 2) of the sequences from number first on.
+        """(ids (B, T), targets (B, K), positions (B, K)) from windows (B, T - 2); first: number of the first sequence.
 
-        Windows may hold fewer tokens, by lengths (B,); a fourth part is then attention_mask (B, T), False where a
-        sequence has ended.
+        Where windows hold fewer tokens, by lengths (B,), a fourth part is attention_mask (B, T), False after the end of
+        a sequence.
         """
         B, T = len(rows), self.stride + 2
         lengths = np.full(B, self.stride) if lengths is None else lengths
         ids, attention_mask = self._framed(rows, lengths)
-        # Philox gives 4 numbers a count, which is one token's share: so each sequence has counts of its own.
+        # Philox gives 4 numbers per count, enough for a token: so each sequence has counts of its own.
         random = np.random.Philox(key=self.key, counter=first * T).random_raw(4 * B * T).reshape(B, T, 4)
         K = n_masked(T, self.mask_prob)
         positions = self._order(random[..., 0], ids).argsort(axis=1, kind="stable")[:, :K]  # B K
@@ -103,15 +118,15 @@ class Masked:
         return tuple(map(torch.from_numpy, batch if attention_mask.all() else (*batch, attention_mask)))
 
     def _framed(self, rows, lengths):
-        """[CLS] tokens [SEP] and padding, (B, T), and where there is none of the latter."""
-        place, end = np.arange(self.stride + 2), lengths[:, None] + 1  # end: where [SEP] stands
+        """[CLS] tokens [SEP] and padding, (B, T), and a mask (B, T) that is False at padding."""
+        place, end = np.arange(self.stride + 2), lengths[:, None] + 1  # end: position of [SEP]
         ids = np.pad(rows, ((0, 0), (1, 1)), constant_values=self.cls)
         ids[ids == self.eot] = self.sep
         ids = np.where(place < end, ids, np.where(place == end, self.sep, self.pad))
         return ids, place <= end
 
     def _order(self, random, ids):
-        """What positions are sorted by: a random number for each, or for each word; special tokens come last."""
+        """Sort keys of positions: a random number for each token, or each word; special tokens come last."""
         if self.continues.any():
             start = np.where(self.continues[ids], 0, np.arange(ids.shape[1]))
             random = np.take_along_axis(random, np.maximum.accumulate(start, axis=1), 1)
@@ -119,17 +134,12 @@ class Masked:
 
 
 def n_masked(seq_len, mask_prob):
-    """How many tokens of a sequence are to be predicted, of seq_len with [CLS] and [SEP]."""
+    """Tokens to predict in a sequence of seq_len tokens, [CLS] and [SEP] included."""
     return max(1, round(mask_prob * seq_len))
 
 
-def head_share(objective, cfg, seq_len):
-    """Share of a sequence's tokens that go through the model's head: of a masked model those to predict alone."""
-    return n_masked(seq_len, cfg.mask_prob) / seq_len if objective == "mlm" else 1.0
-
-
 def special_id(specials, role):
-    """The id of a special token by its role, mask, cls, sep or pad, under either of its usual names."""
+    """The id of a special token by its role (mask, cls, sep, pad), under either of its usual names."""
     for name in (f"<|{role}|>", f"[{role.upper()}]"):
         if name in specials:
             return specials[name]
@@ -137,3 +147,7 @@ def special_id(specials, role):
         f"masked models need a {role} token, and the data's tokenizer has only {', '.join(specials) or 'none'}; "
         f"make the data with --tokenizer=bpe, byte or BERT's vocab.txt"
     )
+
+
+# The objectives by name. A new one is a class and its line here; `causal` tells the model which tokens it may see.
+OBJECTIVES = {"clm": NextToken, "mlm": Masked}

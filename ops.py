@@ -1,9 +1,11 @@
-"""Operations of the network, with what torch is slow or inexact at: norms, linear layers, rope, attention, loss.
+"""Operations of the network, where torch is slow or lacks one: norms, linear layers, rope, attention, the loss.
 
-Tensor dimensions are those of model.py's legend.
+model.py has the legend of tensor dimensions.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ BY_MATMULS = 512  # tokens up to which a CPU in bf16 trains attention by matmuls
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's, but for weights in another dtype than x's as well, which its autocast of CPUs does not cast (2.13)."""
+    """nn.LayerNorm that casts its weights to x's dtype, which autocast on CPUs does not (torch 2.13)."""
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.type_as(x)
@@ -22,14 +24,14 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """The same of this one."""
+    """nn.RMSNorm with the same cast."""
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
 
 
 class Linear(nn.Linear):
-    """torch's, but in bf16 on a CPU it multiplies generation's few rows the other way round, twice as fast (2.13)."""
+    """nn.Linear; in bf16 on a CPU it multiplies generation's few rows transposed, twice as fast (torch 2.13)."""
 
     def forward(self, x):
         few_rows = 0 < x.numel() <= 16 * x.shape[-1]
@@ -42,10 +44,10 @@ class Linear(nn.Linear):
 
 
 def rope_table(positions, head_dim, theta, scale=1.0, context=None):
-    """Cosines and sines (T, D) that turn heads at positions (T,), in the signs that rotate wants; arXiv 2104.09864.
+    """Cosines and signed sines (T, D) for rotate, at positions (T,); arXiv 2104.09864.
 
-    With a scale, frequencies that turn less than once in a context are divided by it, those that turn 4 times and more
-    are left, and those between are in between: Llama 3.1's way to longer contexts (arXiv 2407.21783).
+    scale divides the frequencies that turn less than once in a context, leaves those that turn 4 times and more, and
+    interpolates between: Llama 3.1's extension of the context (arXiv 2407.21783).
     """
     frequencies = theta ** -(torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
     if scale != 1:
@@ -57,25 +59,25 @@ def rope_table(positions, head_dim, theta, scale=1.0, context=None):
 
 
 def rotate(x, rope):
-    """x (B, H, T, D) turned by its positions' angles; the pairs are channels i and i + D / 2, as in Llama."""
+    """Rotates x (B, H, T, D) by its positions' angles; channels i and i + D / 2 form a pair, as in Llama."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin)
 
 
 def attend(q, k, v, mask=None, causal=False, dropout=0.0):
-    """softmax(q k' / sqrt(D)) v of q (B, H, T, D) and of k and v (B, H, S, D), or fewer heads, shared by queries'.
+    """softmax(q k' / sqrt(D)) v for q (B, H, T, D), k and v (B, H, S, D), or fewer heads, shared by groups of queries.
 
-    mask (B, 1, 1 or T, S) is True where a query may look. torch's kernel, except for training on a CPU in bf16 with
-    sequences up to BY_MATMULS: there it takes, gradients included, 1.7 to 5 times as long as matmuls do (2.13). These
-    round the scores to bf16, which the kernel does not.
+    mask (B, 1, 1 or T, S) is True where a query may look. Uses torch's kernel, except for training on a CPU in bf16
+    with sequences up to BY_MATMULS, where the kernel takes, gradients included, 1.7 to 5 times as long as matmuls do
+    (torch 2.13). Matmuls round the scores to bf16, which the kernel does not.
     """
     (B, H, T, D), S = q.shape, k.shape[2]
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or S > BY_MATMULS or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=k.shape[1] != H)
     q, k, v = (x[:, :, None].expand(-1, -1, H // x.shape[1], -1, -1).flatten(0, 2) for x in (q, k, v))  # B*H S D
     mask = torch.ones(T, S, dtype=torch.bool).tril() if causal else mask
-    # Not -inf, of which a query that may look nowhere would get NaN.
+    # finfo.min, not -inf: a fully masked row would be NaN.
     bias = q.new_zeros(1) if mask is None else q.new_zeros(1).where(mask, torch.finfo(q.dtype).min)
     bias = bias.expand(B, H, -1, -1).flatten(0, 1) if bias.dim() == 4 else bias
     weights = torch.baddbmm(bias, q, k.mT, alpha=D**-0.5).softmax(-1)
@@ -85,109 +87,138 @@ def attend(q, k, v, mask=None, causal=False, dropout=0.0):
 # ---- the loss
 
 
-def linear_cross_entropy(
-    hidden, weight, targets, vocab_size, bias=None, label_smoothing=0.0, count_correct=False, shard=None
-):
-    """Sum over rows of the cross-entropy of hidden @ weight.T + bias, without ever holding all logits.
+@dataclass(frozen=True)
+class LossOptions:
+    """Terms that training adds to the cross-entropy."""
 
-    hidden (N, C), weight (padded V, C), bias (padded V,), targets (N,) with IGNORE for rows that count nothing; the
-    result is a float32 scalar, and with count_correct, which has no gradients, also the number of rows whose target
-    has the largest logit. Matmuls run in autocast's dtype where it is on, sums in float32. A chunk of rows at a time
-    goes through logits, loss and gradient, so that memory is that of one chunk and of the gradients. torch 2.13's
-    function of the same name ignores autocast and was 3.6 times slower than plain cross-entropy on a CPU.
+    label_smoothing: float = 0.0  # share of the target spread over the whole vocabulary
+    z_loss: float = 0.0  # weight of log(Z)^2, which keeps logits from drifting (PaLM, arXiv 2204.02311, section 5)
 
-    shard, where weight and bias are some rows of the vocabulary's: (id of the first, reduce), where
-    reduce(tensor, "sum", "max" or "min") is that over all shards. hidden and the results are then the same on each.
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The rows of a head's weight: which tokens they are, and how to reduce over ranks that hold the other rows."""
+
+    size: int  # tokens; the weight's further rows are padding
+    first: int = 0  # token of the weight's first row
+    reduce: Callable = lambda tensor, op: tensor  # reduces a tensor in place over all shards by "sum", "max" or "min"
+
+
+def chunk_loss(logits, targets, vocabulary, options, with_gradients):
+    """The loss of a few rows, their correct predictions and the gradient: a term of the loss is added here alone.
+
+    logits (N, V), float32, cover one shard of the vocabulary and are overwritten. targets (N, 1) are IGNORE for rows
+    without loss. A value that depends on all columns of a row must go through vocabulary.reduce. Returns the sum of
+    losses, the number of correct predictions (0 with gradients) and d loss / d logits (N, V), or None without.
+    """
+    reduce, n_tokens = vocabulary.reduce, max(0, min(logits.shape[1], vocabulary.size - vocabulary.first))
+    valid, column = targets != IGNORE, targets - vocabulary.first
+    here = valid & (0 <= column) & (column < logits.shape[1])  # this shard has the target
+    column = column.where(here, 0)
+    logits[:, n_tokens:] = -math.inf
+    largest = reduce(logits.amax(1, keepdim=True), "max")
+    logits -= largest
+    wanted = reduce(logits.gather(1, column).where(here, 0), "sum")
+    if options.label_smoothing:
+        mean = reduce(logits[:, :n_tokens].sum(1, keepdim=True), "sum") / vocabulary.size
+        wanted = wanted.lerp(mean, options.label_smoothing)
+    n_correct = torch.zeros((), device=logits.device)
+    if not with_gradients:
+        likeliest = logits.argmax(1, keepdim=True)  # the first of several
+        is_largest = logits.gather(1, likeliest) == 0
+        likeliest = reduce((likeliest + vocabulary.first).where(is_largest, vocabulary.size), "min")
+        n_correct = ((likeliest == targets) & valid).sum()
+    exp = logits.exp_()
+    Z = reduce(exp.sum(1, keepdim=True), "sum")  # after the largest logit is subtracted
+    loss, d_log_Z = Z.log() - wanted, valid
+    if options.z_loss:
+        log_Z = Z.log() + largest
+        loss = loss + options.z_loss * log_Z.square()
+        d_log_Z = valid * (1 + 2 * options.z_loss * log_Z)
+    loss = (loss * valid).sum()
+    if not with_gradients:
+        return loss, n_correct, None
+    # d log(Z) / d logits is the softmax; the target has -1, or what label smoothing leaves of it.
+    d_logits = exp.mul_(d_log_Z / Z)
+    d_logits.scatter_add_(1, column, here * (options.label_smoothing - 1.0))
+    if options.label_smoothing:
+        d_logits[:, :n_tokens] -= valid * (options.label_smoothing / vocabulary.size)
+    return loss, n_correct, d_logits
+
+
+def linear_cross_entropy(hidden, weight, targets, vocabulary, bias=None, options=LossOptions(), count_correct=False):
+    """Sum over rows of the loss of logits hidden @ weight.T + bias, without ever holding all logits.
+
+    hidden (N, C), weight (V, C) and bias (V,) with rows that pad the vocabulary or a shard of it, targets (N,) with
+    IGNORE for rows that do not count. Returns a float32 scalar; with count_correct, which has no gradients, also the
+    number of rows whose target has the largest logit. Matmuls run in autocast's dtype where it is on, sums in float32.
+
+    Logits, loss and gradients are computed for a chunk of rows at a time, so that memory is one chunk's and the
+    gradients'. torch 2.13's function of this name ignores autocast and is 3.6 times slower than plain cross-entropy on
+    a CPU.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        args = hidden, weight, targets, vocab_size, bias, label_smoothing, shard or (0, _alone), dtype
+        args = hidden, weight, bias, targets, vocabulary, options, dtype
         if torch.is_grad_enabled():
             assert not count_correct, "targets are counted in evaluation, without gradients"
             return _LinearCrossEntropy.apply(*args)
-        loss, n_correct, *_ = _loss_and_gradients(*args, with_gradients=False)
+        loss, n_correct, *_ = _sum_of_chunks(*args, with_gradients=False)
         return (loss, n_correct) if count_correct else loss
 
 
-def _alone(tensor, op):
-    """The reduction of one shard."""
-    return tensor
-
-
-def loss_chunks(V, device_type):
-    """(rows of a chunk, rows that passes over its logits take at a time, columns whose gradients are added at a time).
-
-    On a CPU the first bound memory, 50 MB in bf16 at V 50304, and the others what it copies and must cache.
-    """
-    if device_type == "cpu":
-        return max(512, 2**23 // V), max(1, 2**20 // V), 4096
-    return max(4096, 2**23 // V), max(4096, 2**23 // V), V
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradients are made in forward, where the logits are at hand: backward only scales them, in place, so once."""
+    """Forward computes the gradients too, while it has the logits; backward scales them in place, so it runs once."""
 
     @staticmethod
     def forward(ctx, *args):
-        loss, _, *gradients = _loss_and_gradients(*args, with_gradients=True)
+        loss, _, *gradients = _sum_of_chunks(*args, with_gradients=True)
         ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
     def backward(ctx, scale):
-        d_hidden, d_weight, d_bias = (g if g is None else g.mul_(scale) for g in ctx.saved_tensors)
-        return d_hidden, d_weight, None, None, d_bias, None, None, None
+        return *(g if g is None else g.mul_(scale) for g in ctx.saved_tensors), None, None, None, None
 
 
-def _loss_and_gradients(hidden, weight, targets, vocab_size, bias, label_smoothing, shard, dtype, with_gradients):
-    first, reduce = shard
+def _sum_of_chunks(hidden, weight, bias, targets, vocabulary, options, dtype, with_gradients):
+    """(loss, right predictions, d_hidden, d_weight, d_bias) over all rows; gradients are None where not wanted."""
     h, w = hidden.detach().to(dtype), weight.detach().to(dtype)
-    V = len(w)
-    n_ids = max(0, min(V, vocab_size - first))  # rows that do not pad the vocabulary
-    rows, few_rows, columns = loss_chunks(V, h.device.type)
+    rows, few_rows, columns = loss_chunks(len(w), h.device.type)
     loss, n_correct = torch.zeros((), device=h.device), torch.zeros((), device=h.device)
     d_hidden = torch.empty_like(hidden) if with_gradients else None
     d_weight = torch.zeros_like(weight) if with_gradients else None
     d_bias = torch.zeros_like(bias) if with_gradients and bias is not None else None
-    buffer = h.new_empty(min(rows, len(h)), V)  # one for all chunks
+    buffer = h.new_empty(min(rows, len(h)), len(w))  # one for all chunks
     for start in range(0, len(h), rows):
         h_chunk, target = h[start : start + rows], targets[start : start + rows, None]
         logits = torch.mm(h_chunk, w.T, out=buffer[: len(h_chunk)])  # N V
         for few_logits, few_targets in zip(logits.split(few_rows), target.split(few_rows)):
-            valid = few_targets != IGNORE
-            column = few_targets - first
-            here = valid & (0 <= column) & (column < V)  # the target is of this shard
-            column = column.where(here, 0)
             x = few_logits.float()
             if bias is not None:
                 x += bias.detach()
-            x[:, n_ids:] = -math.inf
-            x -= reduce(x.amax(1, keepdim=True), "max")
-            wanted = reduce(x.gather(1, column).where(here, 0), "sum")
-            if label_smoothing:
-                mean = reduce(x[:, :n_ids].sum(1, keepdim=True), "sum") / vocab_size
-                wanted = wanted.lerp(mean, label_smoothing)
-            if not with_gradients:
-                likeliest = x.argmax(1, keepdim=True)  # the first of several
-                likeliest = reduce((likeliest + first).where(x.gather(1, likeliest) == 0, vocab_size), "min")
-                n_correct += ((likeliest == few_targets) & valid).sum()
-            exp = x.exp_()
-            z = reduce(exp.sum(1, keepdim=True), "sum")
-            loss += ((z.log() - wanted) * valid).sum()
+            few_loss, few_correct, d_logits = chunk_loss(x, few_targets, vocabulary, options, with_gradients)
+            # Not in place: compiled by torch 2.11, the gradients would be zero (pytorch/pytorch#180642).
+            loss, n_correct = loss + few_loss, n_correct + few_correct
             if with_gradients:
-                # softmax, minus 1 at the target (or what smoothing leaves of it), and 0 in rows that count nothing
-                d_logits = exp.mul_(valid / z)
-                d_logits.scatter_add_(1, column, here * (label_smoothing - 1.0))
-                if label_smoothing:
-                    d_logits[:, :n_ids] -= valid * (label_smoothing / vocab_size)
+                few_logits.copy_(d_logits)
                 if bias is not None:
                     d_bias += d_logits.sum(0)
-                few_logits.copy_(d_logits)
         if with_gradients:
-            d_hidden[start : start + rows] = logits @ w  # what were logits are their gradients now
+            d_hidden[start : start + rows] = logits @ w  # the buffer now holds the logits' gradients
             for d_part, part in zip(d_weight.split(columns), logits.split(columns, dim=1)):
                 d_part += part.T @ h_chunk
     if with_gradients:
-        d_hidden = reduce(d_hidden, "sum")
+        d_hidden = vocabulary.reduce(d_hidden, "sum")
     return loss, n_correct, d_hidden, d_weight, d_bias
+
+
+def loss_chunks(V, device_type):
+    """(rows of a chunk of logits, rows per pass over it, columns per sum of gradients).
+
+    On a CPU the first bounds memory, 50 MB in bf16 at V 50304, and the others what a pass copies and must cache.
+    """
+    if device_type == "cpu":
+        return max(512, 2**23 // V), max(1, 2**20 // V), 4096
+    return max(4096, 2**23 // V), max(4096, 2**23 // V), V

@@ -9,24 +9,24 @@ import torch
 from config import UserError
 from world import local
 
-STACK, MUON_DTYPE = 2**26, torch.bfloat16  # numbers that Muon orthogonalises at a time, 128 MiB, and in which dtype
+STACK, MUON_DTYPE = 2**26, torch.bfloat16  # elements that Muon orthogonalizes at a time, 128 MiB; their dtype
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    optimizer: Literal["adamw", "muon", "adafactor", "sgd"] = "adamw"  # muon: of blocks' matrices, adamw of all else
-    learning_rate: float = 6e-4  # after warm-up; of adafactor, relative to the size of the weights
-    min_lr: float = 0.0  # where the schedule ends
-    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"  # wsd: constant, at the end linear
+    optimizer: Literal["adamw", "muon", "adafactor", "sgd"] = "adamw"  # muon: for the blocks' matrices, else adamw
+    learning_rate: float = 6e-4  # peak learning rate, after warmup; adafactor: relative to the weights' size
+    min_lr: float = 0.0  # learning rate at the end of the schedule
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"  # wsd: constant, then linear
     max_steps: int = 19_073  # optimizer steps of the run
-    max_tokens: int | None = None  # tokens of the run; sets max_steps
-    warmup_steps: int = 700  # steps in which the learning rate rises linearly from 0
-    cooldown_steps: int = 0  # last steps of wsd, in which the learning rate falls to min_lr
-    lr_decay_steps: int | None = None  # step at which cosine, linear and wsd reach min_lr; none: the last
-    weight_decay: float = 0.1  # of matrices and embeddings; biases and norms have none
-    beta1: float = 0.9  # decay of the gradient's mean in adamw, momentum of sgd
-    beta2: float = 0.95  # decay of the squared gradient's mean in adamw
-    muon_momentum: float = 0.95  # decay of the gradient's mean in muon
+    max_tokens: int | None = None  # training tokens of the run; replaces max_steps
+    warmup_steps: int = 700  # first steps, in which the learning rate rises linearly from 0
+    cooldown_steps: int = 0  # wsd: last steps, in which the learning rate falls to min_lr
+    lr_decay_steps: int | None = None  # step at which the learning rate reaches min_lr; none: the last
+    weight_decay: float = 0.1  # weight decay of matrices and embeddings; biases and norms have none
+    beta1: float = 0.9  # adamw: decay of the gradient's mean; sgd: momentum
+    beta2: float = 0.95  # adamw: decay of the squared gradient's mean
+    muon_momentum: float = 0.95  # muon: decay of the gradient's mean
     grad_clip: float | None = 1.0  # largest gradient norm; none: no clipping
 
     def __post_init__(self):
@@ -51,25 +51,25 @@ class OptimConfig:
             raise UserError("\n".join(wrong))
 
     def last_step(self, batch_tokens):
-        """Steps of the run: max_tokens over the tokens of a step, rounded up, or max_steps."""
+        """Steps of the run: max_tokens / batch_tokens, rounded up, or max_steps."""
         return self.max_steps if self.max_tokens is None else math.ceil(self.max_tokens / batch_tokens)
 
 
 def lr_at(step, cfg, last_step):
-    """Learning rate of the step that follows `step` finished ones."""
+    """Learning rate of the step after `step` finished ones."""
     if step < cfg.warmup_steps:
         return cfg.learning_rate * (step + 1) / cfg.warmup_steps
     end = cfg.lr_decay_steps or last_step
     start = max(cfg.warmup_steps, end - cfg.cooldown_steps) if cfg.schedule == "wsd" else cfg.warmup_steps
-    done = min(1.0, max(0.0, (step - start) / max(1, end - start)))  # share of the decay that is behind us
-    left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "wsd": 1 - done, "linear": 1 - done, "constant": 1.0}
-    return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * left[cfg.schedule]
+    done = min(1.0, max(0.0, (step - start) / max(1, end - start)))  # share of the decay that is over
+    factor = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "wsd": 1 - done, "linear": 1 - done, "constant": 1.0}
+    return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * factor[cfg.schedule]
 
 
 def build_optimizer(model, cfg, world=None):
-    """The optimizer, with every parameter in exactly one group: matrices and embeddings decay, vectors do not.
+    """The optimizer, with each parameter in exactly one group: matrices and embeddings decay, vectors do not.
 
-    world, of several ranks, shares out the work on whole matrices.
+    The ranks of a world share the work on whole matrices.
     """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -90,9 +90,9 @@ def build_optimizer(model, cfg, world=None):
 
 
 class Adafactor(torch.optim.Optimizer):
-    """Adafactor (arXiv 1804.04235), of a matrix's squared gradients the means of rows and columns alone.
+    """Adafactor (arXiv 1804.04235): a matrix's squared gradients are kept as means of its rows and columns only.
 
-    The same as torch's, which fails on sharded parameters: sums here, norms there.
+    Equals torch.optim.Adafactor, which fails on sharded parameters: it takes norms, where this takes sums.
     """
 
     @torch.no_grad()
@@ -101,9 +101,9 @@ class Adafactor(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._step_of(p, self.state[p], group["lr"], group["weight_decay"])
+                    self._update(p, self.state[p], group["lr"], group["weight_decay"])
 
-    def _step_of(self, p, state, lr, weight_decay):
+    def _update(self, p, state, lr, weight_decay):
         square, eps = p.grad.square(), torch.finfo(p.dtype).eps
         means = {"variance": square}
         if p.dim() > 1:
@@ -125,7 +125,7 @@ class Adafactor(torch.optim.Optimizer):
 
 
 def _mean(x, dim):
-    """Mean over a dimension, or a tuple of them, which are kept; of a sharded tensor that of all shards together."""
+    """Mean over one or more dimensions, which are kept, and over all shards of a sharded tensor."""
     total = x.sum(dim, keepdim=True)
     mean = total * (total.numel() / x.numel())
     if hasattr(mean, "placements"):
@@ -141,11 +141,11 @@ def _rms(x):
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon for the matrices of the blocks, each by itself, and torch's AdamW for all else, as one optimizer.
+    """Muon for the matrices of the blocks and torch's AdamW for all other parameters, as one optimizer.
 
-    One, because a step that the gradient scaler skips must be skipped by both. Muon's updates are scaled to the size of
-    AdamW's (arXiv 2502.16982, section 2.2), so that one learning rate serves. torch's own Muon gives the same up to
-    bf16's rounding, but takes one matrix at a time: 1.3 to 3 times as long on a CPU.
+    It is one optimizer so that the gradient scaler skips a step in both. Muon's updates are scaled to the size of
+    AdamW's (arXiv 2502.16982, section 2.2), so that both use one learning rate. torch.optim.Muon gives the same up to
+    bf16 rounding, but works on one matrix at a time: 1.3 to 3 times as long on a CPU.
     """
 
     def __init__(self, model, groups, cfg, world):
@@ -163,8 +163,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step of both, on the groups and the state of this optimizer."""
-        assert closure is None, "the gradients are there already"  # torch itself passes a closure of None
+        """One step of both, on this optimizer's groups and state."""
+        assert closure is None, "closures are not supported"
         self.adamw.param_groups, self.adamw.state = self.param_groups[1:], self.state
         self.adamw.step()
         group = self.param_groups[0]
@@ -178,16 +178,18 @@ class MuonAndAdamW(torch.optim.Optimizer):
                 self._muon_step(params[i : i + n], group)
 
     def _muon_step(self, params, group):
-        """Muon's step for matrices of one shape, sharded alike if they are."""
+        """Muon's step for matrices of one shape and one placement."""
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         weights, grads = [local(p) for p in params], [local(p.grad) for p in params]
         averages = [local(self.state[p]["momentum_buffer"]) for p in params]
         torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
-        updates = [u.to(MUON_DTYPE) for u in torch._foreach_lerp(grads, averages, group["momentum"])]  # Nesterov's
+        updates = [
+            u.to(MUON_DTYPE) for u in torch._foreach_lerp(grads, averages, group["momentum"])
+        ]  # Nesterov momentum
         if self.world:
-            from parallel import on_whole_matrices  # here, since DTensor takes half a second to import
+            from parallel import on_whole_matrices  # here, because DTensor takes half a second to import
 
             updates = on_whole_matrices(orthogonalize, updates, params, self.world.mesh)
         else:
@@ -198,9 +200,9 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 
 def orthogonalize(x):
-    """Matrices x (n, rows, columns) with their singular values brought to about 1.
+    """Matrices x (n, rows, columns) with their singular values replaced by about 1.
 
-    Five Newton-Schulz steps of Keller Jordan's quintic, https://kellerjordan.github.io/posts/muon/.
+    Takes five Newton-Schulz steps of Keller Jordan's quintic, https://kellerjordan.github.io/posts/muon/.
     """
     if x.shape[1] > x.shape[2]:
         return orthogonalize(x.mT).mT

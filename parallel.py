@@ -1,4 +1,4 @@
-"""How a model lies over the processes: replicas, FSDP and tensor parallelism, activation checkpointing, compile."""
+"""How a model is laid out over processes: DDP, FSDP, tensor parallelism, activation checkpointing, compile."""
 
 import functools
 import logging
@@ -24,7 +24,8 @@ from torch.distributed.tensor.parallel import (
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from config import UserError
-from ops import linear_cross_entropy
+from ops import Vocabulary
+from world import local
 
 POWERSGD_RANK, POWERSGD_START = 32, 10  # rank of the approximation; initial steps with plain all-reduce
 Checkpointing = Literal["none", "full", "selective"]
@@ -32,13 +33,13 @@ Checkpointing = Literal["none", "full", "selective"]
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    strategy: Literal["ddp", "fsdp"] = "ddp"  # ddp: the whole model on each rank; fsdp: its weights and state sharded
-    shard_size: int | None = None  # fsdp: ranks that hold one replica, such as those of a node; none: all
-    reshard: bool = True  # fsdp: gather a block's weights again for backward; false: keep them, 2 bytes a parameter
-    accumulate: Literal["sharded", "whole"] = "sharded"  # fsdp: gradients between micro-steps; whole: reduced once a step, 4 bytes a parameter
-    tp: int = 1  # ranks that split each layer: heads, columns of the MLP, rows of the vocabulary
-    grad_compression: Literal["bf16", "powersgd"] | None = None  # ddp: what to send of gradients; none: all, in float32
-    activation_checkpointing: Checkpointing = "none"  # full: backward recomputes blocks; selective: all but matmuls
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # ddp: the whole model on each rank; fsdp: weights and state sharded
+    shard_size: int | None = None  # fsdp: ranks that shard one replica, such as a node's; none: all
+    reshard: bool = True  # fsdp: gather a block's weights again for backward; false: keep them, 2 bytes per parameter
+    accumulate: Literal["sharded", "whole"] = "sharded"  # fsdp: gradients; whole: reduced once a step, 4 bytes each
+    tp: int = 1  # tensor parallel ranks, which split heads, MLP columns and vocabulary rows
+    grad_compression: Literal["bf16", "powersgd"] | None = None  # ddp: compression of sent gradients; none: float32
+    activation_checkpointing: Checkpointing = "none"  # full: recompute blocks in backward; selective: all but matmuls
     compile: bool | None = None  # torch.compile of the blocks; none: on cuda only
 
     def __post_init__(self):
@@ -48,20 +49,20 @@ class ParallelConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1
         ]
         wrong += [
-            f"{name} is {getattr(self, name)} and strategy ddp, which shards nothing; use --strategy=fsdp"
+            f"{name} is {getattr(self, name)}, but strategy ddp shards nothing; use --strategy=fsdp"
             for name, default in (("shard_size", None), ("reshard", True), ("accumulate", "sharded"))
             if getattr(self, name) != default and self.strategy == "ddp"
         ]
         if self.grad_compression and (self.strategy == "fsdp" or self.tp > 1):
             wrong.append(
-                f"grad_compression is {self.grad_compression}, which works with ddp alone, not with strategy "
-                f"{self.strategy} and tp {self.tp}; use --strategy=ddp --tp=1, or --grad_compression=none"
+                f"grad_compression is {self.grad_compression}, which needs ddp without tensor parallelism, but "
+                f"strategy is {self.strategy} and tp is {self.tp}; use --strategy=ddp --tp=1 or --grad_compression=none"
             )
         if wrong:
             raise UserError("\n".join(wrong))
 
     def mesh_shape(self, size):
-        """(replicas, shards of a replica, tensor parallel ranks) of `size` processes; UserError where they do not fit."""
+        """(replicas, shards of a replica, tensor parallel ranks) for `size` processes; UserError if they do not fit."""
         if size % self.tp:
             raise UserError(
                 f"{size} processes are not a multiple of tp {self.tp}; start them with torchrun "
@@ -77,7 +78,7 @@ class ParallelConfig:
         return data_ranks // shard, shard, self.tp
 
     def check_tensor_parallel(self, model, seq_len):
-        """UserError where tp ranks would split a head, or sizes that tp does not divide. model: a ModelConfig."""
+        """UserError if tp does not divide heads and sizes of a model. model: a ModelConfig."""
         sizes = {
             "n_head": model.n_head,
             "n_kv_head": model.kv_heads,
@@ -92,22 +93,25 @@ class ParallelConfig:
 
 
 def distribute(model, cfg, world, seed):
-    """Turns a model on the meta device into one that trains: sharded, recomputed and compiled, with weights.
+    """Makes a model on the meta device ready to train: sharded, checkpointed, compiled, with initial weights.
 
-    Everything happens in place and adds no wrapper, so that parameters keep their names.
+    Everything happens in place and adds no wrapper module, so that parameters keep their names.
     """
+    if cfg.grad_compression == "powersgd" and world.precision == "fp16":
+        raise UserError(
+            "grad_compression is powersgd, whose error feedback would keep every overflow of precision fp16; "
+            "use --precision=bf16 or --grad_compression=bf16"
+        )
     is_sharded = world.size > 1 and (cfg.strategy == "fsdp" or cfg.tp > 1)
-    if is_sharded:
-        import parallel as shard
     if cfg.tp > 1:
-        shard.shard_tensors(model, world.mesh["tp"])
-    if cfg.activation_checkpointing == "selective":  # the compiler must see what is kept
+        shard_tensors(model, world.mesh["tp"])
+    if cfg.activation_checkpointing == "selective":  # before compile: the compiler must see what is saved
         recompute_blocks(model, "selective")
     if cfg.compile or (cfg.compile is None and world.device.type == "cuda"):
         compile_blocks(model, world)
-    if cfg.activation_checkpointing == "full":  # not compiled with the block: that fails on tensor parallel ones
+    if cfg.activation_checkpointing == "full":  # after compile: compiled with the block, it fails under tp
         recompute_blocks(model, "full")
-    if is_sharded:  # under tensor parallelism also with ddp, as one copy a rank: DDP itself takes no DTensors
+    if is_sharded:  # tensor parallelism with ddp, too, with shards of one rank: DDP itself takes no DTensors
         fully_shard_model(model, cfg, world)
     model.to_empty(device=world.device)
     model.tie_weights()
@@ -121,21 +125,21 @@ def distribute(model, cfg, world, seed):
 
 
 def replicate_model(model, compression):
-    """Sums gradients over ranks that each have the whole model, in float32 or compressed."""
+    """DDP: reduces gradients over replicas, in float32 or compressed."""
     from torch.distributed._composable.replicate import replicate  # DDP without a wrapper module
 
     replicate(model, gradient_as_bucket_view=True)
     if compression == "bf16":
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-        # Not the hook itself: torch, by its name, wants NCCL for it, but gloo sums bf16 as well.
+        # A lambda, because torch allows a hook of that name with NCCL only; gloo reduces bf16 as well.
         model.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
     elif compression == "powersgd":
         from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
         def one_by_one(state, bucket):
             future = powerSGD_hook(state, bucket)
-            if dist.get_backend() == "gloo":  # which follows a sum up when it is there, in another order on each rank
+            if dist.get_backend() == "gloo":  # its callbacks would run in another order on each rank
                 future.wait()
             return future
 
@@ -143,48 +147,48 @@ def replicate_model(model, compression):
         model.register_comm_hook(state, one_by_one)
 
 
-# ---- memory and speed of a block
+# ---- activation checkpointing and compile
 
 
 def recompute_blocks(model, kind):
-    """Keeps of each block, for backward, its input alone, or, selective, what its matmuls and attention gave as well.
+    """Activation checkpointing: full saves each block's input; selective also matmul and attention outputs.
 
-    The rest is computed again in backward, with the same dropout.
+    Backward recomputes the rest, with the same dropout.
     """
     context = {}
     if kind == "selective":
         aten = torch.ops.aten
-        kept = [aten.mm.default, aten.addmm.default]
-        # Attention that draws dropout in its kernel must run again: kept, it would not draw, and what is drawn after it
-        # would differ. That of a CPU in bf16, by batched matmuls, runs again too, as its weights are what is large.
-        kept += [] if model.cfg.dropout else [
+        saved = [aten.mm.default, aten.addmm.default]
+        # With dropout, attention must run again: its kernel draws random numbers, and later draws must not shift.
+        # Attention by batched matmuls (CPU, bf16) also runs again: its weights are the largest activations.
+        saved += [] if model.cfg.dropout else [
             aten._scaled_dot_product_flash_attention_for_cpu.default,
             aten._scaled_dot_product_flash_attention.default,
             aten._scaled_dot_product_efficient_attention.default,
             aten._scaled_dot_product_cudnn_attention.default,
         ]  # fmt: skip
-        context["context_fn"] = functools.partial(create_selective_checkpoint_contexts, kept)
+        context["context_fn"] = functools.partial(create_selective_checkpoint_contexts, saved)
 
-    def recomputed(forward):
+    def checkpointed(forward):
         return lambda *args: checkpoint(forward, *args, use_reentrant=False, **context)  # a partial would not compile
 
     for block in model.blocks:
-        block.forward = recomputed(block.forward)  # not a module around the block, so that parameters keep their names
+        block.forward = checkpointed(block.forward)
 
 
 def compile_blocks(model, world):
-    """Compiles each block by itself: quick to compile, and bitwise repeatable where the whole model is not."""
+    """Compiles each block by itself: fast to compile, and bitwise repeatable, which the whole model is not."""
     try:
         torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(8, device=world.device))
-    except Exception as error:  # no compiler, no Triton, a Python too new: whatever torch says
+    except Exception as error:  # no compiler, no Triton, a Python too new: torch raises many classes
         if world.is_main:
             reason = next(iter(str(error).strip().splitlines()), "")
             warnings.warn(
-                f"torch.compile does not work here, training goes on without it: {type(error).__name__}: {reason}",
+                f"torch.compile does not work here, training continues without it: {type(error).__name__}: {reason}",
                 stacklevel=2,
             )
         return
-    torch._dynamo.config.suppress_errors = True  # a block that cannot be compiled runs as it is, with torch's warning
+    torch._dynamo.config.suppress_errors = True  # a block that fails to compile runs eagerly, with torch's warning
     for block in model.blocks:
         block.forward = torch.compile(block.forward)
 
@@ -193,31 +197,30 @@ def compile_blocks(model, world):
 
 
 def sync_gradients(model, last):
-    """Makes the next backward sum gradients over ranks, or not: on the last micro-step of a step alone.
+    """Makes backward reduce gradients over ranks on the last micro-step of a step only.
 
-    FSDP, unless it accumulates whole gradients, sums over the ranks of a copy at every micro-step, over copies on the
-    last.
+    FSDP reduces over a replica's shards at every micro-step, unless accumulate is whole, and over replicas on the last.
     """
     if hasattr(model, "set_requires_all_reduce"):  # FSDP
         model.set_requires_gradient_sync(last or model.accumulates_sharded)
         model.set_requires_all_reduce(last)
     elif hasattr(model, "set_requires_gradient_sync"):  # DDP
         model.set_requires_gradient_sync(last)
-        if next(model.parameters()).grad is None:  # what is there in the first forward, DDP takes into its buckets
+        if next(model.parameters()).grad is None:  # DDP takes gradients that exist in the first forward into buckets
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)
 
 
 def keeps_gradients(model):
-    """Whether gradients lie in DDP's buckets, and are to be zeroed there: dropped, they would be summed up beside them.
+    """Whether gradients are views of DDP's buckets: then zero them, do not drop them.
 
-    In all micro-steps but the last, that is, which sends them: as much again as they take.
+    Dropped, they would be allocated again beside the buckets until the micro-step that reduces them.
     """
     return hasattr(model, "set_requires_gradient_sync") and not hasattr(model, "set_requires_all_reduce")
 
 
 def reshard(model):
-    """Gives back gathered weights, as backward does: after forwards alone, since only shards are saved and stepped."""
+    """Frees FSDP's gathered weights after forwards without a backward, since only shards are saved and updated."""
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()
@@ -226,10 +229,10 @@ def reshard(model):
 # ---- tensor parallelism
 
 
-class Whole(ParallelStyle):
-    """A module whose parameters every rank holds; it runs on all of its input, or on this rank's part of dimension dim.
+class Replicated(ParallelStyle):
+    """A module with replicated parameters, run on its whole input or on this rank's part of the input's dimension dim.
 
-    What it returns is a plain tensor, as is what it is given.
+    Inputs and output are plain tensors.
     """
 
     def __init__(self, dim=None):
@@ -237,23 +240,23 @@ class Whole(ParallelStyle):
         self.layout = Replicate() if dim is None else Shard(dim)
 
     def _apply(self, module, mesh):
-        def take(module, inputs, mesh):
+        def place_inputs(module, inputs, mesh):
             return tuple(DTensor.from_local(x, mesh, [Replicate()]).redistribute(mesh, [self.layout]) for x in inputs)
 
-        return distribute_module(module, mesh, None, take, lambda module, output, mesh: output.to_local())
+        return distribute_module(module, mesh, None, place_inputs, lambda module, output, mesh: output.to_local())
 
 
 def tensor_parallel_plan(n_layer):
-    """{pattern of module names: how ranks share it out}: whole heads, columns of the MLP, rows of the vocabulary.
+    """{pattern of module names: its parallel style}; splits heads, columns of the MLP and rows of the vocabulary.
 
-    Megatron's plan with sequence parallelism (arXiv 2205.05198): between attention and MLP each rank holds its part of
-    the sequence, in front of them the parts are gathered, behind them what ranks have computed is summed and parted.
+    Megatron's plan with sequence parallelism (arXiv 2205.05198): norms and residual stream are sharded by sequence, an
+    all-gather precedes attention and MLP, a reduce-scatter follows them.
     """
     part, heads = SequenceParallel(use_local_output=True), SequenceParallel(sequence_dim=2, use_local_output=True)
     return {
         "wte": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
-        "wpe": Whole(dim=0),
-        "wtt": Whole(dim=1),
+        "wpe": Replicated(dim=0),
+        "wtt": Replicated(dim=1),
         "norm_e": part,
         "blocks.*.norm[12]": part,
         "blocks.*.attn": PrepareModuleInput(
@@ -267,19 +270,19 @@ def tensor_parallel_plan(n_layer):
         "blocks.*.mlp.up": ColwiseParallel(),
         "blocks.*.mlp.down": RowwiseParallel(output_layouts=Shard(1)),
         f"blocks.{n_layer - 1}": PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=Replicate()),
-        "norm_f": Whole(),
-        "transform": Whole(),
+        "norm_f": Replicated(),
+        "transform": Replicated(),
         "head": ColwiseParallel(output_layouts=Replicate()),
     }
 
 
 def shard_tensors(model, mesh):
-    """Shares out a model's layers over the ranks of a mesh of one dimension; no rank ever holds all logits."""
+    """Tensor parallelism over a mesh of one dimension; no rank ever holds all logits."""
     for pattern, style in tensor_parallel_plan(model.cfg.n_layer).items():
         for name, module in list(model.named_modules()):
             if fnmatch(name, pattern) and name.count(".") == pattern.count("."):
                 parallelize_module(module, mesh, style)
-    # What a collective still fills must not enter a compiled block: its gradient would be wrong (torch 2.13).
+    # A compiled block must not take the output of a pending collective: its gradient would be wrong (torch 2.13).
     model.wte.register_forward_hook(lambda module, ids, x: x.clone())
     model.tie_weights()
     group, rank = mesh.get_group(), mesh.get_local_rank()
@@ -288,26 +291,24 @@ def shard_tensors(model, mesh):
         dist.all_reduce(tensor, getattr(dist.ReduceOp, op.upper()), group)
         return tensor
 
-    def cross_entropy(hidden, weight, targets, vocab_size, bias, *options):
-        weight, bias = weight.to_local(), None if bias is None else bias.to_local()
-        return linear_cross_entropy(
-            hidden, weight, targets, vocab_size, bias, *options, shard=(rank * len(weight), reduce)
-        )
+    def head_of_vocabulary():
+        weight, bias = local(model.head.weight), None if model.head.bias is None else local(model.head.bias)
+        return weight, bias, Vocabulary(model.cfg.vocab_size, rank * len(weight), reduce)
 
-    model.cross_entropy = cross_entropy
+    model.head_of_vocabulary = head_of_vocabulary
 
 
 # ---- FSDP
 
 
 def fully_shard_model(model, cfg, world):
-    """Shards every parameter over the ranks of a copy of the model: block by block, and the rest as one.
+    """Shards all parameters over the ranks of a replica: each block as one group, the rest as another.
 
-    Blocks are gathered in the run's precision, the rest, whose embeddings start the residual stream, in float32. So all
-    compute what one process does under autocast, but that norms' weights are rounded with their block's. Gradients are
-    summed over data ranks in float32. A block is gathered while the one before computes.
+    Blocks are gathered in the run's precision; the rest, with the embeddings, in float32, as the residual stream is.
+    This equals one process under autocast, except that norms' weights are rounded with their block's. Gradients are
+    reduced in float32. A block is gathered while the one before it computes.
     """
-    # Nothing works in place on a block's output; and that gloo has no all-to-all is no news.
+    # Two warnings without consequence: nothing works in place on a block's output, and gloo has no all-to-all.
     warnings.filterwarnings("ignore", ".*FSDP2-wrapped module .* returned a view tensor")
     logging.getLogger("torch.distributed.tensor._collective_utils").setLevel(logging.ERROR)
     replicates, shards = world.mesh["replicate"].size() > 1, world.mesh["shard"].size() > 1
@@ -322,41 +323,41 @@ def fully_shard_model(model, cfg, world):
 
 
 def fill(param, weight):
-    """Takes what this rank holds of a whole weight into a sharded parameter."""
-    part = distribute_tensor(weight, param.device_mesh, param.placements, src_data_rank=None)  # nothing is sent
+    """Copies this rank's shard of a whole weight into a sharded parameter."""
+    part = distribute_tensor(weight, param.device_mesh, param.placements, src_data_rank=None)  # without communication
     param.to_local().copy_(part.to_local())
 
 
-# ---- optimizers that must see matrices whole
+# ---- optimizers that need whole matrices
 
 
 def on_whole_matrices(function, parts, params, mesh):
-    """function, of a stack (n, rows, columns), on matrices of which ranks hold parts, its work shared out over all.
+    """Applies function to whole matrices, each on one rank; returns this rank's shards of the results.
 
-    parts: this rank's, placed as params are, all alike: DTensors, or plain tensors, of which every rank has the same.
-    Along one dimension of the mesh (replicate, shard, tp) after the other, ranks swap their parts of all matrices for
-    the whole of some, and afterwards back. Returns this rank's parts of the results.
+    function takes and returns a stack (n, rows, columns). parts: this rank's shards, laid out as params, which all have
+    one layout: DTensors, or plain tensors that are equal on all ranks. Along each dimension of the mesh (replicate,
+    shard, tp) in turn, ranks exchange shards of all matrices for larger shards of fewer; afterwards the other way.
     """
-    param, stack, way_back = params[0], torch.stack(parts), []
-    dims = dict(zip(param.device_mesh.mesh_dim_names, param.placements)) if isinstance(param, DTensor) else {}
-    tp_dim = getattr(dims.get("tp"), "dim", None)
-    for name in mesh.mesh_dim_names:
-        dim = getattr(dims.get(name), "dim", None)  # of the matrix, which this dimension of the mesh shards; or none
-        shape = [len(stack), *param.shape]
-        if name != "tp" and tp_dim is not None:  # FSDP has sharded what tensor parallelism had left
-            shape[1 + tp_dim] //= mesh["tp"].size()
-        if mesh[name].size() > 1:
-            layout = Replicate() if dim is None else Shard(1 + dim)
-            stack = _swap(stack, mesh[name], layout, Shard(0), shape)
-            way_back.append((mesh[name], Shard(0), layout, shape))
+    param, stack, exchanges = params[0], torch.stack(parts), []
+    placements = dict(zip(param.device_mesh.mesh_dim_names, param.placements)) if isinstance(param, DTensor) else {}
+    sharded_dim = {name: getattr(placements.get(name), "dim", None) for name in mesh.mesh_dim_names}  # None: none
+    for name, dim in sharded_dim.items():
+        if mesh[name].size() == 1:
+            continue
+        shape = [len(stack), *param.shape]  # before this dimension of the mesh shards it
+        if name != "tp" and sharded_dim["tp"] is not None:  # FSDP shards what tensor parallelism has sharded before
+            shape[1 + sharded_dim["tp"]] //= mesh["tp"].size()
+        layout = Replicate() if dim is None else Shard(1 + dim)
+        stack = _exchange(stack, mesh[name], layout, Shard(0), shape)
+        exchanges.append((mesh[name], Shard(0), layout, shape))
     stack = function(stack)
-    for swap in reversed(way_back):
-        stack = _swap(stack, *swap)
+    for exchange in reversed(exchanges):
+        stack = _exchange(stack, *exchange)
     return stack.unbind()
 
 
-def _swap(part, mesh, source, target, shape):
-    """This rank's part, placed as target, of a tensor of a shape whose part, placed as source, it has."""
+def _exchange(part, mesh, source, target, shape):
+    """Changes the placement of a tensor of this shape from source to target; takes and returns this rank's part."""
     stride = torch.empty(shape, device="meta").stride()
     whole = DTensor.from_local(part, mesh, [source], shape=torch.Size(shape), stride=stride)
     return whole.redistribute(placements=[target]).to_local()

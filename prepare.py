@@ -4,7 +4,7 @@
     python prepare.py config/quickstart.py
     python prepare.py --dataset=fineweb10b --max_shards=10
 
-Input is a file, folder, glob or URL of .txt, .jsonl, .jsonl.gz or .parquet; any other file is read as text.
+Input is a file, folder, glob (in quotes) or URL of .txt, .jsonl, .jsonl.gz or .parquet; other files are read as text.
 """
 
 import collections
@@ -29,25 +29,25 @@ import numpy as np
 
 from config import UserError, as_dict, only, run_script
 from data import DataConfig, ShardWriter, is_own_shard, open_shard, read_meta, sha256
-from text.corpus import Corpus
+from text.corpus import DATASETS, Corpus
 from text.tokenizer import END_OF_TEXT, SMALLEST_BPE, load_tokenizer, train_bpe
 
-TASK_BYTES = 1 << 20  # text that goes to a worker at a time
-BPE_BYTES = 200 << 20  # text that a BPE is learnt from, at most
+TASK_BYTES = 1 << 20  # text per task of a worker
+BPE_BYTES = 200 << 20  # most text to train a BPE on
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    dataset: Literal["stdlib", "shakespeare", "fineweb10b"] | None = None  # a corpus by name, instead of input
-    input: str | None = None  # files, folder, glob or URL of text; of fineweb10b, a local folder of its shards
-    text_field: str = "text"  # field of .jsonl objects, column of .parquet files
-    doc_separator: str | None = None  # text between the documents of a .txt file; none: a file is one document
-    tokenizer: str = "gpt2"  # byte, bpe (learnt from the corpus), a tiktoken name, tokenizer.json, vocab.txt
-    bpe_vocab_size: int = 4096  # ids of bpe, special tokens included
-    val_fraction: float = 0.01  # share of documents in the validation split, by hash; of a single document, its tail
-    shard_tokens: int = 100_000_000  # tokens of a shard
-    max_shards: int | None = None  # training shards of fineweb10b to fetch, of 103; none: all
-    workers: int | None = None  # processes; none: one a core
+    dataset: Literal[*DATASETS, "fineweb10b"] | None = None  # corpus by name, in place of input
+    input: str | None = None  # files, folder, glob (in quotes) or URL of text; fineweb10b: a local folder of its shards
+    text_field: str = "text"  # text's field in .jsonl objects, its column in .parquet files
+    doc_separator: str | None = None  # text between the documents of a .txt file; none: each file is one document
+    tokenizer: str = "gpt2"  # byte, bpe (trained on the corpus), a tiktoken name, or a tokenizer.json or vocab.txt
+    bpe_vocab_size: int = 4096  # vocabulary size of tokenizer bpe, special tokens included
+    val_fraction: float = 0.01  # validation share of the documents, chosen by hash; a single document gives its tail
+    shard_tokens: int = 100_000_000  # tokens per shard file
+    max_shards: int | None = None  # training shards of fineweb10b to download; none: all 103
+    workers: int | None = None  # processes; none: one per core
 
     def __post_init__(self):
         wrong = []
@@ -57,11 +57,14 @@ class PrepareConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 wrong.append(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.input is None and self.dataset is None:
-            wrong.append("neither input nor dataset is set; name your text with --input=, or a corpus with --dataset=")
-        if self.input is not None and self.dataset in ("stdlib", "shakespeare"):
+            wrong.append(
+                f"neither input nor dataset is set; name your text by --input=FILE, or a corpus by --dataset=, one of "
+                f"{', '.join(DATASETS)}, fineweb10b"
+            )
+        if self.input is not None and self.dataset in DATASETS:
             wrong.append(f"input {self.input} and dataset {self.dataset} are both set; give one")
         if self.dataset == "fineweb10b" and self.tokenizer != "gpt2":
-            wrong.append(f"tokenizer is {self.tokenizer}, but dataset fineweb10b comes in tokens of gpt2; leave it out")
+            wrong.append(f"tokenizer is {self.tokenizer}, but dataset fineweb10b is in gpt2 tokens; leave it out")
         if not SMALLEST_BPE <= self.bpe_vocab_size <= 2**24:
             wrong.append(f"bpe_vocab_size is {self.bpe_vocab_size}; it must be {SMALLEST_BPE} to {2**24}")
         if wrong:
@@ -79,7 +82,7 @@ def main(cfg):
     folder = Path(cfg.data.data_dir or default_folder(cfg.prepare))
     if cfg.prepare.dataset == "fineweb10b":
         return fetch_fineweb(cfg.prepare, folder)
-    # What the tokens depend on, to know a finished folder again.
+    # settings that the tokens depend on, by which a finished folder is recognised
     settings = {k: v for k, v in as_dict(cfg).items() if k not in ("data_dir", "workers", "max_shards")}
     if meta := read_meta(folder):
         if meta.get("settings") != settings:
@@ -101,7 +104,7 @@ def main(cfg):
 
 
 def default_folder(cfg):
-    """data/ and the name of the corpus: the dataset's, or the last part of input that is no glob."""
+    """data/ and the corpus's name: the dataset's, or the last part of input that is no glob."""
     parts = [part for part in Path(cfg.input or "").parts if not glob.has_magic(part)]
     return Path("data", cfg.dataset or (Path(parts[-1]).stem.strip("./") if parts else "") or "text")
 
@@ -110,10 +113,10 @@ def default_folder(cfg):
 
 
 def make_tokenizer(cfg, corpus, folder):
-    """Learns, copies or checks the tokenizer; returns the name or path to load it by."""
+    """Trains, copies or checks the tokenizer; returns its name or path for load_tokenizer."""
     saved = folder / "tokenizer.json"
     if cfg.tokenizer == "bpe":
-        print(f"learning a BPE of {cfg.bpe_vocab_size} ids", flush=True)
+        print(f"training a BPE with a vocabulary of {cfg.bpe_vocab_size}", flush=True)
         train_bpe(_texts(corpus), cfg.bpe_vocab_size, saved)
         return str(saved)
     tokenizer = load_tokenizer(cfg.tokenizer)
@@ -134,11 +137,11 @@ def _texts(corpus):
 
 
 def tokenize(corpus, tokenizer_name, cfg, folder):
-    """Encodes the corpus and writes its shards; returns what meta.json says of them."""
+    """Encodes the corpus and writes its shards; returns their entries of meta.json."""
     tokenizer = load_tokenizer(tokenizer_name)
     if tokenizer.eot is None:
         raise UserError(
-            f"the tokenizer {cfg.tokenizer} has no special token to end documents with, only "
+            f"the tokenizer {cfg.tokenizer} has no end-of-text token; its special tokens are "
             f"{', '.join(tokenizer.specials) or 'none'}; use one that has {', '.join(END_OF_TEXT[:3])} or the like"
         )
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
@@ -152,7 +155,7 @@ def tokenize(corpus, tokenizer_name, cfg, folder):
     for split, count in counts.items():
         if not count["tokens"]:
             raise UserError(
-                f"no document fell into the {split} split, of {sum(c['documents'] for c in counts.values()):,}; "
+                f"none of {sum(c['documents'] for c in counts.values()):,} documents fell into the {split} split; "
                 f"change --val_fraction={cfg.val_fraction}"
             )
     meta = {
@@ -161,28 +164,28 @@ def tokenize(corpus, tokenizer_name, cfg, folder):
         "tokenizer": tokenizer_name,
         "notes": notes,
     }
-    if tokenizer_name.endswith(".json"):  # wherever it came from, a copy lies beside the shards
+    if tokenizer_name.endswith(".json"):  # make_tokenizer has put it beside the shards
         meta |= {"tokenizer": "tokenizer.json", "tokenizer_sha256": sha256(tokenizer_name)}
     meta["splits"] = {split: dict(counts[split]) | {"shards": writers[split].finish()} for split in writers}
     if len(tokenizer.continuations):
-        meta["continuations"] = tokenizer.continuations  # what masking whole words needs to know
+        meta["continuations"] = tokenizer.continuations  # for whole-word masking
     return meta
 
 
 def encoded(corpus, tokenizer_name, dtype, workers):
-    """Yields what _encode makes of the corpus, in its order, over several processes and with a progress bar."""
+    """Yields the results of _encode over the corpus, in order, by several processes and with a progress bar."""
     try:
         from tqdm import tqdm
     except ImportError as error:
         raise UserError("prepare.py needs tqdm; install it with: pip install tqdm") from error
     workers = min(workers or os.cpu_count(), 4 * os.cpu_count())  # more would only cost memory
-    # fork, where it is safe: other ways import torch anew in each process, for seconds.
+    # fork where it is safe; spawn imports everything anew in each process, which takes seconds
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with (
         ProcessPoolExecutor(workers, context, _end_with_parent) as pool,
         tqdm(total=corpus.bytes, unit="B", unit_scale=True, disable=None) as progress,
     ):
-        pending = collections.deque()  # bounded, so that memory is, whatever the corpus
+        pending = collections.deque()  # its length is bounded, and so is memory
         for group in itertools.chain(_grouped(corpus.pieces()), [None] * (2 * workers + 1)):
             if group is not None:
                 pending.append(pool.submit(_encode, group, tokenizer_name, dtype))
@@ -193,7 +196,7 @@ def encoded(corpus, tokenizer_name, dtype, workers):
 
 
 def _grouped(pieces):
-    """Lists of pieces of about TASK_BYTES together."""
+    """Lists of pieces, about TASK_BYTES each."""
     group, size = [], 0
     for piece in pieces:
         group.append(piece)
@@ -205,11 +208,11 @@ def _grouped(pieces):
         yield group
 
 
-_loaded_once = functools.cache(load_tokenizer)  # in each worker
+_loaded_once = functools.cache(load_tokenizer)  # once per worker
 
 
 def _end_with_parent():
-    """Lets a worker end when its parent does, killed or not; otherwise it would wait for work for ever."""
+    """Ends a worker when its parent ends or is killed; it would wait for work for ever."""
 
     def watch():
         multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
@@ -219,7 +222,7 @@ def _end_with_parent():
 
 
 def _encode(group, tokenizer_name, dtype):
-    """[(split, tokens, documents, bytes, pieces with bad UTF-8)] of a group of pieces."""
+    """A group of pieces as [(split, tokens, documents, bytes, pieces with bad UTF-8)]."""
     tokenizer = _loaded_once(tokenizer_name)
     results = []
     for split, pieces in itertools.groupby(group, key=lambda piece: piece[0]):
@@ -242,7 +245,7 @@ def _encode(group, tokenizer_name, dtype):
 
 
 def clear_unfinished(folder):
-    """Removes what an interrupted prepare left; refuses a folder with token files of others."""
+    """Removes the files of an interrupted prepare; refuses a folder with other token files."""
     make_folder(folder)
     named = re.compile(r"(train|val)_\d{6}\.bin")
     leftovers = [
@@ -250,14 +253,15 @@ def clear_unfinished(folder):
     ]
     if foreign := sorted(p.name for p in folder.glob("*.bin") if p not in leftovers):
         raise UserError(
-            f"{folder} holds token files that are not of prepare.py: {', '.join(foreign[:3])}; use another --data_dir"
+            f"{folder} holds token files that prepare.py did not write: {', '.join(foreign[:3])}; "
+            f"use another --data_dir"
         )
     for path in leftovers:
         path.unlink()
 
 
 def make_folder(folder):
-    """Makes the data folder; UserError where that cannot be."""
+    """Makes the data folder; UserError where the system refuses."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -265,7 +269,7 @@ def make_folder(folder):
 
 
 def write_meta(folder, meta):
-    """Writes meta.json, last and whole: data without it is unfinished."""
+    """Writes meta.json last and atomically: data without it is unfinished."""
     partial = folder / "meta.json.part"
     lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in meta.items()]
     partial.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
@@ -275,8 +279,8 @@ def write_meta(folder, meta):
 def summary(meta):
     """A table of the splits."""
     lines = [
-        f"tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} ids",
-        f"{'split':<8}{'documents':>12}{'tokens':>16}{'bytes':>17}{'bytes a token':>15}{'shards':>8}",
+        f"tokenizer {meta['tokenizer']}, vocabulary of {meta['vocab_size']:,}",
+        f"{'split':<8}{'documents':>12}{'tokens':>16}{'bytes':>17}{'bytes/token':>15}{'shards':>8}",
     ]
     for split, s in meta["splits"].items():
         text_bytes, ratio = (f"{s['bytes']:,}", f"{s['bytes'] / s['tokens']:.3f}") if s.get("bytes") else ("?", "?")
@@ -288,14 +292,14 @@ def summary(meta):
 
 
 def fetch_fineweb(cfg, folder):
-    """Fetches FineWeb-10B in GPT-2 tokens, as llm.c's shards, from the hub or from a local folder of the same files."""
+    """Downloads FineWeb-10B in GPT-2 tokens, llm.c's shards, from the hub, or copies it from a local folder."""
     names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, 1 + (cfg.max_shards or 103))]
     make_folder(folder)
     if others := [path.name for path in folder.glob("*.bin") if not path.name.startswith("fineweb_")]:
         raise UserError(f"{folder} holds other data ({', '.join(others[:3])}); use another --data_dir")
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
-        (folder / "meta.json.part").touch()  # until meta.json is written, readers take the folder for unfinished
+        (folder / "meta.json.part").touch()  # marks the folder as unfinished until meta.json is written
     for name in missing:
         print(f"fetching {name}", flush=True)
         _fetch(name, cfg.input, folder)
@@ -334,8 +338,8 @@ def _fetch(name, source, folder):
         huggingface_hub.hf_hub_download("kjj0/fineweb10B-gpt2", name, repo_type="dataset", local_dir=folder)
     except (OSError, huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError) as error:
         raise UserError(
-            f"the Hugging Face hub did not give {name} ({type(error).__name__}); with a network, try again; "
-            f"without one, give a folder of the shards with --input="
+            f"{name} could not be downloaded from the Hugging Face hub ({type(error).__name__}); try again, or, "
+            f"without a network, name a folder of the shards by --input="
         ) from error
 
 

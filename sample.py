@@ -28,13 +28,13 @@ from world import DTYPES, WorldConfig, pick_device, pick_precision
 
 @dataclass(frozen=True)
 class SampleConfig:
-    prompt: str | None = None  # text to go on from, or whose [MASK]s to fill; FILE:path reads a file, - stdin
-    score: bool = False  # print the prompt's log-likelihood instead; of each line, where it is FILE:x.jsonl
-    num_samples: int = 1  # continuations of the prompt, made in one batch
-    max_new_tokens: int = 256  # tokens of each; end-of-text ends it earlier
-    temperature: float = 0.8  # divides the logits: below 1 likelier tokens, 0 always the likeliest
-    top_k: int | None = None  # sample from the k likeliest tokens only; of a [MASK], show k of them (none: 5)
-    top_p: float | None = None  # sample from the likeliest tokens that together have this probability
+    prompt: str | None = None  # text to continue, or with [MASK]s to fill; FILE:path reads a file, - stdin
+    score: bool = False  # print the prompt's log-likelihood instead; with FILE:x.jsonl, of each line
+    num_samples: int = 1  # continuations of the prompt, in one batch
+    max_new_tokens: int = 256  # tokens per continuation; end-of-text ends it earlier
+    temperature: float = 0.8  # divides the logits; 0: always the likeliest token
+    top_k: int | None = None  # sample from the k likeliest tokens; for a [MASK], print k of them (none: 5)
+    top_p: float | None = None  # sample from the likeliest tokens whose probabilities sum to this
 
     def __post_init__(self):
         wrong = [
@@ -63,31 +63,31 @@ def main(cfg):
     model, source = load_model(place_of(cfg), device)
     precision = "fp32" if cfg.sample.score and cfg.world.precision == "auto" else cfg.world.precision
     dtype = generation_dtype(precision, device, model.num_params())
-    model.to(dtype)  # not autocast, which would cast each weight anew for each token
+    model.to(dtype)  # not autocast, which would cast all weights for each token
     tokenizer = load_tokenizer_of(source)
     print(f"{source.name}, {model.num_params():,} parameters on {device} in {dtype}", file=sys.stderr)
     prompt = read_prompt(cfg.sample.prompt)
     if cfg.sample.score:
         return print_scores(model, tokenizer, read_requests(cfg.sample.prompt, prompt))
-    if model.cfg.objective == "mlm":
+    if not model.cfg.is_causal:
         return print_candidates(model, tokenizer, prompt, cfg.sample.top_k or 5, device)
     ids = [*tokenizer.begin, *tokenizer.encode(prompt).tolist()] or [tokenizer.eot]
     if ids == [None]:
         raise UserError(f"the tokenizer {tokenizer.name} has no end-of-text token to start from; give a --prompt=")
     ids = as_batch(ids, model, device).repeat(cfg.sample.num_samples, 1)  # B T
+    never = [token for token in tokenizer.specials.values() if token != tokenizer.eot]  # they are not text
     start = time.perf_counter()
-    samples = stream(
-        generate(model, ids, cfg.sample, cfg.run.seed, tokenizer.vocab_size), tokenizer, prompt, cfg.sample.num_samples
-    )
+    tokens = generate(model, ids, cfg.sample, cfg.run.seed, tokenizer.vocab_size, never)
+    samples = stream(tokens, tokenizer, prompt, cfg.sample.num_samples)
     seconds = time.perf_counter() - start
     n_tokens = sum(len(sample) for sample in samples)
     print(f"{n_tokens} tokens in {seconds:.2f} s, {n_tokens / seconds:,.0f} tokens/s", file=sys.stderr)
 
 
 def generation_dtype(precision, device, n_params):
-    """The type of weights to generate with; auto is the device's fastest, but float32 for small models on a CPU.
+    """The dtype of weights to generate with; auto is the device's fastest, but float32 for small models on a CPU.
 
-    bf16 halves what must be read for each token, but its kernels take longer to start.
+    bf16 halves the memory traffic per token, but its kernels take longer to start.
     """
     if precision == "auto" and device.type == "cpu" and n_params < 2**24:
         precision = "fp32"
@@ -96,9 +96,9 @@ def generation_dtype(precision, device, n_params):
 
 @torch.inference_mode()
 def print_candidates(model, tokenizer, prompt, k, device):
-    """Prints the k likeliest tokens at each [MASK] of a prompt, and the prompt with the likeliest of all filled in.
+    """Prints the k likeliest tokens at each [MASK] of a prompt, and the prompt with the likeliest filled in.
 
-    Nothing is drawn: num_samples, temperature and the like are for continuations.
+    Nothing is drawn: num_samples, temperature and the like apply to continuations alone.
     """
     ids, mask = masked_ids(tokenizer, prompt), special_id(tokenizer.specials, "mask")
     if mask not in ids:
@@ -106,7 +106,7 @@ def print_candidates(model, tokenizer, prompt, k, device):
     ids = as_batch(ids, model, device)  # 1 T
     positions = (ids == mask).nonzero()[:, 1][None]  # 1 K
     logits = model(ids, positions=positions)[0, :, : tokenizer.vocab_size].float()  # K V
-    logits[:, list(tokenizer.specials.values())] = -math.inf  # never predicted, and so never learnt
+    logits[:, list(tokenizer.specials.values())] = -math.inf  # never a target in training
     k = min(k, tokenizer.vocab_size - len(tokenizer.specials))
     for number, top in enumerate(zip(*logits.softmax(-1).topk(k)), start=1):
         print(f"[MASK] {number}" if len(logits) > 1 else "[MASK]")
@@ -117,41 +117,41 @@ def print_candidates(model, tokenizer, prompt, k, device):
 
 
 def masked_ids(tokenizer, prompt):
-    """Ids of [CLS] prompt [SEP], in which [MASK] is the special token, under either of its names."""
+    """Token ids of [CLS] prompt [SEP], where [MASK] or <|mask|> is the special token."""
     parts = re.split(re.escape("[MASK]") + "|" + re.escape("<|mask|>"), prompt)
     cls, sep, mask = (special_id(tokenizer.specials, role) for role in ("cls", "sep", "mask"))
     ids = [cls]
     for i, part in enumerate(parts):
         if tokenizer.space_begins_word and i + 1 < len(parts):
-            part = part.removesuffix(" ")  # it belongs to the masked word
+            part = part.removesuffix(" ")  # the space belongs to the masked word
         ids += [*tokenizer.encode(part).tolist(), mask]
     return [*ids[:-1], sep]
 
 
 def as_batch(ids, model, device):
-    """A prompt's ids as a batch of one, (1, T); UserError where the model cannot hold them."""
+    """A prompt's token ids as a batch of one, (1, T); UserError where they exceed block_size."""
     if len(ids) > model.cfg.block_size:
         raise UserError(f"the prompt has {len(ids)} tokens, block_size is {model.cfg.block_size}; shorten it")
     return torch.tensor([ids], device=device)
 
 
 def read_prompt(prompt):
-    """The prompt's text, from where the setting says."""
+    """The text of the prompt setting, read from a file or stdin where it says so."""
     if prompt == "-":
         return sys.stdin.read()
     if prompt and prompt.startswith("FILE:"):
         try:
-            return Path(prompt[5:]).read_bytes().decode("utf-8")  # line ends as they are
+            return Path(prompt[5:]).read_bytes().decode("utf-8")  # keeps line ends
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"prompt file {prompt[5:]} cannot be read as UTF-8 text ({error})") from error
     return prompt or ""
 
 
 @torch.inference_mode()
-def generate(model, ids, cfg, seed, vocab_size):
-    """Yields the tokens (B,) that follow ids (B, T), step by step; vocab_size bounds what may be drawn.
+def generate(model, ids, cfg, seed, vocab_size, never=()):
+    """Yields the tokens (B,) that follow ids (B, T), step by step: below vocab_size, and none of `never`.
 
-    Where the sequence reaches block_size, the model goes on from the last half of it, which is read anew.
+    Where the sequence reaches block_size, the model continues from the last half of it, which it reads again.
     """
     block_size = model.cfg.block_size
     generator = torch.Generator(ids.device).manual_seed(seed)
@@ -163,25 +163,26 @@ def generate(model, ids, cfg, seed, vocab_size):
             cache.clear()
             unread = recent = recent[:, -max(1, block_size // 2) :]
         logits = model(unread, cache=cache)[:, -1, :vocab_size].float()  # B V
+        logits[:, never] = -math.inf
         unread = draw(logits, cfg, generator)[:, None]  # B 1
         recent = torch.cat([recent, unread], dim=1)
         yield unread[:, 0]
 
 
 def draw(logits, cfg, generator):
-    """One token (B,) for each row of logits (B, V)."""
+    """Draws a token (B,) for each row of logits (B, V)."""
     if cfg.temperature == 0:
         return logits.argmax(-1)
-    logits = logits - logits.amax(-1, keepdim=True)  # so that a tiny temperature overflows downwards
+    logits = logits - logits.amax(-1, keepdim=True)  # a tiny temperature then overflows to -inf, not inf
     probs = torch.softmax(logits / cfg.temperature, dim=-1)
     if cfg.top_k is not None and cfg.top_k < probs.shape[-1]:
-        top = probs.topk(cfg.top_k)  # by index: where tokens are equally likely, still no more than k
+        top = probs.topk(cfg.top_k)  # by index: exactly k, even of equally likely tokens
         probs = torch.zeros_like(probs).scatter(-1, top.indices, top.values)
     if cfg.top_p is not None:
         ordered, order = (probs / probs.sum(-1, keepdim=True)).sort(-1, descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= cfg.top_p  # what comes before already has top_p
+        beyond = ordered.cumsum(-1) - ordered >= cfg.top_p  # the likelier tokens already have top_p
         probs = torch.zeros_like(probs).scatter(-1, order, ordered.where(~beyond, 0.0))
-    # The token in whose part of the whole a uniform number falls; multinomial draws a number for each token there is.
+    # Inverse transform sampling: one uniform number per row, where multinomial draws one for each token.
     sums = probs.cumsum(-1)
     if not sums[:, -1].isfinite().all():
         raise UserError("the model's logits are not finite; take an earlier checkpoint, or train at a lower rate")
@@ -190,9 +191,9 @@ def draw(logits, cfg, generator):
 
 
 def stream(steps, tokenizer, prompt, num_samples):
-    """Prints the samples, the first as it comes, the others when they are whole; returns the ids of each."""
+    """Prints the samples, the first while it is generated, the others at the end; returns the token ids of each."""
     samples, ended = [[] for _ in range(num_samples)], [False] * num_samples
-    utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # holds back a character until its last byte is there
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # withholds a character until its last byte arrives
     print(prompt, end="", flush=True)
     for tokens in steps:
         for i, token in enumerate(tokens.tolist()):

@@ -6,7 +6,9 @@
 The same command again continues from the newest checkpoint in out_dir.
 """
 
+import contextlib
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 
@@ -27,7 +29,7 @@ from data import (
 )
 from interop.pretrained import resolve, start_from
 from model import ModelConfig, Transformer
-from objective import ObjectiveConfig, windows_of
+from objective import OBJECTIVES, ObjectiveConfig
 from ops import IGNORE
 from optim import OptimConfig, build_optimizer, lr_at, set_lr
 from parallel import ParallelConfig, distribute, keeps_gradients, reshard, sync_gradients
@@ -80,10 +82,15 @@ class Settings:
 
 def main(cfg):
     cfg = resolve(dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, out_dir=run_dir_of(cfg) or "out/run")))
-    with init_world(cfg.world, cfg.parallel) as world, guarded(cfg, world) as stop:
-        train_data, val_data = open_data(cfg, world)
+    with (
+        init_world(cfg.world, cfg.parallel) as world,
+        open_data(cfg, world) as (train_data, val_data),
+        guarded(cfg, world) as stop,
+    ):
         model, optimizer, scaler = build(cfg, world, cfg.run.seed)
-        saver = Saver(cfg, world, model, optimizer, scaler, f"{train_data.split.fingerprint()}-{val_data.fingerprint()}")
+        saver = Saver(
+            cfg, world, model, optimizer, scaler, f"{train_data.split.fingerprint()}-{val_data.fingerprint()}"
+        )
         state = saver.resume()
         if state is None:
             start_from(cfg, model, world)
@@ -91,6 +98,7 @@ def main(cfg):
         elif state.is_finished(cfg):
             return print_finished(cfg, state, world)
         train_data.seek(state.sequences_seen)
+        val_objective = objective_for(cfg, EVAL_MASK_SEED)
 
         with Log(cfg, world, model, optimizer, state, saver.changes, train_data.split, val_data) as log:
             while True:
@@ -105,12 +113,13 @@ def main(cfg):
                 # stop requested: skip the evaluation, we may be killed soon
                 if due and not request.is_requested and state.evaluated_at != state.step:
                     with log.paused():
-                        figures = evaluate(model, val_data, cfg, world)
+                        figures = evaluate(model, val_data, val_objective, cfg.data, world)
                         state.val_loss, state.evaluated_at = figures["val_loss"], state.step
                         log.evaluation(state, figures)
                 ending = ending or state.has_reached_target(cfg)
-                with log.paused():
-                    saver.save_if_due(state, ending)
+                if saver.is_due(state, ending):
+                    with log.paused():
+                        saver.save(state)
                 if ending:
                     break
 
@@ -127,18 +136,17 @@ def main(cfg):
                 log.step(state, loss, grad_norm, lr, waited, bad)
 
                 if state.bad_steps >= cfg.health.max_bad_steps:
-                    repeat = lambda: train_step(model, optimizer, scaler, batches, cfg, world)  # noqa: B023, E731
-                    state = saver.roll_back(state, bad, repeat)
+                    repeat_step = functools.partial(train_step, model, optimizer, scaler, batches, cfg, world)
+                    state = saver.roll_back(state, bad, repeat_step)
                     train_data.seek(state.sequences_seen)
                     log.rolled_back(state)
-            train_data.close()
             saver.writer.wait()
             stop.acknowledge(request)
             log.end(state, request)
 
 
 def train_step(model, optimizer, scaler, batches, cfg, world, recent=()):
-    """One optimizer step over a list of micro-batches, each the arguments (tokens, targets, ...) of the model's forward.
+    """One optimizer step over micro-batches, each a tuple of the model's arguments (tokens, targets, ...).
 
     Returns the mean loss, the gradient norm before clipping, and None, or why the step was skipped: then weights and
     optimizer are as before, on all ranks. recent: (loss, gradient norm) of sound steps, the baseline for spikes.
@@ -173,15 +181,16 @@ def train_step(model, optimizer, scaler, batches, cfg, world, recent=()):
 
 
 @torch.no_grad()
-def evaluate(model, split, cfg, world):
+def evaluate(model, split, objective, cfg, world):
     """Mean loss and accuracy over the fixed windows of a split, the same for every batch size and number of ranks.
 
     Also returns the accuracy of always predicting the most frequent target.
     """
     model.eval()
-    windows, data = windows_for(cfg, EVAL_MASK_SEED), cfg.data
     sums, frequencies = torch.zeros(2, dtype=torch.float64), torch.zeros(model.cfg.vocab_size, dtype=torch.int64)
-    for batch in eval_batches(split, windows, data.eval_tokens, data.micro_batch_size, world.data_rank, world.data_ranks):
+    for batch in eval_batches(
+        split, objective, cfg.eval_tokens, cfg.micro_batch_size, world.data_rank, world.data_ranks
+    ):
         with world.phase("evaluation"), world.autocast():
             loss_and_correct = model(*(part.to(world.device) for part in batch), count_correct=True)
         sums += torch.stack(loss_and_correct).cpu()
@@ -192,7 +201,7 @@ def evaluate(model, split, cfg, world):
     n_targets = world.sum(frequencies).sum().item()
     if n_targets == 0:
         raise UserError(
-            f"the first eval_tokens {data.eval_tokens} of the {split.name} split hold nothing to predict, only special "
+            f"the first eval_tokens {cfg.eval_tokens} of the {split.name} split hold nothing to predict, only special "
             f"tokens; raise eval_tokens, or the text's share by --val_fraction of prepare.py"
         )
     return {
@@ -202,20 +211,23 @@ def evaluate(model, split, cfg, world):
     }
 
 
+@contextlib.contextmanager
 def open_data(cfg, world):
-    """The Loader of the training split, which reads ahead, and the validation Split."""
+    """Yields the Loader of the training split, which reads ahead, and the validation Split."""
     train, val = (
         Split(cfg.data.data_dir, name, cfg.model.vocab_size, prepare_command(cfg)) for name in ("train", "val")
     )
-    windows = windows_for(cfg, cfg.run.seed)
+    objective = objective_for(cfg, cfg.run.seed)
     micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, world.data_ranks)
-    order = TrainOrder(train, windows.stride, cfg.run.seed)
-    return Loader(order, windows, 0, micro_steps, cfg.data.micro_batch_size, world), val
+    order = TrainOrder(train, objective.stride, cfg.run.seed)
+    with contextlib.closing(Loader(order, objective, 0, micro_steps, cfg.data.micro_batch_size, world)) as loader:
+        yield loader, val
 
 
-def windows_for(cfg, seed):
-    """The objective's way from windows of the data to batches; the seed draws the masks, if any."""
-    return windows_of(cfg.model.objective, cfg.objective, cfg.data.seq_len, seed, read_meta(cfg.data.data_dir))
+def objective_for(cfg, seed):
+    """The run's objective, which turns windows of tokens into batches; the seed draws the masks, if any."""
+    objective = OBJECTIVES[cfg.model.objective]
+    return objective.build(cfg.objective, cfg.data.seq_len, seed, read_meta(cfg.data.data_dir))
 
 
 def build(cfg, world, seed):

@@ -1,4 +1,4 @@
-"""The processes of a run and their devices: who is here, on what, in which precision, and where each is at the moment."""
+"""The processes of a run and their devices: ranks, groups, precision, memory, and the progress of each rank."""
 
 import contextlib
 import ctypes
@@ -97,7 +97,7 @@ class World:
     def phase(self, name, detail=""):
         """A part of the run by name, such as "forward": the watchdog reports it, a benchmark times it."""
         self.progress.n_phases += 1
-        self.progress.place = f"step {self.progress.step}, {name}{detail and ' '}{detail}"
+        self.progress.place = f"step {self.progress.step}, {name}{detail and f', {detail}'}"
         with self.progress.timer(name):
             yield
 

@@ -1,18 +1,18 @@
 """How settings reach a script: class defaults < preset files, left to right < --key=value.
 
-Each file of the project declares its settings in a frozen dataclass whose name ends in `Config`; the comment that ends
-a field's line is its help text. A script composes the classes it needs and reads them as cfg.model.n_layer:
+Each file of the project declares its settings in a frozen dataclass whose name ends in `Config`; each field's trailing
+comment is its help text. A script composes the classes it needs and reads them as cfg.model.n_layer:
 
     @dataclass(frozen=True)
     class Settings:
         model: ModelConfig
-        run: RunConfig = only("out_dir", "seed")  # of RunConfig, just these are settings of this script
-        presets: tuple = ()  # filled with the preset files of the command
-        files: tuple = ()  # where a script has it, with the .json files of the command
-        given: frozenset = ...  # likewise, with the names that presets or the command line set
+        run: RunConfig = only("out_dir", "seed")  # the script takes only these two settings of RunConfig
+        presets: tuple = ()  # filled with the command's preset files
+        files: tuple = ()  # optional: filled with the command's .json files
+        given: frozenset = ...  # optional: filled with the names that presets or the command line set
 
-A preset is a Python file of plain assignments, run in a namespace of its own. Wrong values in combination are found by
-the classes themselves: __post_init__ raises a UserError, a line for each mistake.
+A preset is a Python file of plain assignments, run in its own namespace. Each class checks its values in combination:
+its __post_init__ raises a UserError, a line for each mistake.
 """
 
 import ast
@@ -24,7 +24,9 @@ import math
 import os
 import re
 import runpy
+import shutil
 import sys
+import textwrap
 import time
 import traceback
 import types
@@ -33,90 +35,146 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-FOLDERS = ("text", "run", "perf", "interop", "config")  # of the project's source, beside its root
+FOLDERS = ("text", "run", "perf", "interop", "config")  # source folders below ROOT
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; its message has the value, the rule and the remedy. Ends a command with code 2.
+    """A user's mistake; its message has the value, the rule and the remedy. It ends a command with exit code 2.
 
-    Every other exception is a bug, and keeps its traceback.
+    Every other exception is a bug and keeps its traceback.
     """
 
 
-# What nanoGPT's users will type, and what it is called here.
+# nanoGPT's name for a setting: ours, or where the meaning differs, a sentence that begins with ours.
 NANOGPT_NAMES = {
-    "max_iters": "max_steps", "lr_decay_iters": "lr_decay_steps", "warmup_iters": "warmup_steps",
-    "batch_size": "micro_batch_size", "gradient_accumulation_steps": "batch_tokens", "eval_iters": "eval_tokens",
-    "dataset": "data_dir", "dtype": "precision", "wandb_log": "wandb", "decay_lr": "schedule", "start": "prompt",
-    "always_save_checkpoint": "save_interval", "backend": "device",
-}  # fmt: skip
+    "max_iters": "max_steps",
+    "lr_decay_iters": "lr_decay_steps",
+    "warmup_iters": "warmup_steps",
+    "batch_size": "micro_batch_size is the sequences of one forward pass; batch_tokens sets the size of a step",
+    "gradient_accumulation_steps": "batch_tokens sets the size of a step; gradient accumulation is derived from it",
+    "eval_iters": "eval_tokens is the number of tokens to evaluate on",
+    "eval_only": "max_steps=0 evaluates and stops",
+    "dataset": "data_dir is the folder that prepare.py wrote, as in --data_dir=data/shakespeare",
+    "dtype": "precision is auto, fp32, bf16 or fp16",
+    "wandb_log": "wandb",
+    "decay_lr": "schedule=constant keeps the learning rate",
+    "start": "prompt",
+    "always_save_checkpoint": "save_interval is the number of steps between checkpoints",
+    "backend": "device=cuda communicates by nccl, device=cpu by gloo",
+}
 
 
 def only(*names):
-    """A section of a script's settings that takes just these settings of its class."""
+    """A section of a script's settings that takes only these settings of its class."""
     return dataclasses.field(metadata={"only": names})
 
 
 def load(settings_type, argv):
-    """Settings from the arguments of a command: preset files and --key=value, and .json files where a script reads any.
+    """Settings from a command's arguments: preset files, --key=value, and .json files where the script reads them.
 
-    Raises UserError that lists every mistake of the command, a line each.
+    Raises UserError that lists every mistake of the command, one a line.
     """
-    owners = settings_of(settings_type)
-    words = [arg for arg in argv if not arg.startswith("--")]
-    names = {field.name for field in dataclasses.fields(settings_type)}
-    files = [word for word in words if "files" in names and word.endswith(".json")]
-    presets = [word for word in words if word not in files]
-    values, failed, errors = {}, set(), []
-    for path in presets:
-        for name, value in _run_preset(path, errors).items():
-            if name in owners:
-                _take(values, name, value, owners, f"{path}: {name}", failed, errors)
-            elif name not in (everywhere := _settings_everywhere()):
-                errors.append(f"{path}: {name} is not a setting{_did_you_mean(name, everywhere)}")
-    for arg in argv:
-        if not arg.startswith("--"):
-            continue
-        name, equals, text = arg[2:].partition("=")
-        if name in owners and (equals or bool in _kinds(owners[name][1].type)):
-            value = _from_text(text, owners[name][1].type) if equals else True  # a bare --profile switches it on
-            _take(values, name, value, owners, f"--{name}", failed, errors)
-        elif name in owners:
-            errors.append(f"--{name} has no value; settings are written --{name}=value")
-        elif name in (everywhere := _settings_everywhere()) and name not in NANOGPT_NAMES:
-            errors.append(
-                f"--{name} is a setting of {everywhere[name]}, not of this script{_did_you_mean(name, owners)}"
-            )
-        else:
-            errors.append(f"--{name} is not a setting{_did_you_mean(name, owners)}")
-
-    sections = {}
-    for section in _sections(settings_type):
-        own = {name: value for name, value in values.items() if owners[name][0] == section.name}
-        if section.name in failed:
-            continue
-        try:
-            sections[section.name] = section.type(**own)
-        except ValueError as error:
-            errors.append(str(error))
-    if sections.keys() == {section.name for section in _sections(settings_type)}:
-        try:
-            others = {"presets": tuple(presets), "files": tuple(files), "given": frozenset(values)}
-            cfg = settings_type(**sections, **{name: others[name] for name in others.keys() & names})
-        except ValueError as error:  # of settings of several classes together
-            errors.append(str(error))
-    if errors:
-        raise UserError("\n".join(errors))
+    command = _Command(settings_of(settings_type))
+    command.read(argv, takes_json="files" in {field.name for field in dataclasses.fields(settings_type)})
+    cfg = command.compose(settings_type)
+    if command.errors:
+        raise UserError("\n".join(command.errors))
     return cfg
 
 
+class _Command:
+    """What a command sets, read argument by argument, and its mistakes so far."""
+
+    def __init__(self, settings):
+        """settings: {name: (section, field)} of the script."""
+        self.settings, self.values, self.errors = settings, {}, []
+        self.presets, self.files = (), ()
+        self.wrong_sections = set()  # not built, so that a wrong value is reported once
+
+    def read(self, argv, takes_json=False):
+        """Reads presets first, so that --key=value wins wherever it stands."""
+        words = [arg for arg in argv if not arg.startswith("--")]
+        self.presets = tuple(word for word in words if word.endswith(".py"))
+        self.files = tuple(word for word in words if takes_json and word.endswith(".json"))
+        if others := [word for word in words if word not in self.presets + self.files]:
+            self._refuse_words(others, argv)
+        for path in self.presets:
+            self._read_preset(path)
+        for arg in argv:
+            if arg.startswith("--"):
+                self._read_argument(arg[2:])
+
+    def compose(self, settings_type):
+        """The script's settings; None where values are wrong by themselves or together."""
+        sections = {}
+        for section in _sections(settings_type):
+            own = {name: value for name, value in self.values.items() if self.settings[name][0] == section.name}
+            if section.name not in self.wrong_sections:
+                sections[section.name] = self._build(section.type, own)
+        if None in sections.values() or len(sections) < len(_sections(settings_type)):
+            return None
+        extra = {"presets": self.presets, "files": self.files, "given": frozenset(self.values)}
+        taken = {field.name for field in dataclasses.fields(settings_type)}
+        return self._build(settings_type, sections | {name: extra[name] for name in extra.keys() & taken})
+
+    def _build(self, type_, values):
+        try:
+            return type_(**values)
+        except UserError as error:
+            self.errors.append(str(error))
+            return None
+
+    def _read_preset(self, path):
+        for name, value in _run_preset(path, self.errors).items():
+            if name in self.settings:
+                self._set(name, value, f"{path}: {name}")
+            elif name not in (everywhere := _settings_everywhere()):
+                self.errors.append(f"{path}: {name} is not a setting{_did_you_mean(name, everywhere)}")
+
+    def _read_argument(self, arg):
+        name, equals, text = arg.partition("=")
+        if name in self.settings:
+            type_ = self.settings[name][1].type
+            if equals:
+                self._set(name, _from_text(text, type_), f"--{name}")
+            elif bool in _kinds(type_):
+                self._set(name, True, f"--{name}")  # a bare --profile switches it on
+            else:
+                self.errors.append(f"--{name} has no value; settings are written --{name}=value")
+        elif name in (everywhere := _settings_everywhere()) and name not in NANOGPT_NAMES:
+            hint = _did_you_mean(name, self.settings)
+            self.errors.append(f"--{name} is a setting of {everywhere[name]}, not of this script{hint}")
+        else:
+            self.errors.append(f"--{name} is not a setting{_did_you_mean(name, self.settings)}")
+
+    def _set(self, name, value, where):
+        section, field = self.settings[name]
+        try:
+            self.values[name] = _checked(value, field.type)
+        except (TypeError, OverflowError):  # OverflowError: an int beyond the range of floats
+            self.wrong_sections.add(section)
+            hint = _nearest_choice(value, _choices(field.type)) if isinstance(value, str) else ""
+            self.errors.append(f"{where} must be {_described(field.type)}, not {value!r}{hint}")
+
+    def _refuse_words(self, words, argv):
+        more = f" and {len(words) - 3} more" if len(words) > 3 else ""
+        what = f"{' '.join(words[:3])}{more}: neither a preset file (.py) nor --name=value"
+        if "input" not in self.settings:
+            return self.errors.append(what + _did_you_mean(words[0], _known_presets()))
+        self.wrong_sections.add(self.settings["input"][0])
+        if len(words) == 1 and not any(arg.startswith("--input=") for arg in argv):
+            return self.errors.append(f"{what}; name your text by --input={words[0]}")
+        pattern = Path(words[0]).with_name(f"*{Path(words[0]).suffix}")
+        self.errors.append(f"{what}; name several files by a glob in quotes, as in --input='{pattern}'")
+
+
 def preset_value(presets, name):
-    """What preset files by themselves set a name to, the last one first; None where they do not."""
+    """The value that preset files give a name, the last file first; None where none sets it."""
     return next((names[name] for path in reversed(presets) if name in (names := _run_preset(path, []))), None)
 
 
 def settings_of(settings_type):
-    """{name: (section, field)} of every setting that a script takes, in order."""
+    """Every setting that a script takes, in order, as {name: (section, field)}."""
     found = {}
     for section in _sections(settings_type):
         for field in dataclasses.fields(section.type):
@@ -135,56 +193,63 @@ def as_dict(cfg):
 
 def as_preset(cfg):
     """The settings of a script as the text of a preset file that reproduces them."""
-    told = comments(type(cfg))
-    return "".join(f"{name} = {value!r}  # {told[name]}\n" for name, value in as_dict(cfg).items())
+    texts = comments(type(cfg))
+    return "".join(f"{name} = {value!r}  # {texts[name]}\n" for name, value in as_dict(cfg).items())
 
 
-def help_text(cfg, doc):
-    """Every setting of a script with its value and its comment, below the script's docstring."""
-    lines = [doc.strip(), "", "Settings, written --name=value or, in a preset file, name = value:"]
-    told, last = comments(type(cfg)), None
-    for name, (section, _) in settings_of(type(cfg)).items():
+def help_text(settings_type, argv, doc):
+    """A script's docstring and its settings: value, comment, choices.
+
+    Values are those of the command's presets and arguments where they are sound, else the defaults.
+    """
+    command = _Command(settings_of(settings_type))
+    command.read([arg for arg in argv if arg not in ("-h", "--help")])
+    texts, width = comments(settings_type), min(120, shutil.get_terminal_size((120, 24)).columns)
+    lines, last = [doc.strip(), "", "Settings, written --name=value or, in a preset file, name = value:"], None
+    for name, (section, field) in command.settings.items():
         if section != last:
             lines.append(f"\n  {section}")
             last = section
-        lines.append(f"    {f'--{name}={_text(as_dict(cfg)[name])}':<36} {told[name]}")
+        head = f"    {f'--{name}={_text(command.values.get(name, field.default))}':<31} "
+        choices = _choices(field.type) + ["none"] * (types.NoneType in _kinds(field.type))
+        text = f"{texts[name]} [{', '.join(choices)}]" if _choices(field.type) else texts[name]
+        lines += textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * 36, break_on_hyphens=False)
     return "\n".join(lines)
 
 
 def project_files(root=ROOT):
-    """The project's Python files, tests apart."""
+    """The project's Python files, without tests."""
     return [path for folder in (".", *FOLDERS) for path in sorted((root / folder).glob("*.py"))]
 
 
 def run_script(main, settings_type, doc):
-    """Runs main(cfg) with the settings of the command line; ends the process with code 2 and one line on wrong input.
+    """Runs main(cfg) with the settings of the command line, or prints the help and does nothing else.
 
-    Any other error keeps its traceback, and ends it with code 1.
+    A UserError ends the process with a line for each mistake and exit code 2, any other error with its traceback and 1.
     """
+    argv = sys.argv[1:]
     try:
-        asks_for_help = not {"-h", "--help"}.isdisjoint(sys.argv[1:])
-        cfg = load(settings_type, [arg for arg in sys.argv[1:] if arg not in ("-h", "--help")])
-        if asks_for_help:
-            print(help_text(cfg, doc))
+        if "-h" in argv or "--help" in argv:
+            print(help_text(settings_type, argv, doc))
         else:
-            main(cfg)
+            main(load(settings_type, argv))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         _end(130)
-    except SystemExit as ending:  # of a rank whose error another one tells
+    except SystemExit as ending:  # another rank reports the error
         _end(ending.code)
-    except BrokenPipeError:  # the reader of our output has gone (`| head`): nobody is left to tell
+    except BrokenPipeError:  # the reader of our output has ended (`| head`): nothing more can be printed
         os._exit(1)
-    except Exception as error:
-        if isinstance(error, UserError):
-            _exit_with(str(error))
+    except UserError as error:
+        _exit_with(str(error))
+    except Exception:
         traceback.print_exc()
         _end(1)
 
 
 def _exit_with(message):
-    # Under torchrun every rank meets the same wrong input: rank 0 speaks and torchrun ends the others while they wait.
-    # A rank that is still there after the wait has an error of its own.
+    # Under torchrun every rank meets the same wrong input: rank 0 prints it and torchrun ends the others while they
+    # wait. A rank that still runs after the wait has an error that rank 0 does not have.
     rank = int(os.environ.get("RANK", 0))
     if rank > 0:
         time.sleep(5)
@@ -205,14 +270,12 @@ def _end(code):
 def _run_preset(path, errors):
     file = next((p for p in (Path(path), ROOT / path) if p.is_file()), None)
     if file is None:
-        known = [f"config/{p.name}" for p in sorted((ROOT / "config").glob("[!_]*.py"))]
-        what = "no such preset file" if path.endswith(".py") else "neither a preset file (.py) nor --name=value"
-        errors.append(f"{path}: {what}{_did_you_mean(path, known)}")
+        errors.append(f"{path}: no such preset file{_did_you_mean(path, _known_presets())}")
         return {}
     try:
         names = runpy.run_path(str(file))
-    except Exception as error:  # whatever a person's own file raises
-        where, line = _place(error, path)
+    except Exception as error:  # a user's file may raise anything
+        where, line = _source_of(error, path)
         what = error.msg if isinstance(error, SyntaxError) else error
         errors.append(f"{where}, line {line}: {type(error).__name__}: {what}")
         return {}
@@ -220,8 +283,12 @@ def _run_preset(path, errors):
     return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, scratch)}
 
 
-def _place(error, path):
-    """(file, line) of a preset's mistake: where its own assignments stand, be it in a preset that it starts from."""
+def _known_presets():
+    return [f"config/{path.name}" for path in sorted((ROOT / "config").glob("[!_]*.py"))]
+
+
+def _source_of(error, path):
+    """(file, line) of a preset's mistake: the innermost top-level line, which may be in an imported preset."""
     if isinstance(error, SyntaxError):
         where, line = error.filename or path, error.lineno or 1
     else:
@@ -234,25 +301,14 @@ def _place(error, path):
 # ---- one value
 
 
-def _take(values, name, value, owners, where, failed, errors):
-    section, field = owners[name]
-    try:
-        values[name] = _checked(value, field.type)
-    except (TypeError, OverflowError):  # the latter of whole numbers that no float holds
-        failed.add(section)
-        choices = [choice for kind in _kinds(field.type) for choice in typing.get_args(kind)]
-        hint = _did_you_mean(value, choices) if isinstance(value, str) else ""
-        errors.append(f"{where} must be {_described(field.type)}, not {value!r}{hint}")
-
-
 def _kinds(type_):
-    """The alternatives of a setting's type, the plainest last: text is read as str only where nothing else fits."""
+    """The alternatives of a setting's type, float and str last: text is read as str only where nothing else fits."""
     kinds = typing.get_args(type_) if typing.get_origin(type_) in (types.UnionType, typing.Union) else (type_,)
     return sorted(kinds, key=lambda kind: (kind is str, kind is float))
 
 
 def _from_text(text, type_):
-    """The value that a command line's text stands for, or the text itself where it fits no kind of the type."""
+    """The value of a command line's text, or the text itself where it fits no alternative of the type."""
     for kind in _kinds(type_):
         if kind is types.NoneType and text.lower() in (("none",) if str in _kinds(type_) else ("none", "auto")):
             return None
@@ -267,7 +323,7 @@ def _from_text(text, type_):
 
 
 def _checked(value, type_):
-    """The value as its setting's type; TypeError where it is of another one."""
+    """The value converted to its setting's type; TypeError where it has another."""
     for kind in _kinds(type_):
         if typing.get_origin(kind) is typing.Literal:
             if value in typing.get_args(kind) and not isinstance(value, bool):
@@ -293,9 +349,22 @@ def _text(value):
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _choices(type_):
+    return [c for kind in _kinds(type_) if typing.get_origin(kind) is typing.Literal for c in typing.get_args(kind)]
+
+
+def _nearest_choice(text, choices):
+    """A hint with the choices that start with the text, else with the nearest one."""
+    starting = [choice for choice in choices if text and choice.lower().startswith(text.lower())]
+    close = starting or difflib.get_close_matches(text.lower(), choices, 1, cutoff=0.7)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
 def _did_you_mean(name, names):
-    known = NANOGPT_NAMES.get(name)
-    close = [known] if known in names else difflib.get_close_matches(name.lower(), list(names), 1, cutoff=0.7)
+    hint = NANOGPT_NAMES.get(name, "")
+    if re.split(r"\W", hint)[0] in names:
+        return f"; {hint}" if " " in hint else f"; did you mean {hint}?"
+    close = difflib.get_close_matches(name.lower(), list(names), 1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -307,21 +376,22 @@ def _sections(settings_type):
 
 
 def comments(settings_type):
-    """{name: the comment that ends its line in the class} of every setting of a script."""
+    """{name: trailing comment} for every setting of a script."""
     found = {}
     for section in _sections(settings_type):
         found.update(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(section.type), re.MULTILINE))
     bare = settings_of(settings_type).keys() - found.keys()
-    assert not bare, f"the settings {', '.join(sorted(bare))} need a comment at the end of their line: it is their help"
+    assert not bare, f"the settings {', '.join(sorted(bare))} need a trailing comment, their help text"
     return found
 
 
 @functools.cache
 def _settings_everywhere():
-    """{name: file} of the settings that any script of the project declares, read without importing them."""
+    """{name: file} of all settings that the project declares, read without importing its files."""
     found = {}
     for path in project_files():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
-                found.update({line.target.id: path.relative_to(ROOT).as_posix() for line in node.body if isinstance(line, ast.AnnAssign)})
+                names = [line.target.id for line in node.body if isinstance(line, ast.AnnAssign)]
+                found |= dict.fromkeys(names, path.relative_to(ROOT).as_posix())
     return found

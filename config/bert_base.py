@@ -1,20 +1,23 @@
 # BERT base, uncased: the model of google-research/bert (arXiv 1810.04805) and the masked half of its recipe. It needs
-# BERT's vocab.txt (in any bert-base-uncased folder) and your text; BERT's was Wikipedia and books, 3.3 B words.
+# BERT's vocab.txt (in any bert-base-uncased folder) and your text; BERT read Wikipedia and books, 3.3 B words.
 #
 #   python prepare.py config/bert_base.py
 #
-# BERT read sequences of 128 tokens for nine tenths of its steps, then of 512, 256 sequences a step. Phase 1, below, is
-# the preset as it is; phase 2 starts from its weights, with the learning rate that is left of BERT's linear decay:
+# BERT trained on sequences of 128 tokens for the first 90 % of its steps, then of 512, 256 sequences per step. This
+# preset is phase 1. Phase 2 starts from its weights, at the learning rate where BERT's linear decay has arrived:
 #
 #   torchrun --nproc_per_node=8 train.py config/bert_base.py
 #   torchrun --nproc_per_node=8 train.py config/bert_base.py --seq_len=512 --batch_tokens=131072 \
 #       --micro_batch_size=8 --init_from=out/bert_base --out_dir=out/bert_base_512 \
 #       --max_steps=100000 --lr_decay_steps=none --learning_rate=1e-5 --warmup_steps=1000
 #
-# What differs from Google's code: no next-sentence task; sequences cross documents, with [SEP] between; masks are drawn
-# anew each time a sequence is seen, theirs ten times beforehand; AdamW corrects the bias of its means and adds 1e-8,
-# theirs does not and adds 1e-6; the decay is counted from the end of warm-up, theirs from step 0; initial weights are
-# normal, theirs cut off at two deviations; phase 2 starts with fresh means and a warm-up of its own.
+# Differences from Google's code:
+# - no next-sentence task; sequences cross documents, with [SEP] between
+# - new masks each time a sequence is seen; theirs has ten, drawn beforehand
+# - AdamW corrects its means' bias and adds 1e-8; theirs does not and adds 1e-6
+# - the decay starts after warm-up, theirs at step 0
+# - initial weights are normal, theirs truncated at two standard deviations
+# - phase 2 starts with an empty optimizer state and its own warm-up
 
 objective = "mlm"
 vocab_size = 30_522

@@ -1,4 +1,4 @@
-# BERT large, uncased: 24 layers, 1024 wide. Data, phases and what differs from Google's code are in bert_base.py.
+# BERT large, uncased: 24 layers, width 1024. bert_base.py describes data, phases and differences from Google's code.
 #
 #   torchrun --nproc_per_node=8 train.py config/bert_large.py
 #   torchrun --nproc_per_node=8 train.py config/bert_large.py --seq_len=512 --batch_tokens=131072 \

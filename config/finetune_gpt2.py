@@ -1,15 +1,15 @@
-# Fine-tunes OpenAI's GPT-2 124M, fetched from the Hugging Face hub, on Shakespeare's plays in GPT-2's tokens, 0.3 M of
-# them. Batch, rate and length are those of nanoGPT's finetune_shakespeare.py.
+# Fine-tunes OpenAI's GPT-2 124M, downloaded from the Hugging Face hub, on Shakespeare's plays: 0.3 M tokens of GPT-2's.
+# Batch size, learning rate and steps are those of nanoGPT's finetune_shakespeare.py.
 #
 #   python prepare.py config/finetune_gpt2.py
 #   python train.py config/finetune_gpt2.py
 #   python sample.py config/finetune_gpt2.py --prompt="ROMEO:"
 #
-# The model's settings are those of the weights: --init_from=gpt2-medium, gpt2-large and gpt2-xl need no others, nor does
-# a folder with any model of GPT-2's, Llama's, Mistral's, Qwen3's or (with data for it) BERT's kind.
+# The weights bring the model's settings: --init_from=gpt2-medium, gpt2-large or gpt2-xl needs nothing else. A folder
+# with a model of the GPT-2, Llama, Mistral, Qwen3 or (with data prepared for it) BERT family works too.
 
 init_from = "gpt2"
-seq_len = 1024  # less saves memory; more than the model has is refused
+seq_len = 1024  # a smaller one saves memory; the model's block_size is the limit
 
 dataset = "shakespeare"
 tokenizer = "gpt2"

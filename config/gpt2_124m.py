@@ -1,13 +1,14 @@
-# GPT-2 124M on 10 B tokens of FineWeb: llm.c's recipe (scripts/run_gpt2_124M.sh, commit f1e2ace).
+# GPT-2 124M on 10 B tokens of FineWeb, by llm.c's recipe (scripts/run_gpt2_124M.sh, commit f1e2ace).
 #
-#   python prepare.py config/gpt2_124m.py          # fetches the tokens, 20 GB
+#   python prepare.py config/gpt2_124m.py          # downloads the tokens, 20 GB
 #   torchrun --nproc_per_node=8 train.py config/gpt2_124m.py
 #
-# Expected validation loss 3.27 to 3.28: llm.c's code ended at 3.2722 with these settings on 8 x H100, at 140 ms a step,
-# 45 minutes in all (modded-nanogpt, records/track_1_short/2024-10-13_llmc); on 8 x A100 80GB it took 300 ms a step and
-# 94 minutes (llm.c, scripts/run_gpt2_124M.sh). Memory at micro_batch_size 16 is about 10 GiB a device, by arithmetic:
-# 2.1 for weights, gradients and optimizer, 5.1 for activations, up to 2.5 for a chunk of the loss.
+# Expected validation loss: 3.27 to 3.28. llm.c's code reached 3.2722 with these settings on 8 x H100, at 140 ms per
+# step, in 45 minutes (modded-nanogpt, records/track_1_short/2024-10-13_llmc); on 8 x A100 80GB a step took 300 ms and
+# the run 94 minutes (llm.c, scripts/run_gpt2_124M.sh). Memory at micro_batch_size 16 is about 10 GiB per GPU, by
+# arithmetic: 2.1 for weights, gradients and optimizer, 5.1 for activations, up to 2.5 for a chunk of the loss.
 
+vocab_size = 50_257
 block_size = 1024
 n_layer = 12
 n_head = 12

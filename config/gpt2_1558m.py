@@ -1,5 +1,5 @@
-# GPT-2 1558M ("XL"): llm.c's recipe (scripts/run_gpt2_1558M.sh), 32,000 steps of 1,048,576 tokens. llm.c took 2.8 s a
-# step on 8 x H100 80GB, 24 hours in all. FineWeb-10B is a third of that: three epochs.
+# GPT-2 1558M ("XL"), by llm.c's recipe (scripts/run_gpt2_1558M.sh): 32,000 steps of 1,048,576 tokens, three epochs of
+# FineWeb-10B. llm.c took 2.8 s per step on 8 x H100 80GB, 24 hours in all.
 #
 #   python prepare.py config/gpt2_1558m.py
 #   torchrun --nproc_per_node=8 train.py config/gpt2_1558m.py

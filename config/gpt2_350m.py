@@ -1,5 +1,5 @@
-# GPT-2 350M ("medium"): llm.c's recipe (scripts/run_gpt2_350M.sh), 31 B tokens, of which FineWeb-10B has a third: three
-# epochs. llm.c took about 820 ms a step on 8 x A100 80GB, 13.7 hours in all.
+# GPT-2 350M ("medium"), by llm.c's recipe (scripts/run_gpt2_350M.sh): 31 B tokens, three epochs of FineWeb-10B. llm.c
+# took about 820 ms per step on 8 x A100 80GB, 13.7 hours in all.
 #
 #   python prepare.py config/gpt2_350m.py
 #   torchrun --nproc_per_node=8 train.py config/gpt2_350m.py

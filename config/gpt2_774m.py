@@ -1,5 +1,5 @@
-# GPT-2 774M ("large"): llm.c's recipe (scripts/run_gpt2_774M.sh), which is 150 B tokens. llm.c took about 1.7 s a step
-# on 8 x A100 80GB, 5.6 days in all. FineWeb-10B is a fifteenth of that: a serious run wants more text.
+# GPT-2 774M ("large"), by llm.c's recipe (scripts/run_gpt2_774M.sh): 150 B tokens. llm.c took about 1.7 s per step on
+# 8 x A100 80GB, 5.6 days in all. FineWeb-10B would be read 15 times; a serious run needs more text.
 #
 #   python prepare.py config/gpt2_774m.py
 #   torchrun --nproc_per_node=8 train.py config/gpt2_774m.py

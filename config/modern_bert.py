@@ -1,6 +1,6 @@
-# A present-day encoder: the blocks of modern_124m.py with attention to both sides, trained on masked tokens as BERT is,
-# with 30 % of them masked (arXiv 2202.08005) and sequences of 1024. Masks need a tokenizer that has a mask token: bpe
-# is learnt from your text.
+# A modern encoder: modern_124m.py's blocks with attention in both directions, trained on masked tokens as BERT is, with
+# 30 % of them masked (arXiv 2202.08005) and sequences of 1024 tokens. The tokenizer must have a mask token, so a BPE is
+# trained on your text.
 #
 #   python prepare.py config/modern_bert.py
 #   torchrun --nproc_per_node=8 train.py config/modern_bert.py
@@ -9,7 +9,7 @@ from config.modern_124m import *
 
 objective = "mlm"
 vocab_size = None  # the data's
-n_kv_head = 12  # sharing saves a cache, which an encoder has not
+n_kv_head = 12  # grouped heads would shrink the cache of generation, which an encoder does without
 n_inner = 2048
 
 dataset = None

@@ -1,5 +1,5 @@
-# Learns to fill gaps in Python: the modern encoder on the quickstart's text, in at most 3 minutes on 2 CPU cores. `make
-# bert` runs all three:
+# Learns to fill gaps in Python: modern_bert.py's encoder on the quickstart's text, in at most 3 minutes on 2 CPU cores.
+# `make bert` runs all three commands:
 #
 #   python prepare.py config/quickstart_bert.py
 #   python train.py config/quickstart_bert.py
@@ -8,7 +8,7 @@
 from config.modern_bert import *
 from config.quickstart import *
 
-input = None  # the quickstart's dataset instead
+input = None  # dataset is the quickstart's
 n_kv_head = None
 n_inner = 704
 

@@ -1,5 +1,5 @@
-# Tiny Shakespeare, a byte a token, at the size that nanoGPT's README trains on a CPU: its validation loss there is
-# 1.898 over the whole split.
+# Tiny Shakespeare with one token per byte, at the size that nanoGPT's README trains on a CPU; there the validation loss
+# over the whole split is 1.898.
 #
 #   python prepare.py config/shakespeare_char.py
 #   python train.py config/shakespeare_char.py
@@ -10,7 +10,6 @@ tokenizer = "byte"
 val_fraction = 0.1
 data_dir = "data/shakespeare"
 
-vocab_size = None  # the data's
 block_size = 64
 n_layer = 4
 n_head = 4

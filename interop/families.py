@@ -1,4 +1,4 @@
-"""What Hugging Face calls the models, settings and tensors that ours are.
+"""Hugging Face's names for our models, settings and tensors.
 
 Known are GPT-2, BERT, Llama with Mistral, and Qwen3, as transformers computes them.
 """
@@ -70,14 +70,14 @@ class Family:
     name: str
     model_type: str
     architecture: str
-    base: str  # what names start with, but for files of the model without its head
+    base: str  # prefix of tensor names; files of the model without its head lack it
     head: str  # the module that is tied to the embedding, if it is
     names: dict
     keys: dict  # {key of config.json: our setting}
     defaults: dict  # {key: its value where it is missing}; other keys may not be
     activations: dict  # {theirs: our mlp}
     fixed: dict  # our settings that it always has
-    filled: dict  # what it always has and ours may lack: with zeros ours becomes it
+    filled: dict  # tensors that it always has and ours may lack; zeros make them equal
     needs: dict  # keys of config.json that may only have this value
     dropouts: tuple  # keys of config.json that are our dropout
     biases: tuple = ()  # those that are our bias
@@ -200,7 +200,7 @@ FAMILIES = {"gpt2": GPT2, "bert": BERT, "llama": LLAMA, "mistral": LLAMA, "qwen3
 
 def family_of(cfg):
     """The family that computes what a model does; UserError that names the settings where none does."""
-    if cfg.objective == "mlm":
+    if not cfg.is_causal:
         family = BERT
     elif cfg.position == "learned":
         family = GPT2
@@ -226,9 +226,9 @@ def family_of(cfg):
 
 
 def config_of(cfg, special_ids, dtype, carried=()):
-    """What config.json says of a model; special_ids are its {name of a token's id: id}, dtype a name as float32.
+    """The content of a model's config.json; special_ids: {name of a token id: id}; dtype: a name such as float32.
 
-    carried are tensors of theirs beside ours: a BERT with its next-sentence head is of another class.
+    carried: extra tensors of theirs; a BERT with its next-sentence head has another class.
     """
     family = family_of(cfg)
     complete = family.complete(cfg)
@@ -253,7 +253,7 @@ def config_of(cfg, special_ids, dtype, carried=()):
 
 
 def rope_values(cfg):
-    """What config.json says of rope, for transformers from version 5 on (rope_parameters) and before."""
+    """config.json's entries on rope, for transformers 5 (rope_parameters) and earlier."""
     scaling = None
     if cfg.rope_scale != 1:
         scaling = {

@@ -13,7 +13,7 @@ from interop.families import FAMILIES, model_config, slots
 from interop.tokenizer import load_hub_tokenizer
 
 MODELS = ("config.json", "model*.safetensors", "model.safetensors.index.json")
-BESIDE = (  # what stands beside the weights and goes where they go
+BESIDE = (  # files that accompany the weights in an export
     *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json"),
     *("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt"),
@@ -36,7 +36,7 @@ class HubModel:
         self._files = TensorFiles(self.folder)
         try:
             expected = slots(self.family, self.cfg)
-        except (RuntimeError, TypeError) as error:  # of sizes that torch cannot hold
+        except (RuntimeError, TypeError) as error:  # sizes that torch cannot hold
             raise UserError(f"{folder}: config.json is of no possible model ({error}); copy it again") from error
         self._slots = {name: slot for slot in expected for name in slot.ours}
         self._tied = self._tied_tensors()
@@ -55,7 +55,7 @@ class HubModel:
 
     @property
     def dtype(self):
-        """Of its weights, by torch's name."""
+        """The weights' dtype, by torch's name."""
         named = self.config.get("dtype") or self.config.get("torch_dtype")
         return named if named in [str(dtype).removeprefix("torch.") for dtype in DTYPES] else "float32"
 
@@ -104,7 +104,7 @@ class HubModel:
         return keys, carried
 
     def _tied_tensors(self):
-        """{a tensor of theirs that files may hold beside the one that it is tied to: that one}."""
+        """{tied tensor that files may hold a second time: the tensor that it is tied to}."""
         ours = {".weight": "wte.weight", ".bias": "head.bias"} if self.cfg.tie_embeddings else {}
         return {
             f"{self.family.head}{kind}": self._slots[name].name for kind, name in ours.items() if name in self._slots
@@ -120,7 +120,7 @@ class HubModel:
                 )
 
     def _whole_name(self, key, known):
-        """What a tensor of the files is called in a whole model of today."""
+        """The present name of a tensor in the files, in a model with its head."""
         # TensorFlow's names of norms, in old files of BERT
         name = re.sub(r"\.(gamma|beta)$", lambda m: {"gamma": ".weight", "beta": ".bias"}[m[1]], key)
         for whole in (name, self.family.base + name):
@@ -155,7 +155,7 @@ class TensorFiles:
         return self._file_of.keys()
 
     def shape(self, name):
-        """Of a tensor, as a list."""
+        """A tensor's shape, as a list."""
         tensors = self._tensors(self._file_of[name])
         return [*tensors[name].shape] if isinstance(tensors, dict) else tensors.get_slice(name).get_shape()
 
@@ -173,7 +173,7 @@ class TensorFiles:
             return {}
         try:
             files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = {name: Path(file).name for name, file in files.items()}  # of this folder, whatever it says
+            files = {name: Path(file).name for name, file in files.items()}  # always in this folder
             missing = [name for name, file in files.items() if name not in self._tensors(file).keys()]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} cannot be used ({error}); copy the files that it names again") from error
@@ -203,7 +203,7 @@ def open_tensors(path):
         raise UserError(f"{path} needs safetensors; install it with: pip install safetensors") from error
     except Exception as error:  # whatever a damaged or a hostile file makes the two raise
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-        if isinstance(error, pickle.UnpicklingError):  # of which torch says how it could be run all the same
+        if isinstance(error, pickle.UnpicklingError):  # torch's text explains how to run the code all the same
             reason = "it is damaged, or holds other things than tensors, which could run code"
         raise UserError(
             f"{path} holds no tensors that can be read ({reason}); copy it from its source again"
@@ -223,7 +223,7 @@ def save_tensors(tensors, path, metadata=None):
 
     try:
         save_file(tensors, path, metadata)
-    except SafetensorError as error:  # of a full disk, say
+    except SafetensorError as error:  # a full disk, for example
         raise OSError(str(error)) from error
 
 
@@ -242,7 +242,7 @@ def read_config(folder):
     kind = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
-            f"{path} is of a model of type {kind!r}, which is unknown here; known are {', '.join(FAMILIES)}"
+            f"{path} has the model type {kind!r}, which is not supported; supported are {', '.join(FAMILIES)}"
         )
     return config
 

@@ -34,14 +34,14 @@ GPT2_SIZES = (50257, 50304)  # the vocabulary of GPT-2's tokenizer, and nanoGPT'
 
 
 def import_nanogpt(path, out_dir, tokenizer=None):
-    """Makes a run in out_dir of nanoGPT's ckpt.pt, to sample from or to go on with; returns lines to tell the user.
+    """Turns nanoGPT's ckpt.pt into a run in out_dir, to sample from or to continue; returns lines to print.
 
-    Weights and the optimizer's moments come along, so `train.py out_dir/config.py` goes on where nanoGPT stopped; the
+    Weights and the optimizer's moments come along, so `train.py out_dir/config.py` continues where nanoGPT stopped; the
     order of the data, which nanoGPT draws at random, is this project's. tokenizer: the data's meta.pkl or what
     load_tokenizer takes; none: gpt2 where the vocabulary is that. Nothing in the files is run. UserError where they
     are not what nanoGPT writes, or out_dir holds a run. Memory is that of the embedding and its moments, where they
     are padded, and of a file of the checkpoint; the rest stays on the disk. What is older than June 2023 may have been
-    trained with the tanh GELU, which no checkpoint tells.
+    trained with the tanh GELU, which a checkpoint does not record.
     """
     if checkpoints(out_dir) or any((Path(out_dir) / name).exists() for name in ("config.py", "log.jsonl")):
         raise UserError(f"out_dir {out_dir} holds a run already; use another --out_dir")
@@ -71,7 +71,7 @@ def import_nanogpt(path, out_dir, tokenizer=None):
 
 
 def _load(path):
-    """What torch.save wrote for nanoGPT's train.py, of the right types; its tensors are read when they are used."""
+    """The checkpoint that nanoGPT's train.py saved, with types checked; tensors are read when they are used."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:
@@ -128,9 +128,9 @@ def _translated(path, saved):
 def _preset(theirs, decayed, cfg, step):
     """nanoGPT's settings under our names, and lines that say where they are not the same.
 
-    decayed: the optimizer's first group, whose settings nanoGPT goes on with whatever its config says.
+    decayed: the optimizer's first group, whose settings nanoGPT continues with, whatever its config says.
     """
-    sequences = theirs["gradient_accumulation_steps"] * theirs["batch_size"]  # of all processes, before they share it
+    sequences = theirs["gradient_accumulation_steps"] * theirs["batch_size"]  # over all processes
     floor = min(theirs["min_lr"], theirs["learning_rate"])
     wandb = {"wandb": True, "wandb_project": theirs["wandb_project"], "wandb_run_name": theirs["wandb_run_name"]}
     preset = {
@@ -168,7 +168,7 @@ def _preset(theirs, decayed, cfg, step):
                 f"whose warm-up is a step longer; after that it is the same"
             )
     preset |= schedule
-    for owner in (DataConfig, OptimConfig, RunConfig):  # which raise where a value is impossible
+    for owner in (DataConfig, OptimConfig, RunConfig):  # they refuse impossible values
         owner(**{field.name: preset[field.name] for field in fields(owner) if field.name in preset})
     if not (Path(preset["data_dir"]) / "train.bin").exists():
         lines.append(
@@ -189,7 +189,7 @@ def _tensors(saved, weights, cfg):
     tensors = {}
     for name, (_, parts) in parameters.items():
         tensors |= {f"model.{ours}": part for ours, part in _split(weights[name], parts, cfg)}
-    # Its groups are of the matrices and of all else, each in the order of the model's parameters.
+    # Its two groups are the matrices and the rest, each in the order of the model's parameters.
     names = [name for name in shapes if len(shapes[name]) > 1], [name for name in shapes if len(shapes[name]) == 1]
     groups, state = _groups(saved["optimizer"], names)
     for group, of_group in zip(groups, names):
@@ -198,7 +198,7 @@ def _tensors(saved, weights, cfg):
             _check_shapes(moments, state[i] if isinstance(state.get(i), dict) else {}, f"the optimizer's {name} ")
             parts = parameters[name][1]
             for ours in parts:
-                tensors[f"optimizer.state.{ours}.step"] = state[i]["step"].float().clone()  # none may share memory
+                tensors[f"optimizer.state.{ours}.step"] = state[i]["step"].float().clone()  # no two may share memory
             for moment in ("exp_avg", "exp_avg_sq"):
                 for ours, part in _split(state[i][moment], parts, cfg):
                     tensors[f"optimizer.state.{ours}.{moment}"] = part

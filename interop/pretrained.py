@@ -1,4 +1,4 @@
-"""Where a model starts from: the weights of a run, or of a Hugging Face model."""
+"""Initial weights: those of a run or of a Hugging Face model, behind one interface."""
 
 import contextlib
 from dataclasses import fields, replace
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import FREE, checkpoints, config_of_checkpoint, newest_checkpoint, read_manifest, tensor_reader
+from checkpoint import checkpoints, config_of_checkpoint, newest_checkpoint, read_manifest, tensor_reader
 from config import UserError, preset_value
 from data import prepare_command, seq_len_of, vocab_size_of
 from interop.families import resolved
 from interop.hub import HubModel, folder_of, model_config_in, open_tensors, read_config, save_tensors
-from model import ModelConfig, Transformer
+from model import TRAINING_ONLY, ModelConfig, Transformer
 from run.folder import run_dir_of, tokenizer_of, writing_to
 from text.tokenizer import load_tokenizer
 
@@ -20,7 +20,7 @@ SOME_TEXT = "Two words, 3 dots..."
 
 
 class RunModel:
-    """The model of a run's newest checkpoint, read a tensor at a time; what HubModel is of Hugging Face's."""
+    """The model of a run's newest checkpoint, read a tensor at a time, with HubModel's interface."""
 
     dtype = "float32"
 
@@ -29,15 +29,15 @@ class RunModel:
         self.manifest = read_manifest(self.path)
         self.cfg = config_of_checkpoint(self.path, self.manifest)
         self.name = f"{run_dir}, step {self.manifest['step']}"
-        self.read = tensor_reader(self.path)  # a tensor of a name, whole
+        self.read = tensor_reader(self.path)  # from a name to the whole tensor
 
     def load_tokenizer(self):
-        """The tokenizer of its data; UserError where that is unknown."""
+        """The tokenizer of the run's data; UserError where it is unknown."""
         return load_tokenizer(tokenizer_of(self.folder))
 
     @property
     def carried(self):
-        """{name: tensor} of what a Hugging Face model, which the run started from, has beside its weights."""
+        """{name: tensor}: extra tensors of the Hugging Face model that the run started from."""
         path = self.folder / CARRIED
         if not path.exists():
             return {}
@@ -56,7 +56,7 @@ def place_of(cfg):
         return cfg.run.init_from
     if run_dir is None:
         raise UserError("out_dir is none; name the folder of a trained run, as in --out_dir=out/quickstart")
-    if not has_begun:  # which is never a name on the hub
+    if not has_begun:  # a run's folder is never a name on the hub
         there = "holds no checkpoint of flatlm's (ckpt/step_*)" if Path(run_dir).is_dir() else "does not exist"
         raise UserError(
             f"{run_dir} {there}; train.py makes one, in its out_dir; other models are named by --init_from="
@@ -87,12 +87,12 @@ def starting_config(where, wanted, given):
         folder = folder_of(where)
         source, longest = model_config_in(folder, read_config(folder))
     automatic = {"vocab_size"} if wanted.vocab_size is None else set()
-    names = ({field.name for field in fields(ModelConfig)} & set(given) - automatic) | FREE
+    names = ({field.name for field in fields(ModelConfig)} & set(given) - automatic) | TRAINING_ONLY
     cfg = replace(source, **{name: getattr(wanted, name) for name in names})
     found, here = resolved(source), resolved(cfg)
     differing = [
         f"{name} {found[name]} there, {here[name]} here"
-        for name in sorted(names - FREE - {"block_size"})
+        for name in sorted(names - TRAINING_ONLY - {"block_size"})
         if here[name] != found[name]
     ]
     if differing:
@@ -103,7 +103,7 @@ def starting_config(where, wanted, given):
 
 
 def resolve(cfg):
-    """The settings of a script with those of the model and seq_len that they leave open filled in."""
+    """A script's settings with the model's and seq_len filled in, where they are left open."""
     if cfg.run.init_from:
         has_begun = cfg.run.out_dir and is_run(cfg.run.out_dir)
         model = starting_config(cfg.run.out_dir if has_begun else cfg.run.init_from, cfg.model, cfg.given)
@@ -121,7 +121,7 @@ def run_config(run_dir):
     for path in reversed(checkpoints(run_dir)):
         with contextlib.suppress(ValueError):
             return config_of_checkpoint(path, read_manifest(path))
-    path = newest_checkpoint(run_dir)  # which says what is wrong with them
+    path = newest_checkpoint(run_dir)  # raises, and says what is wrong
     return config_of_checkpoint(path, read_manifest(path))
 
 
@@ -181,9 +181,9 @@ def start_from(cfg, model, world):
 
 
 def keep_carried(source, out_dir):
-    """Writes what a model has beside its weights into the folder of the run that starts from it."""
+    """Writes a model's extra tensors into the folder of the run that starts from it."""
     carried, path = source.carried, Path(out_dir) / CARRIED
-    path.unlink(missing_ok=True)  # of a run that had no checkpoint yet
+    path.unlink(missing_ok=True)  # an earlier run without a checkpoint left it
     if carried:
         save_tensors(carried, path)
 
@@ -194,7 +194,7 @@ def other_tokens(source, data_dir):
         theirs, ours = source.load_tokenizer(), load_tokenizer(tokenizer_of(data_dir))
         if theirs.encode(SOME_TEXT).tolist() == ours.encode(SOME_TEXT).tolist():
             return None
-    except ValueError:  # of what has no tokenizer, or one of characters that lacks some
+    except ValueError:  # no tokenizer, or one of characters that lacks some
         return None
     return (
         f"{data_dir} is in tokens of {ours.name}, the weights know those of {theirs.name}: the same ids are other text"

@@ -1,6 +1,6 @@
 """Log-likelihoods of given texts under a causal model.
 
-They are those of the two requests of EleutherAI's evaluation harness (lm-eval), on the same model and in its precision.
+They equal the results of two requests of EleutherAI's evaluation harness (lm-eval), in the model's precision.
 Where they differ, the text spells a special token and the harness's tokenizer, unlike ours, makes it one: see its
 split_special_tokens.
 """
@@ -133,7 +133,7 @@ def read_requests(prompt, text):
 
 
 def _request(line, place):
-    """What a line asks for, as read_requests has it; place is for errors."""
+    """A line's request, as read_requests yields it; place: file and line, for errors."""
     shape = 'write {"text": ...} or {"context": ..., "continuation": ...}, with strings, on a line of its own'
     try:
         fields = json.loads(line)
@@ -144,17 +144,17 @@ def _request(line, place):
         raise UserError(f"{place} is neither a text nor a context with its continuation; {shape}")
     context, continuation = (None, fields["text"]) if "text" in fields else (fields["context"], fields["continuation"])
     if not continuation:
-        raise UserError(f"{place} has an empty text, of which there is nothing to score; leave the line out")
+        raise UserError(f"{place} has an empty text; leave the line out")
     return context, continuation
 
 
 def print_scores(model, tokenizer, requests):
     """Scores what read_requests returns and prints a line for each, then their sum.
 
-    Perplexity is that of a token; bits per byte, of whole texts, do not depend on the tokenizer; greedy says of a
+    Perplexity is per token; bits per byte, for whole texts, do not depend on the tokenizer; greedy says of a
     continuation whether the model, always taking the likeliest token, would write it.
     """
-    if model.cfg.objective != "clm":
+    if not model.cfg.is_causal:
         raise UserError(
             "a masked model has no log-likelihood of a text, since it sees both sides of a token; "
             "score with a model of --objective=clm"

@@ -1,4 +1,4 @@
-"""What this machine really does, measured: matmuls, memory, network, disk."""
+"""Speed of this machine, measured within a minute: matmuls, memory, network, disk, and the rates of training."""
 
 import dataclasses
 import importlib.util
@@ -16,34 +16,36 @@ import torch.distributed as dist
 from data import Loader, Split, TrainOrder
 from objective import NextToken
 from perf.hardware import known_device
+from perf.meters import rising, timed
+from perf.rates import training_rates
 from world import device_name, memory_bytes
 
-# What is measured: (on a CPU, on an accelerator): sizes of matrices, bytes of messages.
-MATMUL_SIZES = (512, 1024, 2048), (2048, 4096, 8192, 16384)
-MESSAGES = (2**16, 2**20, 2**24, 2**26), (2**20, 2**24, 2**28, 2**30)
-LOADER_SECONDS = 0.2  # of one reading, which must not reach the end of the file
+# Sizes by device type: of matrices, and of messages in bytes.
+SIZES = {
+    "cpu": {"matmuls": (256, 512, 1024, 2048), "messages": (2**16, 2**20, 2**24, 2**26)},
+    "cuda": {"matmuls": (1024, 2048, 4096, 8192, 16384), "messages": (2**20, 2**24, 2**28, 2**30)},
+}
+SECONDS = {"matmuls": 3.0, "collectives": 3.0, "disk": 4.0}  # to spend on each dtype, collective, disk
+LOADER_SECONDS = 0.2  # for each reading, which must not reach the end of the file
 COPIED, SHARD_TOKENS, CHECKPOINT_BYTES = 2**29, 2**25, 2**28
 
 
 def measure(world, out_dir="."):
-    """Figures as JSON takes them; a measured one is [median, least, most].
+    """The figures of this machine as JSON takes them; [median, least, most] where something was timed several times.
 
-    All ranks call it; the disk of out_dir is rank 0's, which writes there and removes what it wrote.
+    All ranks call it. The disk is the one of out_dir; rank 0 writes there, and removes what it wrote.
     """
+    left_out = []
     figures = {
-        "device": device_name(world.device),
-        "device_type": world.device.type,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "ranks": world.size,
-        "data_ranks": world.data_ranks,
-        "precision": world.precision,
-        "memory_gib": memory_bytes(world.device) / 2**30,
-        "data_sheet": None,
-        "matmul_tflops": matmuls(world),
+        "device": device_name(world.device), "device_type": world.device.type, "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "ranks": world.size, "data_ranks": world.data_ranks,
+        "precision": world.precision, "memory_gib": memory_bytes(world.device) / 2**30, "data_sheet": None,
+        "matmul_tflops": matmuls(world, dtypes_of(world), left_out),
         "bandwidth_gb_per_s": bandwidths(world),
-        "collectives_gb_per_s": collectives(world) if world.size > 1 else {},
-    }
+        "collectives_gb_per_s": collectives(world, left_out) if world.size > 1 else {},
+        "rates": training_rates(world, left_out),
+        "left_out": left_out,
+    }  # fmt: skip
     if world.device.type == "cuda":
         figures |= {"cuda": torch.version.cuda, "driver": driver()}
         if known := known_device(figures["device"]):
@@ -56,7 +58,7 @@ def measure(world, out_dir="."):
 
 
 def driver():
-    """The version of NVIDIA's driver, where nvidia-ml-py is there to ask."""
+    """The version of NVIDIA's driver; None without nvidia-ml-py."""
     if importlib.util.find_spec("pynvml") is None:
         return None
     import pynvml
@@ -68,132 +70,124 @@ def driver():
         return None
 
 
-def timed(work, world, seconds=0.15, repeats=None, between=None, at_least=3):
-    """[median, least, most] seconds of work(), the first time apart; of so many repeats, or of at_least.
-
-    What is done between two times is not timed; without it, a device that is given work ahead gets some at once, so
-    that giving it is not timed, either.
-    """
-    work()
-    n_calls = 1 if between or world.device.type == "cpu" else 10
-    times, end = [], time.perf_counter() + seconds
-    while len(times) < (repeats or at_least) or (repeats is None and time.perf_counter() < end):
-        if between:
-            between()
-        world.synchronize()
-        start = time.perf_counter()
-        for _ in range(n_calls):
-            work()
-        world.synchronize()
-        times.append((time.perf_counter() - start) / n_calls)
-    return [statistics.median(times), min(times), max(times)]
-
-
 def rate(amount, seconds):
-    """[median, least, most] of amount a second."""
+    """[median, least, most] of amount per second."""
     median, least, most = seconds
     return [amount / median, amount / most, amount / least]
 
 
-def on(pair, world):
-    """Which of a pair of sizes is for this device."""
-    return pair[world.device.type != "cpu"]
+def sizes_of(world, what):
+    """The sizes to measure on this device."""
+    return SIZES["cpu" if world.device.type == "cpu" else "cuda"][what]
 
 
-# ---- what data sheets tell, too
+# ---- the figures of data sheets
 
 
-def matmuls(world):
+def dtypes_of(world):
+    """Names of the dtypes whose matmuls this device may be fast at."""
+    names = ["fp32", "bf16"]
+    if world.device.type == "cuda":
+        names += ["tf32", "fp16"]
+        if torch.version.hip is None and torch.cuda.get_device_capability(world.device) >= (8, 9):
+            names.append("fp8")
+    return names
+
+
+def matmuls(world, names, left_out):
     """{dtype: {size: TFLOP/s}} of square matmuls."""
-    is_cuda = world.device.type == "cuda"
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    dtypes |= {"tf32": torch.float32, "fp16": torch.float16} if is_cuda else {}
-    if is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(world.device) >= (8, 9):
-        dtypes["fp8"] = torch.float8_e4m3fn
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
     before, found = torch.get_float32_matmul_precision(), {}
+
+    def measured(n):
+        a = torch.randn(n, n, device=world.device).to(dtypes.get(name, torch.float32))
+        if name == "fp8":
+            one = torch.ones((), device=world.device)
+            work = lambda: torch._scaled_mm(a, a.T, one, one, out_dtype=torch.bfloat16)  # noqa: E731
+        else:
+            work = lambda: a @ a  # noqa: E731
+        seconds = timed(work, world)
+        return rate(2 * n**3 / 1e12, seconds), seconds[0]
+
     try:
-        for name, dtype in dtypes.items():
+        for name in names:
             torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-            found[name] = {}
-            for n in on(MATMUL_SIZES, world):
-                a = torch.randn(n, n, device=world.device).to(dtype)
-                if name == "fp8":  # its second matrix must lie column by column
-                    one = torch.ones((), device=world.device)
-                    seconds = timed(lambda: torch._scaled_mm(a, a.T, one, one, out_dtype=torch.bfloat16), world)
-                else:
-                    seconds = timed(lambda: a @ a, world)
-                found[name][str(n)] = rate(2 * n**3 / 1e12, seconds)
+            sizes, what = sizes_of(world, "matmuls"), f"{name} matmuls of {{0}} x {{0}}"
+            by_size = rising(sizes, measured, lambda n: n**3, world, SECONDS["matmuls"], left_out, what)
+            found[name] = {str(n): rates for n, rates in by_size.items()}
     finally:
         torch.set_float32_matmul_precision(before)
     return found
 
 
 def bandwidths(world):
-    """{what: GB/s} of copies in memory, read and written bytes both counted, and from host to device."""
+    """{"memory copy": GB/s}, counting bytes read and written."""
     n_bytes = min(COPIED, memory_bytes(world.device) // 16)
     a = torch.zeros(n_bytes // 4, device=world.device)
     b = torch.zeros_like(a)
-    found = {"memory copy": rate(2 * n_bytes / 1e9, timed(lambda: b.copy_(a), world))}
-    if world.device.type == "cuda":
-        n_bytes = 2**28
-        host, on_device = torch.zeros(n_bytes // 4), torch.zeros(n_bytes // 4, device=world.device)
-        pinned = host.pin_memory()
-        found["host to device, pageable"] = rate(n_bytes / 1e9, timed(lambda: on_device.copy_(host), world))
-        found["host to device, pinned"] = rate(n_bytes / 1e9, timed(lambda: on_device.copy_(pinned), world))
-    return found
+    return {"memory copy": rate(2 * n_bytes / 1e9, timed(lambda: b.copy_(a), world))}
 
 
-def collectives(world):
-    """{name: {bytes: GB/s of a link}}, nccl-tests' busbw: all bytes x (n - 1) / n, twice for all-reduce, a second."""
+def collectives(world, left_out):
+    """{name: {bytes: GB/s of a link}}, nccl-tests' busbw: all bytes x (n - 1) / n, twice for all-reduce, per second."""
     n, found = world.size, {}
     all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13
     reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+    def measured(n_bytes):
+        whole = torch.zeros(n_bytes // 4 // n * n, device=world.device)
+        part = whole.chunk(n)[world.rank].clone()
+        work = {
+            "all-reduce": lambda: dist.all_reduce(whole),
+            "all-gather": lambda: all_gather(whole, part),
+            "reduce-scatter": lambda: reduce_scatter(part, whole),
+        }[name]
+        world.barrier()
+        seconds = timed(work, world, repeats=5)  # the same number on all ranks
+        return rate(factor * (n - 1) / n * 4 * len(whole) / 1e9, seconds), 3 * seconds[0]
+
     for name, factor in (("all-reduce", 2), ("all-gather", 1), ("reduce-scatter", 1)):
-        found[name] = {}
-        for n_bytes in on(MESSAGES, world):
-            whole = torch.zeros(n_bytes // 4 // n * n, device=world.device)
-            part = whole.chunk(n)[world.rank].clone()
-            work = {
-                "all-reduce": lambda: dist.all_reduce(whole),
-                "all-gather": lambda: all_gather(whole, part),
-                "reduce-scatter": lambda: reduce_scatter(part, whole),
-            }[name]
-            world.barrier()
-            seconds = timed(work, world, repeats=5)  # equally many on all ranks
-            found[name][str(n_bytes)] = rate(factor * (n - 1) / n * 4 * len(whole) / 1e9, seconds)
+        sizes, what = sizes_of(world, "messages"), f"{name} of {{:,}} bytes"
+        by_size = rising(sizes, measured, lambda size: size, world, SECONDS["collectives"], left_out, what)
+        found[name] = {str(n_bytes): rates for n_bytes, rates in by_size.items()}
     return found
 
 
+# ---- disk
+
+
 def disk(world, out_dir):
-    """{what: figure} of the disk of out_dir: tokens/s of the data loader and GB/s of a checkpoint that is synced."""
+    """{what: figure} of the disk of out_dir: the data loader's tokens/s, and GB/s of a checkpoint that is synced."""
     os.makedirs(out_dir, exist_ok=True)
     free, found = shutil.disk_usage(out_dir).free, {}
     with tempfile.TemporaryDirectory(dir=out_dir, prefix="machine_") as folder:
-        n_tokens = min(SHARD_TOKENS, free // 64)
-        if n_tokens >= 2**20:
-            path = Path(folder, "train.bin")  # nanoGPT's format, which needs no meta.json
-            with open(path, "wb") as file:
-                file.write(np.random.default_rng(0).integers(50257, size=n_tokens, dtype=np.uint16).data)
-                file.flush()
-                os.fsync(file.fileno())
-            found["loader_tokens_per_s"] = loader_speed(folder, path, world)
-            path.unlink()
-        n_bytes = min(CHECKPOINT_BYTES, free // 4)
-        data, path = np.random.default_rng(0).bytes(n_bytes), Path(folder, "checkpoint")
+        data = np.random.default_rng(0)
 
-        def write():
+        def write(path, content):
             with open(path, "wb") as file:
-                file.write(data)
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
 
+        small = min(2**24, free // 4)  # bytes; shows whether the disk is fast enough for more
+        small_s = timed(lambda: write(Path(folder, "small"), data.bytes(small)), world, repeats=1)[0]
+        fast = small_s * CHECKPOINT_BYTES / small < SECONDS["disk"] / 4
+        n_bytes = min(CHECKPOINT_BYTES, free // 4) if fast else small
+        content, path = data.bytes(n_bytes), Path(folder, "checkpoint")
         found["checkpoint_gb"] = n_bytes / 1e9
-        found["write_gb_per_s"] = rate(n_bytes / 1e9, timed(write, world, seconds=1))
+        seconds = timed(lambda: write(path, content), world, SECONDS["disk"] / 3)
+        found["write_gb_per_s"] = rate(n_bytes / 1e9, seconds)
+        path.unlink()
+        n_tokens = min(SHARD_TOKENS, free // 64)
+        if n_tokens >= 2**20 and fast:
+            path = Path(folder, "train.bin")  # nanoGPT's format, which needs no meta.json
+            write(path, data.integers(50257, size=n_tokens, dtype=np.uint16).data)
+            found["loader_tokens_per_s"] = loader_speed(folder, path, world)
     return found
 
 
 def loader_speed(folder, path, world, seq_len=1024, micro_batch_size=16):
-    """{"cold", "warm"}: tokens/s of the training's loader, with the file out of the system's cache and in it."""
+    """{"cold", "warm": tokens/s} of training's data loader, with the file out of the system's cache and in it."""
     split, found = Split(folder, "train", 2**16), {"cold": [], "warm": []}
     alone = dataclasses.replace(world, size=1, rank=0, mesh=None)
     for kind in ("cold", "cold", "cold", "warm", "warm", "warm"):
@@ -218,32 +212,43 @@ def loader_speed(folder, path, world, seq_len=1024, micro_batch_size=16):
 
 
 def table(figures):
-    """Lines of text that tell the figures."""
+    """The figures as lines of text."""
 
-    def told(rates):
-        median, least, most = rates
-        return f"{median:.3g} ({least:.3g}-{most:.3g})"
+    def cell(rates):
+        return "{:.3g} ({:.3g}-{:.3g})".format(*rates) if rates else "-"
 
-    f, rows = figures, []
-    memory = f"{f['memory_gib']:.1f} GiB"
-    yield f"machine    {f['ranks']} x {f['device']}, {memory}, torch {f['torch']}, {f['threads']} threads"
+    f = figures
+    yield f"machine    {f['ranks']} x {f['device']}, {f['memory_gib']:.1f} GiB, torch {f['torch']}"
     if "cuda" in f:
         yield f"           CUDA {f['cuda']}, driver {f['driver'] or 'unknown: pip install nvidia-ml-py'}"
-    yield "           each figure is the median of several runs, with the least and the most of them"
+    yield "           each figure is the median of several runs, followed by the least and the most"
     sheet = f["data_sheet"] or {}
-    sizes = next(iter(f["matmul_tflops"].values()))
-    columns = "".join(f"{n} x {n}".rjust(24) for n in sizes)
-    yield f"matmul     TFLOP/s {columns}{'data sheet':>16}"
+    sizes = sorted({n for by_size in f["matmul_tflops"].values() for n in by_size}, key=int)
+    yield f"matmul     TFLOP/s {''.join(f'{n} x {n}'.rjust(25) for n in sizes)}{'data sheet':>14}"
     for name, by_size in f["matmul_tflops"].items():
-        of_sheet = sheet.get({"fp32": "fp32_tflops", "bf16": "tflops", "fp16": "tflops"}.get(name), "-")
-        yield f"           {name:8}{''.join(f'{told(rates):>24}' for rates in by_size.values())}{of_sheet:>16}"
-    rows += [(f"memory     {name}", "GB/s", rates, "memory_gbs") for name, rates in f["bandwidth_gb_per_s"].items()]
+        peak = sheet.get({"fp32": "fp32_tflops", "bf16": "tflops", "fp16": "tflops"}.get(name), "-")
+        yield f"           {name:8}{''.join(f'{cell(by_size.get(n)):>25}' for n in sizes)}{peak:>14}"
+    rows = [(f"memory     {name}", "GB/s", rates, "memory_gbs") for name, rates in f["bandwidth_gb_per_s"].items()]
     for name, by_size in f["collectives_gb_per_s"].items():
         rows += [(f"network    {name} of {int(n):,} bytes", "GB/s", r, "link_gbs") for n, r in by_size.items()]
     for kind, rates in f["disk"].get("loader_tokens_per_s", {}).items():
         rows.append((f"loader     from a {kind} file", "M tokens/s", [rate / 1e6 for rate in rates], None))
     what = f"disk       a checkpoint of {f['disk']['checkpoint_gb']:.3g} GB, synced"
     rows.append((what, "GB/s", f["disk"]["write_gb_per_s"], None))
-    for what, unit, rates, of_sheet in rows:
-        beside = f"   data sheet {sheet[of_sheet]:g}" if of_sheet in sheet and "host" not in what else ""
-        yield f"{what:<52}{told(rates):>24} {unit}{beside}"
+    for what, unit, rates, in_sheet in rows:
+        limit = f"   data sheet {sheet[in_sheet]:g}" if in_sheet in sheet else ""
+        yield f"{what:<52}{cell(rates):>24} {unit}{limit}"
+    yield f"training   forward and backward in {f['precision']}, the rates of plan.py --gpu=this"
+    rates = f["rates"]
+    named = [("matmuls, TFLOP/s by width", rates["matmul_tflops"])]
+    named += [("attention, TFLOP/s by seq_len", rates["attention_tflops"])]
+    named += [(f"{kind} block, GB/s by width", by_width) for kind, by_width in rates["memory_gb_per_s"].items()]
+    named += [
+        ("head and loss, TFLOP/s by width", rates["head_tflops"]),
+        ("Muon, TFLOP/s by width", rates["muon_tflops"]),
+    ]
+    named += [("overhead of a block, ms", rates["overhead_ms"])]
+    for name, by_size in named:
+        yield f"           {name:<32}{', '.join(f'{size}: {rate:.3g}' for size, rate in by_size.items())}"
+    if f["left_out"]:
+        yield f"left out   too slow here: {', '.join(f['left_out'])}"

@@ -1,4 +1,4 @@
-"""What a rank must hold: weights, gradients, optimizer state, activations, logits."""
+"""Memory per rank: weights, gradients, optimizer state, activations, logits."""
 
 import contextlib
 import dataclasses
@@ -13,42 +13,42 @@ from optim import STACK
 from perf.cost import block_params, block_weights, num_params, setup_of
 from world import local, memory_bytes
 
-ALLOCATOR_SLACK = 1.1  # with what is kept of freed tensors
-KINDS = ("micro_batch_size", "activation_checkpointing", "shard_size")  # of settings that save memory
-OPTIMIZER_BYTES = {"adamw": 8, "muon": 8, "sgd": 4, "adafactor": 0}  # state of a parameter
+ALLOCATOR_SLACK = 1.1  # reserved over allocated memory
+SAVING = ("micro_batch_size", "activation_checkpointing", "shard_size")  # settings that save memory, mildest first
+OPTIMIZER_BYTES = {"adamw": 8, "muon": 8, "sgd": 4, "adafactor": 0}  # state per parameter
 
 
 def memory(cfg, s):
-    """Bytes that a rank has allocated when it has most, of a model in a Setup, by what they are for.
+    """Peak bytes allocated on one rank, by category, for a model in a Setup.
 
-    {weights, gradients, optimizer, activations, logits, other}: weights with those that are gathered or that autocast
-    has cast, logits with all that the loss needs; other is what backward and the optimizer have in hand, a block that
-    is computed again, say. At the peak there may be none of some.
+    {weights, gradients, optimizer, activations, logits, other}: weights with gathered and cast copies, logits with all
+    buffers of the loss; other is the working memory of backward and of the optimizer. The peak may be at a moment when
+    some category is empty.
     """
     d, V = cfg.n_embd, cfg.padded_vocab_size / s.tp
     blocks, n = cfg.n_layer * block_params(cfg) / s.tp, num_params(cfg, padded=True) / s.tp
     one_block, is_sharded = blocks / cfg.n_layer, s.ranks > 1 and (s.strategy == "fsdp" or s.tp > 1)
     weights, copies, sent = s.weight_bytes * n / s.shards, 0, 0
-    if is_sharded:  # the block that computes and the next are gathered, or all, and all else that is not in blocks
+    if is_sharded:  # gathered: this block and the next, or all of them, and the layers outside the blocks
         copies = (2 if s.reshard and s.shards > 1 else cfg.n_layer) * s.width * one_block
         copies += s.weight_bytes * (n - blocks)
-        sent = (s.width + 2 * s.gradient_bytes) * one_block  # gradients as they come, and go, two blocks' at a time
+        sent = (s.width + 2 * s.gradient_bytes) * one_block  # gradients before and after reduction, two blocks' at once
     elif s.width < s.weight_bytes:
         copies = 2 * cfg.n_layer * block_weights(cfg)
-    copies_later = copies if is_sharded or s.recomputed == "none" else copies / cfg.n_layer
-    unsent = 4 * n if s.grad_compression == "powersgd" else 0  # which it remembers, for the next steps
+    copies_later = copies if is_sharded or s.checkpointing == "none" else copies / cfg.n_layer
+    error_feedback = 4 * n if s.grad_compression == "powersgd" else 0  # PowerSGD keeps what it has not sent
     gradients = s.gradient_bytes * n / (s.shards if is_sharded and s.accumulate == "sharded" else 1)
-    are_there_before = s.micro_steps > 1 or (s.ranks > 1 and not is_sharded)  # DDP keeps its buckets
-    before = gradients if are_there_before else 0
-    activations, again = activation_bytes(cfg, s)
+    kept_between = s.micro_steps > 1 or (s.ranks > 1 and not is_sharded)  # DDP keeps its buckets
+    before = gradients if kept_between else 0
+    activations, recomputed = activation_bytes(cfg, s)
     head, head_left = head_bytes(cfg, s)
-    of_embedding = s.gradient_bytes * V * d * (cfg.tie_embeddings + are_there_before)
-    in_hand = {"muon": 8 * min(STACK, cfg.n_layer * cfg.inner_width * d), "adafactor": 16 * d * max(V, cfg.inner_width)}
+    embedding_gradient = s.gradient_bytes * V * d * (cfg.tie_embeddings + kept_between)
+    working = {"muon": 8 * min(STACK, cfg.n_layer * cfg.inner_width * d), "adafactor": 16 * d * max(V, cfg.inner_width)}
     moments = [  # (copies of weights, gradients, activations, logits, other)
         (copies, before, activations, head, 0),  # the loss
-        (copies_later, before, activations, head_left, again + sent + backward_bytes(cfg, s)),  # last block
-        (0, gradients, 0, 0, of_embedding),  # the end of backward
-        (0, gradients, 0, 0, in_hand.get(s.optimizer, 0)),  # the optimizer
+        (copies_later, before, activations, head_left, recomputed + sent + backward_bytes(cfg, s)),  # last block
+        (0, gradients, 0, 0, embedding_gradient),  # the end of backward
+        (0, gradients, 0, 0, working.get(s.optimizer, 0)),  # the optimizer
     ]
     copies, gradients, activations, logits, other = max(moments, key=sum)
     return {
@@ -57,63 +57,71 @@ def memory(cfg, s):
         "optimizer": optimizer_bytes(cfg, s, n),
         "activations": activations,
         "logits": logits,
-        "other": other + unsent,
+        "other": other + error_feedback,
     }
 
 
 def optimizer_bytes(cfg, s, n):
-    """Bytes of the optimizer's state on a rank, of n parameters before they are sharded."""
+    """Bytes of the optimizer's state on a rank, for n parameters before sharding."""
     each = OPTIMIZER_BYTES[s.optimizer] if s.optimizer_bytes is None else s.optimizer_bytes
-    without = 4 * cfg.n_layer * block_weights(cfg) / s.tp if s.optimizer == "muon" else 0  # blocks' matrices have half
-    return (n * each - without) / s.shards
+    unused = (
+        4 * cfg.n_layer * block_weights(cfg) / s.tp if s.optimizer == "muon" else 0
+    )  # one state per matrix, not two
+    return (n * each - unused) / s.shards
 
 
 def activation_bytes(cfg, s):
-    """Bytes that a micro-step keeps for backward, and those of a block that backward computes again."""
+    """(bytes that a micro-step saves for backward, bytes of one block that backward recomputes)."""
     per_token = block_activation_bytes(cfg, s)
-    kept = per_token if s.recomputed == "none" else block_activation_bytes(cfg, s, s.recomputed)
+    saved = per_token if s.checkpointing == "none" else block_activation_bytes(cfg, s, s.checkpointing)
     masks = (1 if not s.on_cpu else s.residual_bytes) * cfg.n_embd if cfg.dropout else 0
-    outside = s.residual_bytes * cfg.n_embd + 8 + masks  # of the first norm or of the last, and dropout's
-    again = 0 if s.recomputed == "none" else per_token
-    return s.tokens * (cfg.n_layer * kept + outside), s.tokens * again
+    outside = s.residual_bytes * cfg.n_embd + 8 + masks  # the first or last norm, and dropout after the embedding
+    recomputed = 0 if s.checkpointing == "none" else per_token
+    return s.tokens * (cfg.n_layer * saved + outside), s.tokens * recomputed
 
 
-def block_activation_bytes(cfg, s, recomputed="none"):
-    """Bytes a token that a block keeps for backward, on each of tp ranks.
+def block_activation_bytes(cfg, s, checkpointing="none"):
+    """Bytes per token that a block saves for backward, on each of tp ranks.
 
-    Counted from what autograd saves (torch 2.13); ranks that share layers gather each norm's output whole.
+    Counted from autograd's saved tensors (torch 2.13). Under tensor parallelism the matmuls' inputs are whole on each
+    rank, everything else is split.
     """
-    d, q, kv, f, w = cfg.n_embd, cfg.n_head * cfg.head_width, cfg.kv_heads * cfg.head_width, cfg.inner_width, s.width
-    up = 2 if cfg.mlp == "swiglu" else 1  # matrices
-    kernel = w * (2 * q + 2 * kv) + 4 * cfg.n_head  # queries, keys, values, what comes out, and sums of softmax
-    x = s.residual_bytes * d
-    if recomputed == "full":
-        return x / s.tp
-    if recomputed == "selective":  # what matmuls gave, and the kernel
-        runs_again = s.attends_by_matmuls or cfg.dropout
-        return (x + w * (q + 2 * kv + 2 * d + up * f) + (0 if runs_again else w * q + 4 * cfg.n_head)) / s.tp
-    attention = kernel
-    # By matmuls, or in torch's way round its kernel: with heads' copies of keys and values, and attention's weights.
-    if s.attends_by_matmuls or (s.on_cpu and cfg.dropout):
-        score = s.width if s.attends_by_matmuls else 4
-        attention = score * (3 * q + cfg.n_head * s.seq_len * (3 if cfg.dropout else 1)) + w * q
-    stats = 4 if cfg.norm == "rmsnorm" else 8  # bytes a norm and row
-    unfused = 2 if cfg.norm == "rmsnorm" and s.on_cpu else 1  # CPUs keep what is normalised, too
-    norms = 2 * (unfused * x + stats)
-    if cfg.qk_norm:
-        norms += unfused * 4 * (q + kv) + stats * (cfg.n_head + cfg.kv_heads)
-    # Norms' outputs, eager in a copy for each matmul where these are narrower.
-    inputs = w * d * (2 if s.compiled or s.residual_bytes == w else 3 + up)
-    if s.compiled:  # the non-linearity's inputs and the matmuls', but sums of the residual stream are made again
-        qk_norm = w * (q + kv) + stats * (cfg.n_head + cfg.kv_heads) if cfg.qk_norm else 0
-        return inputs + (x + 2 * stats + qk_norm + attention + w * d + w * f * (up + 1)) / s.tp
-    mlp = w * f * (2 * up)  # up, and what follows the non-linearity, with a gate
+    d, q, kv, f = cfg.n_embd, cfg.n_head * cfg.head_width, cfg.kv_heads * cfg.head_width, cfg.inner_width
+    w, stream = s.width, s.residual_bytes * cfg.n_embd
+    up = 2 if cfg.is_gated else 1  # matrices that lead up to the MLP's width
+    row = 4 if cfg.norm == "rmsnorm" else 8  # statistics of a normalised row
+    unfused = 2 if cfg.norm == "rmsnorm" and s.on_cpu else 1  # a CPU's RMSNorm also saves its normalised input
+    head_rows = cfg.n_head + cfg.kv_heads
+    softmax_sums = 4 * cfg.n_head
+    if checkpointing == "full":
+        return stream / s.tp
+    if checkpointing == "selective":  # the outputs of matmuls and of the attention kernel
+        outputs = w * (q + 2 * kv + 2 * d + up * f)
+        kernel = 0 if s.attends_by_matmuls or cfg.dropout else w * q + softmax_sums
+        return (stream + outputs + kernel) / s.tp
+
+    attention = w * (2 * q + 2 * kv) + softmax_sums  # q, k, v and the output
+    if s.attends_by_matmuls or (s.on_cpu and cfg.dropout):  # plain operators: k and v repeated for each head, scores
+        number = w if s.attends_by_matmuls else 4
+        attention = number * (3 * q + cfg.n_head * s.seq_len * (3 if cfg.dropout else 1)) + w * q
+    if s.compiled:
+        # Inputs of matmuls are shared, the second residual sum is recomputed, and the MLP's product is saved once.
+        inputs = w * d * 2
+        norms = stream + 2 * row
+        qk_norms = w * (q + kv) + row * head_rows if cfg.qk_norm else 0
+        mlp = w * f * (up + 1)
+        return inputs + (norms + qk_norms + attention + w * d + mlp) / s.tp
+    # An eager matmul in a narrower dtype saves its own cast of the norm's output: q, k, v and the MLP's one or two.
+    inputs = w * d * (2 if s.residual_bytes == w else 3 + up)
+    norms = 2 * (unfused * stream + row)
+    qk_norms = unfused * 4 * (q + kv) + row * head_rows if cfg.qk_norm else 0
+    mlp = w * f * 2 * up  # inputs and output of the activation function, and of the gate's product
     masks = (w if s.on_cpu else 1) * 2 * d if cfg.dropout else 0
-    return inputs + (norms + attention + mlp + masks) / s.tp
+    return inputs + (norms + qk_norms + attention + mlp + masks) / s.tp
 
 
 def head_bytes(cfg, s):
-    """Bytes that the loss has at most, and those that backward starts with."""
+    """(peak bytes in the loss, bytes of it left when backward starts)."""
     n, d, V, w = s.tokens * s.head_share, cfg.n_embd, cfg.padded_vocab_size // s.tp, s.width
     gradients = 4 * n * d + s.gradient_bytes * V * d
     hidden = 4 * n * d
@@ -126,77 +134,80 @@ def head_bytes(cfg, s):
 
 
 def backward_bytes(cfg, s):
-    """Bytes of gradients that flow through a block: of the residual stream, of the MLP's width."""
+    """Bytes of the gradients that flow through a block: two of the residual stream, two of the MLP's width."""
     return s.tokens * (2 * s.residual_bytes * cfg.n_embd + 2 * s.width * cfg.inner_width) / s.tp
 
 
-def held(optimizer):
-    """(parameters, bytes of them, their gradients and the optimizer's state) that this rank holds, all in float32.
+def params_and_bytes(optimizer):
+    """(parameters, bytes of them, their gradients and the optimizer's state) on this rank, all in float32.
 
-    Adafactor's state, one number a row and a column, is left out.
+    Adafactor's state, one number per row and column, is left out.
     """
-    numbers, n_bytes = 0, 0
+    n_params, n_bytes = 0, 0
     for group in optimizer.param_groups:
         n = sum(local(p).numel() for p in group["params"])
-        numbers += n
+        n_params += n
         n_bytes += 4 * n * (2 + (2 if "betas" in group else 1 if "momentum" in group else 0))
-    return numbers, n_bytes
+    return n_params, n_bytes
 
 
-# ---- when it runs out
+held = params_and_bytes  # its former name, for run/log.py
+
+
+# ---- out of memory
 
 
 @contextlib.contextmanager
 def explaining_out_of_memory(cfg, world):
-    """Makes torch's error of memory that ran out a UserError that names what would fit."""
+    """Turns torch's out-of-memory errors into a UserError that names settings that would fit."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # of a CPU it is a plain RuntimeError
+    except (RuntimeError, MemoryError) as error:  # a plain RuntimeError on a CPU
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
-        hint = "; the environment's MALLOC_MMAP_THRESHOLD_=65536 gives freed memory back, which costs time"
+        hint = "; MALLOC_MMAP_THRESHOLD_=65536 in the environment returns freed memory at once, which costs time"
         text = f"out of memory on rank {world.rank}: {remedies(cfg, world)}{hint if world.device.type == 'cpu' else ''}"
         raise UserError(text) from error
 
 
 def remedies(cfg, world):
-    """What would fit into this rank's memory, in words: the mildest setting of each kind, and about what it needs."""
+    """Settings that would fit into this rank's memory, as text: the mildest change of each kind, and its memory."""
     available, setup = memory_bytes(world.device), setup_here(cfg, world)
 
     def need(change):
         return ALLOCATOR_SLACK * sum(memory(cfg.model, with_settings(setup, change)).values())
 
-    def told(change):
+    def described(change):
         return f"{flags(change)} (about {need(change) / 2**30:.2f} GiB)"
 
     changes = changes_that_save(setup)
+    single = sorted((c for c in changes if len(c) == 1 and need(c) <= available), key=lambda c: SAVING.index(*c))
     fitting = {}
-    for change in sorted((c for c in changes if len(c) == 1 and need(c) <= available), key=lambda c: KINDS.index(*c)):
-        fitting.setdefault(*change, told(change))
-    text = f"about {need({}) / 2**30:.2f} GiB are needed, of {available / 2**30:.2f}; "
+    for change in single:
+        fitting.setdefault(*change, described(change))
+    text = f"it takes about {need({}) / 2**30:.2f} GiB of {available / 2**30:.2f}; "
     if not fitting and changes and need(changes[-1]) <= available:
-        fitting = {"all": told(changes[-1])}
+        fitting = {"all": described(changes[-1])}
     if fitting:
         return text + "what would fit: " + ", ".join(fitting.values())
-    hopeless = f"even {told(changes[-1])} would not fit: " if changes else ""
+    hopeless = f"even {described(changes[-1])} would not fit: " if changes else ""
     return text + hopeless + "take a smaller model, or more devices"
 
 
 def changes_that_save(setup):
-    """Every change of settings, {name: value}, that saves memory: the mildest first, all that there is last."""
-    recomputed = ("none", "selective", "full")
-    n, shards = setup.micro_batch_size, setup.shards * setup.copies
+    """Every change of settings, {name: value}, that saves memory; the mildest first, all together last."""
+    kinds, n, ranks = ("none", "selective", "full"), setup.micro_batch_size, setup.shards * setup.replicas
     values = (
         [None] + [m for m in range(n - 1, 0, -1) if n % m == 0],
-        [None, *recomputed[recomputed.index(setup.recomputed) + 1 :]],
-        [None] + [shards] * (setup.copies > 1 and setup.grad_compression is None),
+        [None, *kinds[kinds.index(setup.checkpointing) + 1 :]],
+        [None] + [ranks] * (setup.replicas > 1 and setup.grad_compression is None),
     )
-    changes = [{name: v for name, v in zip(KINDS, change) if v} for change in itertools.product(*values)]
+    changes = [{name: v for name, v in zip(SAVING, change) if v} for change in itertools.product(*values)]
     return sorted(filter(None, changes), key=len)
 
 
 def with_settings(setup, change):
-    """The Setup after a change of settings, of those that changes_that_save names."""
+    """The Setup after one of the changes that changes_that_save returns."""
     n = change.get("micro_batch_size", setup.micro_batch_size)
     shards = change.get("shard_size", setup.shards)
     return dataclasses.replace(
@@ -204,20 +215,19 @@ def with_settings(setup, change):
         micro_batch_size=n,
         micro_steps=setup.micro_steps * setup.micro_batch_size // n,
         shards=shards,
-        copies=setup.copies * setup.shards // shards,
+        replicas=setup.replicas * setup.shards // shards,
         strategy="fsdp" if shards > 1 else setup.strategy,
-        recomputed=change.get("activation_checkpointing", setup.recomputed),
+        checkpointing=change.get("activation_checkpointing", setup.checkpointing),
     )
 
 
 def flags(change):
-    """A change of settings as a command line has it."""
+    """A change of settings as text for a command line."""
     named = [f"--{name}={value}" for name, value in change.items()]
     return " ".join(named + ["--strategy=fsdp"] * ("shard_size" in change))
 
 
 def setup_here(cfg, world):
-    """The Setup of the run that these processes are."""
-    mesh_shape = (1, 1, 1) if world.mesh is None else tuple(world.mesh.shape)
+    """The Setup of the run that these processes train."""
     micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, world.data_ranks)
-    return setup_of(cfg, mesh_shape, micro_steps, world.precision, world.device.type)
+    return setup_of(cfg, world.mesh_shape, micro_steps, world.precision, world.device.type)

@@ -1,52 +1,47 @@
-"""A benchmark's figures for people: in words, side by side, as pictures."""
+"""A benchmark's figures as text, side by side, and as pictures."""
 
 import importlib.util
 import itertools
-import json
 import math
 import os
 
 import torch
 
-from config import UserError
+from perf.settings import read_json
 
 GIB = 2**30
 
 
 def errors(figures, prediction):
-    """{figure: predicted over measured, minus 1}, flat."""
+    """{figure: predicted / measured - 1}, flat."""
     measured = flat({name: figures[name] for name in ("tokens_per_s", "mfu", "memory_gib")})
     measured["step_s"] = figures["step_ms"] / 1e3
     expected = flat(prediction)
-    # Of a sharded model what is gathered counts as activations where it is measured; what is in hand is no one thing.
-    unlike = {"memory_gib.other"}
+    # A trace counts a sharded model's gathered weights as activations; "other" is not one thing.
+    not_comparable = {"memory_gib.other"}
     if figures["ranks"] > 1:
-        unlike |= {"memory_gib.weights", "memory_gib.activations"}
-    likes = [name for name in expected if expected[name] and measured.get(name) and name not in unlike]
-    return {name: expected[name] / measured[name] - 1 for name in likes}
+        not_comparable |= {"memory_gib.weights", "memory_gib.activations"}
+    names = [name for name in expected if expected[name] and measured.get(name) and name not in not_comparable]
+    return {name: expected[name] / measured[name] - 1 for name in names}
 
 
 def flat(figures, prefix=""):
-    """{"a.b": value} of figures in figures."""
+    """Nested figures as {"a.b": value}."""
     found = {}
     for name, value in figures.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return found
 
 
-def report(figures):
-    """Prints the figures for people."""
-    f = figures
-    of_training = (
-        ""
-        if f["micro_steps"] == f["micro_steps_of_training"]
-        else f" (a training step has {f['micro_steps_of_training']}: too long to time here)"
-    )
+def report(f):
+    """Prints the figures of a training step."""
+    whole = f["micro_steps_of_training"]
+    in_part = "" if f["micro_steps"] == whole else f" (a training step has {whole}: too long to time here)"
     print(f"runs on    {f['ranks']} x {f['device']}, {f['precision']}, torch {f['torch']}")
     print(f"model      {f['n_params']:,} parameters")
     print(
-        f"step       {f['step_ms']:,.1f} ms, the median of {f['steps']} (min {f['step_ms_min']:,.1f}, "
-        f"max {f['step_ms_max']:,.1f}), of {f['micro_steps']} micro-steps{of_training}"
+        f"step       {f['step_ms']:,.1f} ms, median of {f['steps']} (min {f['step_ms_min']:,.1f}, "
+        f"max {f['step_ms_max']:,.1f}); {f['micro_steps']} micro-steps{in_part}"
     )
     print(f"           x {f['data_ranks']} ranks x {f['micro_batch_size']} sequences x {f['seq_len']} tokens")
     print(f"speed      {f['tokens_per_s']:,.0f} tokens/s")
@@ -54,35 +49,36 @@ def report(figures):
     if f["power_w"] is None:
         print(f"power      not measured: {f['power_not_measured']}")
     else:
-        print(f"power      {f['power_w']:,.0f} W of all devices, {f['energy_per_token_mj']:,.3g} mJ a token")
+        print(f"power      {f['power_w']:,.0f} W for all devices, {f['energy_per_token_mj']:,.3g} mJ per token")
     print("time       " + ", ".join(f"{phase} {share:.1%}" for phase, share in f["time_share"].items()))
-    reserved = f", {f['reserved_memory_gib']:.2f} with what torch has reserved" if "reserved_memory_gib" in f else ""
-    whose = "" if reserved else ", Python and torch included"
-    print(f"memory     {f['peak_memory_gib']:.2f} GiB at the peak, on the fullest device{reserved}{whose}; of tensors:")
+    reserved = f", {f['reserved_memory_gib']:.2f} reserved by torch" if "reserved_memory_gib" in f else ""
+    process = "" if reserved else ", with Python and torch"
+    print(f"memory     peak {f['peak_memory_gib']:.2f} GiB on the fullest device{reserved}{process}; tensors:")
     report_table(f)
 
 
 def report_utilization(f):
     """Prints MFU and HFU, each by both counts of FLOPs."""
-    counts = [("", "PaLM's count")]
+    counts = {"": "PaLM's count"}
     if f["objective"] == "clm":
-        counts.append(("_causal", "causal attention counted as half"))
-    peak = f"{f['peak_tflops']:.4g} TFLOP/s a device ({f['peak_name']})"
-    measured = f"{f['measured_tflops']:.4g} TFLOP/s a device (a measured {f['precision']} matmul)"
+        counts["_causal"] = "causal attention counted as half"
+    print(
+        "flops      "
+        + "; ".join(f"{f['flops_per_token' + c] / 1e6:,.1f} MFLOP a token ({w})" for c, w in counts.items())
+    )
+    peak = f"relative to {f['peak_tflops']:.4g} TFLOP/s a device ({f['peak_name']})"
     rows = [("mfu", "mfu", peak)]
     if not f["peak_name"].startswith("measured"):
+        measured = f"relative to {f['measured_tflops']:.4g} TFLOP/s a device (a measured {f['precision']} matmul)"
         rows.append(("", "mfu_of_measured", measured))
     if "hfu" in f:
-        rows.append(("hfu", "hfu", f"the same, with what {f['activation_checkpointing']} recomputation computes again"))
-    for label, name, held_against in rows:
-        for i, (suffix, count) in enumerate(counts):
-            flops = f"{f['flops_per_token' + suffix] / 1e6:,.1f} MFLOP a token ({count})"
-            of = f"of {held_against}, at {flops}" if i == 0 else f"at {flops}"
-            print(f"{label if i == 0 else '':<10} {f[name + suffix]:.2%} {of}")
+        rows.append(("hfu", "hfu", f"mfu with the FLOPs that {f['activation_checkpointing']} checkpointing repeats"))
+    for label, name, meaning in rows:
+        print(f"{label:<10} {', '.join(f'{f[name + count]:.2%}' for count in counts)} {meaning}")
 
 
 def report_table(f):
-    """Prints step time and the parts of memory as measured, as predicted, and the error of the prediction."""
+    """Prints step time and memory as measured and predicted, and the prediction's error."""
     expected, error = flat(f["predicted"]), f["error"]
     rows = [
         ("step, s", "step_s", f["step_ms"] / 1e3, ",.3f"),
@@ -93,22 +89,22 @@ def report_table(f):
     ]
     print(f"\n{'':<16}{'measured':>12}{'predicted':>12}{'error':>9}")
     for label, name, value, form in rows:
-        told = [format(v, form) if v is not None else "" for v in (value, expected.get(name))]
+        cells = [format(v, form) if v is not None else "" for v in (value, expected.get(name))]
         off = f"{error[name]:+.1%}" if name in error else ""
-        print(f"{label:<16}{told[0]:>12}{told[1]:>12}{off:>9}".rstrip())
+        print(f"{label:<16}{cells[0]:>12}{cells[1]:>12}{off:>9}".rstrip())
     if f["memory_gib"]["other"] < 0:
-        print("  other is below 0: the parts are not all there at the same time")
+        print("  other is negative: the categories do not all peak at the same moment")
     print(end="", flush=True)
 
 
 def compare(path_a, path_b):
-    """Prints the figures of two files side by side, and the ratio of the second to the first."""
-    a, b = (comparable(read_figures(path)) for path in (path_a, path_b))
+    """Prints the figures of two --json files side by side, and the ratio of the second to the first."""
+    a, b = (comparable(read_json(path, "bench.py --json")) for path in (path_a, path_b))
     names = [*a, *(name for name in b if name not in a)]
     rows = [("", path_a, path_b, "B / A")]
     for name in names:
         x, y = a.get(name), b.get(name)
-        if x is None and y is None:  # what neither has measured
+        if x is None and y is None:  # measured in neither
             continue
         numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (x, y))
         rows.append((name, _cell(x), _cell(y), f"{y / x:.3f}" if numbers and x else ""))
@@ -118,42 +114,25 @@ def compare(path_a, path_b):
 
 
 def comparable(figures):
-    """Figures, flat: of those that were measured several times the median, without the ceilings of python bench.py."""
-    found = flat({name: value for name, value in figures.items() if name not in ("ceilings", "error")})
+    """Figures as {"a.b": value}: medians of what was measured several times; without the predictions' errors."""
+    found = flat({name: value for name, value in figures.items() if name not in ("rates", "left_out", "error")})
     return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
 
 
-def read_figures(path):
-    """The figures of a file of --json."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            figures = json.load(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a file of --json: {error}") from error
-    if not isinstance(figures, dict):
-        raise UserError(f"{path} is not a file of --json: it holds no object")
-    return figures
-
-
 def _cell(value):
+    if value is None:
+        return "-"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
-    return (
-        f"{value:,}"
-        if isinstance(value, int)
-        else "-"
-        if value is None
-        else str(value)
-        if len(str(value)) < 32
-        else f"{str(value)[:28]}..."
-    )
+    text = f"{value:,}" if isinstance(value, int) else str(value)
+    return text if len(text) < 32 else f"{text[:28]}..."
 
 
 # ---- pictures
 
 
 def draw(figures, title):
-    """Draws bench.png, a roofline: of machine.py's figures, or of those of a training step."""
+    """Draws bench.png, a roofline, from machine.py's figures or a training step's."""
     if not _can_draw("bench.png"):
         return
     bytes_of = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
@@ -161,7 +140,7 @@ def draw(figures, title):
     points = {
         f"{dtype} matmuls": [(2 * n / 3 / bytes_of[dtype], tflops) for n, tflops in by_n.items()]
         for dtype, by_n in medians.items()
-    }  # of n x n, three matrices are moved for 2 n^3 FLOPs
+    }  # an n x n matmul moves three matrices for 2 n^3 FLOPs
     roofs = figures.get("roofs_tflops") or {f"{dtype} matmul": max(by_n.values()) for dtype, by_n in medians.items()}
     points |= {"training step": [figures["step"]]} if "step" in figures else {}
     draw_roofline(roofs, figures["bandwidth_gb_per_s"]["memory copy"][0], points, "bench.png", title)
@@ -169,10 +148,7 @@ def draw(figures, title):
 
 
 def draw_memory(changes, device, path):
-    """Draws the memory that tensors take by its changes (time in microseconds, bytes, bytes allocated in all).
-
-    That of a CPU, whose whole is not known, from the first change on.
-    """
+    """Draws the memory of tensors over time, from meters.allocations; on a CPU relative to the first allocation."""
     if not changes or not _can_draw(path):
         return
     from matplotlib.figure import Figure
@@ -196,10 +172,7 @@ def _can_draw(path):
 
 
 def draw_roofline(roofs_tflops, memory_gbs, points, path, title):
-    """Draws what a device can reach, and points below it.
-
-    roofs_tflops: {name: TFLOP/s}; points: {series: [(FLOP a byte moved, TFLOP/s)]}.
-    """
+    """Draws a roofline. roofs_tflops: {name: TFLOP/s}; points: {series: [(FLOP per byte moved, TFLOP/s)]}."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -214,16 +187,16 @@ def draw_roofline(roofs_tflops, memory_gbs, points, path, title):
     for name, series in points.items():
         axes.plot(*zip(*series), label=name, linestyle="", marker="*" if len(series) == 1 else "o", markersize=8)
     axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=_decades(ys), title=title)
-    axes.set(xlabel="FLOP a byte of memory moved", ylabel="TFLOP/s")
+    axes.set(xlabel="FLOP per byte of memory moved", ylabel="TFLOP/s")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(title=f"memory {memory_gbs:,.0f} GB/s")
+    axes.legend(title=f"memory {memory_gbs:,.3g} GB/s")
     figure.savefig(path, dpi=120)
 
 
 def _decades(numbers):
-    """The powers of ten around numbers."""
+    """The powers of ten below and above numbers."""
     return 10.0 ** math.floor(math.log10(min(numbers))), 10.0 ** math.ceil(math.log10(1.2 * max(numbers)))
 
 
@@ -231,8 +204,8 @@ def _decades(numbers):
 
 
 def print_operators(profiler, device, n=15):
-    """Prints the operators that take most of the device's time themselves."""
-    on_host = torch.autograd.DeviceType.CPU  # kernels count with the operator that started them
+    """Prints the operators with the most device time of their own."""
+    on_host = torch.autograd.DeviceType.CPU  # the operator that launched a kernel has its time
     operators = [op for op in profiler.key_averages() if op.device_type == on_host and not op.is_user_annotation]
     ms_of = {
         op: (op.self_cpu_time_total if device.type == "cpu" else op.self_device_time_total) / 1e3 for op in operators

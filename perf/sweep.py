@@ -1,4 +1,4 @@
-"""The fastest settings that fit: tries recomputation, compile and micro-batch, each in a process of its own."""
+"""The fastest settings that fit: tries checkpointing x compile x micro-batch, each in a process of its own."""
 
 import dataclasses
 import json
@@ -7,57 +7,48 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 from config import ROOT, UserError, as_dict, as_preset, load
-
-
-@dataclass(frozen=True)
-class SweepConfig:
-    sweep: bool = False  # try recomputation, compile and micro-batch, and write the fastest that fits as a preset
-    sweep_seconds: float = 120.0  # time for one setting, start and compilation included
-
-    def __post_init__(self):
-        if self.sweep_seconds <= 0:
-            raise UserError(f"sweep_seconds is {self.sweep_seconds}; it must be above 0")
-
+from perf.settings import SweepConfig
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "MemoryError", "Cannot allocate memory")
 KEYS = ("activation_checkpointing", "compile", "micro_batch_size")
-RECOMPUTED = ("none", "selective", "full")
+CHECKPOINTING = ("none", "selective", "full")
 ROW = "{:<14} {:<7} {:>11} {:>10} {:>11}  {}"
 
 
 def sweep(cfg, given, compiled_by_default):
-    """Tries settings, prints a row for each, and writes the fastest as a preset; returns the rows and what they tell.
+    """Tries settings, prints a row for each, and writes the fastest as a preset; returns the rows.
 
-    given: the settings as the command has them; in cfg seq_len is filled in.
+    given: the settings of the command line; cfg: the same with open ones filled in.
     """
     step_tokens, seq_len = cfg.data.batch_tokens, cfg.data.seq_len
     sizes = sizes_around(cfg.data.micro_batch_size, step_tokens // seq_len)
     compiles = [True, False] if compiled_by_default and cfg.parallel.compile is None else [bool(cfg.parallel.compile)]
     rows = []
-    print(ROW.format("recomputation", "compile", "micro-batch", "tokens/s", "memory GiB", "").rstrip())
-    for recomputed in RECOMPUTED:
+    print(ROW.format("checkpointing", "compile", "micro-batch", "tokens/s", "memory GiB", "").rstrip())
+    for checkpointing in CHECKPOINTING:
         for compiled in compiles:
-            only_while_faster = compiled != compiles[0]  # the first of them finds what fits
-            for row in climb(cfg, recomputed, compiled, sizes, only_while_faster):
+            only_while_faster = compiled != compiles[0]  # the first one finds the largest that fits
+            for row in climb(cfg, checkpointing, compiled, sizes, only_while_faster):
                 print(ROW.format(*cells(row)).rstrip(), flush=True)
                 rows.append(row)
     fitting = [row for row in rows if row["ended"] == "well"]
     if not fitting:
-        raise UserError(f"no setting runs; the last one ended so: {rows[-1]['said']}")
+        raise UserError(f"no setting runs; the last one ended with: {rows[-1]['said']}")
     fastest = max(fitting, key=lambda row: row["tokens_per_s"])
     largest = max(fitting, key=lambda row: (row["micro_batch_size"], row["tokens_per_s"]))
     path = write_preset(given, fastest)
-    print(f"\nlargest    {told(largest)}\nfastest    {told(fastest)}")
-    print(f"written    {path}; it goes behind the preset:\n           {train_command(given, path)}", flush=True)
+    print(f"\nlargest    {described(largest)}\nfastest    {described(fastest)}")
+    print(
+        f"written    {path}, a preset for the end of the command:\n           {train_command(given, path)}", flush=True
+    )
     return {"rows": rows, "largest": largest, "fastest": fastest, "preset": str(path)}
 
 
 def sizes_around(start, sequences):
-    """Micro-batch sizes that divide a step's sequences, each about double the one before, start among them."""
+    """Divisors of a step's sequences as micro-batch sizes: each about double the previous one, including start."""
     divisors = [n for n in range(1, sequences + 1) if sequences % n == 0]
     sizes = [start]
     while larger := [n for n in divisors if n >= 2 * sizes[-1]]:
@@ -67,11 +58,11 @@ def sizes_around(start, sequences):
     return sizes
 
 
-def climb(cfg, recomputed, compiled, sizes, only_while_faster):
-    """Yields rows: from the settings' micro-batch up while it fits, or, where it does not, down until one does."""
+def climb(cfg, checkpointing, compiled, sizes, only_while_faster):
+    """Yields rows: from the settings' micro-batch upward while it fits, or, if it does not, downward until one does."""
     at, direction, last = sizes.index(cfg.data.micro_batch_size), None, None
     while 0 <= at < len(sizes):
-        row = trial(cfg, dict(zip(KEYS, (recomputed, compiled, sizes[at]))))
+        row = trial(cfg, dict(zip(KEYS, (checkpointing, compiled, sizes[at]))))
         yield row
         fits = row["ended"] == "well"
         direction = direction or (1 if fits else -1)
@@ -82,9 +73,9 @@ def climb(cfg, recomputed, compiled, sizes, only_while_faster):
 
 
 def trial(cfg, setting):
-    """A row: what bench.py measures with a setting, of two micro-steps where a step has as many, or how it ended.
+    """A row: bench.py's figures with a setting, or how the attempt ended.
 
-    Two, since only the second has the gradients of the one before beside its activations.
+    It takes two micro-steps, if a step has as many: only the second has gradients and activations at once.
     """
     micro_tokens = setting["micro_batch_size"] * cfg.data.seq_len
     micro_steps = cfg.data.batch_tokens // micro_tokens
@@ -99,13 +90,15 @@ def trial(cfg, setting):
         if done.returncode == 0:
             return setting | figures_of(json.loads(figures.read_text(encoding="utf-8")), micro_steps)
     said = done.stderr.strip().splitlines()[-1:] or [f"ended with code {done.returncode}"]
-    if done.returncode == -9 or any(words in done.stderr for words in OUT_OF_MEMORY):  # the kernel's, or an error
+    if done.returncode == -9 or any(
+        words in done.stderr for words in OUT_OF_MEMORY
+    ):  # killed by the kernel, or an error of its own
         return setting | {"ended": "out of memory", "said": "out of memory"}
     return setting | {"ended": "in error", "said": said[0]}
 
 
 def trial_settings(cfg, setting, batch_tokens):
-    """The settings of one short run of bench.py."""
+    """Settings of one short run of bench.py."""
     seconds = min(cfg.bench.bench_seconds, cfg.sweep.sweep_seconds / 10)
     return dataclasses.replace(
         cfg,
@@ -118,7 +111,7 @@ def trial_settings(cfg, setting, batch_tokens):
 
 
 def figures_of(figures, micro_steps):
-    """What a row keeps of a trial's figures; tokens/s are those of a whole step, with one optimizer step for all."""
+    """A row's figures, from those of a trial; tokens/s are of a whole step, with one optimizer step."""
     step_s, timed, share = figures["step_ms"] / 1e3, figures["micro_steps"], figures["time_share"]
     whole_s = step_s * (share["optimizer"] + (1 - share["optimizer"]) * micro_steps / timed)
     return {
@@ -129,33 +122,33 @@ def figures_of(figures, micro_steps):
 
 
 def cells(row):
-    """A row's cells, in the table's order."""
+    """The cells of a row, in the table's order."""
     names = (row["activation_checkpointing"], str(row["compile"]).lower(), row["micro_batch_size"])
     if row["ended"] == "well":
         return *names, f"{row['tokens_per_s']:,.0f}", f"{row['memory_gib']:.3f}", ""
     return *names, "", "", row["said"]
 
 
-def told(row):
-    """A row as settings and figures."""
+def described(row):
+    """A row's settings and figures as text."""
     flags = " ".join(f"--{key}={str(row[key]).lower()}" for key in KEYS)
     return f"{flags}: {row['tokens_per_s']:,.0f} tokens/s, {row['memory_gib']:.3f} GiB"
 
 
 def write_preset(cfg, row):
-    """Writes a row's settings as a preset; returns its path.
-
-    It has the name of the last preset, so that the run's folder stays the same.
-    """
+    """Writes a row's settings as a preset; returns its path. It keeps the last preset's name, which names the run."""
     path = Path("out/sweep") / f"{Path(cfg.presets[-1]).stem if cfg.presets else 'run'}.py"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [f"# The fastest that fits, by bench.py --sweep: {told(row)}", *(f"{key} = {row[key]!r}" for key in KEYS)]
+    lines = [
+        f"# The fastest that fits, by bench.py --sweep: {described(row)}",
+        *(f"{key} = {row[key]!r}" for key in KEYS),
+    ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
 def train_command(cfg, path):
-    """The command that trains with a preset behind this command's own presets and settings."""
+    """The command that trains with this command's presets and settings, and another preset after them."""
     own, by_presets = as_dict(cfg), as_dict(load(type(cfg), cfg.presets))
     of_bench = {f.name for part in (cfg.bench, cfg.sweep, cfg.output) for f in dataclasses.fields(part)}
     changed = {k: v for k, v in own.items() if v != by_presets[k] and k not in (*of_bench, *KEYS)}

@@ -1,7 +1,4 @@
-"""A run's folder: that it can be written, is shared by all ranks and used by one run, and what lies in it.
-
-Its checkpoints are checkpoint.py's.
-"""
+"""A run's folder: its lock, source, tokenizer and log.jsonl; checkpoint.py writes the checkpoints."""
 
 import contextlib
 import fcntl
@@ -40,18 +37,18 @@ def run_dir_of(cfg):
 
 @contextlib.contextmanager
 def writing_to(out_dir):
-    """Makes the system's errors while writing into a run's folder a UserError that names it."""
+    """Turns the system's errors while writing into a run's folder into a UserError that names it."""
     try:
         yield
     except OSError as error:
         raise UserError(
             f"out_dir {out_dir} cannot be written to ({error}); use another --out_dir, or make room: "
-            f"then the same command goes on"
+            f"then the same command continues"
         ) from error
 
 
 def check_shared(out_dir, world, patience=30):
-    """UserError, on all ranks, where out_dir is not one folder that all of them see within `patience` seconds."""
+    """UserError, on all ranks, unless all see out_dir as one folder within `patience` seconds."""
     if world.size == 1:
         return
     token = int(world.worst(secrets.randbelow(2**24) if world.is_main else 0))
@@ -59,11 +56,11 @@ def check_shared(out_dir, world, patience=30):
     if world.is_main:
         with writing_to(out_dir):
             file.parent.mkdir(parents=True, exist_ok=True)
-            for leftover in file.parent.glob(".seen_by_all_ranks_*"):  # of a check that was cut short
+            for leftover in file.parent.glob(".seen_by_all_ranks_*"):  # an interrupted check left it
                 leftover.unlink()
             file.touch()
     world.barrier()
-    deadline = time.monotonic() + patience  # a network's file system may show it late
+    deadline = time.monotonic() + patience  # a network file system may show it late
     while not (seen := file.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
     some_miss_it = world.worst(not seen)
@@ -71,14 +68,14 @@ def check_shared(out_dir, world, patience=30):
         file.unlink()
     if some_miss_it:
         raise UserError(
-            f"out_dir {out_dir} is not one folder for all {world.size} ranks: what rank 0 writes there, others do not "
-            f"see; put it on a disk that all machines share"
+            f"out_dir {out_dir} is not one folder for all {world.size} ranks: rank 0's files there are not "
+            f"seen by others; put it on a disk that all machines share"
         )
 
 
 @contextlib.contextmanager
 def locked(out_dir, world):
-    """Keeps a run's folder to this run; UserError, on all ranks, where another has it. Ends with rank 0's process."""
+    """Locks a run's folder; UserError, on all ranks, where another run has it. The lock ends with rank 0's process."""
     with contextlib.ExitStack() as stack:
         holder = None
         if world.is_main:
@@ -88,21 +85,21 @@ def locked(out_dir, world):
             holder = _lock(file)
         if holder := world.gather(holder)[0]:
             raise UserError(
-                f"out_dir {out_dir} is in use by another run, {holder}; end that one (touch {out_dir}/stop), "
+                f"out_dir {out_dir} is in use by another run, {holder}; stop that one (touch {out_dir}/stop), "
                 f"or use another --out_dir"
             )
         yield
 
 
 def _lock(file):
-    """Locks an open file and writes into it who did; what is in it where another process has it locked."""
+    """Locks an open file and writes this process into it; returns its text where another process holds the lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        return file.read().strip() or "which has just begun"
+        return file.read().strip() or "which has just started"
     except OSError as error:
-        print(f"{file.name} is on a disk without locks ({error}): see to it that no other run uses it", flush=True)
+        print(f"{file.name} is on a disk without locks ({error}); make sure that no other run uses it", flush=True)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}\n")
     file.flush()
@@ -110,7 +107,7 @@ def _lock(file):
 
 
 def keep_source(out_dir, step, root=ROOT):
-    """Copies the .py files that run into out_dir/source/, anew where some changed; names those that did."""
+    """Copies the project's .py files into out_dir/source/ where some have changed; returns the names of those."""
     files = {str(path.relative_to(root)): path for path in project_files(root)}
     kept = sorted((Path(out_dir) / "source").glob("step_*"))
     changed = [name for name, path in files.items() if kept and not _same(path, kept[-1] / name)]
@@ -123,18 +120,18 @@ def keep_source(out_dir, step, root=ROOT):
 
 
 def keep_tokenizer(data_dir, out_dir):
-    """Copies meta.json and the tokenizer's file from the data to the run, so that the run can be sampled from alone."""
+    """Copies meta.json and the tokenizer's file from the data to the run, so that sampling needs the run alone."""
     for name in ("meta.json", "tokenizer.json"):
         if (Path(data_dir) / name).exists():
             shutil.copyfile(Path(data_dir) / name, Path(out_dir) / name)
 
 
 def tokenizer_of(run_dir):
-    """What load_tokenizer calls the tokenizer of a run's data."""
+    """The name or path of a run's tokenizer, for load_tokenizer."""
     path = Path(run_dir) / "meta.json"
     if not path.exists():
         raise UserError(
-            f"{run_dir} has no meta.json, so its tokenizer is unknown: its data came from elsewhere; "
+            f"{run_dir} has no meta.json, so its tokenizer is unknown, as its data came from another project; "
             f'write one, such as {{"tokenizer": "gpt2"}}, into {path}'
         )
     try:
@@ -155,9 +152,9 @@ def tokenizer_of(run_dir):
 
 
 def open_log(out_dir, step):
-    """Opens log.jsonl to go on from a step: without what lies past it, or a line that was cut short.
+    """Opens log.jsonl to append from a step on; drops later lines, and a line that was cut short.
 
-    A run that starts anew keeps the log that it finds as log_1.jsonl, log_2.jsonl and so on.
+    A run that starts at step 0 renames an older log to log_1.jsonl, log_2.jsonl and so on.
     """
     path = Path(out_dir) / "log.jsonl"
     if path.exists() and step == 0:

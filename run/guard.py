@@ -196,7 +196,7 @@ class Watchdog:
 
 
 class CrashReports:
-    """Writes a report of a crash into the run's folder: the place, settings, versions, the stack. Users' mistakes have none.
+    """Writes crashes, but not users' mistakes, into the run's folder: the place, settings, versions, the stack.
 
     Where several ranks crash, the first one's error is shown; the others' errors follow from it, and end in one line.
     """

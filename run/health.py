@@ -14,7 +14,7 @@ WINDOW = 128  # sound steps in the baseline for spikes
 
 @dataclass(frozen=True)
 class HealthConfig:
-    spike_z: float | None = None  # skip steps whose loss or gradient norm is this many standard deviations up; none: do not
+    spike_z: float | None = None  # skip steps whose loss or norm is this many standard deviations up; none: do not
     max_bad_steps: int = 10  # consecutive bad steps before a rollback; a second rollback ends the run
 
     def __post_init__(self):
@@ -30,7 +30,7 @@ class HealthConfig:
 def bad_step(loss, grad_norm, cfg, recent=()):
     """Why a step of this loss and gradient norm is not to be taken, in words; None for a sound step.
 
-    cfg: a HealthConfig. recent: (loss, gradient norm) of the last sound steps; spikes are looked for once it has WINDOW.
+    cfg: a HealthConfig. recent: (loss, gradient norm) of sound steps; with WINDOW of them, spikes are found.
     """
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         return f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"

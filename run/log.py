@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from config import ROOT, UserError, as_dict, as_preset
-from objective import head_share
+from objective import OBJECTIVES
 from perf import cost
 from perf.hardware import peak_flops
 from perf.memory import held, memory, setup_here
@@ -47,13 +47,13 @@ class Log:
         self.cfg, self.world, self.bytes_per_token = cfg, world, val_split.bytes_per_token
         self.last_step = cfg.optim.last_step(cfg.data.batch_tokens)
         self.out_dir, self.hours_before = Path(cfg.run.out_dir), state.hours
-        self.head_share = head_share(cfg.model.objective, cfg.objective, cfg.data.seq_len)
+        self.head_share = OBJECTIVES[cfg.model.objective].head_share(cfg.objective, cfg.data.seq_len)
         self.flops_per_token = cost.flops_per_token(cfg.model, cfg.data.seq_len, self.head_share)
         self.peak, self.peak_name = peak_flops(world.device, world.precision)
         reset_peak_memory(world.device)  # the matmul that measured the peak had its own
         per_rank = [world.worst(figure) for figure in held(optimizer)]
         self.predicted = memory(cfg.model, setup_here(cfg, world))
-        self.has_reported_memory, self.losses = False, []
+        self.n_steps, self.losses = 0, []
         self.file = self.wandb = None
         self.draws = world.is_main and importlib.util.find_spec("matplotlib") is not None
         if world.is_main:
@@ -78,9 +78,9 @@ class Log:
 
     @property
     def is_out_of_time(self):
-        """Whether max_minutes are over on this rank."""
+        """Whether max_minutes are over on this rank; not before the first step, so that each start gets further."""
         minutes = self.cfg.train.max_minutes
-        return minutes is not None and time.perf_counter() - self.started >= 60 * minutes
+        return minutes is not None and self.n_steps > 0 and time.perf_counter() - self.started >= 60 * minutes
 
     @contextlib.contextmanager
     def paused(self):
@@ -92,19 +92,20 @@ class Log:
 
     def step(self, state, loss, grad_norm, lr, waited, bad):
         """Counts a step; logs every log_interval steps, at the end, and bad ones, with the mean loss since the last."""
+        now = time.perf_counter()
+        state.hours = self.hours_before + (now - self.started) / 3600
         self.waited += waited
         if not bad:
             self.losses.append(loss)
-        if not self.has_reported_memory:
+        if self.n_steps == 0:
             self._report_memory()
+        self.n_steps += 1
         if bad:
             self._print(f"{self._step_text(state)}  skipped, number {state.bad_steps} in a row: {bad}")
         if state.step % self.cfg.log.log_interval and state.step != self.last_step and not bad:
             return
-        now, steps = time.perf_counter(), state.step - self.interval_step
-        seconds = now - self.interval_start
+        steps, seconds = state.step - self.interval_step, now - self.interval_start
         tokens_per_s = steps * self.cfg.data.batch_tokens / seconds
-        state.hours = self.hours_before + (now - self.started) / 3600
         record = {
             "step": state.step,
             "tokens": state.sequences_seen * self.cfg.data.seq_len,
@@ -123,22 +124,22 @@ class Log:
         self._write(record)
         left = (self.last_step - state.step) * seconds / steps
         self._print(
-            f"{self._step_text(state)} {_short(record['tokens']):>6} tok  loss {record['mean_loss']:7.4f}  lr {lr:.1e}"
-            f"  norm {record['grad_norm']:4.2f} {_short(tokens_per_s):>6} tok/s  mfu {record['mfu']:.1%}"
-            f"  {record['memory_gib']:.1f} GiB  wait {record['data_wait_ms']:.0f} ms  left {_duration(left)}"
+            f"{self._step_text(state)} {_short(record['tokens']):>5} tok  loss {record['mean_loss']:7.4f}  lr {lr:.1e}"
+            f"  norm {record['grad_norm']:4.2f}  {_short(tokens_per_s):>5} tok/s  mfu {record['mfu']:.1%}"
+            f"  {record['memory_gib']:.1f} GiB  wait {record['data_wait_ms']:.0f}ms  left {_duration(left)}"
         )
 
     def evaluation(self, state, figures):
         """Logs an evaluation and redraws the curves."""
         record = {"step": state.step, **figures}
         text = f"{self._step_text(state)}  val loss {state.val_loss:.4f}"
-        if self.cfg.model.objective == "mlm":
+        if not self.cfg.model.is_causal:
             text += f"  masked accuracy {figures['val_accuracy']:.1%}"
             text += f" (the most frequent token alone {figures['val_accuracy_of_commonest']:.1%})"
         else:
             text += f"  perplexity {math.exp(min(state.val_loss, 700)):.5g}"  # beyond that a float overflows
             text += f"  accuracy {figures['val_accuracy']:.1%}"
-        if self.bytes_per_token and self.cfg.model.objective == "clm":
+        if self.bytes_per_token and self.cfg.model.is_causal:
             record["val_bpb"] = state.val_loss / math.log(2) / self.bytes_per_token
             text += f"  {record['val_bpb']:.4f} bits per byte"
         self._write(record)
@@ -174,7 +175,7 @@ class Log:
             by_file = f"by {self.out_dir / 'stop'}"
             names = {"OUT_OF_TIME": f"after max_minutes {self.cfg.train.max_minutes}", "FILE": by_file}
             how = f"stopped {names.get(stop.name, f'by {stop.name}')}"
-        if self.wandb:  # which prints a summary of its own
+        if self.wandb:  # it prints a summary of its own
             self.wandb.finish()
         loss = "" if state.val_loss is None else f", val loss {state.val_loss:.4f}"
         print(f"{state.sequences_seen * self.cfg.data.seq_len:,} tokens in {state.hours:.3f} hours")
@@ -205,15 +206,16 @@ class Log:
         causal = cost.flops_per_token(cfg.model, cfg.data.seq_len, self.head_share, causal=True)
         print(
             f"model      {model.num_params():,} parameters, {self.flops_per_token / 1e6:,.1f} MFLOPs per token"
-            f" by PaLM's count" + (f", {causal / 1e6:,.1f} by the causal count" if cfg.model.objective == "clm" else "")
+            f" by PaLM's count" + (f", {causal / 1e6:,.1f} by the causal count" if cfg.model.is_causal else "")
         )
         at_once = cfg.data.micro_batch_size * cfg.data.seq_len * world.data_ranks
         print(
             f"step       {cfg.data.batch_tokens:,} tokens = {cfg.data.batch_tokens // at_once} micro-steps"
             f" x {world.data_ranks} ranks x {cfg.data.micro_batch_size} sequences x {cfg.data.seq_len} tokens"
         )
-        replicas, shards, tp = world.mesh_shape
-        print(f"layout     {replicas} replicas x {shards} shards x {tp} tensor parallel ranks")
+        if world.size > 1:
+            replicas, shards, tp = world.mesh_shape
+            print(f"layout     {world.size} ranks = {replicas} replicas x {shards} shards x {tp} tensor parallel")
         n_params, n_bytes = per_rank
         print(f"per rank   {n_params:,.0f} parameters, {n_bytes / 2**20:,.1f} MiB with gradients and optimizer state")
         parts = ", ".join(f"{name} {n_bytes / 2**30:.2f}" for name, n_bytes in self.predicted.items() if n_bytes)
@@ -227,8 +229,9 @@ class Log:
         print(f"run        {self.last_step:,} steps, {tokens:,} tokens, {epochs:.3g} epochs, in {self.out_dir}")
         if epochs > 20:
             print(
-                f"warning    the run reads its {train_tokens:,} training tokens {epochs:,.0f} times; after about 4 epochs "
-                f"a model learns little more from the same text (arXiv 2305.16264): lower --max_steps, or add text"
+                f"warning    the run reads its {train_tokens:,} training tokens {epochs:,.0f} times; after "
+                f"about 4 epochs a model learns little more from the same text (arXiv 2305.16264): "
+                f"lower --max_steps, or add text"
             )
         print(
             f"device     {self.world.size} x {device_name(self.world.device)}, {self.world.precision}; "
@@ -256,7 +259,6 @@ class Log:
         seen, predicted = self.world.worst(peak_memory_gib(self.world.device)), sum(self.predicted.values()) / 2**30
         process = "" if self.world.device.type == "cuda" else "; the process holds Python and torch as well"
         self._print(f"memory     {seen:.2f} GiB peak after the first step ({predicted:.2f} predicted{process})")
-        self.has_reported_memory = True
 
     def _step_text(self, state):
         return f"step {state.step:>{len(str(self.last_step))}}/{self.last_step}"

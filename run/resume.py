@@ -23,7 +23,7 @@ from world import seed_step
 
 @dataclass
 class State:
-    """All that a run must remember beside its tensors; a checkpoint's manifest holds it under these names."""
+    """The state of a run apart from its tensors; a checkpoint's manifest holds it under these names."""
 
     step: int = 0
     sequences_seen: int = 0
@@ -82,18 +82,22 @@ class Saver:
             self.changes = changed_settings(read_manifest(newest)["settings"], self.settings)
             return self._load(newest)
 
-    def save_if_due(self, state, ending):
-        """Starts to write a checkpoint at the end and every save_interval steps, except amid bad steps."""
+    def is_due(self, state, ending):
+        """Whether to save: at the end and every save_interval steps, but not amid bad steps."""
         interval = self.cfg.checkpoint.save_interval
-        due = state.step % interval == 0 and not state.bad_steps if interval else False
-        if state.step and interval and (ending or due):
-            facts = {
-                "state": asdict(state),
-                "settings": self.settings,
-                "scaler": self.scaler.state_dict(),
-                "val_loss": state.val_loss if state.evaluated_at == state.step else None,
-            }
-            self.writer.save(state.step, self.model, self.optimizer, facts)
+        if not interval or not state.step:
+            return False
+        return bool(ending) or (state.step % interval == 0 and not state.bad_steps)
+
+    def save(self, state):
+        """Starts to write a checkpoint."""
+        facts = {
+            "state": asdict(state),
+            "settings": self.settings,
+            "scaler": self.scaler.state_dict(),
+            "val_loss": state.val_loss if state.evaluated_at == state.step else None,
+        }
+        self.writer.save(state.step, self.model, self.optimizer, facts)
 
     def roll_back(self, state, bad, repeat_step):
         """The State of the newest checkpoint, whose tensors are loaded, with the data position after the bad steps.
@@ -109,7 +113,11 @@ class Saver:
             by_rank = [f"on rank {rank} {name}" for rank, name in enumerate(self.world.gather(tensor)) if name]
             raise UserError(
                 f"{state.bad_steps} steps in a row were skipped, the last one step {state.step} with {bad}, "
-                + (f"again after a rollback to {newest.name}" if newest else "and there is no checkpoint to roll back to")
+                + (
+                    f"again after a rollback to {newest.name}"
+                    if newest
+                    else "and there is no checkpoint to roll back to"
+                )
                 + f"; first bad tensor: {by_rank[0] if by_rank else 'none when the step was repeated'}; "
                 "lower learning_rate, or look at what computes that tensor"
             )

@@ -19,7 +19,7 @@ from perf.hardware import DEVICES, Rates
 
 PUBLISHED = Path(__file__).parent / "published.csv"
 FITTED = {"hopper": ("h100-sxm",), "ampere": ("a100-80", "a100-40")}  # llm-foundry's GPUs
-CARDS = {  # of published rows alone
+CARDS = {  # in published rows only
     "a100-40-pcie": replace(DEVICES["a100-40"], link_gbs=31, watts=250),
     "h100-96-500w": replace(DEVICES["h100-sxm"], memory_gib=96, memory_gbs=2400, watts=500),  # torchtitan's
 }
@@ -48,13 +48,13 @@ def setup_of(row):
         seq_len=int(row["seq_len"]),
         micro_batch_size=int(row["micro_batch_size"]),
         micro_steps=int(row["micro_steps"] or 1),
-        copies=data_ranks // shards,
+        replicas=data_ranks // shards,
         shards=shards,
         tp=tp,
         strategy=row["strategy"],
         reshard=row["reshard"] != "0",
         accumulate=row["accumulate"] or "sharded",
-        recomputed=row["activation_checkpointing"] or "none",
+        checkpointing=row["activation_checkpointing"] or "none",
         compiled=row["compiled"] == "1",
         head_share=float(row["head_share"] or 1),
         gradient_bytes=float(row["grad_bytes"] or 4),
@@ -64,7 +64,7 @@ def setup_of(row):
 
 
 def gpu_of(row):
-    """The Device of a published row, with its network where that is told."""
+    """The Device of a published row, with its network where it was published."""
     gpu = DEVICES.get(row["gpu"]) or CARDS[row["gpu"]]
     return replace(gpu, network_gbs=float(row["network_gbit_s"]) / 8) if row["network_gbit_s"] else gpu
 
@@ -76,7 +76,7 @@ def read_published(path=PUBLISHED):
     found = []
     for row in rows:
         s = setup_of(row)
-        tokens = s.tokens * s.micro_steps * s.copies * s.shards
+        tokens = s.tokens * s.micro_steps * s.replicas * s.shards
         seconds = float(row["step_s"] or 0)
         found.append((row, seconds or float(row["gpu_hours"]) * 3600 / s.ranks * tokens / float(row["tokens_total"])))
     return found
@@ -133,7 +133,7 @@ def of_group(rows, *groups, gpus=None):
     return [r for r in rows if r[0]["group"] in groups and (gpus is None or r[0]["gpu"] in gpus)]
 
 
-def told(errors):
+def errors_text(errors):
     """median, 90th percentile and largest absolute error, in percent."""
     sizes = 100 * abs(np.asarray(errors))
     return f"{np.median(sizes):6.1f} {np.quantile(sizes, 0.9):6.1f} {sizes.max():6.1f}"
@@ -149,16 +149,16 @@ def table_of_groups(rows):
     yield f"{'group':<17} {'rows':>4} efficiency  {'with it':^20}  {'with 1':^20}  median, 90th percentile, largest, %"
     for group in dict.fromkeys(row["group"] for row, _ in rows):
         some = of_group(rows, group)
-        some = [r for r in some if r[0]["step_s"]] or some  # of steps, not of whole trainings with their stops
+        some = [r for r in some if r[0]["step_s"]] or some  # steps, not whole trainings with their stops
         efficiency = 1.0 if group == "llm-foundry" else best_efficiency(some)
-        own, one = (told(np.expm1(log_ratios(some, efficiency=e))) for e in (efficiency, 1.0))
+        own, one = (errors_text(np.expm1(log_ratios(some, efficiency=e))) for e in (efficiency, 1.0))
         yield f"{group:<17} {len(some):4} {efficiency:10.2f}  {own:>20}  {one:>20}"
     others = [r for r in rows if r[0]["step_s"] and r[0]["group"] != "llm-foundry"]
     kept = [r for r in others if r[0]["id"] not in OUTLIERS]
     by_group = [of_group(kept, group) for group in dict.fromkeys(row["group"] for row, _ in kept)]
     own = np.concatenate([np.expm1(log_ratios(some, efficiency=best_efficiency(some))) for some in by_group])
-    yield f"other code, without {', '.join(sorted(OUTLIERS))}: {len(kept)} rows, {told(own)} with its efficiency"
-    yield f"other code: {len(others)} rows, {told(np.expm1(log_ratios(others)))} with 1"
+    yield f"other code, without {', '.join(sorted(OUTLIERS))}: {len(kept)} rows, {errors_text(own)} with its efficiency"
+    yield f"other code: {len(others)} rows, {errors_text(np.expm1(log_ratios(others)))} with 1"
 
 
 def main():
@@ -167,13 +167,13 @@ def main():
     for gpus in (*FITTED.values(), ("a100-80",), ("a100-40",)):
         some = of_group(rows, "llm-foundry", gpus=gpus)
         rates = fitted(some)
-        inside, outside = told(np.expm1(log_ratios(some, rates))), told(left_out_errors(some))
+        inside, outside = errors_text(np.expm1(log_ratios(some, rates))), errors_text(left_out_errors(some))
         print(f"  {' + '.join(gpus):18s} {len(some):3d} rows {np.round(astuple(rates), 3)} {inside} | {outside}")
     print("contention: errors as above, sizes left out, of H100 | A100")
     kept = cost.CONTENTION
     for cost.CONTENTION in (0, 0.5, 1.0, 1.5, 2.0):
         tables = [of_group(rows, "llm-foundry", gpus=gpus) for gpus in FITTED.values()]
-        print(f"  {cost.CONTENTION:4.2f} " + " | ".join(told(left_out_errors(table)) for table in tables))
+        print(f"  {cost.CONTENTION:4.2f} " + " | ".join(errors_text(left_out_errors(table)) for table in tables))
     cost.CONTENTION = kept
     plain = [r for r in rows if setup_of(r[0]).compiled and setup_of(r[0]).tp == 1]
     print(f"compiled, memory's factor: bias, mean absolute logarithm of {len(plain)} rows")

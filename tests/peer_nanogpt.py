@@ -158,14 +158,14 @@ def head_growth(theirs, N=2048, C=384, V=50304):
             ids = torch.zeros(N // 512, 512, dtype=torch.long)
             model(ids, ids)[1].backward()
     else:
-        from ops import linear_cross_entropy
+        from ops import Vocabulary, linear_cross_entropy
         from world import keep_freed_memory
 
         keep_freed_memory()
 
         def prepared(V):
             weight, hidden = torch.nn.Parameter(torch.randn(V, C)), torch.randn(N, C, requires_grad=True)
-            return [weight, hidden], (hidden, weight, torch.zeros(N, dtype=torch.long), V)
+            return [weight, hidden], (hidden, weight, torch.zeros(N, dtype=torch.long), Vocabulary(V))
 
         def step(arguments):
             with torch.autocast("cpu", torch.bfloat16):

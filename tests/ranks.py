@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import traceback
+import types
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,11 @@ import torch
 
 import config
 import train
-from world import end_process
 from data import ShardWriter
+from optim import OptimConfig
 from prepare import write_meta
+from run.health import HealthConfig
+from world import end_process
 
 # Odd sizes: a mistake that 2, 4 and 8 would hide shows.
 SMALL = {
@@ -63,6 +66,11 @@ def settings(data_dir, out_dir, *presets, **changes):
     return config.load(train.Settings, [*presets, *(f"--{name}={value}" for name, value in names.items())])
 
 
+def step_settings(grad_clip=0.5, **health):
+    """What train_step reads of a script's settings."""
+    return types.SimpleNamespace(optim=OptimConfig(grad_clip=grad_clip), health=HealthConfig(**health))
+
+
 def run(data_dir, out_dir, **changes):
     """Trains a small run to its end, in this process; returns its folder."""
     train.main(settings(data_dir, out_dir, **changes))
@@ -89,7 +97,7 @@ def without_matplotlib():
 
 # ---- other processes
 
-def on_ranks(n, *cases, patience=120):
+def on_ranks(n, *cases, patience=1200):
     """Runs cases (function, *args), one after the other, each on n new-born ranks; returns [a list by rank] by case.
 
     Functions are a module's own, and what they take and return can be pickled. Each case has a process group to itself.
@@ -139,7 +147,7 @@ def launch(n, cfg, told=None, before=None):
     return [start(_train_rank, rank, n, port, cfg, told, before)[0] for rank in range(n)]
 
 
-def run_script(script, arguments, folder, n_ranks=1, patience=120):
+def run_script(script, arguments, folder, n_ranks=1, patience=1200):
     """What `python script arguments`, typed in a folder, would give, as subprocess.run has it; but that it starts at once.
 
     Or torchrun, with several ranks. Not of scripts that start processes by multiprocessing.
@@ -174,7 +182,7 @@ def torchrun(n, script, cfg, told, *options):
         return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *command], stdout=file, stderr=file)
 
 
-def codes(processes, patience=60):
+def codes(processes, patience=1200):
     """Exit codes of processes, which end by themselves within so many seconds."""
     for process in processes:
         process.join(patience)
@@ -210,7 +218,7 @@ def logged(out_dir):
         return 0
 
 
-def wait_until(condition, patience=60):
+def wait_until(condition, patience=600):
     """Waits for a condition, for so many seconds."""
     deadline = time.monotonic() + patience
     while not condition():

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from checkpoint import Saver, checkpoints, newest_checkpoint
+from checkpoint import CheckpointWriter, checkpoints, newest_checkpoint
 from conftest import ROOT
 from ranks import codes, launch, logged, records, settings, torchrun, wait_until, write_data
 
@@ -42,7 +42,7 @@ def check_newest(out_dir):
 
 
 def check_ends_as_if_nothing_had_been(n, data_dir, killed, tmp_path):
-    assert codes(launch(n, settings(data_dir, tmp_path / "whole", **CHANGES)), patience=120) == [0] * n
+    assert codes(launch(n, settings(data_dir, tmp_path / "whole", **CHANGES))) == [0] * n
     assert records(killed) == records(tmp_path / "whole")
     assert records(killed, "val_loss") == records(tmp_path / "whole", "val_loss")
     assert [path.name for path in checkpoints(killed)][-2:] == ["step_00000696", "step_00000700"]
@@ -64,7 +64,7 @@ def test_kill_9_of_all_ranks_at_random_moments_changes_no_loss(n, tmp_path):
         kills += 1
         cut_saves += check_newest(out_dir)
     assert cut_saves >= 3
-    assert codes(launch(n, settings(data_dir, out_dir, **CHANGES)), patience=120) == [0] * n
+    assert codes(launch(n, settings(data_dir, out_dir, **CHANGES))) == [0] * n
     check_ends_as_if_nothing_had_been(n, data_dir, out_dir, tmp_path)
 
 
@@ -90,7 +90,7 @@ def test_kill_9_of_a_rank_at_random_moments_is_healed_by_torchruns_restarts(n, t
                 kills += 1
                 wait_until(lambda: not set(workers) & set(workers_of(run.pid)))
                 cut_saves += check_newest(out_dir)
-        assert run.wait(timeout=120) == 0, (tmp_path / "told").read_text()[-3000:]
+        assert run.wait(timeout=1200) == 0, (tmp_path / "told").read_text()[-3000:]
     finally:
         run.terminate()  # and with it the workers, where something went wrong
     assert cut_saves >= 3 and "terminate called" not in (tmp_path / "told").read_text()
@@ -106,7 +106,7 @@ def test_saving_costs_training_little(tmp_path):
     seconds = {}
     for interval in ("none", 10):
         cfg = settings(data_dir, tmp_path / str(interval), **shape, save_interval=interval)
-        assert codes(launch(1, cfg, tmp_path / "told", (note_pauses, tmp_path / "pauses")), patience=300) == [0]
+        assert codes(launch(1, cfg, tmp_path / "told", (note_pauses, tmp_path / "pauses"))) == [0]
         steps = [json.loads(line) for line in (tmp_path / str(interval) / "log.jsonl").read_text().splitlines()]
         seconds[interval] = [shape["batch_tokens"] / step["tokens_per_s"] for step in steps if "loss" in step]
     pauses = [float(line) for line in (tmp_path / "pauses").read_text().splitlines()]
@@ -122,7 +122,7 @@ def test_saving_costs_training_little(tmp_path):
 
 def note_pauses(rank, file):
     """Writes down for how long each save keeps the loop."""
-    save = Saver.save
+    save = CheckpointWriter.save
 
     def timed(self, *args):
         start = time.perf_counter()
@@ -130,4 +130,4 @@ def note_pauses(rank, file):
         with open(file, "a") as noted:
             noted.write(f"{time.perf_counter() - start}\n")
 
-    Saver.save = timed
+    CheckpointWriter.save = timed

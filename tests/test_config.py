@@ -1,4 +1,4 @@
-"""How settings reach a script: what works, and what each mistake is answered with."""
+"""Settings of scripts: precedence, values, help, and the answer to each mistake."""
 
 import ast
 import dataclasses
@@ -31,7 +31,7 @@ def load(*argv, script=train):
 
 def mistakes(*argv, script=train):
     """The lines of the error that a command gets."""
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(config.UserError) as caught:
         load(*argv, script=script)
     return str(caught.value).splitlines()
 
@@ -103,13 +103,13 @@ def test_preset_is_found_from_any_folder(tmp_path, monkeypatch):
     ("--compile=True", "parallel", True),
     ("--compile=auto", "parallel", None),
     ("--compile", "parallel", True),
-    ("--precision=auto", "parallel", "auto"),
+    ("--precision=auto", "world", "auto"),
     ("--grad_clip=none", "optim", None),
     ("--grad_clip=2", "optim", 2.0),
-    ("--save_interval=none", "run", None),
+    ("--save_interval=none", "checkpoint", None),
     ("--vocab_size=None", "model", None),
-    ("--wandb", "train", True),
-    ("--wandb=false", "train", False),
+    ("--wandb", "log", True),
+    ("--wandb=false", "log", False),
 ])  # fmt: skip
 def test_command_line_value_becomes(argument, section, value):
     name = argument[2:].partition("=")[0]
@@ -150,7 +150,7 @@ def test_space_for_the_equals_sign_is_answered_with_how_settings_are_written():
     assert no_value == "--micro_batch_size has no value; settings are written --micro_batch_size=value"
     assert stray.startswith("32: neither a preset file (.py) nor --name=value")
     stray, old_name = mistakes("--batch_size", "32")
-    assert old_name == "--batch_size is not a setting; did you mean micro_batch_size?" and stray.startswith("32:")
+    assert old_name.startswith("--batch_size is not a setting; micro_batch_size is") and stray.startswith("32:")
 
 
 # ---- values in presets
@@ -199,14 +199,23 @@ def test_unknown_setting_like_no_other_has_no_hint():
     ("dataset", "data_dir"), ("dtype", "precision"), ("wandb_log", "wandb"),
 ])  # fmt: skip
 def test_nanogpt_names_are_answered_with_ours(preset, old, ours):
-    assert mistake(f"--{old}=1") == f"--{old} is not a setting; did you mean {ours}?"
-    if old != "dataset":  # which prepare.py has
-        assert mistake(preset(f"{old} = 1")).endswith(f"{old} is not a setting; did you mean {ours}?")
+    for line in (mistake(f"--{old}=1"), *([] if old == "dataset" else [mistake(preset(f"{old} = 1"))])):
+        hint = line.partition(f"{old} is not a setting; ")[2]  # prepare.py has a dataset, so a preset may
+        assert hint == f"did you mean {ours}?" or hint.startswith((f"{ours} ", f"{ours}="))
+
+
+def test_hint_for_the_batch_size_says_what_sets_the_size_of_a_step():
+    for old in ("batch_size", "gradient_accumulation_steps"):
+        assert "batch_tokens sets the size of a step" in mistake(f"--{old}=8")
 
 
 def test_hints_name_settings_that_exist():
     everywhere = config._settings_everywhere()
-    assert [ours for ours in config.NANOGPT_NAMES.values() if ours not in everywhere] == []
+    assert [hint for hint in config.NANOGPT_NAMES.values() if re.split(r"\W", hint)[0] not in everywhere] == []
+
+
+def test_start_of_several_choices_is_answered_with_all_of_them():
+    assert mistake("--gpu=a100", script=plan).endswith("; did you mean a100-40 or a100-80?")
 
 
 def test_setting_of_another_script_is_refused_on_the_command_line_and_left_alone_in_a_preset(preset):
@@ -248,6 +257,32 @@ def test_value_out_of_range_is_answered_with_name_value_and_rule(argument):
     name, _, value = argument[2:].partition("=")
     line = mistakes(argument)[0]
     assert name in line and value in line and "must" in line
+
+
+# ---- words that are no settings
+
+@pytest.mark.parametrize(("argv", "expected"), [
+    (["notes.txt"], "notes.txt: neither a preset file (.py) nor --name=value; name your text by --input=notes.txt"),
+    (["a.txt", "b.txt"], "a.txt b.txt: neither a preset file (.py) nor --name=value; name several files by a glob in "
+                         "quotes, as in --input='*.txt'"),
+    (["--input=in/a.md", "in/b.md"], "in/b.md: neither a preset file (.py) nor --name=value; name several files by a "
+                                     "glob in quotes, as in --input='in/*.md'"),
+    (["a", "b", "c", "d", "e"], "a b c and 2 more: neither a preset file (.py) nor --name=value; name several files "
+                                "by a glob in quotes, as in --input='*'"),
+])  # fmt: skip
+def test_file_of_text_on_prepares_command_line_is_answered_with_input(tmp_path, monkeypatch, argv, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("raise SystemExit('ran')")
+    assert mistake(*argv, script=prepare) == expected
+
+
+def test_file_that_is_no_preset_is_refused_and_not_run(tmp_path):
+    (tmp_path / "notes.txt").write_text("n_layer = 3")
+    assert mistake(tmp_path / "notes.txt") == f"{tmp_path}/notes.txt: neither a preset file (.py) nor --name=value"
+    (tmp_path / "x.json").write_text("n_layer = 3")
+    assert mistake(tmp_path / "x.json").endswith("neither a preset file (.py) nor --name=value")
+    files = load("--compare", "A.json", "B.json", script=bench).files
+    assert files == ("A.json", "B.json")
 
 
 # ---- preset files that do not run
@@ -295,18 +330,32 @@ def test_settings_written_as_a_preset_load_to_the_same_settings(preset, script):
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_help_lists_every_setting_with_its_value_and_its_comment(script):
-    cfg = load({prepare: "--input=x", convert: "--to_hf=x"}.get(script, "--device=cpu"), script=script)
-    text = config.help_text(cfg, script.__doc__)
+    text = config.help_text(script.Settings, [], script.__doc__)
     assert text.startswith(script.__doc__.strip())
-    for name, value in config.as_dict(cfg).items():
-        shown = {"None": "none", "True": "true", "False": "false"}.get(str(value), str(value))
-        line = re.search(rf"^    --{name}={re.escape(shown)} +\S.*$", text, re.MULTILINE)
-        assert line, f"{name} is missing, or has no comment"
+    comments = config.comments(script.Settings)
+    for name, (_, field) in config.settings_of(script.Settings).items():
+        shown = {"None": "none", "True": "true", "False": "false"}.get(str(field.default), str(field.default))
+        start = text.index(f"\n    --{name}={shown} ")
+        shown = " ".join(text[start:].split("\n    --")[1].split("\n\n")[0].split())
+        assert comments[name] in shown, f"{name} lacks its comment"
+
+
+def test_help_lists_the_choices_of_a_setting():
+    text = " ".join(config.help_text(train.Settings, [], "").split())
+    assert "[gelu_tanh, gelu, swiglu, relu2]" in text and "[cosine, wsd, linear, constant]" in text
+    assert "fineweb10b, none]" in config.help_text(prepare.Settings, [], "")
+
+
+@pytest.mark.parametrize("columns", [100, 120])
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_settings_of_the_help_fit_the_screen(script, columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert max(map(len, config.help_text(script.Settings, [], "").splitlines())) <= columns
 
 
 def test_each_setting_is_declared_once_and_taken_by_a_script():
     owners = {}
-    for path in [*ROOT.glob("*.py"), *(ROOT / "config").glob("*.py")]:
+    for path in config.project_files():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
                 for line in node.body:
@@ -320,7 +369,7 @@ def test_each_setting_is_declared_once_and_taken_by_a_script():
 def test_every_setting_is_read_somewhere():
     """A setting that nothing reads would be a promise that nothing keeps."""
     read = set()
-    for path in ROOT.glob("*.py"):
+    for path in config.project_files():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 of_class = isinstance(node.value, ast.Name) and node.value.id == "self"  # __post_init__ only checks it
@@ -367,8 +416,23 @@ def test_gpt2_presets_have_gpt2s_parameter_counts(preset, millions):
 def test_help_of_a_command_is_printed_and_nothing_runs(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["prepare.py", "config/quickstart.py", "--help", "--val_fraction=0.07"])
     config.run_script(lambda cfg: pytest.fail("ran"), prepare.Settings, prepare.__doc__)
-    told = capsys.readouterr().out
-    assert "--val_fraction=0.07" in told and "--dataset=stdlib" in told
+    printed = capsys.readouterr().out
+    assert "--val_fraction=0.07" in printed and "--dataset=stdlib" in printed
+
+
+@pytest.mark.parametrize("argv", [[], ["notes.txt"], ["config/nothing.py"], ["--nothing=3"], ["--val_fraction=7"],
+                                  ["--workers=x"]])  # fmt: skip
+def test_help_is_printed_whatever_else_is_on_the_command_line(monkeypatch, capsys, argv):
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *argv, "--help"])
+    config.run_script(lambda cfg: pytest.fail("ran"), prepare.Settings, prepare.__doc__)
+    printed = capsys.readouterr()
+    assert "--text_field=text" in printed.out and printed.err == ""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_alone_ends_with_code_0(script):
+    done = subprocess.run([sys.executable, f"{script}.py", "-h"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "Settings, written --name=value" in done.stdout
 
 
 def test_wrong_command_ends_with_code_2_and_a_line_for_each_mistake():
@@ -380,9 +444,9 @@ def test_wrong_command_ends_with_code_2_and_a_line_for_each_mistake():
     assert lines[1].startswith("error: n_embd 256 is not a multiple of n_head 7; ")
 
 
-def test_mistake_that_no_file_of_the_project_foresaw_keeps_its_traceback():
-    code = (  # bytes.split finds it, in a line of corpus.py
-        "import config, corpus, prepare\n"
+def test_error_other_than_a_user_error_keeps_its_traceback():
+    code = (
+        "import config, prepare\nfrom text import corpus\n"
         "config.run_script(lambda cfg: list(corpus._split_file(corpus.__file__, b'')), prepare.Settings, '')"
     )
     done = subprocess.run([sys.executable, "-c", code, "--input=x"], cwd=ROOT, capture_output=True, text=True)
@@ -391,7 +455,7 @@ def test_mistake_that_no_file_of_the_project_foresaw_keeps_its_traceback():
 
 
 def test_settings_that_do_not_fit_each_other_are_listed_with_the_other_mistakes():
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(config.UserError) as error:
         config.load(train.Settings, ["--seq_len=999", "--block_size=128", "--lerning_rate=1"])
     assert "seq_len 999 is above block_size 128" in str(error.value)
     assert "--lerning_rate is not a setting" in str(error.value)

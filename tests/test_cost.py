@@ -1,5 +1,7 @@
-"""Closed forms against counts: of parameters in the model, of FLOPs by torch's counter, of bytes in collectives."""
+"""Predicted parameters, FLOPs, bytes and seconds against counts: the model's, torch's, real collectives'."""
 
+import types
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -14,13 +16,14 @@ import config
 import parallel
 import train
 from model import ModelConfig, Transformer
-from objective import ObjectiveConfig, head_share
+from objective import OBJECTIVES, ObjectiveConfig
 from optim import OptimConfig, build_optimizer
 from parallel import ParallelConfig, distribute
-from perf import cost
+from perf import cost, hardware
 from ranks import on_ranks
+from run.health import HealthConfig
 from train import train_step
-from world import init_world
+from world import WorldConfig, init_world
 
 ODD = [
     {},
@@ -60,19 +63,21 @@ def odd(changes, vocab_size=37):
 
 
 @pytest.mark.parametrize("changes", ODD, ids=str)
-def test_closed_form_of_parameters_is_the_models_count(changes):
-    cfg = odd(changes)
-    assert cost.num_params(cfg) == Transformer(cfg).num_params()
+def test_parameters_are_the_models_count(changes):
+    cfg, model = odd(changes), Transformer(odd(changes))
+    assert cost.num_params(cfg) == model.num_params()
+    assert cost.num_params(cfg, padded=True) == sum(p.numel() for p in model.parameters())
+    assert cost.block_params(cfg) == sum(p.numel() for p in model.blocks[2].parameters())
 
 
 @pytest.mark.parametrize("shape, count", GPT2.items())
-def test_closed_form_of_parameters_is_gpt2s(shape, count):
+def test_parameters_of_gpt2_are_hugging_faces(shape, count):
     layers, heads, width = shape
     assert cost.num_params(ModelConfig(n_layer=layers, n_head=heads, n_embd=width)) == count
 
 
 @pytest.mark.parametrize(("preset", "count"), [("bert_base", 109_514_298), ("bert_large", 335_174_458)])
-def test_closed_form_of_parameters_is_berts(preset, count):
+def test_parameters_of_bert_are_hugging_faces(preset, count):
     """As Hugging Face counts BertForMaskedLM of bert-base-uncased and bert-large-uncased."""
     assert cost.num_params(config.load(train.Settings, [f"config/{preset}.py"]).model) == count
 
@@ -88,7 +93,7 @@ MODERN = {"norm": "rmsnorm", "mlp": "swiglu", "position": "rope", "bias": False}
     ({"vocab_size": 128_256, "n_layer": 32, "n_embd": 4096, "n_head": 32, "n_kv_head": 8, "n_inner": 14_336,
       "tie_embeddings": False}, 8_030_261_248),
 ], ids=["Qwen3-0.6B", "TinyLlama-1.1B", "Llama-3.1-8B"])  # fmt: skip
-def test_closed_form_of_parameters_is_that_of_published_decoders(changes, count):
+def test_parameters_of_decoders_are_the_published_ones(changes, count):
     assert cost.num_params(ModelConfig(**MODERN, **changes)) == count
 
 
@@ -106,7 +111,7 @@ def test_flops_are_what_torch_counts_in_forward_and_backward(changes):
 @pytest.mark.parametrize(("seq_len", "number"), [(8, 2), (8, 1), (10, 5)])
 def test_flops_of_a_masked_model_are_what_torch_counts_with_the_head_at_masked_places_alone(changes, seq_len, number):
     cfg, ids = odd(changes, vocab_size=64), torch.zeros(3, seq_len, dtype=torch.long)
-    share = head_share("mlm", ObjectiveConfig(mask_prob=number / seq_len), seq_len)
+    share = OBJECTIVES["mlm"].head_share(ObjectiveConfig(mask_prob=number / seq_len), seq_len)
     targets = positions = torch.arange(number).expand(3, number)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         Transformer(cfg)(ids, targets, positions).backward()
@@ -142,6 +147,7 @@ def test_gpt2_124m_needs_6_flops_a_weight_and_attention():
 
 # ---- bytes sent
 
+
 class Sent(TorchDispatchMode):
     """Counts bytes that this rank sends in collectives on tensors of at least so many numbers, by group's kind."""
 
@@ -174,16 +180,17 @@ class Sent(TorchDispatchMode):
 GPT = ModelConfig(vocab_size=64, block_size=8, n_layer=3, n_head=4, n_embd=32)
 WIDE = ModelConfig(vocab_size=64, block_size=8, n_layer=1, n_head=4, n_embd=256)
 BATCH, T, MICRO_STEPS = 6, 8, 2
-LAYOUTS = {  # of 4 ranks: (copies, shards, settings)
+TRAINING = types.SimpleNamespace(optim=OptimConfig(), health=HealthConfig())  # settings of train_step
+LAYOUTS = {  # 4 ranks as (replicas, shards, settings)
     "ddp": (4, 1, {}),
     "ddp bf16": (4, 1, {"grad_compression": "bf16"}),
     "fsdp": (1, 4, {"strategy": "fsdp"}),
-    "fsdp recomputed": (1, 4, {"strategy": "fsdp", "activation_checkpointing": "full"}),
+    "fsdp checkpointing": (1, 4, {"strategy": "fsdp", "activation_checkpointing": "full"}),
     "fsdp kept": (1, 4, {"strategy": "fsdp", "reshard": False}),
     "fsdp whole": (1, 4, {"strategy": "fsdp", "accumulate": "whole"}),
     "hsdp": (2, 2, {"strategy": "fsdp", "shard_size": 2}),
     "tp": (1, 1, {"tp": 4}),
-    "tp recomputed": (1, 1, {"tp": 4, "activation_checkpointing": "full"}),
+    "tp checkpointing": (1, 1, {"tp": 4, "activation_checkpointing": "full"}),
     "ddp tp": (2, 1, {"tp": 2}),
     "fsdp tp": (1, 2, {"tp": 2, "strategy": "fsdp"}),
 }
@@ -191,8 +198,8 @@ LAYOUTS = {  # of 4 ranks: (copies, shards, settings)
 
 def counted(layout, precision):
     """Bytes that rank 0 sends in a step, by what for."""
-    cfg = ParallelConfig(device="cpu", precision=precision, compile=False, **LAYOUTS[layout][2])
-    with init_world(cfg) as world:
+    cfg = ParallelConfig(compile=False, **LAYOUTS[layout][2])
+    with init_world(WorldConfig(device="cpu", precision=precision), cfg) as world:
         with torch.device("meta"):
             model = Transformer(GPT)
         distribute(model, cfg, world, seed=1)
@@ -200,11 +207,11 @@ def counted(layout, precision):
         ids, scaler = torch.randint(64, (BATCH, T)), torch.amp.GradScaler("cpu", enabled=False)
         for _ in range(2):  # DDP's first step is not like the others
             with Sent(BATCH * T * 32 // 4) as sent:
-                train_step(model, optimizer, scaler, [(ids, ids)] * MICRO_STEPS, 1.0, world)
+                train_step(model, optimizer, scaler, [(ids, ids)] * MICRO_STEPS, TRAINING, world)
     return sent.n_bytes
 
 
-FEW = {name: LAYOUTS[name] for name in ("hsdp", "tp recomputed")}
+FEW = {name: LAYOUTS[name] for name in ("hsdp", "tp checkpointing")}
 
 
 @pytest.mark.parametrize(("precision", "layouts"), [
@@ -213,30 +220,30 @@ FEW = {name: LAYOUTS[name] for name in ("hsdp", "tp recomputed")}
 ], ids=["few", "bf16", "fp32"])  # fmt: skip
 def test_bytes_sent_are_what_collectives_are_given(precision, layouts):
     found = on_ranks(4, *((counted, layout, precision) for layout in layouts))
-    for (layout, (copies, shards, settings)), answers in zip(layouts.items(), found):
+    for (layout, (replicas, shards, settings)), answers in zip(layouts.items(), found):
         cfg, sent = ParallelConfig(**settings), answers[0]
-        setup = cost.Setup(T, BATCH, MICRO_STEPS, copies, shards, cfg.tp, precision, strategy=cfg.strategy,
+        setup = cost.Setup(T, BATCH, MICRO_STEPS, replicas, shards, cfg.tp, precision, strategy=cfg.strategy,
                            reshard=cfg.reshard, accumulate=cfg.accumulate, grad_compression=cfg.grad_compression,
-                           recomputed=cfg.activation_checkpointing)  # fmt: skip
-        told = dict.fromkeys(("weights", "gradients", "copies", "layers"), 0) | cost.bytes_sent(GPT, setup)
+                           checkpointing=cfg.activation_checkpointing)  # fmt: skip
+        predicted = dict.fromkeys(("weights", "gradients", "replicas", "layers"), 0) | cost.bytes_sent(GPT, setup)
         if cfg.strategy == "ddp" and cfg.tp == 1:
-            told["sums"] = told.pop("gradients")
+            predicted["sums"] = predicted.pop("gradients")
         else:
-            told["sums"] = told.pop("copies")
+            predicted["sums"] = predicted.pop("replicas")
         if cfg.tp > 1:  # the gradient of hidden states is summed by a plain all-reduce, apart from the layers
             of_hidden = 2 * (cfg.tp - 1) / cfg.tp * MICRO_STEPS * BATCH * T * GPT.n_embd * 4
-            told["sums"] += of_hidden
-            told["layers"] -= of_hidden
-        for what in told | sent:
+            predicted["sums"] += of_hidden
+            predicted["layers"] -= of_hidden
+        for what in predicted | sent:
             # Under tensor parallelism norms' and biases' vectors stay whole, which the closed form leaves out.
             near = 0.05 if cfg.tp > 1 and what != "layers" else 1e-9
-            assert sent.get(what, 0) == pytest.approx(told.get(what, 0), rel=near), (layout, precision, what)
+            assert sent.get(what, 0) == pytest.approx(predicted.get(what, 0), rel=near), (layout, precision, what)
 
 
 def powersgd_sent():
     """Numbers that the hook sums in a step after it has started."""
-    cfg = ParallelConfig(device="cpu", precision="fp32", grad_compression="powersgd", compile=False)
-    with init_world(cfg) as world:
+    cfg = ParallelConfig(grad_compression="powersgd", compile=False)
+    with init_world(WorldConfig(device="cpu", precision="fp32"), cfg) as world:
         with torch.device("meta"):
             model = Transformer(WIDE)
         distribute(model, cfg, world, seed=1)
@@ -251,10 +258,93 @@ def powersgd_sent():
         for _ in range(parallel.POWERSGD_START + 2):
             sizes.clear()
             with mock.patch.object(dist, "all_reduce", counting):  # the hook's own threads, which no mode reaches
-                train_step(model, optimizer, scaler, [(ids, ids)], 1.0, world)
+                train_step(model, optimizer, scaler, [(ids, ids)], TRAINING, world)
         return sum(sizes)
 
 
-def test_powersgd_sends_the_numbers_of_its_closed_form():
+def test_powersgd_sends_the_predicted_numbers():
     sent = on_ranks(2, (powersgd_sent,))[0][0]
     assert sent == cost.powersgd_numbers(WIDE) < cost.num_params(WIDE) / 2
+
+
+# ---- seconds
+
+
+def machine_of(**seconds):
+    """Figures of a machine where everything is free but the named parts, whose rates are 1 TFLOP/s, 1 GB/s or 1 ms."""
+    free = 1e12
+
+    def rate(name):
+        return {"64": 1.0 if name in seconds else free, "1024": 1.0 if name in seconds else free}
+
+    kinds = ("plain", "modern", "dropout")
+    return hardware.this({
+        "device": "cpu of 2 threads", "device_type": "cpu", "precision": "fp32", "memory_gib": 8.0, "ranks": 1,
+        "matmul_tflops": {"fp32": {"512": [1.0, 1.0, 1.0]}}, "collectives_gb_per_s": {},
+        "bandwidth_gb_per_s": {"memory copy": [1.0 if "optimizer" in seconds else free] * 3},
+        "rates": {
+            "matmul_tflops": rate("matmul"), "attention_tflops": rate("attention"), "head_tflops": rate("head"),
+            "muon_tflops": rate("muon"), "memory_gb_per_s": {kind: rate(kind) for kind in kinds},
+            "overhead_ms": {kind: 1.0 if f"{kind} overhead" in seconds else 0.0 for kind in kinds},
+        },
+    })  # fmt: skip
+
+
+def seconds_of(machine, *args):
+    sizes = ["--vocab_size=64", "--block_size=11", "--n_layer=3", "--n_head=5", "--n_embd=20", "--seq_len=7",
+             "--micro_batch_size=3", "--batch_tokens=42", "--n_kv_head=none"]  # fmt: skip
+    cfg = config.load(train.Settings, [*args[:1], *sizes, *args[1:]])
+    setup = cost.setup_of(cfg, (1, 1, 1), cfg.data.batch_tokens // 21, "fp32", "cpu")
+    return cost.step_seconds(cfg.model, setup, machine), cfg, setup
+
+
+@pytest.mark.parametrize("preset", ["config/gpt2_124m.py", "config/modern_124m.py", "config/bert_base.py"])
+def test_a_measured_machine_does_the_work_that_mfu_counts(preset):
+    """Micro-steps, layers, rows and weights agree with the FLOPs that MFU counts."""
+    seconds, cfg, setup = seconds_of(machine_of(matmul=1, head=1), preset)
+    flops = 42 * cost.flops_per_token(cfg.model, 7, setup.head_share)
+    attention = 42 * 12 * 3 * cfg.model.n_head * cfg.model.head_width * 7
+    assert seconds["matmul_s"] + seconds["head_s"] == pytest.approx(1e-12 * (flops - attention))
+    assert sum(seconds.values()) == pytest.approx(seconds["matmul_s"] + seconds["head_s"])
+
+
+def test_the_kind_of_block_chooses_memory_rate_and_overhead():
+    for preset, kind in (("gpt2_124m", "plain"), ("modern_124m", "modern"), ("bert_base", "dropout")):
+        seconds, cfg, setup = seconds_of(machine_of(**{kind: 1, f"{kind} overhead": 1}), f"config/{preset}.py")
+        assert seconds["memory_s"] == pytest.approx(2e-9 * cost.work(cfg.model, setup).elementwise_bytes)
+        assert seconds["overhead_s"] == pytest.approx(2 * 3 * 1e-3)
+
+
+def test_activation_checkpointing_repeats_forward():
+    machine = machine_of(matmul=1, attention=1, plain=1)
+    none, selective, full = (
+        seconds_of(machine, "config/gpt2_124m.py", f"--activation_checkpointing={kind}")[0]
+        for kind in ("none", "selective", "full")
+    )
+    assert full["matmul_s"] == pytest.approx(4 / 3 * none["matmul_s"]) and selective["matmul_s"] == none["matmul_s"]
+    assert full["memory_s"] == selective["memory_s"] == pytest.approx(4 / 3 * none["memory_s"])
+
+
+def test_muon_takes_time_for_the_blocks_matrices_alone():
+    args = ["config/gpt2_124m.py", "--bias=false"]
+    assert sum(seconds_of(machine_of(muon=1), *args)[0].values()) == pytest.approx(0, abs=1e-12)
+    flops = 3 * 10 * (4 * 20**2 * 60 + 2 * 20**2 * (2 * 80 + 20))
+    muon = seconds_of(machine_of(muon=1), *args, "--optimizer=muon")[0]["optimizer_s"]
+    assert muon == pytest.approx(1e-12 * flops, rel=1e-3)
+
+
+def test_rates_between_sizes_lie_on_lines_and_are_constant_beyond():
+    rates = {"4": 1.0, "16": 3.0}
+    found = [hardware.between(rates, n) for n in (1, 4, 8, 16, 99)]
+    assert found == pytest.approx([1, 1, 2, 3, 3])
+
+
+def test_what_was_not_measured_is_refused():
+    machine = machine_of()
+    cfg, setup = seconds_of(machine, "config/gpt2_124m.py")[1:]
+    for changes, message in (
+        ({"precision": "bf16"}, "run python bench.py --precision=bf16"),
+        ({"tp": 2}, "name a GPU"),
+    ):
+        with pytest.raises(config.UserError, match=message):
+            cost.step_seconds(cfg.model, replace(setup, **changes), machine)

@@ -211,15 +211,30 @@ def test_resumed_loader_goes_on_where_the_other_stopped(split, seen):
 def test_loader_tells_its_mistakes_where_the_batch_is_asked_for(tmp_path):
     for name in ("train", "val"):
         write_shards(tmp_path, name, [np.r_[tokens_of(50), 60, tokens_of(50)]], vocab_size=60)
-    with pytest.raises(ValueError, match="train_000000.bin holds the token id 60, but vocab_size is 60; set"):
+    with pytest.raises(ValueError, match="train_000000.bin holds token 60, but vocab_size is 60; set"):
         loaded(Split(tmp_path, "train", 60), steps=20)
 
 
 def test_closed_loader_leaves_no_thread(split):
     loader = Loader(TrainOrder(split, T, 1), NextToken(T), 0, 2, 3, world())
     loader.next()
+    thread = loader._thread
     loader.close()
-    assert not loader._thread.is_alive()
+    assert not thread.is_alive()
+
+
+def test_loader_continues_from_where_it_is_sent(split):
+    def first(loader):
+        return [part.tolist() for part in loader.next()[0][0]]
+
+    loader = Loader(TrainOrder(split, T, 1), NextToken(T), 0, 2, 3, world())
+    at_0 = first(loader)
+    at_6 = first(loader)
+    loader.seek(0)
+    assert first(loader) == at_0
+    loader.seek(6)
+    assert first(loader) == at_6 != at_0
+    loader.close()
 
 
 # ---- evaluation
@@ -386,13 +401,13 @@ def test_shard_with_an_unknown_header_is_refused(folder):
     path = folder / "train_000001.bin"
     data = path.read_bytes()
     path.write_bytes(b"notflat\0" + data[8:])
-    assert "train_000001.bin is no token shard" in refused(folder)
+    assert "train_000001.bin is not a token shard" in refused(folder)
     path.write_bytes(data[:8] + struct.pack("<I", 2) + data[12:])
     assert "train_000001.bin has version 2 and 2 bytes a token; this code reads version 1" in refused(folder)
     path.write_bytes(data[:12] + struct.pack("<I", 8) + data[16:])
     assert "has version 1 and 8 bytes a token" in refused(folder)
     path.write_bytes(b"")
-    assert "train_000001.bin is no token shard" in refused(folder)
+    assert "train_000001.bin is not a token shard" in refused(folder)
 
 
 def test_missing_extra_and_swapped_shards_are_refused(folder):
@@ -414,13 +429,13 @@ def test_vocab_size_below_the_datas_is_refused(folder):
 def test_vocab_size_is_the_datas_or_asked_for(folder, tmp_path):
     assert vocab_size_of(folder, "make it") == 1000
     tokens_of(99).tofile(tmp_path / "train.bin")
-    with pytest.raises(ValueError, match="set vocab_size"):
+    with pytest.raises(ValueError, match="set --vocab_size"):
         vocab_size_of(tmp_path, "make it")
 
 
 def test_id_outside_the_vocabulary_of_foreign_files_is_refused_in_evaluation_too(tmp_path):
     tokens_of(50).tofile(tmp_path / "val.bin")
-    with pytest.raises(ValueError, match="val.bin holds the token id 4[0-9], but vocab_size is 41"):
+    with pytest.raises(ValueError, match="val.bin holds token 4[0-9], but vocab_size is 41"):
         evaluated(Split(tmp_path, "val", 41))
 
 
@@ -428,7 +443,7 @@ def test_id_outside_the_vocabulary_of_foreign_files_is_refused_in_evaluation_too
 def test_split_without_a_shard_of_two_windows_cannot_be_trained_on(tmp_path, sizes):
     for name in ("train", "val"):
         write_shards(tmp_path, name, numbered_shards(sizes))
-    with pytest.raises(ValueError, match=r"no shard of 2 x 7 tokens \(its longest has 13\); shorten seq_len"):
+    with pytest.raises(ValueError, match=r"no shard of 2 x 7 tokens \(its longest has 13\); lower seq_len"):
         TrainOrder(Split(tmp_path, "train", 1000), T, seed=1)
 
 

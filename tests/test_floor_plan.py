@@ -1,4 +1,4 @@
-"""The floor plan: which file may import which, and that importing does nothing else."""
+"""The floor plan: imports run one way through the folders, and importing does nothing else."""
 
 import ast
 import subprocess
@@ -6,77 +6,100 @@ import sys
 
 import pytest
 
+from config import FOLDERS, project_files
 from conftest import ROOT
 
-LIBRARIES = {"model", "tokenizer", "corpus", "data", "objective", "optim", "config"}
-COSTS = {"hardware", "cost", "memory"}
-BELOW_SCRIPTS = LIBRARIES | COSTS | {"rundir", "guard", "health", "parallel", "checkpoint", "pretrained", "plan"}
-MAY_IMPORT = {
-    "model": set(),
-    "tokenizer": set(),
-    "corpus": set(),
-    "data": set(),
-    "objective": set(),
-    "optim": set(),
-    "shard": {"model"},  # which rank holds what: what parallel.py does where there are several
-    "rundir": set(),
-    "guard": {"config"},
-    "health": {"optim"},  # to look at a sharded tensor's own part
-    "parallel": {"model", "shard", "guard"},
-    "checkpoint": {"model", "optim", "rundir"},
-    "families": {"model"},  # what others call what is ours
-    "hub_tokenizer": {"tokenizer"},
-    "hub": {"families", "hub_tokenizer", "model"},
-    "pretrained": {"checkpoint", "config", "families", "hub", "model", "rundir", "shard", "tokenizer"},
-    "hardware": set(),
-    "cost": {"hardware", "model", "objective", "parallel"},
-    "memory": {"cost", "data", "model", "optim", "parallel"},
-    "plan": {"checkpoint", "pretrained", "config", "model", "objective", "data", "optim", "parallel", "ceilings", "report_plan"} | COSTS,
-    "log": {"config", "objective", "rundir", "parallel"} | COSTS,  # what a run tells: the half of train.py that is not the loop
-    "prepare": {"config", "corpus", "tokenizer", "data"},
-    "train": BELOW_SCRIPTS | {"log"},
-    "score": {"model"},
-    "sample": {"config", "model", "objective", "pretrained", "parallel", "checkpoint", "score"},
-    "machine": {"data", "objective", "parallel", "hardware"},  # what this machine does, whatever is trained on it
-    "ceilings": {"machine", "model", "optim", "parallel"},  # what a step's parts take on this machine
-    "meters": {"health", "optim", "parallel"},  # what of a step goes where
-    "report_bench": set(),  # figures in words and pictures
-    "report_plan": {"config", "memory"},
-    "sweep": {"config"},  # starts bench.py as a person would
-    # A benchmark must time the code that trains.
-    "bench": BELOW_SCRIPTS | {"train", "machine", "ceilings", "meters", "report_bench", "sweep"},
-    "nanogpt": {"hub", "model", "families", "tokenizer", "data", "optim", "rundir", "parallel", "checkpoint"},
-    "convert": {"config", "families", "hub", "hub_tokenizer", "nanogpt", "pretrained", "checkpoint"},
-}
-FILES = sorted(ROOT.glob("*.py"))
+ORDER = ("libraries", "text", "perf", "run", "interop", "scripts")  # each may import itself and what stands before it
+FILES = project_files()
+CODE = [path for path in FILES if path.parent.name != "config" or path.name == "__init__.py"]
 PRESETS = sorted((ROOT / "config").glob("[!_]*.py"))
 
 
+IS_SCRIPT = '\nif __name__ == "__main__":\n    pass\n'
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def place_of(module):
+    """(folder in ORDER, first part) of a module's dotted name, for the project's own; None for any other."""
+    first = module.partition(".")[0]
+    if first in FOLDERS and first != "config":
+        return first
+    if first == "config":
+        return "libraries"
+    file = ROOT / f"{first}.py"
+    if not file.exists():
+        return None
+    return "scripts" if 'if __name__ == "__main__"' in file.read_text(encoding="utf-8") else "libraries"
+
+
 def imported(source):
-    """Top-level names of all that a file, or its syntax tree, imports, inside functions as well."""
+    """Dotted names of all modules that a file, or its syntax tree, imports, inside functions as well."""
     names = set()
     for node in ast.walk(source if isinstance(source, ast.AST) else ast.parse(source.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "a flat project has no relative imports"
-            names.add(node.module.partition(".")[0])
+            assert node.level == 0, "the project has no relative imports"
+            names.add(node.module)
     return names
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_files_import_only_what_the_floor_plan_lets_them(path):
-    assert path.stem in MAY_IMPORT, "a new file needs its sentence and its row in the floor plan"
-    assert imported(path) & (MAY_IMPORT.keys() | {"config"} | {file.stem for file in FILES}) <= MAY_IMPORT[path.stem]
+def wrong_imports(path):
+    """Modules that a file imports against the rule."""
+    here = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+    place, wrong = ORDER.index(place_of(here)), []
+    for module in imported(path):
+        if (there := place_of(module)) is None:
+            continue
+        of_script = there == "scripts" and (here, module) != ("bench", "train")  # a benchmark times the code that trains
+        if ORDER.index(there) > place or of_script:
+            wrong.append(module)
+    return wrong
+
+
+@pytest.mark.parametrize("path", CODE, ids=name_of)
+def test_imports_run_leftward_through_the_folders(path):
+    assert not wrong_imports(path), f"{' | '.join(ORDER)}: imports run leftward, and only bench imports a script, train"
+
+
+def test_import_rule_finds_what_breaks_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    for folder in ("perf", "run"):
+        (tmp_path / folder).mkdir()
+    for name, text in {
+        "model.py": "def f():\n    from run.log import Log\n",
+        "train.py": "import model\nfrom run import log\n" + IS_SCRIPT,
+        "sample.py": "import train\n" + IS_SCRIPT,
+        "bench.py": "from train import build\n" + IS_SCRIPT,
+        "added.py": "import model, torch\n",  # a forker's
+        "perf/cost.py": "from run.log import Log\nimport model, torch\n",
+        "run/log.py": "from perf import cost\nimport train\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    found = {name_of(path): wrong_imports(path) for path in sorted(tmp_path.glob("**/*.py"))}
+    assert found == {
+        "added.py": [], "bench.py": [], "model.py": ["run.log"], "perf/cost.py": ["run.log"], "run/log.py": ["train"],
+        "sample.py": ["train"], "train.py": [],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("folder", [f for f in FOLDERS if f != "config"])
+def test_a_folder_is_one_sentence(folder):
+    text = (ROOT / folder / "__init__.py").read_text(encoding="utf-8")
+    [sentence] = ast.parse(text).body
+    assert sentence.value.value.endswith(".") and "\n" not in sentence.value.value
 
 
 def test_settings_machinery_imports_the_standard_library_alone():
     assert imported(ROOT / "config/__init__.py") <= sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PRESETS, ids=name_of)
 def test_presets_import_only_other_presets(path):
-    assert imported(path) <= {"config"}
+    assert {module.partition(".")[0] for module in imported(path)} <= {"config"}
 
 
 def test_benchmark_takes_code_that_trains_from_train_and_no_settings():
@@ -86,12 +109,13 @@ def test_benchmark_takes_code_that_trains_from_train_and_no_settings():
             assert "train_step" in names and not any(name.endswith("Config") or name == "Settings" for name in names)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", CODE, ids=name_of)
 def test_files_import_packages_but_torch_and_numpy_only_where_they_are_used(path):
     """So that an existing torch and numpy are enough to train."""
     top = ast.parse(path.read_text(encoding="utf-8"))
     top.body = [node for node in top.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    assert imported(top) <= sys.stdlib_module_names | {"torch", "numpy", "config"} | MAY_IMPORT.keys()
+    foreign = {module.partition(".")[0] for module in imported(top) if place_of(module) is None}
+    assert foreign <= sys.stdlib_module_names | {"torch", "numpy"}
 
 
 def test_every_file_imports_without_side_effects(tmp_path):
@@ -107,7 +131,7 @@ for name in sys.argv[1:]:
 after = seen()
 assert before == after, [(a, b) for a, b in zip(before, after) if a != b]
 """
-    names = ["config", *(path.stem for path in FILES)]
+    names = [name_of(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__") for path in CODE]
     env = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", before_and_after, *names]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)

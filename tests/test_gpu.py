@@ -15,12 +15,11 @@ from torch.distributed.device_mesh import init_device_mesh
 import bench
 import config
 import train
-from checkpoint import Saver, checkpoints, load_checkpoint, step_of
+from checkpoint import CheckpointConfig, CheckpointWriter, checkpoints, load_checkpoint, step_of
 from model import Transformer
 from optim import OptimConfig, build_optimizer
 from parallel import ParallelConfig, distribute, fully_shard_model
-from ranks import free_port, run, write_data
-from run.folder import RunConfig
+from ranks import free_port, run, step_settings, write_data
 from train import train_step
 from world import World, WorldConfig, init_world
 
@@ -37,13 +36,13 @@ def steps(world, model, name, n, learning_rate=1e-2):
     optimizer = build_optimizer(model, OptimConfig(learning_rate=learning_rate, warmup_steps=0), world)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.precision == "fp16")
     batches = [tuple(part.to(world.device) for part in batch(name, 0))]
-    losses = [train_step(model, optimizer, scaler, batches, 1.0, world)[0] for _ in range(n)]
+    losses = [train_step(model, optimizer, scaler, batches, step_settings(1.0), world)[0] for _ in range(n)]
     return losses, scaler.get_scale()
 
 
 def losses_of(name, precision, device=DEVICE, n=10, compile=False, **parallel):
-    cfg = ParallelConfig(device=device, precision=precision, compile=compile, **parallel)
-    with init_world(cfg) as world:
+    cfg = ParallelConfig(compile=compile, **parallel)
+    with init_world(WorldConfig(device=device, precision=precision), cfg) as world:
         with torch.device("meta"):
             model = Transformer(MODELS[name])
         return steps(world, distribute(model, cfg, world, seed=1), name, n)
@@ -62,19 +61,19 @@ def test_fp16_skips_steps_until_its_scale_fits():
     with init_world(WorldConfig(device=DEVICE, precision="fp16"), ParallelConfig(compile=False)) as world:
         with torch.device("meta"):
             model = Transformer(MODELS["gpt"])
-        distribute(model, ParallelConfig(device=DEVICE, compile=False), world, seed=1)
+        distribute(model, ParallelConfig(compile=False), world, seed=1)
         optimizer = build_optimizer(model, OptimConfig(warmup_steps=0), world)
         scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
         batches = [tuple(part.to(world.device) for part in batch("gpt", 0))]
         before = model.wte.weight.detach().clone()
-        _, norm, _ = train_step(model, optimizer, scaler, batches, 1.0, world)
+        _, norm, _ = train_step(model, optimizer, scaler, batches, step_settings(1.0), world)
         assert torch.equal(before, model.wte.weight) and not math.isfinite(norm)
         assert scaler.get_scale() == 2.0**39
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_compile_and_recomputation_change_rounding_alone(name, kind):
+def test_compile_and_activation_checkpointing_change_rounding_alone(name, kind):
     torch._dynamo.reset()
     losses, _ = losses_of(name, "bf16", compile=True, activation_checkpointing=kind)
     assert losses == pytest.approx(losses_of(name, "bf16")[0], rel=2e-2)
@@ -95,7 +94,7 @@ def group_of_one(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_fsdp_on_one_device_trains_as_without(kind, compile, group_of_one):
     torch._dynamo.reset()
-    cfg = ParallelConfig(device=DEVICE, compile=compile, activation_checkpointing=kind)
+    cfg = ParallelConfig(compile=compile, activation_checkpointing=kind)
     with torch.device("meta"):
         model = Transformer(MODELS["modern"])
     distribute(model, cfg, group_of_one, seed=1)
@@ -104,12 +103,12 @@ def test_fsdp_on_one_device_trains_as_without(kind, compile, group_of_one):
     assert losses == pytest.approx(losses_of("modern", "bf16")[0], rel=2e-2)
 
 
-def test_dropout_is_replayed_by_selective_recomputation():
+def test_selective_activation_checkpointing_replays_dropout():
     cfg = replace(MODELS["gpt"], dropout=0.3)
     found = []
     for kind in KINDS:
-        parallel = ParallelConfig(device=DEVICE, precision="bf16", compile=False, activation_checkpointing=kind)
-        with init_world(parallel) as world:
+        parallel = ParallelConfig(compile=False, activation_checkpointing=kind)
+        with init_world(WorldConfig(device=DEVICE, precision="bf16"), parallel) as world:
             with torch.device("meta"):
                 model = Transformer(cfg)
             distribute(model, parallel, world, seed=1)
@@ -125,13 +124,13 @@ def test_what_is_saved_beside_training_is_the_model_at_that_moment(tmp_path):
     with init_world(WorldConfig(device=DEVICE, precision="bf16"), ParallelConfig(compile=False)) as world:
         with torch.device("meta"):
             model = Transformer(MODELS["gpt"])
-        distribute(model, ParallelConfig(device=DEVICE, compile=False), world, seed=1)
+        distribute(model, ParallelConfig(compile=False), world, seed=1)
         optimizer = build_optimizer(model, OptimConfig(warmup_steps=0), world)
         scaler = torch.amp.GradScaler(world.device.type, enabled=False)
         batches = [tuple(part.to(world.device) for part in batch("gpt", 0))]
-        saver, weights = Saver(RunConfig(out_dir=str(tmp_path)), world), {}
+        saver, weights = CheckpointWriter(tmp_path, CheckpointConfig(), world), {}
         for step in range(1, 9):
-            train_step(model, optimizer, scaler, batches, 1.0, world)
+            train_step(model, optimizer, scaler, batches, step_settings(1.0), world)
             if step % 3 == 0:
                 saver.save(step, model, optimizer, {})
                 weights[step] = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}

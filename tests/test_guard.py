@@ -30,7 +30,8 @@ def check_stopped(out_dir, told, by):
     """The run was saved where it stopped, says how to go on, and is not marked as finished."""
     text = told.read_text()
     step = int(checkpoints(out_dir)[-1].name[5:])
-    assert f"stopped by {by}, the same command goes on: step {step} of 4000" in text, text
+    assert f"stopped by {by}: step {step} of 4000" in text, text
+    assert "the model is unfinished; the same command continues" in text.splitlines()[-1]
     assert step == logged(out_dir) and 0 < step < 4000 and not (out_dir / "finished").exists()
     assert newest_checkpoint(out_dir) == checkpoints(out_dir)[-1] and "Traceback" not in text
 
@@ -93,7 +94,7 @@ def test_a_second_sigint_stops_at_once_but_not_one_that_comes_with_the_first(dat
         assert process.is_alive()
         os.kill(process.pid, signal.SIGINT)
         time.sleep(pause)
-    assert codes([process], patience=5) == [130]
+    assert codes([process]) == [130]
     assert "interrupted twice: stopped at once, without saving" in (tmp_path / "told").read_text()
     assert not checkpoints(out_dir)
 
@@ -107,7 +108,7 @@ def test_a_signal_to_torchrun_stops_the_run_and_its_workers_end_well(number, dat
     process = torchrun(2, ROOT / "train.py", settings(data_dir, out_dir, **LONG), tmp_path / "told", *options)
     wait_until(lambda: logged(out_dir) >= 5)
     process.send_signal(number)
-    assert process.wait(30) == 1
+    assert process.wait(600) == 1
     text = (tmp_path / "told").read_text()
     (tmp_path / "told").write_text(text.partition("Traceback")[0])  # torchrun's own
     check_stopped(out_dir, tmp_path / "told", number.name)
@@ -120,7 +121,8 @@ def test_a_run_without_checkpoints_says_that_a_stop_saved_nothing(data_dir, tmp_
     wait_until(lambda: logged(tmp_path / "run") >= 5)
     os.kill(processes[0].pid, signal.SIGTERM)
     assert codes(processes) == [0]
-    assert "stopped by SIGTERM, with nothing saved (save_interval)" in (tmp_path / "told").read_text()
+    told = (tmp_path / "told").read_text()
+    assert "stopped by SIGTERM: step " in told and "unfinished; nothing is saved (save_interval is none)" in told
 
 
 # ---- one run, one folder
@@ -132,7 +134,7 @@ def test_a_second_run_in_the_same_folder_is_refused(data_dir, tmp_path, no_curve
     told = f"in use by another run, process {processes[0].pid} on .* since .*touch"
     with pytest.raises(ValueError, match=told) as error:
         run(data_dir, out_dir, max_steps=5)
-    assert config.is_users(error.value)
+    assert isinstance(error.value, config.UserError)
     processes[0].kill()  # which frees it
     processes[0].join()
     run(data_dir, out_dir, max_steps=5, resume="auto")
@@ -143,7 +145,7 @@ def test_a_second_run_in_the_same_folder_is_refused(data_dir, tmp_path, no_curve
 def check_save_failed(code, text, out_dir, why, newest):
     lines = [line for line in text.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(lines) == 1 and "Traceback" not in text, text
-    assert str(out_dir) in lines[0] and why in lines[0] and "then the same command goes on" in lines[0]
+    assert str(out_dir) in lines[0] and why in lines[0] and "then the same command continues" in lines[0]
     assert f"the newest whole one is {newest}" in lines[0] or "out_dir" in lines[0]  # or the log was first to find out
     assert newest_checkpoint(out_dir).name == newest and not list((out_dir / "ckpt").glob(".*"))
 
@@ -199,7 +201,7 @@ def test_a_folder_that_becomes_unwritable_ends_the_run_with_one_line(n, data_dir
     (out_dir / "ckpt").touch()  # even root can make no folder in a file
     assert codes(processes) == [2] * n
     [line] = [line for line in (tmp_path / "told").read_text().splitlines() if line.startswith("error: ")]
-    assert "could not be written" in line and "Not a directory" in line and "then the same command goes on" in line
+    assert "could not be written" in line and "Not a directory" in line and "then the same command continues" in line
     os.remove(out_dir / "ckpt")
     os.rename(out_dir / "moved", out_dir / "ckpt")
     assert newest in checkpoints(out_dir) and newest_checkpoint(out_dir) == checkpoints(out_dir)[-1]
@@ -210,7 +212,7 @@ def test_a_read_only_disk_is_refused_with_one_line(data_dir, small_disk, tmp_pat
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(ValueError, match="out_dir .* cannot be written to .*Read-only.*use another --out_dir") as error:
         run(data_dir, out_dir, max_steps=9)
-    assert config.is_users(error.value)
+    assert isinstance(error.value, config.UserError)
 
 
 @pytest.mark.slow
@@ -219,7 +221,7 @@ def test_a_mistake_that_rank_0_finds_is_one_line_under_torchrun(data_dir, tmp_pa
     out_dir = tmp_path / "run"
     first = launch(1, settings(data_dir, out_dir, **LONG))
     wait_until(lambda: logged(out_dir) >= 5)
-    assert torchrun(2, ROOT / "train.py", settings(data_dir, out_dir, **LONG), tmp_path / "told").wait(60) == 1
+    assert torchrun(2, ROOT / "train.py", settings(data_dir, out_dir, **LONG), tmp_path / "told").wait(600) == 1
     first[0].kill()
     text = (tmp_path / "told").read_text()
     assert text.count("in use by another run") == text.count("error: ") == 1, text
@@ -229,7 +231,7 @@ def test_a_mistake_that_rank_0_finds_is_one_line_under_torchrun(data_dir, tmp_pa
 # ---- hangs
 
 def check_hang(processes, told, who, where):
-    assert set(codes(processes, patience=40)) & {1}
+    assert set(codes(processes)) & {1}
     lines = [line for line in told.read_text().splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "no progress for 0.05 minutes (timeout_minutes)" in lines[0], told.read_text()
     assert f"{who} hangs, at {where}, in " in lines[0]
@@ -248,8 +250,8 @@ def test_a_rank_that_hangs_is_named_with_where_it_was(data_dir, tmp_path):
     for process in processes:
         process.kill()
     ended = [process for process in processes if not process.is_alive()]
-    line = check_hang(ended, tmp_path / "told", "rank 1", "step 5, waiting for data")
-    assert "others wait for it at step 5, counting targets, in " in line
+    line = check_hang(ended, tmp_path / "told", "rank 1", "step 5, data")
+    assert "others wait for it at step 5, forward, counting targets, in " in line
     [report] = (tmp_path / "run").glob("crash_*_rank_1.txt")
     assert "time.sleep(1000)" in report.read_text() and "learning_rate = 0.01" in report.read_text()
 
@@ -259,7 +261,7 @@ def test_a_frozen_rank_is_named_by_the_others(data_dir, tmp_path):
     processes = launch(2, settings(data_dir, tmp_path / "run", **LONG, timeout_minutes=0.05), tmp_path / "told")
     wait_until(lambda: logged(tmp_path / "run") >= 200)  # some ticks of the watchdog, at which it notes places down
     os.kill(processes[1].pid, signal.SIGSTOP)
-    assert codes(processes[:1], patience=40) == [1]
+    assert codes(processes[:1]) == [1]
     processes[1].kill()
     [line] = [line for line in (tmp_path / "told").read_text().splitlines() if line.startswith("error: ")]
     assert "no progress for 0.05 minutes" in line and "rank 1 hangs, last seen at step" in line
@@ -281,7 +283,7 @@ def test_a_watchdog_ends_with_its_run_however_that_ended(data_dir, tmp_path, no_
     with pytest.raises(ValueError, match="resume is never"):
         run(data_dir, run(data_dir, tmp_path / "run", max_steps=1), resume="never")
     assert not [thread for thread in threading.enumerate() if thread.name in ("watchdog", "signals", "saver") and
-                (thread.join(2) or thread.is_alive())]
+                (thread.join(60) or thread.is_alive())]
 
 
 # ---- crashes
@@ -306,13 +308,13 @@ train.run_script(train.main, train.Settings, "")
 train.end_process()
 """)
     process = torchrun(2, script, settings(data_dir, tmp_path / "run", **LONG), tmp_path / "told")
-    assert process.wait(60) == 1
+    assert process.wait(600) == 1
     text, reports = (tmp_path / "told").read_text(), sorted((tmp_path / "run").glob("crash_*.txt"))
     assert [report.name[-10:] for report in reports] == ["rank_0.txt", "rank_1.txt"]
     first = reports[1].read_text()
-    assert "rank 1 of 2 on " in first and "step 3, waiting for data" in first and "torch 2." in first
+    assert "rank 1 of 2 on " in first and "step 3, data" in first and "torch 2." in first
     assert "RuntimeError: the cat sat on the keyboard" in first and "learning_rate = 0.01" in first
-    assert f"error on rank 1, step 3, waiting for data; the report, with settings and versions, is {reports[1]}" in text
+    assert f"error on rank 1, step 3, data; the report, with settings and versions, is {reports[1]}" in text
     assert text.count("RuntimeError: ") == 2 and "Connection closed" not in text  # ours, and torchrun's summary
     assert "terminate called" not in text
 

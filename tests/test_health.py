@@ -16,10 +16,12 @@ import train
 from checkpoint import checkpoints, newest_checkpoint
 from model import ModelConfig, Transformer
 from optim import OptimConfig, build_optimizer
-from ranks import on_ranks, records, run, settings, wait_until, write_data
-from run.health import WINDOW, defect
+from ranks import on_ranks, records, run, settings, step_settings, wait_until, write_data
+from run.health import WINDOW, HealthConfig, bad_step
+from run.resume import State
 from world import World
 
+ANY_LOSS_IS_A_SPIKE = [(1e-3 * (i % 2), 1e9) for i in range(WINDOW)]
 LAYOUTS = {"ddp": {}, "fsdp": {"strategy": "fsdp", "max_steps": 10},
            "tp": {"tp": 2, "seq_len": 8, "batch_tokens": 48, "n_head": 4, "max_steps": 10}}  # fmt: skip
 
@@ -31,27 +33,38 @@ def data_dir(tmp_path_factory):
 
 # ---- what is wrong with a step
 
-def test_what_is_not_finite_is_always_a_defect_and_joins_no_window():
+SPIKES = HealthConfig(spike_z=5.0)
+
+
+def test_a_step_that_is_not_finite_is_always_bad_and_joins_no_window(data_dir, tmp_path):
     for loss, norm in ((math.nan, 1.0), (1.0, math.inf), (-math.inf, math.nan)):
-        recent = []
-        assert "loss" in defect(loss, norm) and "loss" in defect(loss, norm, recent, spike_z=3.0) and recent == []
+        assert "loss" in bad_step(loss, norm, HealthConfig()) and "loss" in bad_step(loss, norm, SPIKES)
+    cfg, state = settings(data_dir, tmp_path, spike_z=5.0), State()
+    state.advance(cfg, math.nan, 1.0, "loss nan")
+    state.advance(cfg, 1.0, math.inf, None)  # an overflow that the gradient scaler skipped
+    assert state.recent == [] and (state.step, state.bad_steps) == (2, 0)
 
 
 def test_a_spike_is_what_lies_beyond_so_many_deviations_of_a_whole_window():
     recent = [[2.0 + 0.1 * (-1) ** i, 1.0] for i in range(WINDOW)]  # mean 2, deviation 0.1
-    assert defect(2.49, 1.0, list(recent), 5.0) is None
-    assert defect(2.51, 1.0, list(recent), 5.0) == "loss 2.51, 5.1 standard deviations above 2"
-    assert defect(0.0, 1.0, list(recent), 5.0) is None  # a fall is welcome
-    assert defect(9.0, 1.0, recent[1:], 5.0) is None  # the window is not full
-    assert defect(9.0, 1.0, list(recent), None) is None
-    assert "gradient norm" in defect(2.0, 2.0, [[2.0, 1 + 0.01 * (-1) ** i] for i in range(WINDOW)], 5.0)
-    assert defect(2.0, 2.0, list(recent), 5.0) is None  # norms that were all the same have no deviation to measure by
+    assert bad_step(2.49, 1.0, SPIKES, list(recent)) is None
+    assert bad_step(2.51, 1.0, SPIKES, list(recent)) == "loss 2.51, 5.1 standard deviations above 2"
+    assert bad_step(0.0, 1.0, SPIKES, list(recent)) is None  # a fall is welcome
+    assert bad_step(9.0, 1.0, SPIKES, recent[1:]) is None  # the window is not full
+    assert bad_step(9.0, 1.0, HealthConfig(), recent) is None
+    assert "gradient norm" in bad_step(2.0, 2.0, SPIKES, [[2.0, 1 + 0.01 * (-1) ** i] for i in range(WINDOW)])
+    assert bad_step(2.0, 2.0, SPIKES, list(recent)) is None  # norms that were all the same have no deviation to measure by
 
 
-def test_sound_steps_join_the_window_and_spikes_do_not():
-    recent = [[2.0 + 0.1 * (-1) ** i, 1.0] for i in range(WINDOW)]
-    assert defect(9.0, 1.0, recent, 5.0) and len(recent) == WINDOW and recent[-1][0] != 9.0
-    assert defect(2.05, 1.0, recent, 5.0) is None and len(recent) == WINDOW and tuple(recent[-1]) == (2.05, 1.0)
+def test_sound_steps_join_the_window_and_spikes_do_not(data_dir, tmp_path):
+    cfg, state = settings(data_dir, tmp_path, spike_z=5.0), State()
+    for i in range(WINDOW + 3):
+        state.advance(cfg, 2.0 + 0.1 * (-1) ** i, 1.0, None)
+    state.advance(cfg, 9.0, 1.0, "a spike")
+    assert len(state.recent) == WINDOW and state.recent[-1] == (2.1, 1.0) and state.bad_steps == 1
+    state.advance(cfg, 2.05, 1.0, None)
+    assert len(state.recent) == WINDOW and state.recent[-1] == (2.05, 1.0) and state.bad_steps == 0
+    assert State(**json.loads(json.dumps(vars(state)))).recent[-1] == [2.05, 1.0]  # as a checkpoint keeps it
 
 
 # ---- faults in runs
@@ -84,7 +97,7 @@ def planted(cfg, rank, first, last, tensor="blocks.1.mlp.up.weight"):
     try:
         train.main(cfg)
     except ValueError as error:
-        return str(error) if config.is_users(error) else repr(error)
+        return str(error) if isinstance(error, config.UserError) else repr(error)
     except SystemExit as ending:
         return ending.code
     finally:
@@ -109,7 +122,7 @@ def faults(data_dir, tmp_path_factory):
             for fault in FAULTS if layout == "ddp" else ("none", "one", "always"):
                 cfg = settings(data_dir, folder / f"{layout}_{fault}", **CHANGES | LAYOUTS[layout])
                 cases[fault] = (planted, cfg, 1, *FAULTS[fault])
-            for fault, answer in zip(cases, on_ranks(2, *cases.values(), patience=300)):
+            for fault, answer in zip(cases, on_ranks(2, *cases.values())):
                 self[layout, fault] = answer, folder / f"{layout}_{fault}"
             return self[key]
 
@@ -159,11 +172,11 @@ def test_bad_steps_that_come_again_end_the_run_and_name_step_rank_and_tensor(lay
     assert answer[1] == 2 and not (out_dir / "finished").exists()
     back = 4 if layout != "tp" else 0
     if back:
-        assert f"last of them step {back + 3} with loss" in answer[0]
-        assert "again after going back to step_00000004" in answer[0]
+        assert f"last one step {back + 3} with loss" in answer[0]
+        assert "again after a rollback to step_00000004" in answer[0]
     else:
-        assert "last of them step 6 with loss" in answer[0] and "there is no checkpoint to go back to" in answer[0]
-    assert "first to go bad: on rank 1 the gradient of blocks.1.mlp.up.weight" in answer[0] and "\n" not in answer[0]
+        assert "last one step 6 with loss" in answer[0] and "there is no checkpoint to roll back to" in answer[0]
+    assert "first bad tensor: on rank 1 the gradient of blocks.1.mlp.up.weight" in answer[0] and "\n" not in answer[0]
 
 
 def test_a_run_killed_amid_bad_steps_does_as_if_it_had_not_been(data_dir, faults, tmp_path):
@@ -182,10 +195,12 @@ def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were():
     optimizer = build_optimizer(model, OptimConfig(learning_rate=1e-2))
     world, scaler = World(0, 1, torch.device("cpu"), "fp32"), torch.amp.GradScaler("cpu", enabled=False)
     ids = torch.randint(37, (3, 8), generator=torch.Generator().manual_seed(1))
-    step = functools.partial(train.train_step, model, optimizer, scaler, [(ids[:, :-1], ids[:, 1:])], 0.5, world)
+    step = functools.partial(
+        train.train_step, model, optimizer, scaler, [(ids[:, :-1], ids[:, 1:])], step_settings(spike_z=5.0), world
+    )
     assert step()[2] is None
     before = copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]])
-    assert step(lambda loss, norm: "I do not like it")[2] == "I do not like it"
+    assert "standard deviations above" in step(ANY_LOSS_IS_A_SPIKE)[2]
     assert all(torch.equal(tensor, before[0][name]) for name, tensor in model.state_dict().items())
     for key, state in optimizer.state_dict()["state"].items():
         assert all(torch.equal(state[name], before[1][key][name]) for name in state)
@@ -213,10 +228,10 @@ def test_what_is_bad_in_forward_is_named_before_what_follows_from_it(data_dir, t
         return built
 
     monkeypatch.setattr(train, "build", build_with_bad_weight)
-    with pytest.raises(ValueError, match="first to go bad: on rank 0 the output of blocks.2.") as error:
+    with pytest.raises(ValueError, match="first bad tensor: on rank 0 the output of blocks.2.") as error:
         run(data_dir, tmp_path / "run", max_bad_steps=2, save_interval="none")
-    assert "2 steps in a row were skipped, the last of them step 2 with loss nan" in str(error.value)
-    assert "there is no checkpoint to go back to" in str(error.value)
+    assert "2 steps in a row were skipped, the last one step 2 with loss nan" in str(error.value)
+    assert "there is no checkpoint to roll back to" in str(error.value)
 
 
 def test_a_spike_is_skipped_in_fp16_too_where_overflows_are_the_scalers_own_affair():
@@ -227,18 +242,20 @@ def test_a_spike_is_skipped_in_fp16_too_where_overflows_are_the_scalers_own_affa
     optimizer = build_optimizer(model, OptimConfig(learning_rate=1e-2))
     before = copy.deepcopy(model.state_dict())
 
-    def step(scale, judge):
+    def step(scale, recent=()):
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        wrong = train.train_step(model, optimizer, scaler, [(ids[:, :-1], ids[:, 1:])], 0.5, world, judge)[2]
+        batches, cfg = [(ids[:, :-1], ids[:, 1:])], step_settings(spike_z=5.0)
+        wrong = train.train_step(model, optimizer, scaler, batches, cfg, world, recent)[2]
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         return wrong, scaler.get_scale() / scale
 
-    assert step(2.0**10, lambda loss, norm: "a spike") == ("a spike", 1.0)
-    assert step(3e38, defect) == (None, pytest.approx(0.5))  # an overflow
+    spike, scale = step(2.0**10, ANY_LOSS_IS_A_SPIKE)
+    assert "standard deviations above" in spike and scale == 1.0
+    assert step(3e38) == (None, pytest.approx(0.5))  # an overflow
     with torch.no_grad():
         model.wte.weight[0, 0] = math.inf
     before = copy.deepcopy(model.state_dict())
-    assert step(2.0**10, defect)[0].startswith("loss ")
+    assert step(2.0**10)[0].startswith("loss ")
 
 
 def test_a_run_whose_first_steps_are_skipped_is_saved_and_goes_on_to_the_bit(data_dir, tmp_path, no_curves):

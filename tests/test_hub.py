@@ -307,11 +307,11 @@ def test_a_bad_folder_is_refused_in_one_line(damage, told, copy):
     damage(folder)
     with pytest.raises(UserError, match=told) as error:
         load_model(str(folder), "cpu")
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and isinstance(error.value, config.UserError)
 
 
 UNKNOWN = {
-    "architecture": ("gpt2", {"model_type": "mamba"}, "of a model of type 'mamba', which is unknown here; known are"),
+    "architecture": ("gpt2", {"model_type": "mamba"}, "has the model type 'mamba', which is not supported; supported are"),
     "lacking": ("gpt2", {"n_embd": None}, "config.json: "),
     "of another type": ("gpt2", {"n_layer": "three"}, "config.json: "),
     "impossible": ("gpt2", {"n_head": 3}, "config.json: n_embd 20 is not a multiple of n_head 3"),
@@ -346,7 +346,7 @@ UNKNOWN = {
 def test_a_model_that_cannot_be_computed_here_is_refused_in_one_line(kind, changes, told, copy):
     with pytest.raises(UserError, match=told) as error:
         load_model(str(copy(kind, **changes)), "cpu")
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and isinstance(error.value, config.UserError)
 
 
 def test_code_in_a_pickle_does_not_run(copy):
@@ -408,7 +408,7 @@ def test_a_name_is_read_from_hugging_faces_cache_and_one_that_is_not_there_is_re
     told = "someone/other is no folder here, and the Hugging Face hub did not give"
     with pytest.raises(UserError, match=told) as error:
         ours("someone/other")
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and isinstance(error.value, config.UserError)
 
 
 # ---- training from there

@@ -1,4 +1,4 @@
-"""Predicted bytes against torch's own accounts of what is saved, and of what is allocated at most."""
+"""Predicted bytes against torch's own counts of saved tensors and of peak allocation."""
 
 import gc
 import json
@@ -18,7 +18,7 @@ from objective import n_masked
 from optim import OptimConfig, build_optimizer
 from parallel import compile_blocks, recompute_blocks
 from perf import cost, memory
-from world import World
+from world import World, init_world
 
 BASE = {"vocab_size": 64, "n_head": 4, "n_embd": 128}
 MODERN = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "n_kv_head": 2, "n_inner": 352, "qk_norm": True,
@@ -39,15 +39,15 @@ def batch_of(cfg):
     return ids, positions, positions
 
 
-def saved_bytes(cfg, precision, recomputed, compiled=False):
-    """Bytes that autograd keeps of a forward, but for weights and their copies, by torch's own hooks.
+def saved_bytes(cfg, precision, checkpointing, compiled=False):
+    """Bytes that autograd saves in a forward, without weights and their casts, by torch's own hooks.
 
-    What selective recomputation keeps is beyond these: it is what a forward has allocated in all.
+    The hooks do not see what selective checkpointing saves: there it is everything that the forward leaves allocated.
     """
     model = Transformer(cfg)
     model.init_weights(1)
-    if recomputed != "none":
-        recompute_blocks(model, recomputed)
+    if checkpointing != "none":
+        recompute_blocks(model, checkpointing)
     if compiled:
         compile_blocks(model, World(0, 1, torch.device("cpu"), precision))
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -58,7 +58,7 @@ def saved_bytes(cfg, precision, recomputed, compiled=False):
     def keep(tensor):
         is_copy = tensor.dtype == torch.bfloat16 and tuple(tensor.shape) in shapes
         if tensor.untyped_storage().data_ptr() not in weights and not is_copy:
-            kept.append(tensor)  # so that no other takes its place
+            kept.append(tensor)  # so that no other tensor takes its address
             sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
@@ -66,11 +66,11 @@ def saved_bytes(cfg, precision, recomputed, compiled=False):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             return model(*batch_of(cfg))
 
-    if recomputed == "none":
+    if checkpointing == "none":
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             forward()
         return sum(sizes.values())
-    gc.collect()  # or memory of tests before is given back meanwhile
+    gc.collect()  # or memory of earlier tests is freed meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         loss = forward()
     assert loss.requires_grad
@@ -83,39 +83,39 @@ def saved_bytes_of_a_block(cfg, *how):
 
 
 OF_FORWARD = [("none", shape) for shape in SHAPES]
-RECOMPUTED = [("selective", "gpt"), ("selective", "modern"), ("selective", "dropout"), ("full", "modern")]
+CHECKPOINTED = [("selective", "gpt"), ("selective", "modern"), ("selective", "dropout"), ("full", "modern")]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize(("recomputed", "shape"), OF_FORWARD + RECOMPUTED)
-def test_activation_bytes_of_a_block_are_what_autograd_keeps(shape, precision, recomputed):
-    """The second block's. At 256 tokens, and, where attention in bf16 is torch's kernel on CPUs too, at 1,024."""
+@pytest.mark.parametrize(("checkpointing", "shape"), OF_FORWARD + CHECKPOINTED)
+def test_activation_bytes_of_a_block_are_what_autograd_saves(shape, precision, checkpointing):
+    """For the second block, at 256 tokens and at 1,024, where CPUs in bf16 use torch's attention kernel, too."""
     for seq_len in (256, 1024):
         cfg = ModelConfig(**BASE, block_size=seq_len, **SHAPES[shape])
         setup = cost.Setup(seq_len, TOKENS // seq_len, precision=precision, on_cpu=True)
-        counted = memory.block_activation_bytes(cfg, setup, recomputed)
-        assert counted == pytest.approx(saved_bytes_of_a_block(cfg, precision, recomputed), rel=0.02)
+        counted = memory.block_activation_bytes(cfg, setup, checkpointing)
+        assert counted == pytest.approx(saved_bytes_of_a_block(cfg, precision, checkpointing), rel=0.02)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [{}, MODERN], ids=["gpt", "modern"])
-def test_activation_bytes_of_a_compiled_block_are_what_autograd_keeps(shape):
+def test_activation_bytes_of_a_compiled_block_are_what_autograd_saves(shape):
     cfg = ModelConfig(**BASE, block_size=1024, **shape)
     counted = memory.block_activation_bytes(cfg, cost.Setup(1024, TOKENS // 1024, on_cpu=True, compiled=True))
     assert counted == pytest.approx(saved_bytes_of_a_block(cfg, "bf16", "none", True), rel=0.02)
 
 
 def peak_bytes(cfg):
-    """(bytes that torch has allocated at most in the second step, how the step was set up), from nothing."""
+    """(profiler of two steps from an empty start, Setup)."""
     gc.collect()
-    with bench.init_world(cfg.parallel) as world, profile(profile_memory=True) as profiler:
+    with init_world(cfg.world, cfg.parallel) as world, profile(profile_memory=True) as profiler:
         micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, 1)
         setup = cost.setup_of(cfg, (1, 1, 1), micro_steps, world.precision, "cpu")
         batches = bench.random_batches(cfg, micro_steps, world)
         model, optimizer, scaler = train.build(cfg, world, 1)
         for _ in range(2):
             with record_function("a step"):
-                train.train_step(model, optimizer, scaler, next(batches), 1.0, world)
+                train.train_step(model, optimizer, scaler, next(batches), cfg, world)
     return profiler, setup
 
 
@@ -135,7 +135,7 @@ OFTEN = ("2 micro-steps", "full", "modern", "masked")
 
 
 @pytest.mark.parametrize("run", [pytest.param(r, marks=[] if r in OFTEN else pytest.mark.slow) for r in RUNS])
-def test_memory_at_the_peak_of_a_step_is_what_torch_allocates(run, tmp_path):
+def test_peak_memory_of_a_step_is_what_torch_allocates(run, tmp_path):
     cfg = config.load(bench.Settings, [*SMALL, "--precision=bf16", *RUNS[run]])
     profiler, setup = peak_bytes(cfg)
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
@@ -148,13 +148,13 @@ def test_memory_at_the_peak_of_a_step_is_what_torch_allocates(run, tmp_path):
 
 
 @pytest.mark.parametrize(("optimizer", "numbers"), [("adamw", 4), ("muon", 4), ("sgd", 3), ("adafactor", 2)])
-def test_what_is_held_is_weights_gradients_and_the_optimizers_state(optimizer, numbers):
-    """Numbers a parameter; Muon keeps one less of blocks' matrices."""
+def test_bytes_per_rank_are_weights_gradients_and_the_optimizers_state(optimizer, numbers):
+    """numbers: per parameter; Muon keeps one less for blocks' matrices."""
     model = Transformer(ModelConfig(vocab_size=64, block_size=11, n_layer=3, n_head=5, n_embd=20))
     optim = build_optimizer(model, OptimConfig(optimizer=optimizer))
     n = cost.num_params(model.cfg)
     of_matrices = 3 * 12 * 20 * 20 if optimizer == "muon" else 0
-    assert memory.held(optim) == (n, 4 * (numbers * n - of_matrices))
+    assert memory.params_and_bytes(optim) == (n, 4 * (numbers * n - of_matrices))
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optim.step()
@@ -171,7 +171,7 @@ def remedies(monkeypatch, gib, **changes):
 
 
 def test_remedies_are_the_mildest_of_each_kind_that_fit(monkeypatch):
-    """The figures stand in the README as measured: 5.35, 4.23, 2.82 GiB."""
+    """Measured: 5.35, 4.23, 2.82 GiB."""
     text = remedies(monkeypatch, 4.7)
     assert re.findall(r"--\S+", text) == ["--micro_batch_size=4", "--activation_checkpointing=selective"]
     needed, *fitting = (float(figure) for figure in re.findall(r"about ([\d.]+) GiB", text))

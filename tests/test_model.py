@@ -11,18 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import (
-    IGNORE,
-    MLP,
-    Cache,
-    Linear,
-    ModelConfig,
-    Transformer,
-    attend,
-    linear_cross_entropy,
-    rope_table,
-    rotate,
-)  # fmt: skip
+from model import MLP, Cache, ModelConfig, Transformer
+from ops import IGNORE, Linear, LossOptions, Vocabulary, attend, linear_cross_entropy, rope_table, rotate
 from optim import OptimConfig, build_optimizer
 
 B, T, V = 3, 7, 37
@@ -79,7 +69,7 @@ GPT2 = {"124m": (12, 12, 768, 124_439_808), "350m": (24, 16, 1024, 354_823_168),
 def test_gpt2_sizes_count_as_published_and_cost_nothing_on_meta(layers, heads, width, count):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with torch.device("meta"):
-        model = Transformer(ModelConfig(n_layer=layers, n_head=heads, n_embd=width))
+        model = Transformer(ModelConfig(vocab_size=50257, n_layer=layers, n_head=heads, n_embd=width))
     assert model.num_params() == count
     assert all(tensor.is_meta for tensor in model.state_dict().values())
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
@@ -364,7 +354,7 @@ def test_chunked_loss_and_gradients_are_plain_cross_entropys(rows, vocab_size):
         targets[:] = 5
     theirs = plain_loss(hidden, weight, targets, vocab_size)
     their_gradients = torch.autograd.grad(theirs / 7, (hidden, weight))
-    ours = linear_cross_entropy(hidden, weight, targets, vocab_size)
+    ours = linear_cross_entropy(hidden, weight, targets, Vocabulary(vocab_size))
     our_gradients = torch.autograd.grad(ours / 7, (hidden, weight))
     assert ours.dtype == torch.float32
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
@@ -373,7 +363,7 @@ def test_chunked_loss_and_gradients_are_plain_cross_entropys(rows, vocab_size):
     assert our_gradients[0][targets == IGNORE].eq(0).all()
     assert our_gradients[1][vocab_size:].eq(0).all()
     with torch.no_grad():
-        assert linear_cross_entropy(hidden, weight, targets, vocab_size).item() == ours.item()
+        assert linear_cross_entropy(hidden, weight, targets, Vocabulary(vocab_size)).item() == ours.item()
 
 
 @pytest.mark.parametrize("rows, vocab_size, smoothing, biased", [
@@ -386,7 +376,7 @@ def test_bias_and_label_smoothing_are_torchs_in_loss_and_gradients(rows, vocab_s
     wanted = [hidden, weight, bias] if biased else [hidden, weight]
     exact = [tensor.double() for tensor in wanted]  # torch's own gradients of smoothed targets are 4e-5 off in float32
     theirs = plain_loss(*exact[:2], targets, vocab_size, *exact[2:], label_smoothing=smoothing)
-    ours = linear_cross_entropy(hidden, weight, targets, vocab_size, bias, smoothing)
+    ours = linear_cross_entropy(hidden, weight, targets, Vocabulary(vocab_size), bias, LossOptions(smoothing))
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
     our_gradients = torch.autograd.grad(ours / 7, wanted)
     for our_gradient, their_gradient in zip(our_gradients, torch.autograd.grad(theirs / 7, wanted)):
@@ -394,7 +384,43 @@ def test_bias_and_label_smoothing_are_torchs_in_loss_and_gradients(rows, vocab_s
     assert all(gradient[vocab_size:].eq(0).all() for gradient in our_gradients[1:])
     assert our_gradients[0][targets == IGNORE].eq(0).all()
     with torch.no_grad():
-        assert linear_cross_entropy(hidden, weight, targets, vocab_size, bias, smoothing).item() == ours.item()
+        assert linear_cross_entropy(hidden, weight, targets, Vocabulary(vocab_size), bias, LossOptions(smoothing)).item() == ours.item()
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("rows, vocab_size, smoothing, biased", [
+    (1200, LARGE_V, 0.0, False), (1200, LARGE_V, 0.1, True), (B * T, V, 0.0, True), (1, V, 0.3, False),
+])  # fmt: skip
+def test_z_loss_is_the_weighted_square_of_log_z_in_loss_and_gradients(rows, vocab_size, smoothing, biased, precision):
+    """The definition of PaLM (arXiv 2204.02311, section 5), by torch's logsumexp and autograd in float64."""
+    hidden, weight, targets = loss_inputs(rows, vocab_size)
+    targets[0] = 5
+    bias = random_bias(vocab_size) if biased else None
+    wanted = [hidden, weight, bias] if biased else [hidden, weight]
+    exact = [tensor.double() for tensor in wanted]
+    logits = F.linear(exact[0], exact[1][:vocab_size], exact[2][:vocab_size] if biased else None)
+    log_Z = logits.logsumexp(1)[targets != IGNORE]
+    theirs = plain_loss(*exact[:2], targets, vocab_size, *exact[2:], label_smoothing=smoothing)
+    theirs = theirs + 0.01 * log_Z.square().sum()
+    options = LossOptions(label_smoothing=smoothing, z_loss=0.01)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        ours = linear_cross_entropy(hidden, weight, targets, Vocabulary(vocab_size), bias, options)
+    our_gradients = torch.autograd.grad(ours / 7, wanted)
+    loss_bound, gradient_bound = (1e-5, 2e-5) if precision == torch.float32 else (2e-3, 0.05)
+    assert ours.item() == pytest.approx(theirs.item(), rel=loss_bound)
+    for our_gradient, their_gradient in zip(our_gradients, torch.autograd.grad(theirs / 7, wanted)):
+        assert worst_error(our_gradient, their_gradient) < gradient_bound
+    assert our_gradients[0][targets == IGNORE].eq(0).all()
+
+
+def test_z_loss_is_for_training_alone():
+    model, ids, targets = random_model(replace(SMALL, z_loss=0.1)), random_ids(), random_ids(3)
+    with torch.no_grad():
+        logits = model(ids).flatten(0, 1)
+        plain = F.cross_entropy(logits, targets.flatten(), reduction="sum").item()
+        penalty = 0.1 * logits.logsumexp(1).square().sum().item()
+        assert model.eval()(ids, targets=targets).item() == pytest.approx(plain, rel=1e-5)
+        assert model.train()(ids, targets=targets).item() == pytest.approx(plain + penalty, rel=1e-5)
 
 
 @pytest.mark.parametrize("cfg", [SMALL, BERT], ids=["clm", "mlm"])
@@ -409,14 +435,14 @@ def test_label_smoothing_is_for_training_alone(cfg):
 
 def test_loss_of_ignored_targets_alone_is_zero():
     hidden, weight, targets = loss_inputs(B * T, V)
-    loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, IGNORE), V)
+    loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, IGNORE), Vocabulary(V))
     loss.backward()
     assert loss.item() == 0 and hidden.grad.eq(0).all() and weight.grad.eq(0).all()
 
 
 def test_loss_survives_logits_that_overflow_exp():
     hidden, weight, targets = loss_inputs(B * T, V)
-    theirs, ours = plain_loss(hidden * 100, weight, targets, V), linear_cross_entropy(hidden * 100, weight, targets, V)
+    theirs, ours = plain_loss(hidden * 100, weight, targets, V), linear_cross_entropy(hidden * 100, weight, targets, Vocabulary(V))
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5) and math.isfinite(ours.item())
 
 
@@ -429,7 +455,7 @@ def test_loss_in_bf16_is_close_and_sums_in_float32(biased):
     theirs = plain_loss(hidden, weight, targets, LARGE_V, bias)
     their_gradients = torch.autograd.grad(theirs, wanted)
     with torch.autocast("cpu", torch.bfloat16):
-        ours = linear_cross_entropy(hidden, weight, targets, LARGE_V, bias)
+        ours = linear_cross_entropy(hidden, weight, targets, Vocabulary(LARGE_V), bias)
     our_gradients = torch.autograd.grad(ours, wanted)
     assert ours.dtype == torch.float32
     assert ours.item() == pytest.approx(theirs.item(), rel=2e-3)
@@ -447,8 +473,8 @@ def test_correct_targets_are_those_with_the_largest_logit_and_the_loss_beside_th
         targets[1::4] = likeliest[1::4]  # 300 rows, some of them where targets were ignored
         valid = targets != IGNORE
         wanted = (likeliest == targets)[valid].sum().item()
-        loss, correct = linear_cross_entropy(hidden, weight, targets, LARGE_V, bias, count_correct=True)
-        assert loss.item() == linear_cross_entropy(hidden, weight, targets, LARGE_V, bias).item()
+        loss, correct = linear_cross_entropy(hidden, weight, targets, Vocabulary(LARGE_V), bias, count_correct=True)
+        assert loss.item() == linear_cross_entropy(hidden, weight, targets, Vocabulary(LARGE_V), bias).item()
     assert correct.item() == wanted and 300 <= wanted < valid.sum()
 
 
@@ -459,9 +485,9 @@ def test_an_ignored_target_is_never_correct():
         bias[likely] = 1000.0  # so that this token is the likeliest everywhere
         targets[:] = IGNORE
         with torch.no_grad():
-            assert linear_cross_entropy(hidden, weight, targets, V, bias, count_correct=True)[1].item() == 0
+            assert linear_cross_entropy(hidden, weight, targets, Vocabulary(V), bias, count_correct=True)[1].item() == 0
             targets[3], targets[4] = likely, 5
-            assert linear_cross_entropy(hidden, weight, targets, V, bias, count_correct=True)[1].item() == 1
+            assert linear_cross_entropy(hidden, weight, targets, Vocabulary(V), bias, count_correct=True)[1].item() == 1
 
 
 @KINDS
@@ -536,7 +562,7 @@ def test_no_operation_of_the_loss_makes_all_logits():
     with LargestTensor() as of_plain:
         plain_loss(hidden, weight, targets, LARGE_V).backward()
     with LargestTensor() as of_ours:
-        linear_cross_entropy(hidden, weight, targets, LARGE_V).backward()
+        linear_cross_entropy(hidden, weight, targets, Vocabulary(LARGE_V)).backward()
     assert of_plain.elements == len(hidden) * LARGE_V
     assert of_ours.elements == 512 * len(weight) < of_plain.elements
 
@@ -596,7 +622,7 @@ def test_padding_rows_stay_zero_with_a_bias_and_label_smoothing_too(tied, optimi
 
 
 def test_gpt2s_vocabulary_is_padded_to_50304():
-    assert ModelConfig().padded_vocab_size == 50304
+    assert ModelConfig(vocab_size=50257).padded_vocab_size == 50304
     assert ModelConfig(vocab_size=64).padded_vocab_size == 64
 
 
@@ -1026,8 +1052,8 @@ def test_tied_head_is_one_parameter_with_the_embedding_and_an_untied_one_is_not(
     ({"n_inner": 0}, "n_inner is 0"), ({"n_token_types": 0}, "n_token_types is 0"), ({"n_head": 0}, "n_head is 0"),
     ({"n_embd": 24, "n_head": 6, "n_kv_head": 4}, "n_head 6 is not a multiple of n_kv_head 4; n_kv_head .*3.* fit"),
     ({"n_kv_head": 10}, "n_head 5 is not a multiple of n_kv_head 10; n_kv_head 1, 5 would fit"),
-    ({"n_embd": 15, "position": "rope"}, "head_dim is 3; rope turns pairs"),
-    ({"head_dim": 7, "position": "rope"}, "head_dim is 7; rope turns pairs"),
+    ({"n_embd": 15, "position": "rope"}, "head_dim is 3; rope rotates pairs"),
+    ({"head_dim": 7, "position": "rope"}, "head_dim is 7; rope rotates pairs"),
     ({"label_smoothing": 1.0}, "label_smoothing is 1.0; it must be at least 0 and below 1"),
     ({"label_smoothing": -0.1}, "label_smoothing is -0.1"), ({"norm_eps": -1e-5}, "norm_eps is -1e-05"),
     ({"rope_theta": 0.0}, "rope_theta is 0.0; it must be above 0"),

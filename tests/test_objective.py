@@ -9,7 +9,7 @@ import torch
 import ranks
 from data import Loader, Split, TrainOrder, eval_batches
 from model import ModelConfig, Transformer
-from objective import IGNORE, Masked, NextToken, ObjectiveConfig, head_share, n_masked, windows_of
+from objective import IGNORE, OBJECTIVES, Masked, NextToken, ObjectiveConfig, n_masked
 from world import World
 
 V = 53
@@ -106,7 +106,7 @@ def test_of_each_sequence_mask_prob_times_its_length_tokens_are_predicted(seq_le
     assert positions.min() >= 1 and positions.max() <= seq_len - 2
     cfg = ObjectiveConfig(mask_prob=mask_prob)
     assert n_masked(seq_len, mask_prob) == number
-    assert head_share("mlm", cfg, seq_len) * seq_len == pytest.approx(number) and head_share("clm", cfg, seq_len) == 1
+    assert OBJECTIVES["mlm"].head_share(cfg, seq_len) * seq_len == pytest.approx(number) and OBJECTIVES["clm"].head_share(cfg, seq_len) == 1
 
 
 def test_all_between_the_frame_may_be_predicted_and_no_more():
@@ -426,12 +426,12 @@ META = {"vocab_size": V, "specials": BERT, "tokenizer": "tokenizer.json", "conti
 
 def test_windows_are_those_of_the_objective_and_of_what_meta_json_says():
     cfg, rows = ObjectiveConfig(mask_prob=0.3), rows_of(9, 20)
-    clm = windows_of("clm", cfg, 20, 1, {})
+    clm = OBJECTIVES["clm"].build(cfg, 20, 1, {})
     assert isinstance(clm, NextToken) and (clm.stride, clm.extra) == (20, 1)
-    mlm = windows_of("mlm", cfg, 20, 1, META)
+    mlm = OBJECTIVES["mlm"].build(cfg, 20, 1, META)
     assert (mlm.stride, mlm.extra) == (18, 0)
     assert all(np.array_equal(a, b) for a, b in zip(numpy_batch(mlm, rows), numpy_batch(masked(20, 0.3), rows)))
-    words = windows_of("mlm", ObjectiveConfig(mask_prob=0.3, whole_word_masking=True), 20, 1, META)
+    words = OBJECTIVES["mlm"].build(ObjectiveConfig(mask_prob=0.3, whole_word_masking=True), 20, 1, META)
     expected = numpy_batch(masked(20, 0.3, continuations=CONTINUATIONS), rows)
     assert all(np.array_equal(a, b) for a, b in zip(numpy_batch(words, rows), expected))
     assert not np.array_equal(words.batch(rows, 0)[2], mlm.batch(rows, 0)[2])
@@ -441,8 +441,8 @@ GPT2 = {"vocab_size": 50257, "specials": {"<|endoftext|>": 50256}, "tokenizer": 
 BYTE = {"vocab_size": V, "specials": OURS, "tokenizer": "byte"}
 REFUSED = {
     "no meta.json": ({}, {}, 20, "mlm needs to know the special tokens.* no meta.json; use prepare.py"),
-    "gpt2": (GPT2, {}, 20, r"need a mask token.* only <\|endoftext\|>; make the data with --tokenizer=bpe, byte or"),
-    "no words": (BYTE, {"whole_word_masking": True}, 20, "whole_word_masking is on, .* byte, does not tell.*leave it"),
+    "gpt2": (GPT2, {}, 20, r"need a mask token.* only <\|endoftext\|>; .* the data with --tokenizer=bpe, byte or"),
+    "no words": (BYTE, {"whole_word_masking": True}, 20, "whole_word_masking is on, .* byte, does not mark.*leave it"),
     "seq_len 2": (META, {}, 2, r"seq_len is 2; .* at least 3: \[CLS\], a token and \[SEP\]"),
 }  # fmt: skip
 
@@ -451,10 +451,10 @@ REFUSED = {
 def test_data_that_cannot_be_masked_is_refused_with_value_rule_and_remedy(case):
     meta, changes, seq_len, told = REFUSED[case]
     with pytest.raises(ValueError, match=told) as error:
-        windows_of("mlm", ObjectiveConfig(**changes), seq_len, 1, meta)
+        OBJECTIVES["mlm"].build(ObjectiveConfig(**changes), seq_len, 1, meta)
     assert "\n" not in str(error.value)
     if case != "seq_len 2":
-        windows_of("clm", ObjectiveConfig(**changes), seq_len, 1, meta)  # which needs none of it
+        OBJECTIVES["clm"].build(ObjectiveConfig(**changes), seq_len, 1, meta)  # which needs none of it
 
 
 @pytest.mark.parametrize("mask_prob", [0, 1, -0.1, 1.5])

@@ -25,7 +25,7 @@ from model import ModelConfig, Transformer
 from objective import IGNORE, Masked, NextToken
 from optim import OptimConfig, build_optimizer
 from parallel import ParallelConfig, distribute
-from ranks import on_ranks, run, write_data
+from ranks import on_ranks, run, step_settings, write_data
 from text.tokenizer import SPECIALS
 from train import evaluate, train_step
 from world import World, WorldConfig, init_world, pick_device, pick_precision, seed_step
@@ -43,7 +43,7 @@ SPECIAL_IDS = {name: 32 + i for i, name in enumerate(SPECIALS)}
 
 
 def uneven_batch(name="gpt"):
-    """Twelve sequences, four of them without a target: however they are shared out, one rank has fewer targets.
+    """Twelve sequences, four of them without a target: however ranks split them, one rank has fewer targets.
 
     Of masked models, with positions, sequences of several lengths, and token types.
     """
@@ -62,7 +62,7 @@ def uneven_batch(name="gpt"):
 def build(world, cfg=SMALL, **parallel):
     with torch.device("meta"):
         model = Transformer(cfg)
-    return distribute(model, ParallelConfig(device="cpu", precision="fp32", **parallel), world, seed=1)
+    return distribute(model, ParallelConfig(**parallel), world, seed=1)
 
 
 def one_step(name, micro_batch_size, count=False):
@@ -79,7 +79,7 @@ def one_step(name, micro_batch_size, count=False):
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) if count else nullcontext()
         with profile as profiler:
-            loss, grad_norm, _ = train_step(model, optimizer, scaler, batches, None, world)
+            loss, grad_norm, _ = train_step(model, optimizer, scaler, batches, step_settings(None), world)
         events = profiler.key_averages() if count else ()
         reduced = sum(event.count for event in events if event.key == "c10d::allreduce_")
         grads = {name: before[name] - p.detach() for name, p in model.named_parameters()}
@@ -170,7 +170,7 @@ def places_of_gradients():
         )
         optimizer, scaler = build_optimizer(model, OptimConfig()), torch.amp.GradScaler("cpu", enabled=False)
         for _ in range(3):
-            train_step(model, optimizer, scaler, [(ids, ids)] * 2, 1.0, world)
+            train_step(model, optimizer, scaler, [(ids, ids)] * 2, step_settings(1.0), world)
     return [len(places) for places in seen]
 
 
@@ -287,13 +287,13 @@ def test_dropout_differs_between_ranks_and_steps_and_replays(two_ranks):
     assert len({a4, a5, b4, b5}) == 4
 
 
-# ---- recomputation
+# ---- activation checkpointing
 
 ONE = World(0, 1, torch.device("cpu"), "fp32")
 
 
-def recomputed(name, kind, precision="fp32", dropout=0.0):
-    """(loss, gradients) of one forward and backward, with a kind of recomputation."""
+def checkpointed(name, kind, precision="fp32", dropout=0.0):
+    """(loss, gradients) of one forward and backward, with a kind of activation checkpointing."""
     world = replace(ONE, precision=precision)
     model = build(world, replace(MODELS[name], dropout=dropout), activation_checkpointing=kind)
     torch.manual_seed(3)
@@ -309,13 +309,13 @@ def recomputed(name, kind, precision="fp32", dropout=0.0):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_recomputation_changes_no_bit_of_loss_and_gradients(name, precision, dropout):
-    loss, grads = recomputed(name, "none", precision, dropout)
+def test_activation_checkpointing_changes_no_bit_of_loss_and_gradients(name, precision, dropout):
+    loss, grads = checkpointed(name, "none", precision, dropout)
     for kind in ("full", "selective"):
-        other, other_grads = recomputed(name, kind, precision, dropout)
+        other, other_grads = checkpointed(name, kind, precision, dropout)
         assert torch.equal(loss, other) and grads.keys() == other_grads.keys()
         assert all(torch.equal(grads[name], other_grads[name]) for name in grads)
-    assert dropout == 0 or loss != recomputed(name, "none", precision)[0]  # or nothing was dropped
+    assert dropout == 0 or loss != checkpointed(name, "none", precision)[0]  # or nothing was dropped
 
 
 class Storages(TorchDispatchMode):
@@ -351,7 +351,7 @@ def kept_for_backward(name, kind, n_layer, dropout=0.0):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("name", MODELS)
-def test_recomputation_keeps_of_each_block_what_it_says(name, dropout):
+def test_activation_checkpointing_saves_what_it_says_of_each_block(name, dropout):
     """Full: its input alone. Selective: beside it what matmuls gave, and, where it need not drop, attention."""
     kept = {kind: kept_for_backward(name, kind, 3, dropout) - kept_for_backward(name, kind, 2, dropout)
             for kind in ("none", "selective", "full")}  # fmt: skip
@@ -372,13 +372,10 @@ def test_fp16_on_a_cpu_is_refused():
         pick_precision("fp16", torch.device("cpu"))
 
 
-def test_powersgd_with_fp16_is_refused(monkeypatch):
+def test_powersgd_with_fp16_is_refused():
     """One overflow, which fp16's scaler meets on purpose, would stay in what PowerSGD carries over for ever."""
-    monkeypatch.setattr("pick_precision", lambda name, device: "fp16")  # as on a GPU without bf16
-    with pytest.raises(ValueError, match="powersgd.* fp16 .*--precision=bf16"), init_world(
-        ParallelConfig(device="cpu", grad_compression="powersgd")
-    ):
-        pass
+    with pytest.raises(ValueError, match="powersgd.* fp16; use --precision=bf16"):
+        build(replace(ONE, precision="fp16"), grad_compression="powersgd")
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux")
@@ -433,7 +430,7 @@ def test_compiled_blocks_give_the_same_loss_and_gradients():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "selective"])
-def test_compiled_blocks_that_are_recomputed_are_compiled_indeed(kind):
+def test_compiled_blocks_with_activation_checkpointing_are_compiled(kind):
     """Blocks that compile does not take run as they are, without an error: so torch's own counts are asked."""
     torch._dynamo.reset()
     counts = torch._dynamo.utils.counters
@@ -453,8 +450,7 @@ def test_compiled_blocks_that_are_recomputed_are_compiled_indeed(kind):
 FAULTS = """
 import resource
 import torch
-from parallel import ParallelConfig
-from world import init_world
+from world import WorldConfig, init_world
 
 with init_world(WorldConfig(device="cpu")):
     faults = []

@@ -1,4 +1,4 @@
-"""A plan's figures follow from each other, obey what no hardware can change, and are what the command prints."""
+"""A plan's figures follow from each other, keep the order that holds on any hardware, and are printed."""
 
 import json
 import subprocess
@@ -20,9 +20,9 @@ BIG = ["config/gpt2_1558m.py", "--micro_batch_size=1"]
 
 def planned(*args):
     """(settings, GPU, Setup) of a command."""
-    cfg = plan.resolve(config.load(plan.Settings, list(args)))
+    cfg, _ = plan.resolve(config.load(plan.Settings, list(args)))
     gpu = plan.gpu_of(cfg.plan)
-    return cfg, gpu, plan.setup_of(cfg, gpu, cfg.plan.n_gpus)
+    return cfg, gpu, plan.setup_on(gpu, cfg)
 
 
 def figures(*args):
@@ -50,7 +50,19 @@ def test_command_prints_its_figures_as_one_object_on_the_last_line(tmp_path):
     assert JSON <= f.keys()
     assert {"weights", "gradients", "optimizer", "activations", "logits", "other", "total"} <= f["memory_gib"].keys()
     assert f["n_params"] == 124_439_808 and f["fits"] is True
-    for text in ("FITS", "limit it", "tokens/s", "mfu", "GPU-hours", "kWh", "$", "--availability=0.9", "plan.png"):
+    for text in (
+        "answer     fits on 8 x h100-sxm",
+        "FITS",
+        "bottleneck",
+        "docs/plan.md",
+        "tokens/s",
+        "mfu",
+        "GPU-hours",
+        "kWh",
+        "$",
+        "--availability=0.9",
+        "plan.png",
+    ):
         assert text in done.stdout
     assert (tmp_path / "plan.png").stat().st_size > 10_000
 
@@ -74,9 +86,7 @@ def test_figures_follow_from_each_other():
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_more_gpus_never_need_more_memory_each(strategy):
-    needs = [
-        figures(*BIG, f"--strategy={strategy}", f"--n_gpus={2**k}")["memory_gib"]["total"] for k in range(1, 9)
-    ]
+    needs = [figures(*BIG, f"--strategy={strategy}", f"--n_gpus={2**k}")["memory_gib"]["total"] for k in range(1, 9)]
     assert needs == sorted(needs, reverse=True)
 
 
@@ -93,7 +103,7 @@ def test_more_gpus_are_never_faster_each_but_for_sharing_the_optimizer(strategy,
 
 @pytest.mark.parametrize("gpu", hardware.DEVICES)
 @pytest.mark.parametrize("preset", ["gpt2_350m", "modern_124m", "bert_large"])
-def test_recomputation_saves_memory_and_costs_time_but_at_most_a_third(gpu, preset):
+def test_activation_checkpointing_saves_memory_and_costs_at_most_a_third_of_the_time(gpu, preset):
     none, selective, full = (
         figures(f"config/{preset}.py", f"--gpu={gpu}", f"--activation_checkpointing={kind}")
         for kind in ("none", "selective", "full")
@@ -136,9 +146,10 @@ def test_what_does_not_fit_comes_with_changes_that_do(run):
     assert times == sorted(times) and all(after["fits"] for _, _, after in ways)
     for change, changed, _ in ways:
         assert changed == with_settings(setup, change)
-    told, out = flags(ways[0][0]), run(*args)
-    assert out.count("DOES NOT FIT") == 1 and f"---- the same run with {told}\n" in out
-    assert "DOES NOT FIT" not in run(*args, *told.split())
+    change, out = flags(ways[0][0]), run(*args)
+    assert out.startswith("answer     does not fit on 4 x a100-40") and f"fits with {change}: " in out.splitlines()[0]
+    assert out.count("DOES NOT FIT") == 1 and f"time       {ways[0][2]['step_s']:.3g} s a step" in out
+    assert run(*args, *change.split()).startswith("answer     fits on 4 x a100-40")
 
 
 def test_compared_gpus_are_all_that_are_known_those_that_fit_first_by_days(run):
@@ -186,7 +197,7 @@ def test_figures_of_what_does_not_fit_come_with_those_of_what_would(run):
     assert not f["fits"] and f["to_fit"][0]["change"] == "--micro_batch_size=2" and f["to_fit"][0]["fits"]
 
 
-def test_where_twice_as_many_gpus_pay_no_longer_is_told():
+def test_the_number_of_gpus_beyond_which_doubling_does_not_pay_is_reported():
     rows = [({"n_gpus": n, "tokens_per_s": speed}, None) for n, speed in ((8, 100), (16, 190), (32, 280), (64, 300))]
     assert report_plan.stops_paying(rows)[0] == 16
     assert report_plan.stops_paying(rows[:2])[0] is None
@@ -205,10 +216,10 @@ def test_unknown_gpu_is_given_by_hand():
 
 
 @pytest.mark.parametrize(("args", "message"), [
-    (["--gpu=v100", "--precision=bf16"], "precision is bf16, in which v100 does not compute; use --precision=fp16"),
+    (["--gpu=v100", "--precision=bf16"], "precision is bf16, which v100 does not compute in; use --precision=fp16"),
     (["--gpu=other", "--gpu_tflops=9"], "give --gpu_memory_gib, --gpu_memory_gbs"),
     (["--gpu=h100"], "--gpu must be one of"),
-    (["--n_gpus=3"], "batch_tokens 524288 is not a multiple"),
+    (["--n_gpus=0"], "n_gpus is 0; it must be above 0"),
     (["--n_gpus=6", "--tp=4"], "6 processes are not a multiple of tp 4"),
     (["--gpu=this", "--machine=none.json"], "there is no none.json; run python bench.py first"),
     (["--pue=0"], "pue is 0.0; it must be from 1 to 10"),
@@ -217,7 +228,7 @@ def test_unknown_gpu_is_given_by_hand():
     (["--tp_hidden=2"], "tp_hidden is 2.0; it must be from 0 to 1"),
     (["--json=/tmp"], "json is /tmp; it must name a file in a folder that exists"),
     (["--json=no/such.json"], "json is no/such.json; it must name a file in a folder that exists"),
-    (["--gpu=this", "--machine=/tmp"], "/tmp is not what python bench.py writes of a machine"),
+    (["--gpu=this", "--machine=/tmp"], "/tmp is no file that python bench.py writes"),
     (["--host_share=-1"], "host_share is -1.0; it must not be negative"),
     (["--seq_len=4096"], "seq_len 4096 is above block_size 1024"),
     (["--vocab_size=none", "--data_dir=nowhere"], "or give --vocab_size"),
@@ -227,3 +238,27 @@ def test_wrong_input_is_one_line(args, message, tmp_path, monkeypatch):
     with pytest.raises(ValueError) as error:
         figures("config/gpt2_124m.py", *args)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- first contact
+
+
+@pytest.mark.parametrize(("args", "note"), [
+    (["config/gpt2_124m.py", "--n_gpus=3"], "--batch_tokens=525312 --micro_batch_size=9: 3 GPUs do not divide 524,288 "
+     "tokens in micro-batches of 16 x 1024"),
+    (["config/shakespeare_char.py", "--vocab_size=256"], "--batch_tokens=1024 --micro_batch_size=2: 8 GPUs do not"),
+    (["config/quickstart.py", "--vocab_size=4096"], "--batch_tokens=2048 --micro_batch_size=2: 8 GPUs do not divide"),
+])  # fmt: skip
+def test_a_batch_that_the_gpus_do_not_divide_is_planned_as_the_nearest_one(args, note, run):
+    out = run(*args)
+    assert f"\nbatch      {note}" in out
+    batch = int(note.split()[0].partition("=")[2])
+    f = json.loads(run(*args, "--json").splitlines()[-1])
+    assert f["batch_tokens"] == batch and f["tokens"] % batch == 0
+    assert "\nbatch      " not in run(*args, *note.split(":")[0].split())  # those settings divide
+
+
+def test_without_vocabulary_and_data_it_is_gpt2s_and_the_plan_says_so(run):
+    out = run("--vocab_size=none")
+    assert "vocabulary 50,257 tokens, GPT-2's" in out and "124,439,808 parameters" in out
+    assert "vocabulary" not in run("--vocab_size=1000")

@@ -1,4 +1,4 @@
-"""Text to token shards: every kind of input, the split, what is skipped and told, and what is refused."""
+"""Text to token shards: every kind of input, the split, skipped documents and their counts, refusals."""
 
 import contextlib
 import functools
@@ -19,6 +19,7 @@ import tokenizers
 
 import config
 import prepare
+from config import UserError
 from conftest import ROOT
 from data import HEADER, Split, open_shard, read_meta
 from run.folder import keep_tokenizer, tokenizer_of
@@ -307,7 +308,7 @@ VOCAB = [
 SENTENCES = ["the quick brown fox jumps over foxs. " * (1 + i % 4) + "a the " * (i % 3) + f"a.{i}" for i in range(25)]
 
 
-def test_documents_in_wordpiece_end_in_sep_and_meta_tells_what_masking_needs(tmp_path):
+def test_documents_in_wordpiece_end_in_sep_and_meta_has_the_continuations(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
     write_txt(tmp_path / "in", SENTENCES)
     folder, vocab = tmp_path / "data", str(tmp_path / "vocab.txt")
@@ -344,7 +345,7 @@ def test_a_run_loads_the_wordpiece_of_its_data_when_vocab_txt_is_gone(tmp_path):
     for name in ("vocab_size", "specials", "continuations", "splits"):
         assert second[name] == first[name]
     assert np.array_equal(tokens_of(again, "train"), tokens_of(folder, "train"))
-    with pytest.raises(ValueError, match="vocab.txt is no readable tokenizer file"):
+    with pytest.raises(UserError, match="vocab.txt is no readable tokenizer file"):
         run(tmp_path / "other", f"--input={tmp_path / 'in'}", tokenizer=str(vocab))
 
 
@@ -378,8 +379,8 @@ def test_any_tokenizer_json_is_copied_to_the_data_and_a_run_loads_it_from_there(
 
 def test_tokenizer_without_end_of_text_is_refused_with_those_that_would_do(tmp_path):
     file = hub_file(tmp_path / "theirs.json", end="<end>")
-    told = r"no special token to end documents with, only \[UNK\], <end>, <extra>; use one"
-    with pytest.raises(ValueError, match=told):
+    message = r"no end-of-text token; its special tokens are \[UNK\], <end>, <extra>; use one"
+    with pytest.raises(UserError, match=message):
         run(tmp_path / "data", f"--input={write_txt(tmp_path / 'in')}", tokenizer=file)
     assert not (tmp_path / "data/meta.json").exists()
 
@@ -434,7 +435,7 @@ def test_vocabulary_past_uint16_is_written_as_uint32(tmp_path, vocab_size, dtype
     assert sorted(together) == sorted(DOCUMENTS[:5])
 
 
-# ---- what is skipped, and told
+# ---- skipped text
 
 def test_everything_left_out_is_counted_in_the_summary(tmp_path, capsys):
     source = tmp_path / "in"
@@ -445,17 +446,17 @@ def test_everything_left_out_is_counted_in_the_summary(tmp_path, capsys):
     (source / "x.jsonl").write_bytes(b"\n".join(lines))
     pyarrow.parquet.write_table(pyarrow.table({"text": ["column", None, ""]}), source / "y.parquet")
     meta = run(tmp_path / "data", f"--input={source}", "--val_fraction=0.3")
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for line in ("3 empty documents", "3 lines that are not JSON", "4 lines without text in the field 'text'",
                  "1 rows without text in the column 'text'", "1 pieces with bytes that are not UTF-8"):  # fmt: skip
-        assert line in told, told
+        assert line in printed, printed
     documents = documents_of(tmp_path / "data", "train") + documents_of(tmp_path / "data", "val")
     assert sorted(documents) == sorted(["good text", "bad \ufffd\ufffd text", "fine", "half a pair ?.", "column"])
     assert sum(split["documents"] for split in meta["splits"].values()) == 5
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "no gzip"])
-def test_damaged_gzip_file_is_told_and_the_rest_is_taken(tmp_path, capsys, damage):
+def test_damaged_gzip_file_is_reported_and_the_rest_is_read(tmp_path, capsys, damage):
     write_txt(tmp_path / "in", DOCUMENTS[:7])
     noise = np.random.default_rng(0).integers(32, 127, (300, 99), dtype=np.uint8)
     path = write_jsonl(tmp_path / "in/x.jsonl.gz", [row.tobytes().decode() for row in noise])
@@ -469,25 +470,28 @@ def test_damaged_gzip_file_is_told_and_the_rest_is_taken(tmp_path, capsys, damag
     assert set(DOCUMENTS[:7]) <= set(documents)
 
 
-# ---- what is refused
+# ---- refusals
 
 def refused(folder, *argv, **options):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         run(folder, *argv, **options)
     assert "\n" not in str(caught.value) and not (Path(folder) / "meta.json").exists()
     return str(caught.value)
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
-@pytest.mark.parametrize("files", [
-    {"a.txt": b"", "b.txt": b""}, {"a.jsonl": b""}, {"a.jsonl": b'{"txt": "x"}\n{"txt": "y"}\n'},
+@pytest.mark.parametrize(("files", "remedy"), [
+    ({"a.txt": b"", "b.txt": b""}, "2 empty documents; check --input="),
+    ({"a.jsonl": b""}, "no documents; check --input="),
+    ({"a.jsonl": b'{"txt": "x", "id": 3}\n{"txt": "y", "title": "z"}\n'},
+     "2 lines without text in the field 'text'; set --text_field= to one of: txt, title"),
 ])  # fmt: skip
-def test_corpus_without_text_is_one_clear_error(tmp_path, files, tokenizer):
+def test_corpus_without_text_is_one_clear_error(tmp_path, files, remedy, tokenizer):
     (tmp_path / "in").mkdir()
     for name, data in files.items():
         (tmp_path / "in" / name).write_bytes(data)
     message = refused(tmp_path / "data", f"--input={tmp_path / 'in'}", tokenizer=tokenizer)
-    assert message.startswith(f"there is no text in {tmp_path / 'in'}") and "--text_field" in message
+    assert message == f"there is no text in {tmp_path / 'in'}: {remedy}"
 
 
 def test_input_that_names_no_file_is_refused(tmp_path):
@@ -497,7 +501,7 @@ def test_input_that_names_no_file_is_refused(tmp_path):
     assert "put a glob in quotes" in refused(tmp_path / "data", f"--input={tmp_path}/*.txt")
 
 
-def test_unknown_column_names_those_there_are(tmp_path):
+def test_unknown_column_is_answered_with_the_columns_of_the_file(tmp_path):
     write_parquet(tmp_path / "x.parquet", field="content")
     message = refused(tmp_path / "data", f"--input={tmp_path / 'x.parquet'}")
     assert "x.parquet has no column 'text'; set --text_field to one of: id, content" in message
@@ -521,7 +525,7 @@ def test_impossible_setting_is_refused(tmp_path, text_file, argument, expected):
 
 
 def test_input_or_dataset_is_needed():
-    with pytest.raises(ValueError, match="neither input nor dataset is set"):
+    with pytest.raises(UserError, match="neither input nor dataset is set"):
         config.load(prepare.Settings, [])
 
 
@@ -550,7 +554,7 @@ def test_second_run_says_that_the_data_is_there_and_changes_nothing(text_file, t
 def test_folder_with_other_data_is_refused_and_left_alone(text_file, tmp_path, other):
     argv = [tmp_path / "data", f"--input={text_file('some text ' * 99)}"]
     first = run(*argv)
-    with pytest.raises(ValueError, match="data already holds data, made by: python .*; use another --data_dir"):
+    with pytest.raises(UserError, match="data already holds data, made by: python .*; use another --data_dir"):
         run(*argv, other)
     assert json.loads((tmp_path / "data/meta.json").read_text()) == first
 
@@ -570,7 +574,7 @@ def test_killed_run_is_refused_by_readers_and_recovered_by_running_again(text_fi
             path.rename(f"{path}.part")
         (folder / "train_000077.bin.part").write_bytes(b"")
     for split in ("train", "val"):
-        with pytest.raises(ValueError, match="unfinished prepare; make the data"):
+        with pytest.raises(UserError, match="unfinished prepare; make the data"):
             Split(folder, split, 261)
     assert run(*argv) == whole
     assert {path.name: path.read_bytes() for path in folder.glob("*.bin")} == wanted
@@ -581,7 +585,7 @@ def test_run_that_fails_leaves_nothing_that_is_taken_for_data(tmp_path):
     write_txt(tmp_path / "in", DOCUMENTS)
     (tmp_path / "in/x.parquet").write_bytes(b"no parquet")  # comes after 40 good files
     refused(tmp_path / "data", f"--input={tmp_path / 'in'}")
-    with pytest.raises(ValueError, match="holds no train tokens|unfinished prepare"):
+    with pytest.raises(UserError, match="holds no train tokens|unfinished prepare"):
         Split(tmp_path / "data", "train", 261)
 
 
@@ -590,7 +594,7 @@ def test_token_files_of_others_are_neither_overwritten_nor_removed(text_file, tm
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / name).write_bytes(b"precious")
     message = refused(tmp_path / "data", f"--input={text_file('x' * 99)}")
-    assert f"holds token files that are not of prepare.py: {name}; use another --data_dir" in message
+    assert f"holds token files that prepare.py did not write: {name}; use another --data_dir" in message
     assert (tmp_path / "data" / name).read_bytes() == b"precious"
 
 
@@ -655,7 +659,7 @@ def test_fineweb_does_not_go_into_a_folder_of_other_data(tmp_path, text_file):
     run(tmp_path / "data", f"--input={text_file('a text ' * 99)}")
     before = read_meta(tmp_path / "data")
     source = write_fineweb(tmp_path / "hub", 1)
-    with pytest.raises(ValueError, match="holds other data"):
+    with pytest.raises(UserError, match="holds other data"):
         run(tmp_path / "data", "--dataset=fineweb10b", f"--input={source}", "--max_shards=1", tokenizer="gpt2")
     assert read_meta(tmp_path / "data") == before
 
@@ -663,12 +667,12 @@ def test_fineweb_does_not_go_into_a_folder_of_other_data(tmp_path, text_file):
 def test_fineweb_cut_short_is_not_taken_for_whole(tmp_path):
     source = write_fineweb(tmp_path / "hub", 2)
     refused(tmp_path / "data", "--dataset=fineweb10b", f"--input={source}", "--max_shards=3", tokenizer="gpt2")
-    with pytest.raises(ValueError, match="unfinished prepare"):
+    with pytest.raises(UserError, match="unfinished prepare"):
         Split(tmp_path / "data", "train", 50257)
 
 
 def test_fineweb_comes_in_tokens_of_gpt2_alone(tmp_path):
-    assert "comes in tokens of gpt2" in refused(tmp_path / "data", "--dataset=fineweb10b")
+    assert "is in gpt2 tokens" in refused(tmp_path / "data", "--dataset=fineweb10b")
 
 
 def test_folder_that_cannot_be_made_is_named(tmp_path, text_file):

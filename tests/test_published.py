@@ -25,6 +25,8 @@ from perf import cost, memory
 from perf.hardware import EAGER
 
 ROWS = read_published()
+
+
 def all_rows():
     with open(PUBLISHED, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -63,7 +65,7 @@ def test_one_efficiency_describes_each_other_code():
 
 def bytes_of(row, **changes):
     s = replace(setup_of(row), **changes)
-    s = replace(s, recomputed={"op": "selective"}.get(s.recomputed, s.recomputed))
+    s = replace(s, checkpointing={"op": "selective"}.get(s.checkpointing, s.checkpointing))
     return sum(memory.memory(model_of(row), s).values())
 
 

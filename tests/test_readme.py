@@ -1,5 +1,6 @@
-"""Every command of the README runs as it stands there, cut down to seconds by settings put behind it."""
+"""Every command of README.md and docs/ runs as it stands there, cut down to seconds by settings put behind it."""
 
+import itertools
 import json
 import os
 import pickle
@@ -20,21 +21,20 @@ import config
 import train
 from hugging_face import saved
 from interop.tokenizer import write_tokenizer
-from parallel import check_tensor_parallel
 from ranks import free_port, run_script
 from text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCKS = re.findall(r"^```\w*\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-COMMANDS = [
-    line.partition("#")[0].strip()
-    for block in BLOCKS
-    for line in block.splitlines()
-    if re.match(r"(make|python3?|pip|source|torchrun|echo|lm_eval) ?", line)
-]
-SET_UP = ("python3 -m venv", "source ", "pip install")  # what made the environment that this test runs in
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
+BLOCKS = [block for text in TEXT.values() for block in re.findall(r"^```\w*\n(.*?)^```$", text, re.M | re.S)]
+COMMAND = re.compile(r"(make|python3?|pip|source|torchrun|echo|lm_eval)\b")
+LINES = [line.partition(" #")[0].strip() for block in BLOCKS for line in block.splitlines()]
+COMMANDS = list(dict.fromkeys(filter(COMMAND.match, LINES)))
+SET_UP = ("python3 -m venv", "source ", "pip install")  # they made the environment that this test runs in
+TIME_LIMIT = 900  # seconds for a command: no claim about speed, only an end to one that hangs
 
-# What makes a command small. The data of config/quickstart.py is real, so its vocabulary is left alone.
+# Settings that make a command small. The data of config/quickstart.py is real, so its vocabulary is left alone.
 TINY_MODEL = "--n_layer=2 --n_embd=32 --n_head=2 --n_inner=48 --block_size=32 --seq_len=32 --device=cpu"
 TINY_STEP = f"{TINY_MODEL} --batch_tokens=128 --micro_batch_size=2 --precision=fp32"
 TINY = {
@@ -47,7 +47,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """An empty folder with what the commands take for granted: one's own text, BERT's vocabulary, FineWeb's shards."""
+    """An empty folder with the files that commands assume: one's own text, BERT's vocabulary, FineWeb's shards."""
     folder = tmp_path_factory.mktemp("stranger")
     (folder / "books").mkdir()
     for i in range(7):
@@ -70,7 +70,7 @@ def folder(tmp_path_factory):
 
 
 def make_theirs(folder):
-    """What the README starts from: Hugging Face's gpt2, but of TINY_MODEL's size, and a checkpoint of nanoGPT's."""
+    """Others' models that the pages start from: Hugging Face's gpt2 in TINY_MODEL's size, and nanoGPT's checkpoint."""
     saved("gpt2", folder / "gpt2", vocab_size=50257, n_layer=2, n_embd=32, n_head=2, n_inner=48, n_positions=32)
     if Path(os.environ["TIKTOKEN_CACHE_DIR"]).is_dir():
         write_tokenizer(load_tokenizer("gpt2"), folder / "gpt2", "clm", block_size=32)
@@ -90,6 +90,7 @@ def make_theirs(folder):
 
 
 def run(command, folder, extra=""):
+    """Runs a command of the pages in a folder, made small, on two ranks where it has several."""
     words = shlex.split(command)
     script = next((word for word in words if word.endswith(".py") and "/" not in word), None)
     if words[0] == "torchrun":
@@ -99,45 +100,57 @@ def run(command, folder, extra=""):
     if words[0] == "lm_eval":
         words[0] = str(Path(sys.executable).with_name("lm_eval"))
         words = shlex.split(" ".join(words).replace("lambada_openai", "texts --include_path tasks"))
-    elif "train.py out/nanogpt" in command:  # which has a model and data of its own
+    elif "train.py out/nanogpt" in command:  # the checkpoint has a model and data of its own
         words += ["--max_steps=6", "--device=cpu"]
-    elif command != "python bench.py":  # which is of no model
+    elif command != "python bench.py":  # that one measures the machine, not a model
         words += shlex.split(TINY.get(script, "")) + shlex.split(extra)
-    if script not in (None, "prepare.py") and "--tp" not in command:  # which is torchrun's own turn
+    if script not in (None, "prepare.py") and "--tp" not in command:  # with --tp, torchrun itself is tried
         at = words.index(str(ROOT / script))
         return run_script(words[at], words[at + 1 :], folder, n_ranks=2 if command.startswith("torchrun") else 1)
-    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120)
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=TIME_LIMIT)
+
+
+def shown_below(command):
+    """Lines that a page shows as a command's output, below it in the same block."""
+    block = next(block for block in BLOCKS if command in block)
+    lines = block.partition(command)[2].splitlines()[1:]
+    return [line for line in itertools.takewhile(lambda line: not COMMAND.match(line), lines) if line.strip(" .")]
 
 
 def run_on_two_machines(script, folder, name, more=""):
-    """Runs a job script of the README with two agents on this machine for two machines, each with one process."""
+    """Runs a job script with two agents of torchrun, one process each, as if they were two machines."""
     bin = folder / "bin"
     bin.mkdir(exist_ok=True)
-    # Slurm's two commands, as far as the script needs them.
+    # Stand-ins for Slurm's commands, as far as the script needs them.
     (bin / "srun").write_text('#!/bin/sh\n"$@" & first=$!\n"$@" & second=$!\nwait $first && wait $second\n')
-    (bin / "scontrol").write_text('#!/bin/sh\ncase $1 in requeue) touch requeued_$2 ;; *) echo 127.0.0.1 ;; esac\n')
+    (bin / "scontrol").write_text("#!/bin/sh\ncase $1 in requeue) touch requeued_$2 ;; *) echo 127.0.0.1 ;; esac\n")
     (bin / "torchrun").write_text(f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n')
     for file in bin.iterdir():
         file.chmod(0o755)
     tiny = TINY["train.py"].replace("--batch_tokens=128", f"--batch_tokens=128 --out_dir=out/{name} {more}")
     script = script.replace("out/gpt2_1558m", f"out/{name}")
-    smaller = {"nproc_per_node=8": "nproc_per_node=1", "shard_size=8": f"shard_size=2 {tiny}", "29500": str(free_port())}
+    smaller = {
+        "nproc_per_node=8": "nproc_per_node=1",
+        "shard_size=8": f"shard_size=2 {tiny}",
+        "29500": str(free_port()),
+    }
     for old, new in (smaller | {" train.py": f" {ROOT / 'train.py'}"}).items():
         assert old in script
         script = script.replace(old, new)
     env = os.environ | {"PATH": f"{bin}:{os.environ['PATH']}", "HEAD": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     env |= {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "first,second"}
-    return subprocess.run(["bash", "-c", script], cwd=folder, env=env, capture_output=True, text=True, timeout=200)
+    return subprocess.run(
+        ["bash", "-c", script], cwd=folder, env=env, capture_output=True, text=True, timeout=TIME_LIMIT
+    )
 
 
 def needs_gpt2_tokenizer(command):
-    """Whether a command needs it, or data that another one would have made with it."""
+    """Whether a command needs the gpt2 tokenizer, or data that another command made with it."""
     words = ("tokenizer=gpt2", "data/books", "finetune_gpt2")
     return any(word in command for word in words) or ("sample.py" in command and "gpt2" in command)
 
 
-# A minute each: one measures the machine, whatever the model, one plans with what it has measured, one tries settings;
-# and the evaluation harness starts slowly.
+# About a minute each: measuring the machine, planning with these figures, a sweep, and the evaluation harness's start.
 LONG = ("python bench.py", "--gpu=this", "--sweep", "--device cpu")
 SHOWN = [
     pytest.param(c, marks=pytest.mark.slow) if c == LONG[0] or c.endswith(LONG[1:]) else c
@@ -150,53 +163,56 @@ SHOWN = [
 def test_readme_command_runs(command, folder):
     if needs_gpt2_tokenizer(command) and not Path(os.environ["TIKTOKEN_CACHE_DIR"]).is_dir():
         pytest.skip("the gpt2 tokenizer is not on this machine, and tests fetch nothing")
-    local = ""  # instead of what the command would fetch
+    local = ""  # settings that replace what the command would fetch
     if "prepare.py" in command and "--input" not in command:
         local = "--input=fineweb --max_shards=1" if "gpt2" in command else local
         local = "--dataset=none --input=books/0.txt" if re.search("speedrun_cpu|finetune", command) else local
-    if command.startswith("lm_eval") and not (folder / "out" / "quickstart_hf").exists():  # of those that are not long
+    if command.startswith("lm_eval") and not (folder / "out" / "quickstart_hf").exists():  # with -m slow alone
         for earlier in ("prepare.py config/quickstart.py", "train.py config/quickstart.py", "convert.py --out_dir"):
             assert run(next(c for c in COMMANDS if c.startswith(f"python {earlier}")), folder).returncode == 0
     done = run(command, folder, local)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     assert "error:" not in done.stderr.lower(), done.stderr
+    if "plan.py" in command and "--gpu=this" not in command:  # all other figures depend on the machine
+        assert not [line for line in shown_below(command) if line not in done.stdout], "the page shows another output"
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "--tp=" in c])
-def test_the_models_shown_with_tensor_parallelism_can_be_shared_out_so(command):
-    """Theirs, not the small ones that the test of the command puts in their place."""
+def test_the_models_shown_with_tensor_parallelism_can_be_split_so(command):
+    """The presets' own sizes, which the test of the command replaces by small ones."""
     arguments = [word for word in shlex.split(command) if word.startswith(("config/", "--")) and "nproc" not in word]
     cfg = config.load(train.Settings, arguments)
-    check_tensor_parallel(cfg.model, cfg.data.seq_len or cfg.model.block_size, cfg.parallel.tp)
+    cfg.parallel.check_tensor_parallel(cfg.model, cfg.data.seq_len or cfg.model.block_size)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["torchrun on each", "a Slurm script"])
-def test_the_readmes_commands_for_several_machines_train_one_model(kind, folder):
+def test_commands_for_several_machines_train_one_model(kind, folder):
     assert run("python prepare.py config/gpt2_124m.py", folder, "--input=fineweb --max_shards=1").returncode == 0
     if kind == "a Slurm script":
         script = next(block for block in BLOCKS if "#SBATCH" in block)
     else:
         [command] = [c for c in COMMANDS if "$HEAD" in c]
-        script = f"srun {command}"  # which stands for typing it on two machines
+        script = f"srun {command}"  # as if typed on two machines
     name = kind.split()[-1]
     done = run_on_two_machines(script, folder, name)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert done.stdout.count("finished: step 3 of 3") == 1, "only rank 0 speaks"
-    assert "1 x 2 x 1 ranks" in done.stdout
+    assert "1 replicas x 2 shards x 1 tensor parallel" in done.stdout
     assert (folder / "out" / name / "finished").exists() and not (folder / "requeued_7").exists()
 
 
 @pytest.mark.slow
-def test_the_slurm_script_goes_back_into_the_queue_until_the_run_has_finished(folder):
+def test_the_slurm_script_requeues_itself_until_the_run_has_finished(folder):
     assert run("python prepare.py config/gpt2_124m.py", folder, "--input=fineweb --max_shards=1").returncode == 0
     script = next(block for block in BLOCKS if "#SBATCH" in block)
     done = run_on_two_machines(script, folder, "stopped", "--max_minutes=0.0001 --log_interval=1")
-    assert "stopped after max_minutes" in done.stdout and (folder / "requeued_7").exists()
+    assert "stopped after max_minutes 0.0001: step 1 of 3" in done.stdout and (folder / "requeued_7").exists()
+    assert "the model is unfinished; the same command continues" in done.stdout
     (folder / "requeued_7").unlink()
     (folder / "out" / "stopped" / "stop").touch()
     done = run_on_two_machines(script, folder, "stopped")
-    assert "the same command goes on: step 1 of 3" in done.stdout and not (folder / "requeued_7").exists()
+    assert "stopped by out/stopped/stop: step 1 of 3" in done.stdout and not (folder / "requeued_7").exists()
     done = run_on_two_machines(script, folder, "stopped")
     assert "resumed from step 1" in done.stdout and "finished: step 3 of 3" in done.stdout
     assert not (folder / "requeued_7").exists()
@@ -208,7 +224,7 @@ def test_the_readme_leads_with_make_and_make_test():
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not on this machine")
 @pytest.mark.parametrize("target, run", [("quickstart", "quickstart"), ("bert", "quickstart_bert")])
-def test_make_runs_the_commands_that_the_readme_shows_beside_it(target, run):
+def test_make_runs_the_commands_that_the_readme_shows_for_it(target, run):
     planned = subprocess.run(["make", "-n", "-B", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     shown = [c.removeprefix("python ") for c in COMMANDS if re.match(rf"python .*(config|out)/{run}(\.py| |$)", c)][:3]
     assert [c.split()[0] for c in shown] == ["prepare.py", "train.py", "sample.py"], "the README shows no plain way"
@@ -216,7 +232,39 @@ def test_make_runs_the_commands_that_the_readme_shows_beside_it(target, run):
     assert -1 not in positions and positions == sorted(positions), f"{shown} in this order is not in:\n{planned}"
 
 
-def test_every_file_is_in_the_readmes_table():
-    rows = re.findall(r"^\| (`\w+\.py`.*?) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    table = set(re.findall(r"`(\w+\.py)`", " ".join(rows)))
-    assert table == {path.name for path in ROOT.glob("*.py")}
+def test_files_that_the_readmes_map_names_exist():
+    [block] = [block for block in BLOCKS if "model.py " in block and "plan.py " in block and "config/ " in block]
+    named = re.findall(r"(?:^|  )((?:[\w/]|\{[\w,]+\})+(?:\.py|/))(?=\s|$)", block, re.M)
+    paths = []
+    for name in named:
+        before, brace, rest = name.partition("{")
+        inside, _, after = rest.partition("}")
+        paths += [f"{before}{part}{after}" for part in inside.split(",")] if brace else [name]
+    assert len(paths) > 20
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_files_that_a_page_names_exist(page):
+    wrong, prose = [], re.sub(r"^```.*?^```$|`[^`\n]*`", "", TEXT[page], flags=re.M | re.S)
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", prose):
+        target = (page.parent / path).resolve() if path else page
+        headings = re.findall(r"^#+ (.*)$", TEXT.get(target, ""), re.M)
+        slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        if not target.exists() or (anchor and anchor not in slugs):
+            wrong.append(f"{path}#{anchor}")
+    folders = "config|text|run|perf|interop|tests|docs"
+    for path in re.findall(rf"(?<![\w/.])((?:{folders})/\w+\.\w+)", TEXT[page]):
+        wrong += [] if (ROOT / path).exists() else [path]
+    assert not wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_that_a_page_places_in_a_file_are_there(page):
+    """Such as `lr_at` in `optim.py`."""
+    wrong = []
+    for name, path in re.findall(r"`([A-Za-z_.]+)`(?:, [^`.]*,)? in `([\w/]+\.py)`", TEXT[page]):
+        last = name.rpartition(".")[2]
+        if not re.search(rf"^\s*(def |class )?{last}\b", (ROOT / path).read_text(encoding="utf-8"), re.M):
+            wrong.append(f"{name} in {path}")
+    assert not wrong

@@ -45,6 +45,15 @@ def tokens_of(model, ids, seed=1, **settings):
     return torch.stack(list(generate(model, ids, cfg, seed, V)), dim=1)
 
 
+def test_special_tokens_that_are_no_text_are_never_drawn(model):
+    """An untrained model draws all tokens alike; with a fifth of them left out, 300 draws would show one."""
+    never = list(range(0, V, 5))
+    cfg, ids = SampleConfig(max_new_tokens=100), prompts(1)
+    drawn = torch.stack(list(generate(model, ids, cfg, 1, V, never)), dim=1)
+    assert not set(drawn.flatten().tolist()) & set(never) and len(set(drawn.flatten().tolist())) > 1
+    assert set(torch.stack(list(generate(model, ids, cfg, 1, V)), dim=1).flatten().tolist()) & set(never)
+
+
 def slow_greedy(model, ids, n):
     """Greedy tokens with no cache, each from all tokens in sight; where they would not fit, the last half stays."""
     seen, out = ids, []

@@ -17,16 +17,16 @@ from torch.utils._pytree import tree_leaves
 
 import optim
 import parallel
-from checkpoint import Saver, _tensors, load_checkpoint
+from checkpoint import CheckpointConfig, CheckpointWriter, _tensors, load_checkpoint
 from model import ModelConfig, Transformer
 from objective import IGNORE
 from optim import OptimConfig, build_optimizer, orthogonalize
-from parallel import ParallelConfig, check_tensor_parallel, distribute, shape_of_mesh
+from parallel import ParallelConfig, distribute, on_whole_matrices
 from perf.memory import held as numbers_held
-from ranks import on_ranks
-from run.folder import RunConfig, check_shared
+from ranks import on_ranks, step_settings
+from run.folder import check_shared
 from train import train_step
-from world import init_world, seed_step
+from world import WorldConfig, init_world, local, seed_step
 
 # 4 heads of 6; an MLP of 38, which 4 ranks share unevenly; a vocabulary of 64 with its padding.
 GPT = ModelConfig(vocab_size=37, block_size=11, n_layer=3, n_head=4, n_embd=20, head_dim=6, n_inner=38)
@@ -68,17 +68,12 @@ def whole(tensor):
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
 
 
-def local(tensor):
-    """This rank's part of a tensor that may be sharded."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 @contextlib.contextmanager
-def a_model(name, optimizer="adamw", precision="fp32", dropout=0.0, **layout):
-    """(world, model, its optimizer) in a layout over the ranks that there are."""
-    cfg = ParallelConfig(device="cpu", precision=precision, **layout)
-    with init_world(cfg) as world:
-        yield world, *built(replace(MODELS[name], dropout=dropout), optimizer, cfg, world)
+def a_model(name, optimizer="adamw", precision="fp32", changes=None, **layout):
+    """(world, model, its optimizer) in a layout over the ranks that there are; changes: settings of the model."""
+    cfg = ParallelConfig(**layout)
+    with init_world(WorldConfig(device="cpu", precision=precision), cfg) as world:
+        yield world, *built(replace(MODELS[name], **changes or {}), optimizer, cfg, world)
 
 
 def built(shape, optimizer, cfg, world):
@@ -95,7 +90,7 @@ def step_of(world, model, optimizer, name, step, micro_steps=1, scaler=None):
     batches = list(zip(*(part.split(size) for part in batch(name, step))))[world.data_rank :: world.data_ranks]
     assert len(batches) == micro_steps
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-    return train_step(model, optimizer, scaler, batches, 1.0, world)[:2]
+    return train_step(model, optimizer, scaler, batches, step_settings(1.0), world)[:2]
 
 
 def trained(name, micro_steps=1, **layout):
@@ -108,6 +103,7 @@ def trained(name, micro_steps=1, **layout):
         figures = [step_of(world, model, optimizer, name, step, micro_steps) for step in range(STEPS)]
         with torch.no_grad(), world.autocast():
             figures.append(tuple(x.item() for x in model(*batch(name, 0), count_correct=True)))
+        parallel.reshard(model)  # gathered weights are rounded to the run's precision
         last = {key: whole(p) for key, p in model.named_parameters()}
         return (first, figures, last) if world.is_main else (None, figures, None)
 
@@ -176,7 +172,7 @@ def full():
     answers = {}
     for n in (2, 4, 8):
         cases = [case for case in FULL if RANKS[case["layout"]] == n]
-        answers |= zip(map(id_of, cases), on_ranks(n, *((run_case, case) for case in cases), patience=1200))
+        answers |= zip(map(id_of, cases), on_ranks(n, *((run_case, case) for case in cases)))
     return answers
 
 
@@ -200,7 +196,7 @@ def compiled(name, layout, kind):
 
 @pytest.fixture(scope="module")
 def of_compiled():
-    return dict(zip(COMPILED, on_ranks(4, *((compiled, *case) for case in COMPILED), patience=900)))
+    return dict(zip(COMPILED, on_ranks(4, *((compiled, *case) for case in COMPILED))))
 
 
 @pytest.mark.slow
@@ -231,7 +227,7 @@ def orthogonalised(layout):
                 return orthogonalize(stack)
 
             parts = [local(m).bfloat16() for m in matrices]
-            for m, result in zip(matrices, world.on_whole_matrices(counted, parts, matrices)):
+            for m, result in zip(matrices, on_whole_matrices(counted, parts, matrices, world.mesh)):
                 local(m).copy_(result)
             answers.append((all(torch.equal(whole(m), w.float()) for m, w in zip(matrices, wanted)), sum(counts)))
     return answers
@@ -335,14 +331,39 @@ def test_in_bf16_sharding_changes_rounding_alone(layout, others):
     assert found[2][0] == pytest.approx(wanted[2][0], rel=1e-3) and found[2][1] == pytest.approx(wanted[2][1], rel=2e-2)
 
 
+TERMS = {"label_smoothing": 0.1, "z_loss": 0.01}
+
+
+def with_terms(name, precision, layout):
+    """What `trained` gives with each term of the loss; SGD, so that updates show gradients."""
+    return trained(name, optimizer="sgd", precision=precision, changes=TERMS, **MORE_LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["gpt", "bert"])
+def test_each_term_of_the_loss_is_the_same_over_a_sharded_vocabulary(name, precision, others):
+    """In the loss and in the gradient; bert's head has a bias."""
+    wanted, answers = with_terms(name, precision, "ddp"), others["terms", name, precision]
+    plain = trained(name, optimizer="sgd", precision=precision)
+    assert wanted[1][0][0] > 1.02 * plain[1][0][0], "the terms change the loss"
+    assert all(answer[1] == answers[0][1] for answer in answers), "ranks disagree"
+    for figures, found in zip(wanted[1], answers[0][1]):
+        assert found == pytest.approx(figures, rel=1e-5 if precision == "fp32" else 5e-3)
+    for key, first in wanted[0].items():
+        if not key.endswith("attn.k.bias"):  # whose gradient is nothing but rounding
+            error, update = (answers[0][2][key] - wanted[2][key]).norm(), (wanted[2][key] - first).norm()
+            assert error < (1e-5 if precision == "fp32" else 0.05) * update, (key, error / update)
+
+
 def dropped(kind):
-    """(loss, gradient's norm) with dropout and a kind of recomputation, under tensor parallelism."""
-    with a_model("gpt", dropout=0.3, activation_checkpointing=kind, strategy="fsdp", tp=2) as (world, model, optimizer):
+    """(loss, gradient's norm) with dropout and a kind of activation checkpointing, under tensor parallelism."""
+    layout = {"activation_checkpointing": kind, "strategy": "fsdp", "tp": 2}
+    with a_model("gpt", changes={"dropout": 0.3}, **layout) as (world, model, optimizer):
         seed_step(seed=1, step=4, rank=world.rank)
         return step_of(world, model, optimizer, "gpt", 0)
 
 
-def test_recomputation_replays_dropout_under_tensor_parallelism(others):
+def test_activation_checkpointing_replays_dropout_under_tensor_parallelism(others):
     none, full = (others["dropped", kind] for kind in ("none", "full"))
     assert none == full
     assert none[0][0] != pytest.approx(alone("gpt", "adamw")[1][0][0], rel=1e-3), "nothing was dropped"
@@ -404,6 +425,8 @@ def others(tmp_path_factory):
     kept_in = itertools.product(("sharded", "whole"), ("fsdp", "hsdp"))
     cases |= {("counted", *args): (counted, *args) for args in kept_in}
     cases |= {("bf16", layout): (in_bf16, layout) for layout in ("fsdp", "fsdp tp")}
+    cases |= {("terms", name, precision): (with_terms, name, precision, "ddp tp")
+              for name, precision in itertools.product(("gpt", "bert"), ("fp32", "bf16"))}  # fmt: skip
     cases |= {("dropped", kind): (dropped, kind) for kind in ("none", "full")}
     cases |= {("compressed", kind): (compressed, kind) for kind in (None, "bf16", "powersgd")}
     cases |= {("held", layout): (held, layout) for layout in ("ddp", "fsdp", "hsdp", "fsdp tp")}
@@ -438,7 +461,7 @@ def saved(folder, layout, name, optimizer):
         for step in range(2):
             step_of(world, model, optimizer, name, step)
         tensors = tensors_of(model, optimizer)
-        saver = Saver(RunConfig(out_dir=str(folder)), world)
+        saver = CheckpointWriter(folder, CheckpointConfig(), world)
         saver.save(2, model, optimizer, {})
         saver.wait()
         return tensors if world.is_main else None, step_of(world, model, optimizer, name, 2)
@@ -460,7 +483,7 @@ def in_each_layout(function, arguments):
         if n == 1:
             answers |= {key: [function(*args)] for key, args in of_n.items()}
         else:
-            answers |= dict(zip(of_n, on_ranks(n, *((function, *args) for args in of_n.values()), patience=600)))
+            answers |= dict(zip(of_n, on_ranks(n, *((function, *args) for args in of_n.values()))))
     return answers
 
 
@@ -528,16 +551,16 @@ def memory(layout):
         line = next(line for line in open("/proc/self/smaps_rollup") if line.startswith("Anonymous"))
         return int(line.split()[1]) / 1024
 
-    cfg = ParallelConfig(device="cpu", precision="fp32", **layout)
-    with init_world(cfg) as world:
+    cfg = ParallelConfig(**layout)
+    with init_world(WorldConfig(device="cpu", precision="fp32"), cfg) as world:
         world.barrier()
         before, seen = held_now(), []
-        model, optimizer = built(ModelConfig(n_layer=12, n_embd=1024, n_head=16), "adamw", cfg, world)
+        model, optimizer = built(ModelConfig(vocab_size=50257, n_layer=12, n_embd=1024, n_head=16), "adamw", cfg, world)
         optimizer.register_step_pre_hook(lambda *args: seen.append(held_now() - before))
         ids = torch.randint(50257, (1, 65), generator=torch.Generator().manual_seed(world.rank))
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         for _ in range(2):
-            train_step(model, optimizer, scaler, [(ids[:, :-1], ids[:, 1:])], 1.0, world)
+            train_step(model, optimizer, scaler, [(ids[:, :-1], ids[:, 1:])], step_settings(1.0), world)
         assert sum(p.numel() for p in model.parameters()) > 200e6
         return seen[1], numbers_held(optimizer)[1] / MIB
 
@@ -549,7 +572,7 @@ def test_fsdp_on_four_ranks_holds_a_quarter_of_the_memory():
     """Weights, gradients and AdamW's state of 204 M parameters; needs 14 GiB."""
     measured = {}
     for layout in ("ddp", "hsdp", "fsdp", "fsdp tp"):
-        [answers] = on_ranks(4, (memory, LAYOUTS[layout]), patience=600)
+        [answers] = on_ranks(4, (memory, LAYOUTS[layout]))
         measured[layout] = max(mib for mib, _ in answers)
         print(f"{layout:8} {measured[layout]:8,.0f} MiB a rank, {measured[layout] / measured['ddp']:.3f} of ddp; "
               f"{answers[0][1]:,.0f} by the log")  # fmt: skip
@@ -569,7 +592,7 @@ def test_fsdp_on_four_ranks_holds_a_quarter_of_the_memory():
 ])  # fmt: skip
 def test_a_layout_that_does_not_fit_the_processes_is_refused_with_the_numbers(settings, size, said):
     with pytest.raises(ValueError, match=said):
-        shape_of_mesh(ParallelConfig(**settings), size)
+        ParallelConfig(**settings).mesh_shape(size)
 
 
 @pytest.mark.parametrize(("settings", "size", "shape"), [
@@ -577,15 +600,15 @@ def test_a_layout_that_does_not_fit_the_processes_is_refused_with_the_numbers(se
     ({"strategy": "fsdp", "shard_size": 2, "tp": 2}, 8, (2, 2, 2)), ({"strategy": "fsdp"}, 1, (1, 1, 1)),
 ])  # fmt: skip
 def test_a_layout_is_copies_by_shards_by_tensor_parallel_ranks(settings, size, shape):
-    assert shape_of_mesh(ParallelConfig(**settings), size) == shape
+    assert ParallelConfig(**settings).mesh_shape(size) == shape
 
 
 @pytest.mark.parametrize(("settings", "said"), [
     ({"tp": 0}, "tp is 0; it must be at least 1"),
-    ({"shard_size": 2}, "shard_size is 2 and strategy ddp.*--strategy=fsdp"),
-    ({"accumulate": "whole", "reshard": False}, "reshard is False .*\naccumulate is whole .*--strategy=fsdp"),
-    ({"grad_compression": "bf16", "strategy": "fsdp"}, "grad_compression is bf16, .*of ddp alone, .*fsdp"),
-    ({"grad_compression": "powersgd", "tp": 2}, "grad_compression is powersgd, .*with tp 2"),
+    ({"shard_size": 2}, "shard_size is 2, but strategy ddp.*--strategy=fsdp"),
+    ({"accumulate": "whole", "reshard": False}, "reshard is False, .*\naccumulate is whole, .*--strategy=fsdp"),
+    ({"grad_compression": "bf16", "strategy": "fsdp"}, "grad_compression is bf16, which needs ddp .*fsdp"),
+    ({"grad_compression": "powersgd", "tp": 2}, "grad_compression is powersgd, .*tp is 2"),
 ])  # fmt: skip
 def test_parallel_settings_that_contradict_each_other_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
@@ -599,6 +622,6 @@ def test_parallel_settings_that_contradict_each_other_are_refused(settings, said
     ({}, 7, 2, "^seq_len 7 is not a multiple of tp 2; tp 1 would fit"),
 ])  # fmt: skip
 def test_tensor_parallelism_that_would_cut_heads_is_refused_with_the_numbers(changes, seq_len, tp, said):
-    check_tensor_parallel(MODELS["modern"], 8, 2)
+    ParallelConfig(tp=2).check_tensor_parallel(MODELS["modern"], 8)
     with pytest.raises(ValueError, match=said):
-        check_tensor_parallel(replace(MODELS["modern"], **changes), seq_len, tp)
+        ParallelConfig(tp=tp).check_tensor_parallel(replace(MODELS["modern"], **changes), seq_len)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from config import load
 from model import Transformer
 from objective import IGNORE
-from ops import linear_cross_entropy
+from ops import Vocabulary, linear_cross_entropy
 from ranks import start
 from train import Settings
 
@@ -28,7 +28,7 @@ def head(kind, model, hidden, targets, positions):
     if kind == "plain":
         return F.cross_entropy(model.head(x).flatten(0, 1).float(), targets.flatten(), reduction="sum")
     return linear_cross_entropy(
-        x.flatten(0, 1), model.head.weight, targets.flatten(), model.cfg.vocab_size, model.head.bias
+        x.flatten(0, 1), model.head.weight, targets.flatten(), Vocabulary(model.cfg.vocab_size), model.head.bias
     )
 
 

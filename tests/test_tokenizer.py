@@ -11,7 +11,9 @@ import pytest
 import tiktoken
 import tokenizers
 
+from config import UserError
 from conftest import ROOT
+from data import sha256
 from objective import special_id
 from text.tokenizer import (
     BERT_SPECIALS,
@@ -19,14 +21,13 @@ from text.tokenizer import (
     ByteTokenizer,
     FileTokenizer,
     load_tokenizer,
-    sha256,
     train_bpe,
     write_character_tokenizer,
 )  # fmt: skip
 
 BERT_VOCAB = Path(ROOT).parent / "shared/data/bert_uncased_vocab.txt"
 GPT2_FILES = Path(ROOT).parent / "shared/data/tiktoken_cache"
-CORPUS = [Path(ROOT / name).read_text() for name in ("tokenizer.py", "data.py")] 
+CORPUS = [Path(ROOT / name).read_text() for name in ("text/tokenizer.py", "data.py")]
 CORPUS += ["ünïcödé 日本語 日本語 日本語 🙂🙂🙂 we'll they're I've I'd it's I'm don't 'llama " * 7]
 PLAIN = CORPUS[1:]  # has no special token's name in it
 
@@ -151,7 +152,7 @@ def test_gpt2_without_a_network_names_the_offline_ways(tmp_path, monkeypatch):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
         monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})  # what tiktoken has read before
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(UserError) as caught:
             load_tokenizer("gpt2")
     message = str(caught.value)
     assert "\n" not in message
@@ -213,7 +214,7 @@ def test_bpe_is_the_same_each_time_and_wherever_its_file_lies(tmp_path, bpe_file
 
 @pytest.mark.parametrize("vocab_size", [0, 260])
 def test_bpe_smaller_than_its_bytes_is_refused(tmp_path, vocab_size):
-    with pytest.raises(ValueError, match=f"bpe_vocab_size is {vocab_size}; it must be at least 261"):
+    with pytest.raises(UserError, match=f"bpe_vocab_size is {vocab_size}; it must be at least 261"):
         train_bpe(["ab"], vocab_size, tmp_path / "t.json")
 
 
@@ -419,7 +420,7 @@ def test_only_newlines_end_a_line_of_vocab_txt(tmp_path):
 ], ids=["twice", "no mask", "no unk", "lower", "empty", "blank", "no special"])  # fmt: skip
 def test_damaged_vocab_txt_is_refused_by_name(tmp_path, tokens):
     path = vocab_file(tmp_path, tokens, end=bool(tokens))
-    with pytest.raises(ValueError, match="vocab.txt is no readable tokenizer file") as caught:
+    with pytest.raises(UserError, match="vocab.txt is no readable tokenizer file") as caught:
         load_tokenizer(path)
     assert "\n" not in str(caught.value) and re.search("times|lacks|not found in the vocabulary", str(caught.value))
 
@@ -427,7 +428,7 @@ def test_damaged_vocab_txt_is_refused_by_name(tmp_path, tokens):
 @pytest.mark.parametrize("content", [b"[PAD]\n\xff\xfe\n[MASK]\n", "\n".join(CASED).encode("utf-16")])
 def test_vocab_txt_that_is_no_utf8_is_refused_by_name(tmp_path, content):
     (tmp_path / "vocab.txt").write_bytes(content)
-    with pytest.raises(ValueError, match="vocab.txt is no readable tokenizer file"):
+    with pytest.raises(UserError, match="vocab.txt is no readable tokenizer file"):
         load_tokenizer(str(tmp_path / "vocab.txt"))
 
 
@@ -440,7 +441,7 @@ def test_damaged_tokenizer_json_of_wordpiece_is_refused_by_name(tmp_path, damage
     saved = json.loads((tmp_path / "broken.json").read_text())
     damage(saved["model"]["vocab"])
     (tmp_path / "broken.json").write_text(json.dumps(saved))
-    with pytest.raises(ValueError, match="broken.json is no readable tokenizer file") as caught:
+    with pytest.raises(UserError, match="broken.json is no readable tokenizer file") as caught:
         load_tokenizer(str(tmp_path / "broken.json"))
     assert "\n" not in str(caught.value)
 
@@ -451,7 +452,7 @@ def test_our_other_tokenizers_have_special_tokens_by_role_too(tokenizer):
         if role in expected:
             assert special_id(tokenizer.specials, role) == expected[role]
         else:
-            with pytest.raises(ValueError, match=f"need a {role} token"):
+            with pytest.raises(UserError, match=f"need a {role} token"):
                 special_id(tokenizer.specials, role)
     assert len(tokenizer.continuations) == 0
 
@@ -706,12 +707,12 @@ def test_gpt2s_pair_of_files_gives_hugging_faces_ids(tmp_path):
         if "<|endoftext|>" not in text:
             assert ours.encode(text).tolist() == theirs(text)["input_ids"]
     (tmp_path / "merges.txt").unlink()
-    with pytest.raises(ValueError, match="vocab.json is no readable tokenizer file") as caught:
+    with pytest.raises(UserError, match="vocab.json is no readable tokenizer file") as caught:
         load_tokenizer(str(tmp_path / "vocab.json"))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("damage, told", [
+@pytest.mark.parametrize("damage, message", [
     (lambda saved: saved.update(decoder={"type": "CTC", "pad_token": "x", "word_delimiter_token": "|", "cleanup": True}
                                 ), "its decoder is CTC"),
     (lambda saved: saved["model"].update(vocab={}, merges=[]), "its vocabulary is empty"),
@@ -721,11 +722,11 @@ def test_gpt2s_pair_of_files_gives_hugging_faces_ids(tmp_path):
     (lambda saved: saved["added_tokens"][0].pop("special"), ""),
     (lambda saved: saved.pop("model"), ""),
 ])  # fmt: skip
-def test_damaged_file_of_any_kind_is_refused_by_name(tmp_path, damage, told):
+def test_damaged_file_of_any_kind_is_refused_by_name(tmp_path, damage, message):
     saved = json.loads(byte_level_like("gpt2").to_str())
     damage(saved)
     (tmp_path / "broken.json").write_text(json.dumps(saved))
-    with pytest.raises(ValueError, match=f"broken.json is no readable tokenizer file .*{told}") as caught:
+    with pytest.raises(UserError, match=f"broken.json is no readable tokenizer file .*{message}") as caught:
         load_tokenizer(str(tmp_path / "broken.json"))
     assert "\n" not in str(caught.value)
 
@@ -737,7 +738,7 @@ def test_text_that_a_file_has_no_tokens_for_is_an_error_of_one_line(tmp_path):
     (tmp_path / "t.json").write_text(json.dumps(saved))
     ours = load_tokenizer(str(tmp_path / "t.json"))
     assert len(ours.encode("import numpy")) == 2
-    with pytest.raises(ValueError, match="t.json cannot encode the text .*use another") as caught:
+    with pytest.raises(UserError, match="t.json cannot encode the text .*use another") as caught:
         ours.encode("import nothingofthekind")
     assert "\n" not in str(caught.value)
 
@@ -767,7 +768,7 @@ def test_characters_ids_are_their_places_in_the_list(characters):
 @pytest.mark.parametrize("text", ["c", "ab c", "B", "a\r\nb", "\ud800"])
 def test_character_that_is_not_in_the_list_is_an_error_that_names_it(characters, text):
     lacking = sorted(set(text.replace("\ud800", "?")) - set(CHARACTERS))
-    with pytest.raises(ValueError, match="knows 16 characters alone") as caught:
+    with pytest.raises(UserError, match="knows only 16 characters") as caught:
         characters.encode(text)
     assert repr(lacking[0]) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -785,12 +786,12 @@ def test_autotokenizer_reads_a_file_of_characters(characters, tmp_path):
         theirs("c")
 
 
-@pytest.mark.parametrize("wrong, told", [
+@pytest.mark.parametrize("wrong, message", [
     (["a", "bc"], "'bc' is no character"), (["a", ""], "'' is no character"), (["a", 7], "7 is no character"),
     (["a", "\udc80"], "is no character"), (["a", "b", "a"], "'a' is in the list twice"), ([], "is empty"),
 ])  # fmt: skip
-def test_list_that_is_not_of_characters_is_refused(tmp_path, wrong, told):
-    with pytest.raises(ValueError, match=told):
+def test_list_that_is_not_of_characters_is_refused(tmp_path, wrong, message):
+    with pytest.raises(UserError, match=message):
         write_character_tokenizer(wrong, tmp_path / "t.json")
 
 
@@ -798,14 +799,14 @@ def test_list_that_is_not_of_characters_is_refused(tmp_path, wrong, told):
 
 @pytest.mark.parametrize("name", ["gpt-2", "bytes", "", "bpe", "tokenizer.model"])
 def test_unknown_name_lists_the_known_ones(name):
-    told = "is unknown; use byte, bpe, the path of a tokenizer.json, BERT.s vocab.txt, .*gpt2"
-    with pytest.raises(ValueError, match=told):
+    message = "is unknown; use byte, bpe, the path of a tokenizer.json, BERT.s vocab.txt, .*gpt2"
+    with pytest.raises(UserError, match=message):
         load_tokenizer(name)
 
 
 @pytest.mark.parametrize("name", ["nothing.json", "nothing.txt"])
 def test_missing_file_is_named(tmp_path, name):
-    with pytest.raises(ValueError, match=f"{name} is no readable tokenizer file"):
+    with pytest.raises(UserError, match=f"{name} is no readable tokenizer file"):
         load_tokenizer(str(tmp_path / name))
 
 
@@ -833,6 +834,6 @@ def damaged(change):
 def test_damaged_file_is_refused_by_name(tmp_path, bpe_file, damage):
     path = tmp_path / "broken.json"
     path.write_text(damage(json.loads(bpe_file.read_text())))
-    with pytest.raises(ValueError, match="broken.json is no readable tokenizer file") as caught:
+    with pytest.raises(UserError, match="broken.json is no readable tokenizer file") as caught:
         load_tokenizer(str(path))
     assert "\n" not in str(caught.value)

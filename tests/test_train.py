@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -33,6 +35,7 @@ from ranks import (
     records,
     run,
     settings,
+    step_settings,
     without_matplotlib,
     write_data,
 )  # fmt: skip
@@ -130,6 +133,28 @@ def test_a_run_logs_every_step_and_keeps_what_it_takes_to_know_it_again(nine, da
     assert not [p for p in nine.rglob("*") if p.suffix in (".pt", ".pth", ".pkl", ".metadata") or p.name == ".metadata"]
 
 
+def test_the_loss_that_is_printed_is_the_mean_since_the_last_line(nine, data_dir, tmp_path, capsys, no_curves):
+    run(data_dir, tmp_path, log_interval=4)
+    each, mean = records(nine), records(tmp_path, "mean_loss")
+    assert list(mean) == [4, 8, 9] and records(tmp_path) == {step: each[step] for step in mean}
+    for first, last in ((1, 4), (5, 8), (9, 9)):
+        wanted = statistics.fmean(each[step] for step in range(first, last + 1))
+        assert mean[last] == pytest.approx(wanted, rel=1e-12)
+    printed = re.findall(r"step (\d)/9 .* loss +(\S+)  lr", capsys.readouterr().out)
+    assert [(int(step), float(loss)) for step, loss in printed] == [(s, round(m, 4)) for s, m in mean.items()]
+
+
+def test_a_run_prints_its_epochs_and_warns_where_they_are_many(data_dir, tmp_path, capsys, no_curves):
+    """The data has 2000 training tokens, and a step 42."""
+    run(data_dir, tmp_path / "few", max_steps=1)
+    assert "run        1 steps, 42 tokens, 0.021 epochs, in " in (told := capsys.readouterr().out)
+    assert "warning" not in told
+    run(data_dir, tmp_path / "many", max_steps=1000, target_loss=1000.0)
+    told = capsys.readouterr().out
+    assert "1,000 steps, 42,000 tokens, 21 epochs, in " in told
+    assert "warning    the run reads its 2,000 training tokens 21 times; " in told and "lower --max_steps" in told
+
+
 def test_training_learns_what_can_be_learned(data_dir, tmp_path, no_curves):
     """Each token is the one before plus 0, 1 or 2: log 3 is the least loss there is, log 37 that of knowing nothing."""
     run(data_dir, tmp_path, max_steps=150, lr_decay_steps="none", log_interval=50, eval_interval=150)
@@ -222,7 +247,7 @@ def test_a_masked_run_learns_and_tells_its_accuracy_beside_that_of_the_commonest
     lines = [line for line in capsys.readouterr().out.splitlines() if "val loss" in line and line.startswith("step ")]
     for step, line in zip((0, 150), lines, strict=True):
         assert f"val loss {loss[step]:.4f}  masked accuracy {accuracy[step]:.1%} " in line and len(line) <= 120
-        assert f"(the commonest token alone {commonest[step]:.1%})" in line and "perplexity" not in line
+        assert f"(the most frequent token alone {commonest[step]:.1%})" in line and "perplexity" not in line
     assert "val_bpb" not in (out_dir / "log.jsonl").read_text()  # a masked loss codes no text
 
 
@@ -302,7 +327,7 @@ def test_a_step_without_a_target_leaves_sound_weights():
     world, positions = World(0, 1, torch.device("cpu"), "fp32"), torch.tensor([[1, 2]])
     optimizer = build_optimizer(model, OptimConfig())
     batch = torch.full((1, 7), 36), torch.full((1, 2), IGNORE), positions
-    loss, *_ = train.train_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), [batch], 1.0, world)
+    loss, *_ = train.train_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), [batch], step_settings(1.0), world)
     assert loss == 0 and all(torch.isfinite(p).all() for p in model.parameters())
 
 
@@ -331,7 +356,7 @@ def test_a_run_resumes_across_epochs(tmp_path, no_curves):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def kill_when(process, happened, timeout=60):
+def kill_when(process, happened, timeout=600):
     """kill -9 as soon as happened(); says whether the process was still alive then."""
     deadline = time.monotonic() + timeout
     while process.is_alive() and not happened():
@@ -526,11 +551,18 @@ def test_max_minutes_ends_a_run_and_the_same_command_goes_on(data_dir, nine, tmp
     run(data_dir, tmp_path, **changes)
     assert logged(tmp_path) == 1 and not (tmp_path / "finished").exists()
     assert list(records(tmp_path, "val_loss")) == [0, 1] and steps_kept(tmp_path) == [1]
-    assert "stopped after max_minutes" in capsys.readouterr().out
+    *_, how, last = capsys.readouterr().out.splitlines()
+    assert how.startswith("stopped after max_minutes 1e-06: step 1 of 9, val loss")
+    assert last == "the model is unfinished; the same command continues"
     run(data_dir, tmp_path, **changes)
     assert logged(tmp_path) == 2
     run(data_dir, tmp_path)
     assert records(tmp_path) == records(nine) and (tmp_path / "finished").exists()
+
+
+def test_max_minutes_ends_a_run_at_any_step_not_just_at_lines_of_the_log(data_dir, tmp_path, no_curves):
+    run(data_dir, tmp_path, max_minutes=1e-6, log_interval=1000)
+    assert steps_kept(tmp_path) == [1] and list(records(tmp_path, "val_loss")) == [0, 1]
 
 
 # ---- wandb
@@ -576,11 +608,11 @@ BAD_DATA = {
     "without meta.json": (unprepared, "no meta.json.*unfinished prepare; .*python prepare.py"),
     "damaged meta.json": (lambda f: write_data(f).joinpath("meta.json").write_text("{"), "meta.json is damaged.*again"),
     "cut shard": (spoilt(cut=1001), "train_000001.bin is damaged.*make the data again"),
-    "foreign shard": (spoilt(head=b"PK\3\4flat"), "train_000001.bin is no token shard.*make the data again"),
+    "foreign shard": (spoilt(head=b"PK\3\4flat"), "train_000001.bin is not a token shard.*make the data again"),
     "missing shard": (lambda f: write_data(f).joinpath("train_000001.bin").unlink(), "train_000001.bin is missing"),
-    "ids past the vocabulary": (with_large_ids, r"holds the token id \d+, but vocab_size is 37"),
+    "ids past the vocabulary": (with_large_ids, r"holds token \d+, but vocab_size is 37"),
     "larger vocabulary": (lambda f: write_data(f, vocab_size=50), "vocab_size is 37.*vocabulary of 50; set vocab_size"),
-    "short train": (lambda f: write_data(f, train_tokens=13), "no shard of 2 x 7 tokens.*shorten seq_len"),
+    "short train": (lambda f: write_data(f, train_tokens=13), "no shard of 2 x 7 tokens.*lower seq_len"),
     "short val": (lambda f: write_data(f, val_tokens=1), "val split has 1 tokens.*val_fraction"),
 }
 BAD_SETTINGS = {
@@ -601,7 +633,7 @@ def refused(told, data_dir, out_dir, **changes):
     with pytest.raises(ValueError, match=told) as error:
         run(data_dir, out_dir, **changes)
     assert "\n" not in str(error.value)
-    assert config.is_users(error.value), "shows as a traceback"
+    assert isinstance(error.value, config.UserError), "shows as a traceback"
     assert not checkpoints(out_dir)
 
 
@@ -654,7 +686,7 @@ def test_foreign_data_needs_a_vocabulary_and_then_trains(data_dir, tmp_path, no_
     raw.mkdir()
     for split in ("train", "val"):
         np.concatenate(Split(data_dir, split, 37).shards).tofile(raw / f"{split}.bin")
-    refused("no meta.json to take vocab_size from; set vocab_size", raw, tmp_path / "run", vocab_size="none")
+    refused("no meta.json to take vocab_size from; set --vocab_size", raw, tmp_path / "run", vocab_size="none")
     assert (run(raw, tmp_path / "run", max_steps=2) / "finished").exists()
     assert "val_bpb" not in (tmp_path / "run" / "log.jsonl").read_text()  # nobody counted bytes
 
@@ -679,7 +711,7 @@ def test_a_step_with_a_gradient_scaler_is_the_step_without_one():
         ids = torch.randint(37, (3, 8), generator=torch.Generator().manual_seed(1))
         for _ in range(3):
             batches = [(ids[:, :-1], ids[:, 1:])] * 2
-            _, norm, _ = train.train_step(model, optimizer, scaler, batches, 0.5, World(0, 1, torch.device("cpu"), "fp32"))
+            _, norm, _ = train.train_step(model, optimizer, scaler, batches, step_settings(), World(0, 1, torch.device("cpu"), "fp32"))
         norms.append(norm)
         weights.append(model.state_dict())
         json.dumps(scaler.state_dict())  # as the manifest of a checkpoint holds it
@@ -695,7 +727,7 @@ def test_a_step_whose_gradient_overflows_is_skipped_and_the_scale_lowered():
     scaler = torch.amp.GradScaler("cpu", init_scale=3e38)
     ids = torch.randint(37, (3, 8), generator=torch.Generator().manual_seed(1))
     batches = [(ids[:, :-1], ids[:, 1:])] * 2
-    train.train_step(model, optimizer, scaler, batches, 0.5, World(0, 1, torch.device("cpu"), "fp32"))
+    train.train_step(model, optimizer, scaler, batches, step_settings(), World(0, 1, torch.device("cpu"), "fp32"))
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert scaler.get_scale() < 3e38
 

@@ -1,7 +1,7 @@
 """Files of text to documents, each in the training or the validation split.
 
-Files, folders, globs and URLs of .txt, .jsonl, .jsonl.gz or .parquet; any other file is read as text. Memory is bounded
-whatever the size of the corpus, a single document aside that has no line or blank for long.
+Input is files, folders, globs and URLs of .txt, .jsonl, .jsonl.gz or .parquet; any other file is read as text. Memory
+does not grow with the corpus, only with the longest line of a .jsonl file or document between separators.
 """
 
 import collections
@@ -22,36 +22,41 @@ from pathlib import Path
 
 from config import UserError
 
-PIECE_BYTES = 1 << 20  # long documents come in pieces of about so much
+PIECE_BYTES = 1 << 20  # long documents are read in pieces of about this size
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 
+def stdlib_files(_):
+    """Python's standard library, without its tests."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+    files = (path for path in root.rglob("*.py") if left_out.isdisjoint(path.relative_to(root).parts))
+    return sorted(path for path in files if path.is_file())
+
+
+def shakespeare_files(folder):
+    """Tiny Shakespeare, 1.1 MB of plays."""
+    return [download(SHAKESPEARE, folder / "download")]
+
+
+# A dataset's name: a function that returns the paths of its files; what it downloads goes below the given folder.
+DATASETS = {"stdlib": stdlib_files, "shakespeare": shakespeare_files}
+
+
 class Corpus:
-    """The documents of the input. skipped counts what was left out, and why; it is that of the last pass."""
+    """The documents of the input. skipped counts, for the last pass, what was left out, by reason."""
 
     def __init__(self, cfg, folder):
-        self.cfg, self.skipped = cfg, collections.Counter()
-        if cfg.dataset == "stdlib":
-            self.root = Path(sysconfig.get_paths()["stdlib"])
-            left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-            self.files = sorted(
-                p
-                for p in self.root.rglob("*.py")
-                if p.is_file() and left_out.isdisjoint(p.relative_to(self.root).parts)
-            )
-        else:
-            where = SHAKESPEARE if cfg.dataset == "shakespeare" else cfg.input
-            if re.match(r"\w+://", where):
-                where = str(download(where, folder / "download"))
-            self.files = find_files(where)
-            self.root = Path(os.path.commonpath([p.parent for p in self.files]))
-        self.bytes = sum(p.stat().st_size for p in self.files)
+        self.cfg, self.skipped, self.fields = cfg, collections.Counter(), {}
+        self.files = DATASETS[cfg.dataset](folder) if cfg.dataset else find_files(cfg.input, folder)
+        self.root = Path(os.path.commonpath([path.parent for path in self.files]))
+        self.bytes = sum(path.stat().st_size for path in self.files)
 
     def pieces(self):
-        """(split, bytes, whether they end a document) of all the text, in order; documents that are long, in pieces.
+        """Yields (split, bytes, whether they end a document), in order; long documents come in pieces.
 
-        A document is in the validation split by its hash: of the file's path where a file is a document, else of its
-        text. A small corpus gets at least one document into each split; a single document is cut at its tail.
+        A hash decides a document's split: the hash of its path where a file is a document, else of its text. A small
+        corpus gets at least one document into each split; a single document's tail becomes the validation split.
         """
         self.skipped.clear()
         documents = self._documents()
@@ -60,9 +65,8 @@ class Corpus:
             return self._tail_split(first[0][1])
         if not first:
             why = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items()) or "no documents"
-            raise UserError(
-                f"there is no text in {self.cfg.input or self.cfg.dataset}: {why}; check --input and --text_field"
-            )
+            remedy = f"set --text_field= to one of: {', '.join(self.fields)}" if self.fields else "check --input="
+            raise UserError(f"there is no text in {self.cfg.input or self.cfg.dataset}: {why}; {remedy}")
         limit = self.cfg.val_fraction
         if len(first) < 1000:
             hashes = sorted(_unit_hash(key) for key, _ in first)
@@ -89,7 +93,7 @@ class Corpus:
             position += len(piece)
 
     def _documents(self):
-        """(key, iterable of its bytes) of each document that is not empty."""
+        """Yields (key, iterable of its bytes) for each document that is not empty."""
         for path in self.files:
             try:
                 for key, text in self._read(path):
@@ -121,20 +125,22 @@ class Corpus:
             return None
         try:
             value = json.loads(line)
-        except ValueError:  # bad UTF-8 as well
+        except ValueError:  # includes bad UTF-8
             self.skipped["lines that are not JSON"] += 1
             return None
         text = value.get(self.cfg.text_field) if isinstance(value, dict) else None
         if not isinstance(text, str):
             self.skipped[f"lines without text in the field {self.cfg.text_field!r}"] += 1
+            if isinstance(value, dict) and len(self.fields) < 20:
+                self.fields |= {name: None for name, text in value.items() if isinstance(text, str)}
             return None
         return text.encode("utf-8", errors="replace")
 
 
 class FilePieces:
-    """A file's bytes in pieces, cut where no tokenizer's word goes across: between a letter or digit and a blank.
+    """A file's bytes in pieces, cut between a letter or digit and a blank, where no tokenizer's word crosses the cut.
 
-    Text that has no such place for 16 pieces is cut between any two characters, so that memory stays bounded.
+    Text without such a place for 16 pieces is cut between any two characters, so that memory stays bounded.
     """
 
     def __init__(self, path):
@@ -152,7 +158,7 @@ class FilePieces:
             yield rest
 
     def _cut(self, text):
-        """Where to cut the text, or 0 where it should grow first."""
+        """Where to cut the text; 0: read more first."""
         if word := re.match(rb"(?s).*[0-9A-Za-z](?=\s)", text):
             return word.end()
         if len(text) < 16 * PIECE_BYTES:
@@ -163,9 +169,11 @@ class FilePieces:
         return end
 
 
-def find_files(where):
-    """The files that a path, folder or glob names, sorted."""
+def find_files(where, folder):
+    """The files that a path, folder, glob or URL names, sorted; a URL is downloaded below folder."""
     endings = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+    if re.match(r"\w+://", where):
+        return [download(where, folder / "download")]
     if os.path.isdir(where):
         found = [p for p in Path(where).rglob("*") if p.name.endswith(endings) and p.is_file()]
         remedy = f"it must hold {', '.join(endings)}; for other text, give a glob such as --input='{where}/**/*'"
@@ -173,12 +181,13 @@ def find_files(where):
         found = [Path(p) for p in [where, *glob.glob(where, recursive=True)] if os.path.isfile(p)]
         remedy = "check the path, and put a glob in quotes"
     if not found:
-        raise UserError(f"input {where} names no file; {remedy}")
+        what = "holds no file of text" if os.path.isdir(where) else "names no file"
+        raise UserError(f"input {where} {what}; {remedy}")
     return sorted(set(found))
 
 
 def download(url, folder):
-    """The file of a URL, fetched once into a folder."""
+    """The path of a URL's file, which is fetched into a folder unless it is there."""
     path = folder / (url.rstrip("/").rpartition("/")[2] or "download.txt")
     if not path.exists():
         print(f"fetching {url}", flush=True)
@@ -187,19 +196,19 @@ def download(url, folder):
         try:
             with urllib.request.urlopen(url, timeout=60) as response, open(partial, "wb") as file:
                 shutil.copyfileobj(response, file)
-                if getattr(response, "length", None):  # what is still to come of the length that the server promised
+                if getattr(response, "length", None):  # bytes that the server promised and did not send
                     raise ConnectionError(f"cut short {response.length:,} bytes before its end")
         except (OSError, ValueError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
             raise UserError(
-                f"{url} could not be fetched ({error}); fetch it by hand and give the file as --input="
+                f"{url} could not be fetched ({error}); download it by hand and name the file by --input="
             ) from error
         os.replace(partial, path)
     return path
 
 
 def _split_file(path, separator):
-    """The documents of a text file that stand between separators."""
-    rest, searched = bytearray(), 0  # grows in place, so that a document without end costs no copies
+    """The documents between the separators of a text file."""
+    rest, searched = bytearray(), 0  # grows in place: a long document is not copied for each block
     with open(path, "rb") as file:
         while block := file.read(PIECE_BYTES):
             rest += block
@@ -218,7 +227,7 @@ def _parquet_texts(path, field, skipped):
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is no readable parquet file ({error}); fetch or make it again") from error
+        raise UserError(f"{path} is no readable parquet file ({error}); download or write it again") from error
     with contextlib.closing(file):
         if field not in file.schema_arrow.names:
             raise UserError(
@@ -233,7 +242,7 @@ def _parquet_texts(path, field, skipped):
 
 
 def _mark_last(items):
-    """(item, whether it is the last) of each."""
+    """Yields (item, whether it is the last)."""
     items = iter(items)
     item = next(items, None)
     while item is not None:

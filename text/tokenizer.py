@@ -1,8 +1,8 @@
-"""Text to ids and back.
+"""Text to token ids and back.
 
-A tokenizer is named by `byte`, by a tiktoken name such as `gpt2`, or by the path of a file: any tokenizer.json of
-Hugging Face's, BERT's vocab.txt, or GPT-2's vocab.json with merges.txt beside it. Text never becomes a special token:
-"<|endoftext|>" inside a document is encoded as the text it is.
+A tokenizer's name is `byte`, a tiktoken name such as `gpt2`, or the path of a file: any Hugging Face tokenizer.json,
+BERT's vocab.txt, or GPT-2's vocab.json next to merges.txt. Text never becomes a special token: "<|endoftext|>" inside a
+document is encoded as ordinary text.
 """
 
 import collections
@@ -16,55 +16,55 @@ import numpy as np
 
 from config import UserError
 
-SPECIALS = ("<|endoftext|>", "<|pad|>", "<|mask|>", "<|cls|>", "<|sep|>")  # follow the text ids of byte and bpe
+SPECIALS = ("<|endoftext|>", "<|pad|>", "<|mask|>", "<|cls|>", "<|sep|>")  # the last ids of byte and bpe
 BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-# Names of the token that follows each document; where a tokenizer has several, the first of these.
+# Names of the token that ends a document; where a tokenizer has several, the first one counts.
 END_OF_TEXT = ("<|endoftext|>", "[SEP]", "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")
-SMALLEST_BPE = 256 + len(SPECIALS)  # ids of a bpe that has learnt nothing
+SMALLEST_BPE = 256 + len(SPECIALS)  # vocabulary size of a bpe without merges
 
-# GPT-2's way of cutting text into words, within which bytes merge; `tokenizers` calls it ByteLevel.
+# GPT-2's pattern for words, within which bytes merge; `tokenizers` calls it ByteLevel.
 GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+"""
 
 
 class Tokenizer:
-    """What all tokenizers share. specials maps the names of special tokens to their ids."""
+    """Base class. specials maps the names of special tokens to their ids."""
 
-    space_begins_word = False  # whether a word's first token holds the space before it
-    continuations = ()  # ids of tokens that go on with a word, where the tokenizer knows
-    begin = ()  # ids that a Hugging Face model was given before each text
-    before_text = None  # id that stands before a text to be scored; none: end-of-text
-    saved = None  # its tokenizer.json, as a dict, where it is of a file
+    space_begins_word = False  # whether a word's first token contains the space before it
+    continuations = ()  # ids of tokens that continue a word; only WordPiece has them
+    begin = ()  # ids that a Hugging Face model expects before each text
+    before_text = None  # id that precedes a text to be scored; none: end-of-text
+    saved = None  # the tokenizer.json as a dict, where there is one
 
     def __init__(self, name, vocab_size, specials):
         self.name, self.vocab_size, self.specials = name, vocab_size, specials
 
     @property
     def eot(self):
-        """Id of end-of-text, which follows each document, [SEP] of BERT's; None where there is none."""
+        """Id of the end-of-text token, for BERT [SEP]; None where there is none."""
         return next((self.specials[name] for name in END_OF_TEXT if name in self.specials), None)
 
     def decode(self, ids):
-        """Text of ids; bytes that are no UTF-8 become U+FFFD."""
+        """The text of ids; invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def save(self, path):
-        """Writes the tokenizer.json, which Hugging Face's libraries read as well."""
+        """Writes the tokenizer.json, which Hugging Face's libraries read too."""
         Path(path).write_text(json.dumps(self.saved, ensure_ascii=False), encoding="utf-8")
 
 
 class ByteTokenizer(Tokenizer):
-    """One id a UTF-8 byte."""
+    """One id per UTF-8 byte."""
 
     def __init__(self):
         super().__init__("byte", 256 + len(SPECIALS), {name: 256 + i for i, name in enumerate(SPECIALS)})
         self._names = {id_: name.encode() for name, id_ in self.specials.items()}
 
     def encode(self, text):
-        """Ids of a text, as a numpy array."""
+        """The ids of a text, as a numpy array."""
         return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8)
 
     def decode_bytes(self, ids):
-        """UTF-8 bytes of ids, special tokens by name; the bytes may end inside a character."""
+        """The UTF-8 bytes of ids, special tokens by name; they may end inside a character."""
         return b"".join(bytes((i,)) if i < 256 else self._names[i] for i in ids)
 
 
@@ -81,28 +81,28 @@ class TiktokenTokenizer(Tokenizer):
         )
 
     def encode(self, text):
-        """Ids of a text, as a numpy array."""
+        """The ids of a text, as a numpy array."""
         try:
             return self.encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
         except UnicodeEncodeError:  # half a surrogate pair
             return self.encode(text.encode("utf-8", errors="replace").decode("utf-8"))
-        except ValueError:  # its regex gives up on a million blanks in a row (openai/tiktoken issue 245); cut them
+        except ValueError:  # tiktoken's regex fails on a million blanks in a row (openai/tiktoken issue 245)
             half = len(text) // 2
             return np.concatenate([self.encode(text[:half]), self.encode(text[half:])])
 
     def decode_bytes(self, ids):
-        """UTF-8 bytes of ids, special tokens by name; the bytes may end inside a character.
+        """The UTF-8 bytes of ids, special tokens by name; they may end inside a character.
 
-        Ids that stand for no token, as 100256 of cl100k_base does, are nothing.
+        Unused ids, such as 100256 in cl100k_base, give no bytes.
         """
         return self.encoding.decode_bytes([i for i in ids if i not in self._unused] if self._unused else ids)
 
 
 class WordPieceTokenizer(Tokenizer):
-    """BERT's WordPiece by tokenizers; text in capitals or with accents stays so only where the vocabulary has them."""
+    """BERT's WordPiece, by tokenizers; an uncased vocabulary loses capitals and accents."""
 
     def __init__(self, name, saved):
-        """saved: a tokenizer.json as a dict; its special tokens are kept from matching in text."""
+        """saved: a tokenizer.json as a dict; its special tokens never match in text."""
         import tokenizers
 
         vocab = saved["model"]["vocab"]
@@ -117,18 +117,18 @@ class WordPieceTokenizer(Tokenizer):
         self._wordpiece = tokenizers.Tokenizer.from_str(json.dumps(plain))
 
     def encode(self, text):
-        """Ids of a text, as a numpy array; a word that no tokens spell is [UNK]."""
+        """The ids of a text, as a numpy array; a word outside the vocabulary is [UNK]."""
         text = text.encode("utf-8", errors="replace").decode("utf-8")  # tokenizers refuses half a surrogate pair
         return np.array(self._wordpiece.encode_batch_fast([text])[0].ids, dtype=np.uint32)
 
     def decode_bytes(self, ids):
-        """UTF-8 bytes of ids: words with a space before each, since WordPiece does not keep which had one."""
+        """The UTF-8 bytes of ids, a space before each word: WordPiece does not keep the original spacing."""
         tokens = [self._tokens[int(i)] for i in ids]
         return "".join(token[2:] if token.startswith("##") else " " + token for token in tokens).encode()
 
 
 class FileTokenizer(Tokenizer):
-    """Whatever a tokenizer.json holds, by tokenizers; its ids are those of Hugging Face's libraries."""
+    """Any tokenizer.json, by tokenizers; it gives the same ids as Hugging Face's libraries."""
 
     def __init__(self, name, saved):
         """saved: a tokenizer.json as a dict."""
@@ -142,13 +142,13 @@ class FileTokenizer(Tokenizer):
             raise UserError("its vocabulary is empty")
         super().__init__(name, 1 + max([*self._vocab.values(), *specials.values()]), specials)
         self._decode_token = _decoder_of_tokens(saved.get("decoder"))
-        # Of a tokenizer of characters that has no token for others: the characters.
-        knows_no_others = model["type"] == "WordLevel" and model["unk_token"] not in model["vocab"]
-        self.alphabet = set(self._vocab) if knows_no_others and max(map(len, self._vocab)) == 1 else None
+        # the characters of a character tokenizer without an unknown token
+        lacks_unknown = model["type"] == "WordLevel" and model["unk_token"] not in model["vocab"]
+        self.alphabet = set(self._vocab) if lacks_unknown and max(map(len, self._vocab)) == 1 else None
 
     @cached_property
     def space_begins_word(self):
-        """Whether a word's first token holds the space before it."""
+        """Whether a word's first token contains the space before it."""
         return any(len(token) > 1 and token.startswith(b" ") for token in self._bytes.values())
 
     @cached_property
@@ -157,30 +157,30 @@ class FileTokenizer(Tokenizer):
         return texts | {id_: name.encode() for name, id_ in self.specials.items()}
 
     def encode(self, text):
-        """Ids of a text, as a numpy array; UserError where the vocabulary lacks what the text is made of."""
+        """The ids of a text, as a numpy array; UserError where the vocabulary lacks a character and has no [UNK]."""
         text = text.encode("utf-8", errors="replace").decode("utf-8")  # tokenizers refuses half a surrogate pair
         if self.alphabet is not None and (lacking := sorted(set(text) - self.alphabet)):
             raise UserError(
-                f"the tokenizer {self.name} knows {len(self.alphabet)} characters alone, and the text has others: "
+                f"the tokenizer {self.name} knows only {len(self.alphabet)} characters, and the text has others: "
                 f"{', '.join(map(repr, lacking[:5]))}; leave them out, or use another tokenizer"
             )
         try:
             encoded = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
-        except Exception as error:  # which is what tokenizers raises
+        except Exception as error:  # tokenizers raises plain Exceptions
             raise UserError(f"the tokenizer {self.name} cannot encode the text ({error}); use another") from error
         return np.array(encoded.ids, dtype=np.uint32)
 
     def decode_bytes(self, ids):
-        """UTF-8 bytes of ids, special tokens by name; the bytes may end inside a character.
+        """The UTF-8 bytes of ids, special tokens by name; they may end inside a character.
 
-        As what goes on from other text: the space that a word's token holds is kept, also the first word's, which
-        tokenizers such as Llama 2's put there themselves. Ids that stand for no token are nothing.
+        The space of the first word's token is kept, as for a continuation; tokenizers such as Llama 2's insert it
+        before any text. Unused ids give no bytes.
         """
         return b"".join(self._bytes.get(int(i), b"") for i in ids)
 
 
 def load_tokenizer(name):
-    """The tokenizer of that name: `byte`, a tiktoken name, or the path of a tokenizer.json, vocab.txt or vocab.json."""
+    """The tokenizer of a name: `byte`, a tiktoken name, or the path of a tokenizer.json, vocab.txt or vocab.json."""
     if name == "byte":
         return ByteTokenizer()
     if name.endswith((".json", ".txt")):
@@ -198,16 +198,16 @@ def load_tokenizer(name):
         return TiktokenTokenizer(name, tiktoken.get_encoding(name))
     except OSError as error:  # requests' errors are OSErrors
         raise UserError(
-            f"tiktoken could not fetch the tokenizer {name!r} ({type(error).__name__}); with a network, try "
-            f"again; without one, set TIKTOKEN_CACHE_DIR to the cache folder of a machine that has it, "
-            f"or use --tokenizer=byte or --tokenizer=bpe"
+            f"tiktoken could not fetch the tokenizer {name!r} ({type(error).__name__}); try again, or, without a "
+            f"network, set TIKTOKEN_CACHE_DIR to a copy of another machine's cache folder, or use "
+            f"--tokenizer=byte or --tokenizer=bpe"
         ) from error
 
 
 def train_bpe(texts, vocab_size, path):
-    """Learns a byte-level BPE of vocab_size ids, special tokens included, from texts; writes it to path.
+    """Trains a byte-level BPE of vocab_size ids, special tokens included, on texts; writes it to path.
 
-    The file is a tokenizer.json that Hugging Face's libraries read as well. A small corpus may give fewer ids.
+    The file is a tokenizer.json that Hugging Face's libraries read too. A small corpus may give fewer ids.
     """
     try:
         import tokenizers
@@ -221,7 +221,7 @@ def train_bpe(texts, vocab_size, path):
     words = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer, bpe.decoder = words, tokenizers.decoders.ByteLevel()
-    # Trained without special tokens, which come last: so ids are merge ranks, which is what tiktoken takes them for.
+    # Trained without special tokens, which come last: ids must be merge ranks for tiktoken.
     bpe.train_from_iterator(
         texts,
         tokenizers.trainers.BpeTrainer(
@@ -236,7 +236,7 @@ def train_bpe(texts, vocab_size, path):
 
 
 def write_character_tokenizer(characters, path):
-    """Writes a tokenizer.json of one id a character, its place in the list; it has no special tokens."""
+    """Writes a tokenizer.json that gives each character its index in the list; it has no special tokens."""
     if wrong := [c for c in characters if not (isinstance(c, str) and len(c) == 1) or "\ud800" <= c <= "\udfff"]:
         raise UserError(f"{wrong[0]!r} is no character; give a list of strings of one character each")
     if repeated := [c for c, times in collections.Counter(characters).items() if times > 1]:
@@ -248,7 +248,7 @@ def write_character_tokenizer(characters, path):
         "added_tokens": [],
         "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False},
         "decoder": {"type": "Fuse"},
-        # The unknown token is not in the vocabulary: so unknown characters are an error in all libraries.
+        # The vocabulary lacks the unknown token, so that unknown characters are an error in all libraries.
         "model": {"type": "WordLevel", "vocab": {c: i for i, c in enumerate(characters)}, "unk_token": "<unk>"},
     }
     Path(path).write_text(json.dumps(saved), encoding="utf-8")
@@ -266,19 +266,19 @@ def _tokenizer_of_file(path):
         return FileTokenizer(str(path), saved)
     except ImportError as error:
         raise UserError(f"tokenizer {path} needs {error.name}; install it with: pip install {error.name}") from error
-    except Exception as error:  # whatever a damaged file makes json and tokenizers raise, which is plain Exceptions
+    except Exception as error:  # a damaged file may raise anything in json and tokenizers
         raise UserError(f"{path} is no readable tokenizer file ({type(error).__name__}: {error})") from error
 
 
 def _saved_tokenizer(path):
-    """The tokenizer.json, as a dict, of a tokenizer.json, vocab.txt or vocab.json."""
+    """A tokenizer.json as a dict, read or converted from a tokenizer.json, vocab.txt or vocab.json."""
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".txt":
         return _wordpiece_of_vocab(text.rstrip("\n").split("\n"))
     if path.name == "vocab.json":
         return _bpe_of_pair(path)
     saved = json.loads(text)
-    if "type" not in saved["model"]:  # files of before 2021, such as GPT-2's own, leave it out
+    if "type" not in saved["model"]:  # files from before 2021, such as GPT-2's own, leave it out
         import tokenizers
 
         saved = json.loads(tokenizers.Tokenizer.from_str(text).to_str())
@@ -286,7 +286,7 @@ def _saved_tokenizer(path):
 
 
 def _bpe_of_pair(path):
-    """The tokenizer.json, as a dict, of GPT-2's vocab.json and merges.txt; special is what no bytes merge to."""
+    """GPT-2's vocab.json and merges.txt as a tokenizer.json dict; tokens that no merge makes are special."""
     import tokenizers
 
     vocab, merges = tokenizers.models.BPE.read_file(str(path), str(path.with_name("merges.txt")))
@@ -300,20 +300,20 @@ def _bpe_of_pair(path):
 
 
 def _with_secret_specials(saved):
-    """A tokenizer.json, as a dict, whose special tokens no text can name, and {name: secret name} of these.
+    """Renames special tokens so that no text contains them; returns the tokenizer.json dict and {name: secret name}.
 
-    They must stay: where they are taken out, `tokenizers` gives their ids to other added tokens.
+    They can't be removed: `tokenizers` would give their ids to other added tokens.
     """
     vocab = saved["model"]["vocab"]
-    # Bytes, which stand for what the vocabulary lacks, need not be added as well, and must keep their names.
-    held = {f"<0x{byte:02X}>" for byte in range(256)}.intersection(vocab if isinstance(vocab, dict) else ())
-    added = [token for token in saved.get("added_tokens") or [] if token["content"] not in held]
+    # Tokens for byte fallback must keep their names; where the vocabulary has them, they need not be added.
+    fallback = {f"<0x{byte:02X}>" for byte in range(256)}.intersection(vocab if isinstance(vocab, dict) else ())
+    added = [token for token in saved.get("added_tokens") or [] if token["content"] not in fallback]
     secret = {token["content"]: secrets.token_hex(16) for token in added if token["special"]}
     added = [token | {"content": secret.get(token["content"], token["content"])} for token in added]
     model = saved["model"]
     if isinstance(model["vocab"], dict):
         vocab = {secret.get(token, token): id_ for token, id_ in model["vocab"].items()}
-    else:  # Unigram's, which finds in text all that is listed
+    else:  # Unigram's vocabulary is a list; every token in it matches in text
         vocab = [[secret.get(token, token), score] for token, score in model["vocab"]]
     model = model | {"vocab": vocab}
     if model.get("unk_token") in secret:
@@ -326,17 +326,19 @@ def _with_secret_specials(saved):
 
 
 def _decoder_of_tokens(decoder):
-    """The function by which a tokenizer.json's decoder, a dict or None, turns one token into UTF-8 bytes.
+    """The function that turns one token into UTF-8 bytes, by a tokenizer.json's decoder, a dict or None.
 
-    What it does at the ends of a whole text, such as taking off the first space, is left out.
+    It leaves out what the decoder does at the ends of a whole text, such as removing the first space.
     """
     steps = [] if decoder is None else decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     kinds = {step["type"] for step in steps}
     known = {"ByteLevel", "ByteFallback", "Replace", "Metaspace", "BPEDecoder", "WordPiece", "Fuse", "Strip"}
     if not kinds <= known:
-        raise UserError(f"its decoder is {', '.join(kinds - known)}, which is none of {', '.join(sorted(known))}")
+        raise UserError(
+            f"its decoder is {', '.join(kinds - known)}, which is not supported; known are {', '.join(sorted(known))}"
+        )
     byte_of = byte_of_character()
-    replaced = {"Metaspace": "replacement", "BPEDecoder": "suffix"}  # what of a token stands for a space
+    replaced = {"Metaspace": "replacement", "BPEDecoder": "suffix"}  # the option that names the text for a space
     spaces = [step[replaced[step["type"]]] for step in steps if step["type"] in replaced]
     pairs = [(step["pattern"]["String"], step["content"]) for step in steps if step["type"] == "Replace"]
     pairs += [(space, " ") for space in spaces]
@@ -357,7 +359,7 @@ def _decoder_of_tokens(decoder):
 
 
 def _wordpiece_of_vocab(tokens):
-    """The tokenizer.json, as a dict, of the lines of BERT's vocab.txt; capitals among them tell that it is cased."""
+    """The lines of BERT's vocab.txt as a tokenizer.json dict; a vocabulary with capitals is cased."""
     from tokenizers.implementations import BertWordPieceTokenizer
 
     vocab = {token: id_ for id_, token in enumerate(tokens)}
@@ -376,12 +378,12 @@ def _encoding_of_bpe(name, saved):
     specials = {token["content"]: token["id"] for token in saved["added_tokens"]}
     ids = [*sorted(ranks.values()), *specials.values()]
     if saved["pre_tokenizer"]["type"] != "ByteLevel" or ids != list(range(len(ids))):
-        raise UserError("it is not as prepare.py --tokenizer=bpe makes it, whose special tokens it has")
+        raise UserError("it has the special tokens of prepare.py --tokenizer=bpe, but not its structure")
     return tiktoken.Encoding(name=name, pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=specials)
 
 
 def byte_of_character():
-    """How a tokenizer.json writes bytes: printable ones as themselves, the other 68 as characters from U+0100 on."""
+    """{character: byte} of byte-level BPE: printable bytes as themselves, the other 68 as U+0100 and up."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

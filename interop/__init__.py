@@ -1,0 +1,1 @@
+"""Models and files of other people: Hugging Face, nanoGPT, the evaluation harness."""

@@ -1,0 +1,1 @@
+"""Costs of a run, predicted and measured: FLOPs, memory, time, energy, money."""

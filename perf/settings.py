@@ -1,0 +1,151 @@
+"""Settings of the benchmark and the planner."""
+
+import json
+import os
+from dataclasses import dataclass, replace
+
+from config import UserError
+from data import prepare_command
+from perf.hardware import Names
+
+GPT2_VOCAB_SIZE = 50257
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    json: bool | str = False  # JSON of the figures: on the last line printed, or in the file of this name
+    compare: bool = False  # plan.py: a row for each known GPU; bench.py: two of its JSON files side by side
+
+    def __post_init__(self):
+        path = self.json
+        if isinstance(path, str) and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")):
+            raise UserError(f"json is {path}; it must name a file in a folder that exists")
+
+    def write(self, figures):
+        """Writes figures as one JSON object, where the settings ask for it."""
+        if isinstance(self.json, str):
+            write_json(figures, self.json)
+        elif self.json:
+            print(json.dumps(figures), flush=True)
+
+
+def write_json(figures, path):
+    """Writes figures to a file as one JSON object; creates its folder."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(figures, file, indent=1)
+
+
+def read_json(path, made_by):
+    """The JSON object in a file; UserError, which names the command that makes such files, where there is none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            figures = json.load(file)
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}; run {made_by} first, which writes it") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no file that {made_by} writes: {error}") from error
+    if not isinstance(figures, dict):
+        raise UserError(f"{path} is no file that {made_by} writes: it holds no JSON object")
+    return figures
+
+
+def with_default_vocab(cfg):
+    """(settings, note): GPT-2's vocabulary size where nothing gives one. The note says so, or is None."""
+    data_dir = cfg.data.data_dir
+    if cfg.model.vocab_size or cfg.run.init_from or (data_dir and os.path.isdir(data_dir)):
+        return cfg, None
+    if data_dir:
+        raise UserError(
+            f"vocab_size is none and data_dir {data_dir} does not exist; make it: {prepare_command(cfg)}, "
+            f"or give --vocab_size"
+        )
+    note = f"vocabulary {GPT2_VOCAB_SIZE:,} tokens, GPT-2's, as neither vocab_size nor data_dir is set"
+    return replace(cfg, model=replace(cfg.model, vocab_size=GPT2_VOCAB_SIZE)), note
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    bench_steps: int = 20  # steps to time; fewer where bench_seconds runs out, but at least 3
+    bench_seconds: float = 60.0  # time limit for them
+    bench_warmup: int = 3  # steps before the clock starts; they include compilation
+    real_data: bool = False  # take batches from data_dir instead of random tokens
+    profile: bool = False  # trace 2 more steps: trace.json for ui.perfetto.dev, a table of operators, memory.png
+    picture: bool = True  # draw bench.png, a roofline with what was measured
+
+    def __post_init__(self):
+        wrong = []
+        if self.bench_steps < 1:
+            wrong.append(f"bench_steps is {self.bench_steps}; it must be at least 1")
+        wrong += [
+            f"{name} is {getattr(self, name)}; it must not be negative"
+            for name in ("bench_warmup", "bench_seconds")
+            if getattr(self, name) < 0
+        ]
+        if wrong:
+            raise UserError("\n".join(wrong))
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    sweep: bool = False  # try checkpointing x compile x micro-batch; write the fastest that fits as a preset
+    sweep_seconds: float = 120.0  # time limit for each setting, start and compilation included
+
+    def __post_init__(self):
+        if self.sweep_seconds <= 0:
+            raise UserError(f"sweep_seconds is {self.sweep_seconds}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    gpu: Names = "h100-sxm"  # this: as python bench.py measured it; other: by the settings below
+    n_gpus: int | None = None  # number of GPUs; none: 8, or for --gpu=this as many as were measured
+    gpus_per_node: int = 8  # GPUs that gpu_link_gbs connects
+    gpu_tflops: float | None = None  # dense bf16 matmuls, or fp16 without bf16; none: the data sheet's
+    gpu_memory_gib: float | None = None  # memory of a GPU
+    gpu_memory_gbs: float | None = None  # memory bandwidth, 1e9 bytes/s
+    gpu_link_gbs: float | None = None  # bandwidth to GPUs in the same node, one way, 1e9 bytes/s
+    network_gbs: float | None = None  # bandwidth per GPU to other nodes, 1e9 bytes/s; 400 Gbit/s are 50
+    gpu_watts: float | None = None  # rated power
+    gpu_price: float | None = None  # dollars per GPU-hour, host included
+    efficiency: float = 1.0  # speed of computing relative to this project's code, to describe other code
+    gpu_load: float = 0.85  # mean power over rated power; a guess: metered runs of OLMo ranged from 15 to 85 %
+    host_share: float = 0.3  # power of CPUs, network and fans over the GPUs'; a guess: BLOOM's was 0.59 with idle hours
+    pue: float = 1.1  # a data centre's power over its computers'; LLaMA's paper, table 15
+    availability: float = 0.9  # share of hours in which the run progresses; BLOOM's was 0.9, a 7B of fms-fsdp's 0.83
+    fragmentation: float = 1.05  # reserved over allocated memory; published runs have 1.02 to 1.15
+    context_gib: float = 1.0  # memory of driver and NCCL; ml-engineering measured 0.5 to 0.9 for the driver
+    weight_bytes: float = 4  # bytes per parameter; this and the following describe other projects' code
+    gradient_bytes: float = 4  # bytes per parameter's gradient
+    optimizer_bytes: float | None = None  # bytes per parameter's optimizer state; none: the optimizer's
+    residual_bytes: float = 4  # bytes per number of the residual stream
+    logits_bytes: float | None = None  # bytes per logit where all are in memory at once; none: one chunk at a time
+    tp_hidden: float = 0.0  # share of tensor parallelism's traffic that overlaps with computing
+    machine: str = "out/machine.json"  # file of python bench.py's figures, for --gpu=this
+
+    def __post_init__(self):
+        bounds = {
+            "tp_hidden": (0, 1),
+            "availability": (0, 1),
+            "gpu_load": (0, 1),
+            "pue": (1, 10),
+            "fragmentation": (1, 10),
+        }
+        may_be_0 = {"host_share", "context_gib", "optimizer_bytes", "tp_hidden"}
+        wrong = []
+        for name, value in vars(self).items():
+            if not isinstance(value, (int, float)):
+                continue
+            least, most = bounds.get(name, (0, None))
+            if most and not least <= value <= most:
+                wrong.append(f"{name} is {value}; it must be from {least} to {most}")
+            elif name in may_be_0 and value < 0:
+                wrong.append(f"{name} is {value}; it must not be negative")
+            elif name not in may_be_0 and value <= 0:
+                wrong.append(f"{name} is {value}; it must be above 0")
+        if self.gpu == "other":
+            needed = ("gpu_tflops", "gpu_memory_gib", "gpu_memory_gbs")
+            if missing := [f"--{name}" for name in needed if getattr(self, name) is None]:
+                wrong.append(f"gpu is other, which has no data sheet here; give {', '.join(missing)}")
+        if wrong:
+            raise UserError("\n".join(wrong))

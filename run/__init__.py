@@ -1,0 +1,1 @@
+"""Everything around the training loop: a run's folder, log, guards, health, resume."""

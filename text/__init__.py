@@ -1,0 +1,1 @@
+"""Text, before it becomes tokens: documents and tokenizers."""
