@@ -93,9 +93,9 @@ def trained(kind, folder):
     (run_dir / "meta.json").write_text(json.dumps({"tokenizer": "tokenizer.json"}))
     tokenizer = load_tokenizer(tokenizer_of(run_dir))
     model = random_model(replace(KINDS[kind], vocab_size=tokenizer.vocab_size, block_size=23)).eval()
-    saver = CheckpointWriter(run_dir, CheckpointConfig(), World(0, 1, torch.device("cpu"), "fp32"))
-    saver.save(1, model, None, {})
-    saver.wait()
+    writer = CheckpointWriter(run_dir, CheckpointConfig(), World(0, 1, torch.device("cpu"), "fp32"))
+    writer.save(1, model, None, {})
+    writer.wait()
     export(open_model(str(run_dir)), folder / "hf")
     return model, tokenizer, folder / "hf"
 

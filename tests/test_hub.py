@@ -274,7 +274,7 @@ def edited(folder, edit):
 BAD = {
     "no config": (lambda f: (f / "config.json").unlink(), "holds no checkpoint of flatlm's.*no config.json"),
     "a config that is no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read as JSON"),
-    "a config of something else": (lambda f: (f / "config.json").write_text("[]"), "of a model of type None"),
+    "a config of something else": (lambda f: (f / "config.json").write_text("[]"), "has the model type None, which is not supported"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor pytorch_model.bin"),
     "truncated": (lambda f: tampered(f, lambda d: d[:-5]), "holds no tensors that can be read .SafetensorError"),
     "cut in its header": (lambda f: tampered(f, lambda d: d[:99]), "holds no tensors that can be read"),
@@ -307,7 +307,7 @@ def test_a_bad_folder_is_refused_in_one_line(damage, told, copy):
     damage(folder)
     with pytest.raises(UserError, match=told) as error:
         load_model(str(folder), "cpu")
-    assert "\n" not in str(error.value) and isinstance(error.value, config.UserError)
+    assert "\n" not in str(error.value)
 
 
 UNKNOWN = {
@@ -323,7 +323,7 @@ UNKNOWN = {
     "a size that torch cannot hold": ("gpt2", {"n_embd": 2**31 - 1, "n_inner": 2**31 - 1, "n_head": 1},
                                       "no possible model"),
     "tied by a word": ("gpt2", {"tie_word_embeddings": "false"}, "it ties embeddings 'false'"),
-    "a list of types": ("gpt2", {"model_type": ["gpt2"]}, "of a model of type"),
+    "a list of types": ("gpt2", {"model_type": ["gpt2"]}, "has the model type \\[.gpt2.\\], which is not"),
     "rope twice": ("llama", {"rope_scaling": LLAMA3 | {"factor": 2.0}, "rope_parameters": LLAMA3},
                    "factor both 2.0 and 8.0"),
     "a context beside rope": ("llama 3.1", {"original_max_position_embeddings": 9},
@@ -346,7 +346,7 @@ UNKNOWN = {
 def test_a_model_that_cannot_be_computed_here_is_refused_in_one_line(kind, changes, told, copy):
     with pytest.raises(UserError, match=told) as error:
         load_model(str(copy(kind, **changes)), "cpu")
-    assert "\n" not in str(error.value) and isinstance(error.value, config.UserError)
+    assert "\n" not in str(error.value)
 
 
 def test_code_in_a_pickle_does_not_run(copy):
@@ -408,7 +408,7 @@ def test_a_name_is_read_from_hugging_faces_cache_and_one_that_is_not_there_is_re
     told = "someone/other is no folder here, and the Hugging Face hub did not give"
     with pytest.raises(UserError, match=told) as error:
         ours("someone/other")
-    assert "\n" not in str(error.value) and isinstance(error.value, config.UserError)
+    assert "\n" not in str(error.value)
 
 
 # ---- training from there
@@ -477,7 +477,7 @@ def test_data_of_another_tokenizer_than_the_weights_is_told(folders, tmp_path, n
 def test_a_run_that_has_begun_says_that_another_start_is_of_no_effect(folders, data_dir, tmp_path, no_curves, capsys):
     train_from(folders["gpt2"][1], data_dir, tmp_path / "run", max_steps=1)
     train_from(folders["gpt2 erf"][1], data_dir, tmp_path / "run", max_steps=2)
-    assert re.search("init_from: .* -> .*, of no effect now", capsys.readouterr().out)
+    assert re.search("init_from: .* -> .*, without effect now", capsys.readouterr().out)
 
 
 def test_the_model_of_a_folder_is_what_is_planned(folders, tmp_path, monkeypatch, capsys):

@@ -23,8 +23,8 @@ from test_tokenizer import (
     vocab_file,
 )  # fmt: skip
 
-from conftest import ROOT
 from config import UserError
+from conftest import ROOT
 from interop import tokenizer as hub_tokenizer
 from interop.tokenizer import check_same_ids, hub_tokenizer_file, load_hub_tokenizer, merges_of, write_tokenizer
 from sample import masked_ids
