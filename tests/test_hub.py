@@ -273,7 +273,7 @@ def edited(folder, edit):
 BAD = {
     "no config": (lambda f: (f / "config.json").unlink(), "holds no checkpoint of flatlm's.*no config.json"),
     "a config that is no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read as JSON"),
-    "a config of something else": (lambda f: (f / "config.json").write_text("[]"), "of a model of type None"),
+    "a config of something else": (lambda f: (f / "config.json").write_text("[]"), "has the model type None, which is not supported"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor pytorch_model.bin"),
     "truncated": (lambda f: tampered(f, lambda d: d[:-5]), "holds no tensors that can be read .SafetensorError"),
     "cut in its header": (lambda f: tampered(f, lambda d: d[:99]), "holds no tensors that can be read"),
@@ -322,7 +322,7 @@ UNKNOWN = {
     "a size that torch cannot hold": ("gpt2", {"n_embd": 2**31 - 1, "n_inner": 2**31 - 1, "n_head": 1},
                                       "no possible model"),
     "tied by a word": ("gpt2", {"tie_word_embeddings": "false"}, "it ties embeddings 'false'"),
-    "a list of types": ("gpt2", {"model_type": ["gpt2"]}, "of a model of type"),
+    "a list of types": ("gpt2", {"model_type": ["gpt2"]}, "has the model type"),
     "rope twice": ("llama", {"rope_scaling": LLAMA3 | {"factor": 2.0}, "rope_parameters": LLAMA3},
                    "factor both 2.0 and 8.0"),
     "a context beside rope": ("llama 3.1", {"original_max_position_embeddings": 9},
@@ -476,7 +476,7 @@ def test_data_of_another_tokenizer_than_the_weights_is_told(folders, tmp_path, n
 def test_a_run_that_has_begun_says_that_another_start_is_of_no_effect(folders, data_dir, tmp_path, no_curves, capsys):
     train_from(folders["gpt2"][1], data_dir, tmp_path / "run", max_steps=1)
     train_from(folders["gpt2 erf"][1], data_dir, tmp_path / "run", max_steps=2)
-    assert re.search("init_from: .* -> .*, of no effect now", capsys.readouterr().out)
+    assert re.search("init_from: .* -> .*, without effect now", capsys.readouterr().out)
 
 
 def test_the_model_of_a_folder_is_what_is_planned(folders, tmp_path, monkeypatch, capsys):

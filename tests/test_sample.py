@@ -402,5 +402,5 @@ def test_a_run_in_characters_goes_on_from_a_prompt_and_asks_for_one(tmp_path, ca
     assert first.startswith("\nab") and second.startswith("\nab") and len(first) == len("\nab") + 9
     with pytest.raises(ValueError, match="has no end-of-text token to start from; give a --prompt="):
         sampled(capsys, *args)
-    with pytest.raises(ValueError, match="knows 16 characters alone, and the text has others: 'é'"):
+    with pytest.raises(ValueError, match="knows only 16 characters, and the text has others: 'é'"):
         sampled(capsys, *args, "--prompt=aé")
