@@ -62,8 +62,8 @@ def make_run(folder, cfg, tokenizer="byte"):
     saver = CheckpointWriter(folder, CheckpointConfig(), World(0, 1, torch.device("cpu"), "fp32"))
     settings = {"seq_len": 7, "learning_rate": 0.01, "out_dir": "/home/someone/secret"}
     state = {"sequences_seen": 420, "hours": 1.5, "val_loss": 2.5}
-    saver.save(60, model, None, {"settings": settings, "state": state})
-    saver.wait()
+    writer.save(60, model, None, {"settings": settings, "state": state})
+    writer.wait()
     if tokenizer:
         splits = {name: {"tokens": n, "bytes": 2 * n} for name, n in (("train", 9000), ("val", 1000))}
         meta = {"tokenizer": tokenizer, "vocab_size": 261, "command": "python prepare.py --input=x", "splits": splits}
@@ -176,7 +176,7 @@ def test_weights_that_a_dtype_cannot_hold_are_refused(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][0] = 1e5
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ValueError, match="those of model.norm.weight first, are not finite in float16; use another"):
+    with pytest.raises(UserError, match="those of model.norm.weight first, are not finite in float16; use another"):
         export(open_model(str(folder)), tmp_path / "hf", "float16")
     assert not (tmp_path / "hf").exists()
 
@@ -224,7 +224,7 @@ def test_an_empty_folder_is_filled_wherever_it_is(place, exported, tmp_path, mon
 def test_a_tokenizer_too_large_for_a_folders_model_is_refused_there_too(exported, tmp_path):
     _, folder = saved("gpt2", tmp_path / "theirs")
     shutil.copyfile(exported["gpt2"][1] / "tokenizer.json", folder / "tokenizer.json")
-    with pytest.raises(ValueError, match="has 261 ids, the model a vocab_size of 131; let .*theirs name or hold"):
+    with pytest.raises(UserError, match="has 261 ids, the model a vocab_size of 131; let .*theirs name or hold"):
         export(open_model(str(folder)), tmp_path / "back")
 
 
@@ -270,7 +270,7 @@ REFUSED = {
 @pytest.mark.parametrize("cfg, told", REFUSED.values(), ids=REFUSED)
 def test_what_transformers_cannot_compute_is_refused_by_the_settings_name(cfg, told, tmp_path):
     run = make_run(tmp_path / "run", cfg)
-    with pytest.raises(ValueError, match=told) as error:
+    with pytest.raises(UserError, match=told) as error:
         export(open_model(run), tmp_path / "hf")
     assert "\n" not in str(error.value) and isinstance(error.value, config.UserError)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
@@ -281,7 +281,7 @@ def test_what_an_export_is_said_to_lack_must_be_zeros_there(exported, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors["transformer.ln_f.bias"][3] = 1
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ValueError, match='by "flatlm" in config.json the model has no norm_f.bias, .*remove "flatlm"'):
+    with pytest.raises(UserError, match='by "flatlm" in config.json the model has no norm_f.bias, .*remove "flatlm"'):
         open_model(str(folder))
     path = folder / "config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "flatlm"}))
@@ -291,7 +291,7 @@ def test_what_an_export_is_said_to_lack_must_be_zeros_there(exported, tmp_path):
 def test_a_folder_that_holds_something_is_not_written_to(exported, tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "precious").write_text("mine")
-    with pytest.raises(ValueError, match="hf is not empty; name another folder"):
+    with pytest.raises(UserError, match="hf is not empty; name another folder"):
         export(open_model(exported["gpt2"][0]), tmp_path / "hf")
     assert [p.name for p in (tmp_path / "hf").iterdir()] == ["precious"]
 
@@ -306,7 +306,7 @@ def test_an_export_that_fails_leaves_nothing(exported, tmp_path):
 
 def test_a_tokenizer_of_more_ids_than_the_model_is_refused(tmp_path):
     run = make_run(tmp_path / "run", replace(GPT2, vocab_size=260))
-    with pytest.raises(ValueError, match="the tokenizer byte has 261 ids, the model a vocab_size of 260"):
+    with pytest.raises(UserError, match="the tokenizer byte has 261 ids, the model a vocab_size of 260"):
         export(open_model(run), tmp_path / "hf")
 
 
@@ -434,6 +434,6 @@ print(type(model).__name__, tokenizer.decode(out[0])[:6])
     (["--from_nanogpt=x"], "out_dir is none"),
 ])  # fmt: skip
 def test_a_wrong_command_is_told_in_one_line(arguments, told):
-    with pytest.raises(ValueError, match=told) as error:
+    with pytest.raises(UserError, match=told) as error:
         convert.main(config.load(convert.Settings, arguments))
     assert "\n" not in str(error.value)

@@ -17,6 +17,7 @@ import bench
 import config
 import plan
 import train
+from config import UserError
 from convert import export
 from data import Split
 from hugging_face import KINDS, LLAMA3, T, V, logits_of, random_model, saved
@@ -195,7 +196,7 @@ def test_a_shorter_context_takes_the_first_positions(folders):
 
 
 def test_a_longer_context_is_refused_for_learned_positions_and_taken_by_rope(folders):
-    with pytest.raises(ValueError, match=f"block_size is 24, but .* is of at most {T} tokens; lower it"):
+    with pytest.raises(UserError, match=f"block_size is 24, but .* is of at most {T} tokens; lower it"):
         starting(folders["gpt2"][1], block_size=T + 1)
     assert starting(folders["llama"][1], block_size=99).block_size == 99
 
@@ -203,7 +204,7 @@ def test_a_longer_context_is_refused_for_learned_positions_and_taken_by_rope(fol
 def test_a_sliding_window_bounds_the_context(copy):
     folder = copy("mistral", sliding_window=9)
     assert starting(folder).block_size == 9
-    with pytest.raises(ValueError, match="block_size is 10, but .* is of at most 9 tokens"):
+    with pytest.raises(UserError, match="block_size is 10, but .* is of at most 9 tokens"):
         starting(folder, block_size=10)
 
 
@@ -250,7 +251,7 @@ def test_within_its_sliding_window_a_model_is_transformers(tmp_path):
 
 def test_what_the_user_has_set_must_be_as_it_is_there(folders):
     folder = folders["gpt2"][1]
-    with pytest.raises(ValueError, match="another model: n_embd 20 there, 60 here, n_layer 3 there, 2 here; leave"):
+    with pytest.raises(UserError, match="another model: n_embd 20 there, 60 here, n_layer 3 there, 2 here; leave"):
         starting(folder, n_layer=2, n_embd=60)
     cfg = starting(folder, n_layer=3, dropout=0.1, n_inner=80, vocab_size=None)
     assert (cfg.dropout, cfg.n_layer, cfg.vocab_size) == (0.1, 3, V)
@@ -304,7 +305,7 @@ BAD = {
 def test_a_bad_folder_is_refused_in_one_line(damage, told, copy):
     folder = copy("gpt2")
     damage(folder)
-    with pytest.raises(ValueError, match=told) as error:
+    with pytest.raises(UserError, match=told) as error:
         load_model(str(folder), "cpu")
     assert "\n" not in str(error.value) and isinstance(error.value, config.UserError)
 
@@ -343,7 +344,7 @@ UNKNOWN = {
 
 @pytest.mark.parametrize("kind, changes, told", UNKNOWN.values(), ids=UNKNOWN)
 def test_a_model_that_cannot_be_computed_here_is_refused_in_one_line(kind, changes, told, copy):
-    with pytest.raises(ValueError, match=told) as error:
+    with pytest.raises(UserError, match=told) as error:
         load_model(str(copy(kind, **changes)), "cpu")
     assert "\n" not in str(error.value) and isinstance(error.value, config.UserError)
 
@@ -357,7 +358,7 @@ def test_code_in_a_pickle_does_not_run(copy):
     (folder / "model.safetensors").unlink()
     torch.save({"transformer.wte.weight": Planted()}, folder / "pytorch_model.bin")
     told = "pytorch_model.bin holds no tensors that can be read .it is damaged, or holds other things.*could run code"
-    with pytest.raises(ValueError, match=told) as error:
+    with pytest.raises(UserError, match=told) as error:
         load_model(str(folder), "cpu")
     assert "\n" not in str(error.value) and not (folder / "it_ran").exists()
     pickle.loads(pickle.dumps(Planted()))
@@ -370,7 +371,7 @@ def test_a_pickle_of_odd_tensors_is_refused(kind, copy):
     (folder / "model.safetensors").unlink()
     odd = {"meta": torch.ones(2, device="meta"), "sparse": torch.ones(2).to_sparse()}.get(kind, torch.ones(2))
     torch.save({7 if "number" in kind else "x": odd}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="pytorch_model.bin holds no tensors that can be read") as error:
+    with pytest.raises(UserError, match="pytorch_model.bin holds no tensors that can be read") as error:
         load_model(str(folder), "cpu")
     assert "\n" not in str(error.value)
 
@@ -379,7 +380,7 @@ def test_a_pickle_of_other_things_than_tensors_is_refused(copy):
     folder = copy("gpt2")
     (folder / "model.safetensors").unlink()
     torch.save({"state_dict": {}}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="holds other things than plain tensors"):
+    with pytest.raises(UserError, match="holds other things than plain tensors"):
         load_model(str(folder), "cpu")
 
 
@@ -389,7 +390,7 @@ def test_an_index_leads_nowhere_but_into_its_folder(copy, folders):
     names = load_file(folder.parent / "elsewhere.safetensors")
     index = {"weight_map": dict.fromkeys(names, "../elsewhere.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="holds no tensors that can be read"):
+    with pytest.raises(UserError, match="holds no tensors that can be read"):
         load_model(str(folder), "cpu")
 
 
@@ -405,7 +406,7 @@ def test_a_name_is_read_from_hugging_faces_cache_and_one_that_is_not_there_is_re
     (there / "refs" / "main").write_text("a" * 40)
     assert same_weights(ours("someone/tiny"), ours(folders["gpt2"][1]))
     told = "someone/other is no folder here, and the Hugging Face hub did not give"
-    with pytest.raises(ValueError, match=told) as error:
+    with pytest.raises(UserError, match=told) as error:
         ours("someone/other")
     assert "\n" not in str(error.value) and isinstance(error.value, config.UserError)
 
@@ -509,7 +510,7 @@ def test_the_model_of_a_folder_is_what_is_benchmarked(folders, tmp_path, monkeyp
 
 def test_a_vocabulary_smaller_than_the_datas_is_refused(folders, tmp_path, no_curves):
     data_dir = write_data(tmp_path / "data", vocab_size=V + 1)
-    with pytest.raises(ValueError, match=f"vocab_size is {V}, but .* was made with a vocabulary of {V + 1}"):
+    with pytest.raises(UserError, match=f"vocab_size is {V}, but .* was made with a vocabulary of {V + 1}"):
         train_from(folders["gpt2"][1], data_dir, tmp_path / "run")
 
 

@@ -24,6 +24,7 @@ from test_tokenizer import (
 )  # fmt: skip
 
 from conftest import ROOT
+from config import UserError
 from interop import tokenizer as hub_tokenizer
 from interop.tokenizer import check_same_ids, hub_tokenizer_file, load_hub_tokenizer, merges_of, write_tokenizer
 from sample import masked_ids
@@ -276,7 +277,7 @@ def test_fill_mask_pipeline_runs(masked):
 
 def test_masked_model_needs_its_special_tokens(tmp_path):
     ours = make("gpt2 file", tmp_path)
-    with pytest.raises(ValueError, match="has no mask, cls, sep, pad token, which masked models need"):
+    with pytest.raises(UserError, match="has no mask, cls, sep, pad token, which masked models need"):
         write_tokenizer(ours, tmp_path, "mlm", 99)
 
 
@@ -315,12 +316,12 @@ def test_tokenizer_that_would_give_other_ids_is_not_written(tmp_path, monkeypatc
     ours = make("bpe", tmp_path)
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(hub_tokenizer, "merges_of", lambda ranks: merges_of(ranks)[1:])
-    with pytest.raises(ValueError, match="cannot be written for Hugging Face's libraries: they would encode") as caught:
+    with pytest.raises(UserError, match="cannot be written for Hugging Face's libraries: they would encode") as caught:
         write_tokenizer(ours, tmp_path / "out", "clm", 99)
     assert "\n" not in str(caught.value) and list((tmp_path / "out").iterdir()) == []
     shifted = json.loads((tmp_path / "tokenizer.json").read_text())
     shifted["added_tokens"] = shifted["added_tokens"][1:] + shifted["added_tokens"][:1]
-    with pytest.raises(ValueError, match=re.escape("they would give <|endoftext|> the id 776, it is 772")):
+    with pytest.raises(UserError, match=re.escape("they would give <|endoftext|> the id 776, it is 772")):
         check_same_ids(ours, tokenizers.Tokenizer.from_str(json.dumps(shifted)))
 
 
@@ -328,16 +329,16 @@ def test_tokenizer_that_would_give_other_ids_is_not_written(tmp_path, monkeypatc
 
 def test_tokenizer_of_a_folder_is_the_newest_kind_that_is_there(tmp_path):
     told = re.escape("write one with transformers: AutoTokenizer.from_pretrained(X).save_pretrained(X)")
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(UserError, match=told):
         hub_tokenizer_file(tmp_path)
     saved = json.loads(byte_level_like("gpt2").to_str())["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(saved["vocab"] | {"<|endoftext|>": 555}))
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(UserError, match=told):
         hub_tokenizer_file(tmp_path)
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, saved["merges"])))
     assert load_tokenizer(hub_tokenizer_file(tmp_path)).eot == 555
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')  # whose words are cut in another way
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(UserError, match=told):
         hub_tokenizer_file(tmp_path)
     vocab_file(tmp_path)
     assert load_tokenizer(hub_tokenizer_file(tmp_path)).specials.keys() == set(BERT_SPECIALS)
@@ -358,7 +359,7 @@ def test_a_vocabulary_that_is_not_used_in_the_usual_way_is_refused(says, told, t
     if told is None:
         assert load_hub_tokenizer(tmp_path).specials.keys() == set(BERT_SPECIALS)
     else:
-        with pytest.raises(ValueError, match=f"has no tokenizer.json, and {told}, which only transformers"):
+        with pytest.raises(UserError, match=f"has no tokenizer.json, and {told}, which only transformers"):
             load_hub_tokenizer(tmp_path)
 
 
@@ -366,7 +367,7 @@ def test_a_vocabulary_that_is_not_used_in_the_usual_way_is_refused(says, told, t
 def test_a_damaged_config_of_a_tokenizer_is_refused_in_one_line(text, tmp_path):
     byte_level_like("gpt2").save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(text)
-    with pytest.raises(ValueError, match="tokenizer_config.json .*copy it from its source again") as caught:
+    with pytest.raises(UserError, match="tokenizer_config.json .*copy it from its source again") as caught:
         load_hub_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -376,7 +377,7 @@ def test_a_post_processor_that_names_what_it_lacks_is_refused_in_one_line(tmp_pa
     single = [{"SpecialToken": {"id": "<gone>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     saved["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
-    with pytest.raises(ValueError, match="tokenizer.json has a post-processor of no known form .'<gone>'.; copy it"):
+    with pytest.raises(UserError, match="tokenizer.json has a post-processor of no known form .'<gone>'.; copy it"):
         load_hub_tokenizer(tmp_path)
 
 

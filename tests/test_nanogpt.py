@@ -15,11 +15,13 @@ import config
 import sample
 import train
 from checkpoint import checkpoints, newest_checkpoint
+from config import UserError
 from interop.nanogpt import import_nanogpt, read_characters
 from interop.pretrained import load_model
 from optim import lr_at, set_lr
 from ranks import records, run, without_matplotlib
 from run.folder import tokenizer_of
+from run.resume import Saver
 from text.tokenizer import load_tokenizer
 from world import World
 
@@ -197,11 +199,11 @@ def test_next_steps_give_the_weights_that_nanogpt_would_have(theirs, ours):
     cfg = train.resolve(settings_of(ours))
     world = World(0, 1, torch.device("cpu"), "fp32")
     model, optimizer, scaler = train.build(cfg, world, seed=3)
-    state = train.restore(newest_checkpoint(ours), cfg, model, optimizer, scaler, world)
+    state = Saver(cfg, world, model, optimizer, scaler, None).resume()
     assert (state.step, state.sequences_seen, state.val_loss) == (STEPS, STEPS * 6, 4.5)
     for step in (STEPS, STEPS + 1):
         set_lr(optimizer, lr_at(step, cfg.optim, cfg.optim.max_steps))
-        loss, norm, _ = train.train_step(model, optimizer, scaler, list(batches_of(step)), cfg.optim.grad_clip, world)
+        loss, norm, _ = train.train_step(model, optimizer, scaler, list(batches_of(step)), cfg, world)
         assert their_step(w, its_optimizer, step, their_lr(step)) == pytest.approx((loss, norm), rel=1e-5)
         assert norm > cfg.optim.grad_clip  # else clipping shows nothing
     parameters = dict(model.named_parameters())
@@ -234,7 +236,7 @@ def test_settings_are_nanogpts_by_our_names(ours):
     optim, data = cfg.optim, cfg.data
     assert (optim.weight_decay, optim.beta1, optim.beta2, optim.grad_clip, optim.max_steps) == (0.2, 0.8, 0.97, 0.5, 8)
     assert (data.batch_tokens, data.micro_batch_size, data.data_dir, data.eval_tokens) == (66, 3, "data/letters", 165)
-    assert (cfg.train.eval_interval, cfg.run.save_interval, cfg.train.log_interval) == (2, 2, 1)
+    assert (cfg.train.eval_interval, cfg.checkpoint.save_interval, cfg.log.log_interval) == (2, 2, 1)
     assert (cfg.world.precision, cfg.run.seed, cfg.run.out_dir) == ("fp32", 1337, str(ours))
 
 
@@ -275,7 +277,7 @@ def test_training_goes_on_without_a_jump(theirs, tmp_path, capsys):
         before = F.cross_entropy(logits_of(w, ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).item()
     assert val_losses[4] == pytest.approx(before, rel=0.2) and losses[5] == pytest.approx(before, rel=0.2)
     assert val_losses[8] < val_losses[4]
-    with pytest.raises(ValueError, match="no meta.json, so its tokenizer is unknown"):
+    with pytest.raises(UserError, match="no meta.json, so its tokenizer is unknown"):
         tokenizer_of(tmp_path / "run")
 
 
@@ -296,7 +298,7 @@ def test_gpt2s_vocabulary_has_its_tokenizer_and_keeps_its_rows(vocab_size, tmp_p
 
 
 def test_a_named_tokenizer_goes_with_the_run(saved, tmp_path):
-    with pytest.raises(ValueError, match="tokenizer byte has 261 ids, the model a vocab_size of 131"):
+    with pytest.raises(UserError, match="tokenizer byte has 261 ids, the model a vocab_size of 131"):
         imported(saved, tmp_path, tokenizer="byte")
     letters = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]
     (tmp_path / "vocab.txt").write_text("\n".join(letters))
@@ -345,7 +347,7 @@ class Code:
 def test_code_in_meta_pkl_does_not_run(protocol, saved, tmp_path):
     for meta in (Code(tmp_path), {"itos": {0: "a"}, "vocab_size": 1, "more": Code(tmp_path)}):
         (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta, protocol))
-        with pytest.raises(ValueError, match=r"meta.pkl is no meta.pkl of nanoGPT's.*it wants to call \w+.mkdir"):
+        with pytest.raises(UserError, match=r"meta.pkl is no meta.pkl of nanoGPT's.*it wants to call \w+.mkdir"):
             imported(saved, tmp_path, tokenizer=str(tmp_path / "meta.pkl"))
     assert not (tmp_path / "ran").exists() and not checkpoints(tmp_path / "run")
     pickle.loads(pickle.dumps(Code(tmp_path), protocol))
@@ -368,7 +370,7 @@ def test_a_wrong_meta_pkl_is_refused(changes, words, saved, tmp_path):
 
 def refused(saved, folder, words, **kwargs):
     """That a checkpoint is refused in one line, and leaves no run behind."""
-    with pytest.raises(ValueError, match=words) as error:
+    with pytest.raises(UserError, match=words) as error:
         imported(saved, folder, **kwargs)
     assert "\n" not in str(error.value)
     assert not checkpoints(folder / "run") and not (folder / "run" / "config.py").exists()
@@ -381,7 +383,7 @@ def test_code_in_a_checkpoint_does_not_run(kind, saved, tmp_path):
         path.write_bytes(pickle.dumps(Code(tmp_path)))
     else:
         torch.save(saved | {"config": CONFIG | {"more": Code(tmp_path)}}, path)
-    with pytest.raises(ValueError, match="is damaged, or ") as error:
+    with pytest.raises(UserError, match="is damaged, or ") as error:
         import_nanogpt(path, tmp_path / "run")
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists() and not (tmp_path / "ran").exists()
     if kind != "bare":
@@ -394,7 +396,7 @@ def test_names_from_the_checkpoint_are_never_code_in_config_py(saved, tmp_path):
     saved["config"] |= {"dataset": evil, "wandb_log": True, "wandb_run_name": evil}
     run_dir, _ = imported(saved, tmp_path)
     cfg = settings_of(run_dir)
-    assert cfg.data.data_dir == f"data/{evil}" and cfg.train.wandb_run_name == evil and not (tmp_path / "ran").exists()
+    assert cfg.data.data_dir == f"data/{evil}" and cfg.log.wandb_run_name == evil and not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
@@ -402,13 +404,13 @@ def test_a_truncated_file_is_refused(share, saved, tmp_path):
     torch.save(saved, tmp_path / "whole.pt")
     whole = (tmp_path / "whole.pt").read_bytes()
     (tmp_path / "ckpt.pt").write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(ValueError, match="ckpt.pt is damaged, or ") as error:
+    with pytest.raises(UserError, match="ckpt.pt is damaged, or ") as error:
         import_nanogpt(tmp_path / "ckpt.pt", tmp_path / "run")
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ValueError, match="gone.pt cannot be read.*name the ckpt.pt"):
+    with pytest.raises(UserError, match="gone.pt cannot be read.*name the ckpt.pt"):
         import_nanogpt(tmp_path / "gone.pt", tmp_path / "run")
 
 
@@ -466,7 +468,7 @@ def test_the_optimizer_of_before_may_2023_is_refused(saved, tmp_path):
 
 def test_a_folder_that_holds_a_run_is_refused(theirs, ours):
     before = {path: path.stat().st_mtime_ns for path in ours.rglob("*")}
-    with pytest.raises(ValueError, match="holds a run already; use another --out_dir"):
+    with pytest.raises(UserError, match="holds a run already; use another --out_dir"):
         import_nanogpt(theirs[2], ours)
     assert before == {path: path.stat().st_mtime_ns for path in ours.rglob("*")}
 
@@ -474,7 +476,7 @@ def test_a_folder_that_holds_a_run_is_refused(theirs, ours):
 def test_an_out_dir_that_cannot_be_written_to_is_refused(theirs, tmp_path):
     (tmp_path / "file").write_text("precious")
     for out_dir in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(ValueError, match="cannot be written to"):
+        with pytest.raises(UserError, match="cannot be written to"):
             import_nanogpt(theirs[2], out_dir)
     assert (tmp_path / "file").read_text() == "precious"
 

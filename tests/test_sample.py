@@ -12,6 +12,7 @@ import torch
 
 import config
 import sample
+from config import UserError
 from model import ModelConfig, Transformer
 from objective import special_id
 from ranks import run, write_data
@@ -221,15 +222,15 @@ def test_prompts_come_from_files_stdin_and_nowhere(run_dir, capsys, tmp_path, mo
 
 def test_a_prompt_longer_than_block_size_is_refused(run_dir, capsys):
     assert sampled(capsys, f"--out_dir={run_dir}", "--prompt=" + "a" * 11, "--max_new_tokens=1")
-    with pytest.raises(ValueError, match="prompt has 12 tokens, block_size is 11; shorten it"):
+    with pytest.raises(UserError, match="prompt has 12 tokens, block_size is 11; shorten it"):
         sampled(capsys, f"--out_dir={run_dir}", "--prompt=" + "a" * 12)
 
 
 def test_a_prompt_file_that_is_no_text_is_refused(run_dir, capsys, tmp_path):
     (tmp_path / "bad").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="cannot be read as UTF-8 text"):
+    with pytest.raises(UserError, match="cannot be read as UTF-8 text"):
         sampled(capsys, f"--out_dir={run_dir}", f"--prompt=FILE:{tmp_path / 'bad'}")
-    with pytest.raises(ValueError, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         sampled(capsys, f"--out_dir={run_dir}", f"--prompt=FILE:{tmp_path / 'gone'}")
 
 
@@ -237,7 +238,7 @@ def test_a_prompt_file_that_is_no_text_is_refused(run_dir, capsys, tmp_path):
 def test_logits_that_are_not_finite_are_told_not_drawn_from(logit):
     logits = torch.zeros(2, V)
     logits[1, 3] = logit
-    with pytest.raises(ValueError, match="not finite; take an earlier checkpoint"):
+    with pytest.raises(UserError, match="not finite; take an earlier checkpoint"):
         draw(logits, SampleConfig(), torch.Generator())
 
 
@@ -259,7 +260,7 @@ def test_small_models_generate_in_float32_on_a_cpu_unless_told_otherwise(precisi
     (["--out_dir=/nowhere"], "/nowhere does not exist"),
 ])
 def test_impossible_requests_are_refused_by_name(args, told, capsys):
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(UserError, match=told):
         sampled(capsys, *args)
 
 
@@ -272,7 +273,7 @@ def test_a_tiny_temperature_is_greedy():
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path, capsys):
     data = write_data(tmp_path / "data", tokenizer="byte")
     run_dir = run(data, tmp_path / "run", max_steps=1)
-    with pytest.raises(ValueError, match="has 261 ids, the model a vocab_size of 37"):
+    with pytest.raises(UserError, match="has 261 ids, the model a vocab_size of 37"):
         sampled(capsys, f"--out_dir={run_dir}")
 
 
@@ -368,10 +369,10 @@ def test_more_candidates_than_there_are_tokens_are_not_asked_for(with_mask, caps
 
 def test_a_masked_models_prompt_without_a_mask_or_too_long_is_refused_with_the_remedy(with_mask, capsys):
     for prompt in ("import os", "", "[mask] MASK"):
-        with pytest.raises(ValueError, match=r"fills in what is masked; write \[MASK\] where, as in --prompt="):
+        with pytest.raises(UserError, match=r"fills in what is masked; write \[MASK\] where, as in --prompt="):
             print_candidates(masked_model(with_mask), with_mask, prompt, 5, "cpu")
     print_candidates(masked_model(with_mask), with_mask, "[MASK]" * 21, 5, "cpu")
-    with pytest.raises(ValueError, match="prompt has 24 tokens, block_size is 23; shorten it"):
+    with pytest.raises(UserError, match="prompt has 24 tokens, block_size is 23; shorten it"):
         print_candidates(masked_model(with_mask), with_mask, "[MASK]" * 22, 5, "cpu")
 
 
@@ -387,7 +388,7 @@ def test_a_trained_masked_run_is_sampled_from_its_folder_alone(tmp_path, capsys)
     assert shown[5] == f"ab{likeliest[0]}d{likeliest[1]}"
     assert sampled(capsys, *args, "--top_k=2", "--seed=7").count("%  ") == 4
     assert sampled(capsys, *args, "--precision=bf16").count("%  ") == 10
-    with pytest.raises(ValueError, match=r"write \[MASK\] where"):
+    with pytest.raises(UserError, match=r"write \[MASK\] where"):
         sampled(capsys, f"--out_dir={run_dir}")
 
 
@@ -400,7 +401,7 @@ def test_a_run_in_characters_goes_on_from_a_prompt_and_asks_for_one(tmp_path, ca
     args = f"--out_dir={run_dir}", "--max_new_tokens=9", "--num_samples=2"
     first, second = sampled(capsys, *args, "--prompt=\nab").split("\n" + "-" * 40 + "\n")
     assert first.startswith("\nab") and second.startswith("\nab") and len(first) == len("\nab") + 9
-    with pytest.raises(ValueError, match="has no end-of-text token to start from; give a --prompt="):
+    with pytest.raises(UserError, match="has no end-of-text token to start from; give a --prompt="):
         sampled(capsys, *args)
-    with pytest.raises(ValueError, match="knows only 16 characters, and the text has others: 'é'"):
+    with pytest.raises(UserError, match="knows only 16 characters, and the text has others: 'é'"):
         sampled(capsys, *args, "--prompt=aé")

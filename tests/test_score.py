@@ -11,6 +11,7 @@ from test_model import BERT, MODERN, SMALL, random_model
 
 import config
 import sample
+from config import UserError
 from interop.score import (
     encode_pair,
     loglikelihood,
@@ -153,7 +154,7 @@ def test_a_whole_text_scores_as_the_continuation_of_nothing_does(model):
 @pytest.mark.parametrize("continuation, n", [("", 0), ("a" * 12, 12)])
 def test_a_continuation_of_no_token_or_longer_than_the_model_is_refused(model, continuation, n):
     assert loglikelihood(model, BYTE, [("x", "a" * 11)])[0].n_tokens == 11
-    with pytest.raises(ValueError, match=rf"has {n} tokens of its own, which must be 1 to 11 \(block_size\)"):
+    with pytest.raises(UserError, match=rf"has {n} tokens of its own, which must be 1 to 11 \(block_size\)"):
         loglikelihood(model, BYTE, [("x", "a"), ("x", continuation)])
 
 
@@ -162,7 +163,7 @@ def test_without_end_of_text_continuations_are_scored_and_whole_texts_refused(mo
     bare.specials = {}
     assert loglikelihood(model, bare, [("x", "a")]) == loglikelihood(model, BYTE, [("x", "a")])
     for score in (lambda: loglikelihood_rolling(model, bare, ["a"]), lambda: loglikelihood(model, bare, [("", "a")])):
-        with pytest.raises(ValueError, match='byte has no end-of-text, .*; score what follows a context: {"context"'):
+        with pytest.raises(UserError, match='byte has no end-of-text, .*; score what follows a context: {"context"'):
             score()
 
 
@@ -170,7 +171,7 @@ def test_logits_that_are_not_finite_are_told():
     broken = random_model(replace(SMALL, vocab_size=261)).eval()
     with torch.no_grad():
         broken.norm_f.bias[3] = math.nan
-    with pytest.raises(ValueError, match="not finite; take an earlier checkpoint"):
+    with pytest.raises(UserError, match="not finite; take an earlier checkpoint"):
         loglikelihood_rolling(broken, BYTE, ["a"])
 
 
@@ -202,14 +203,14 @@ def test_a_jsonl_file_has_a_request_a_line_and_all_else_is_one_text():
     ('{"context": "a", "continuation": ""}', "has an empty text"),
 ])  # fmt: skip
 def test_a_wrong_line_is_named_with_its_number_the_rule_and_the_remedy(line, problem):
-    with pytest.raises(ValueError, match=f"^x.jsonl line 3 {problem}") as error:
+    with pytest.raises(UserError, match=f"^x.jsonl line 3 {problem}") as error:
         read_requests("FILE:x.jsonl", f'{{"text": "a"}}\n\n{line}\n{{"text": "b"}}\n')
     assert "\n" not in str(error.value) and ";" in str(error.value)
 
 
 @pytest.mark.parametrize("prompt, text", [(None, ""), ("", ""), ("-", ""), ("FILE:x.txt", ""), ("FILE:x.jsonl", "\n")])
 def test_nothing_to_score_is_refused(prompt, text):
-    with pytest.raises(ValueError, match="(there is no text to score; give one|x.jsonl has no texts; write one)"):
+    with pytest.raises(UserError, match="(there is no text to score; give one|x.jsonl has no texts; write one)"):
         read_requests(prompt, text)
 
 
@@ -281,11 +282,11 @@ def test_a_run_is_scored_in_float32_unless_told_otherwise(run_dir, capsys, tmp_p
 
 def test_a_masked_model_scores_nothing_and_says_so(capsys):
     model = random_model(replace(BERT, vocab_size=261)).eval()
-    with pytest.raises(ValueError, match="masked model has no log-likelihood .*; score with a model of"):
+    with pytest.raises(UserError, match="masked model has no log-likelihood .*; score with a model of"):
         print_scores(model, BYTE, [(None, "a")])
 
 
 def test_a_wrong_file_is_refused(run_dir, tmp_path, capsys):
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\nimport os\n')
-    with pytest.raises(ValueError, match="x.jsonl line 2 is no JSON"):
+    with pytest.raises(UserError, match="x.jsonl line 2 is no JSON"):
         scored(capsys, f"--out_dir={run_dir}", f"--prompt=FILE:{tmp_path / 'x.jsonl'}")
