@@ -62,7 +62,7 @@ class BlockOf:
     """One block of a kind, and forward and backward of a micro-batch through it."""
 
     def __init__(self, kind, width, world, micro_batch_size, seq_len=BLOCK_LENGTH):
-        cfg = ModelConfig(n_embd=width, n_head=max(1, width // HEAD_WIDTH), n_layer=1, **KINDS[kind])
+        cfg = ModelConfig(vocab_size=64, n_embd=width, n_head=max(1, width // HEAD_WIDTH), n_layer=1, **KINDS[kind])
         on_cpu = world.device.type == "cpu"
         with world.device:
             self.block = Block(cfg)
@@ -115,7 +115,7 @@ def attention_tflops(world, rows, seq_len, n_heads=8):
 
     seconds = timed(forward_backward(attended, world, q, k, v), world)[0]
     setup = cost.Setup(seq_len, batch, precision=world.precision, on_cpu=world.device.type == "cpu")
-    cfg = ModelConfig(n_embd=n_heads * HEAD_WIDTH, n_head=n_heads, n_layer=1)
+    cfg = ModelConfig(vocab_size=64, n_embd=n_heads * HEAD_WIDTH, n_head=n_heads, n_layer=1)
     return cost.work(cfg, setup).attention / 1e12 / seconds, seconds
 
 

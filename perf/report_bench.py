@@ -62,10 +62,8 @@ def report_utilization(f):
     counts = {"": "PaLM's count"}
     if f["objective"] == "clm":
         counts["_causal"] = "causal attention counted as half"
-    print(
-        "flops      "
-        + "; ".join(f"{f['flops_per_token' + c] / 1e6:,.1f} MFLOP a token ({w})" for c, w in counts.items())
-    )
+    flops = [f"{f['flops_per_token' + count] / 1e6:,.1f} MFLOP a token ({what})" for count, what in counts.items()]
+    print(f"flops      {'; '.join(flops)}")
     peak = f"relative to {f['peak_tflops']:.4g} TFLOP/s a device ({f['peak_name']})"
     rows = [("mfu", "mfu", peak)]
     if not f["peak_name"].startswith("measured"):

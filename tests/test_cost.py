@@ -73,7 +73,7 @@ def test_parameters_are_the_models_count(changes):
 @pytest.mark.parametrize("shape, count", GPT2.items())
 def test_parameters_of_gpt2_are_hugging_faces(shape, count):
     layers, heads, width = shape
-    assert cost.num_params(ModelConfig(n_layer=layers, n_head=heads, n_embd=width)) == count
+    assert cost.num_params(ModelConfig(vocab_size=50257, n_layer=layers, n_head=heads, n_embd=width)) == count
 
 
 @pytest.mark.parametrize(("preset", "count"), [("bert_base", 109_514_298), ("bert_large", 335_174_458)])
@@ -119,27 +119,27 @@ def test_flops_of_a_masked_model_are_what_torch_counts_with_the_head_at_masked_p
 
 
 def test_causal_count_halves_attention_alone():
-    cfg = ModelConfig()
+    cfg = ModelConfig(vocab_size=50257)
     without_attention = cost.flops_per_token(cfg, seq_len=0)
     full, causal = (cost.flops_per_token(cfg, 1024, causal=causal) - without_attention for causal in (False, True))
     assert full == 2 * causal == 12 * 12 * 768 * 1024  # PaLM's 12 L H Q T
 
 
 def test_causal_count_does_not_halve_the_attention_of_a_model_that_looks_to_both_sides():
-    cfg = ModelConfig(objective="mlm")
+    cfg = ModelConfig(objective="mlm", vocab_size=50257)
     assert cost.flops_per_token(cfg, 1024, 0.15, causal=True) == cost.flops_per_token(cfg, 1024, 0.15, causal=False)
 
 
 def test_causal_count_halves_attention_as_wide_as_its_queries():
     """Whose width is not the stream's, and whose keys are fewer."""
-    cfg = ModelConfig(n_head=6, n_kv_head=2, head_dim=50, n_embd=99)
+    cfg = ModelConfig(vocab_size=50257, n_head=6, n_kv_head=2, head_dim=50, n_embd=99)
     saved = cost.flops_per_token(cfg, 1024) - cost.flops_per_token(cfg, 1024, causal=True)
     assert saved == 6 * 12 * 6 * 50 * 1024
 
 
 def test_gpt2_124m_needs_6_flops_a_weight_and_attention():
     """nanoGPT's transformer_sizing notebook: 6 N + 12 L H Q T, N without positions; norms and biases are no matmuls."""
-    cfg = ModelConfig(bias=False)
+    cfg = ModelConfig(vocab_size=50257, bias=False)
     notebook = 6 * (124_337_664 - 1024 * 768) + 12 * 12 * 768 * 1024
     norms = 6 * 25 * 768
     assert cost.flops_per_token(cfg, 1024) == notebook - norms

@@ -307,7 +307,7 @@ def test_a_bad_folder_is_refused_in_one_line(damage, told, copy):
     damage(folder)
     with pytest.raises(UserError, match=told) as error:
         load_model(str(folder), "cpu")
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and isinstance(error.value, config.UserError)
 
 
 UNKNOWN = {
@@ -323,7 +323,7 @@ UNKNOWN = {
     "a size that torch cannot hold": ("gpt2", {"n_embd": 2**31 - 1, "n_inner": 2**31 - 1, "n_head": 1},
                                       "no possible model"),
     "tied by a word": ("gpt2", {"tie_word_embeddings": "false"}, "it ties embeddings 'false'"),
-    "a list of types": ("gpt2", {"model_type": ["gpt2"]}, "has the model type \\[.gpt2.\\], which is not"),
+    "a list of types": ("gpt2", {"model_type": ["gpt2"]}, "has the model type"),
     "rope twice": ("llama", {"rope_scaling": LLAMA3 | {"factor": 2.0}, "rope_parameters": LLAMA3},
                    "factor both 2.0 and 8.0"),
     "a context beside rope": ("llama 3.1", {"original_max_position_embeddings": 9},
@@ -346,7 +346,7 @@ UNKNOWN = {
 def test_a_model_that_cannot_be_computed_here_is_refused_in_one_line(kind, changes, told, copy):
     with pytest.raises(UserError, match=told) as error:
         load_model(str(copy(kind, **changes)), "cpu")
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and isinstance(error.value, config.UserError)
 
 
 def test_code_in_a_pickle_does_not_run(copy):
@@ -408,7 +408,7 @@ def test_a_name_is_read_from_hugging_faces_cache_and_one_that_is_not_there_is_re
     told = "someone/other is no folder here, and the Hugging Face hub did not give"
     with pytest.raises(UserError, match=told) as error:
         ours("someone/other")
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and isinstance(error.value, config.UserError)
 
 
 # ---- training from there
