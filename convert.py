@@ -21,9 +21,9 @@ import torch
 
 from config import UserError, only, run_script
 from interop.families import config_of, family_of, their_tensors
-from interop.hub import BESIDE, HubModel, save_tensors
+from interop.hub import ACCOMPANYING, HubModel, save_tensors
 from interop.nanogpt import import_nanogpt
-from interop.pretrained import fitting, open_model, place_of
+from interop.pretrained import check_vocabulary, model_location, open_model
 from interop.tokenizer import write_tokenizer
 from run.folder import RunConfig
 from world import tune_malloc
@@ -59,7 +59,7 @@ def main(cfg):
         print(*lines, f"{written} python train.py {cfg.run.out_dir}/config.py", sep="\n")
     else:
         tune_malloc(mmap_threshold=2**17)  # return freed tensors at once: glibc keeps those below 32 MiB
-        export(open_model(place_of(cfg)), cfg.convert.to_hf, cfg.convert.hf_dtype)
+        export(open_model(model_location(cfg)), cfg.convert.to_hf, cfg.convert.hf_dtype)
 
 
 def export(source, folder, dtype=None):
@@ -77,14 +77,14 @@ def export(source, folder, dtype=None):
             raise UserError(f"{folder} is not empty; name another folder with --to_hf=, or remove it")
         partial.mkdir()
         special_ids = put_tokenizer(source, tokenizer, partial)
-        carried = source.carried
-        config = config_of(source.cfg, special_ids, dtype or source.dtype, carried)
+        extra = source.extra
+        config = config_of(source.cfg, special_ids, dtype or source.dtype, extra)
         write_json(config, partial / "config.json")
         if source.cfg.is_causal and not (partial / "generation_config.json").exists():
             known_ids = {name: id_ for name, id_ in special_ids.items() if id_ is not None}
             write_json(known_ids, partial / "generation_config.json")
         itemsize = getattr(torch, dtype or source.dtype).itemsize
-        n_bytes = write_weights(their_tensors(source.cfg, source.read, carried), partial, dtype, itemsize)
+        n_bytes = write_weights(their_tensors(source.cfg, source.read, extra), partial, dtype, itemsize)
         name = Path(os.path.abspath(folder)).name
         if not (partial / "README.md").exists():
             (partial / "README.md").write_text(card(source, family, name, tokenizer), encoding="utf-8")
@@ -103,7 +103,7 @@ def put_tokenizer(source, tokenizer, folder):
     """Writes a run's tokenizer, if known, or copies a Hugging Face model's; returns {name: id} for the configs."""
     special_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # or theirs would have their own
     if isinstance(source, HubModel):
-        for name in BESIDE:
+        for name in ACCOMPANYING:
             if (source.folder / name).exists():
                 shutil.copyfile(source.folder / name, folder / name)
         return {name: source.config.get(name) for name in special_ids}
@@ -116,10 +116,11 @@ def tokenizer_for(source):
     """The tokenizer of an opened model; None, with a line that says why, where it is not known or cannot be read."""
     try:
         tokenizer = source.load_tokenizer()
-    except ValueError as error:
-        print(f"the tokenizer is unknown here: {error}")
+    except UserError as error:
+        print(f"the tokenizer is unknown: {error}")
         return None
-    return fitting(tokenizer, source)
+    check_vocabulary(tokenizer, source)
+    return tokenizer
 
 
 def write_weights(tensors, folder, dtype=None, itemsize=4, shard_bytes=SHARD_BYTES):

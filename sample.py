@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from config import UserError, only, run_script
-from interop.pretrained import load_model, load_tokenizer_of, place_of
+from interop.pretrained import load_model, load_tokenizer_of, model_location
 from interop.score import print_scores, read_requests
 from model import Cache
 from objective import special_id
@@ -60,7 +60,7 @@ class Settings:
 
 def main(cfg):
     device = pick_device(cfg.world.device)
-    model, source = load_model(place_of(cfg), device)
+    model, source = load_model(model_location(cfg), device)
     precision = "fp32" if cfg.sample.score and cfg.world.precision == "auto" else cfg.world.precision
     dtype = generation_dtype(precision, device, model.num_params())
     model.to(dtype)  # not autocast, which would cast all weights for each token

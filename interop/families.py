@@ -14,7 +14,7 @@ import torch
 from config import UserError
 from model import ModelConfig, parameter_shapes
 
-# Modules, theirs: ours. Where several of ours are one of theirs, its rows are theirs in this order.
+# {their module: our modules}; several of ours are one of theirs with its rows in this order.
 GPT2_NAMES = {
     "transformer.wte": ("wte",),
     "transformer.wpe": ("wpe",),
@@ -42,7 +42,7 @@ BERT_NAMES = {
     "bert.encoder.layer.{i}.output.LayerNorm": ("blocks.{i}.norm2",),
     "cls.predictions.transform.dense": ("transform.dense",),
     "cls.predictions.transform.LayerNorm": ("transform.norm",),
-    "cls.predictions.bias": ("head.bias",),  # where untied, the decoder's own is what counts, and this one is carried
+    "cls.predictions.bias": ("head.bias",),  # in an untied model an extra tensor without effect
     "cls.predictions.decoder": ("head",),
 }
 LLAMA_NAMES = {
@@ -65,30 +65,30 @@ LLAMA_NAMES = {
 
 @dataclass(frozen=True)
 class Family:
-    """A model of transformers, of those that compute what ours does with some settings."""
+    """A kind of model in transformers that computes the same as ours with some settings."""
 
     name: str
     model_type: str
     architecture: str
     base: str  # prefix of tensor names; files of the model without its head lack it
-    head: str  # the module that is tied to the embedding, if it is
+    head: str  # module that tie_word_embeddings ties to the embedding
     names: dict
     keys: dict  # {key of config.json: our setting}
-    defaults: dict  # {key: its value where it is missing}; other keys may not be
+    defaults: dict  # {key: its value where it is missing}; the other keys must be there
     activations: dict  # {theirs: our mlp}
-    fixed: dict  # our settings that it always has
-    filled: dict  # tensors that it always has and ours may lack; zeros make them equal
-    needs: dict  # keys of config.json that may only have this value
-    dropouts: tuple  # keys of config.json that are our dropout
-    biases: tuple = ()  # those that are our bias
+    fixed: dict  # {our setting: the one value that it computes}
+    filled: dict  # {our setting: its value}, for tensors that it always has; ours may lack them, zeros are equal
+    needs: dict  # {key of config.json: the one value that ours computes}
+    dropouts: tuple  # keys of config.json for our dropout
+    biases: tuple = ()  # keys of config.json for our bias
     activation: str = "hidden_act"
-    # Patterns of tensors' names, which first match none.
+    # Patterns of tensors' names; by default they match none.
     transposed: str = "$^"  # tensors whose matrices are (in, out)
-    ignored: str = "$^"  # tensors that are no weights
-    carried: str = "$^"  # weights that ours has no place for, and hands on
+    ignored: str = "$^"  # buffers that are no weights
+    extra: str = "$^"  # weights that ours lack; kept, and exported unchanged
 
     def complete(self, cfg):
-        """The settings with all that is filled."""
+        """The settings with everything in `filled`."""
         return replace(cfg, **{name: value for name, value in self.filled.items() if not getattr(cfg, name)})
 
 
@@ -157,7 +157,7 @@ BERT = Family(
     dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
     needs={"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False},
     ignored=r"\.position_ids$",
-    carried=r"^(bert\.pooler|cls\.seq_relationship)\.",
+    extra=r"^(bert\.pooler|cls\.seq_relationship)\.",
 )
 LLAMA = Family(
     name="Llama",
@@ -199,7 +199,7 @@ FAMILIES = {"gpt2": GPT2, "bert": BERT, "llama": LLAMA, "mistral": LLAMA, "qwen3
 
 
 def family_of(cfg):
-    """The family that computes what a model does; UserError that names the settings where none does."""
+    """The family that computes the same as a model; UserError with the settings that none has."""
     if not cfg.is_causal:
         family = BERT
     elif cfg.position == "learned":
@@ -225,10 +225,10 @@ def family_of(cfg):
     return family
 
 
-def config_of(cfg, special_ids, dtype, carried=()):
+def config_of(cfg, special_ids, dtype, extra=()):
     """The content of a model's config.json; special_ids: {name of a token id: id}; dtype: a name such as float32.
 
-    carried: extra tensors of theirs; a BERT with its next-sentence head has another class.
+    extra: names of extra tensors; a BERT with its next-sentence head has another class.
     """
     family = family_of(cfg)
     complete = family.complete(cfg)
@@ -238,17 +238,17 @@ def config_of(cfg, special_ids, dtype, carried=()):
     if cfg.position == "rope":
         values |= rope_values(cfg) | dict.fromkeys(family.biases, cfg.bias)
     own = {name: getattr(cfg, name) for name in family.filled if getattr(cfg, name) != getattr(complete, name)}
-    if cfg.position == "rope" and cfg.rope_scale != 1:  # transformers wants more there than it was before scaling
+    if cfg.position == "rope" and cfg.rope_scale != 1:  # transformers expects the scaled length
         values["max_position_embeddings"] = max(cfg.block_size, int(cfg.rope_scale * cfg.rope_context))
         own["block_size"] = cfg.block_size
     return {
-        "architectures": ["BertForPreTraining" if "cls.seq_relationship.weight" in carried else family.architecture],
+        "architectures": ["BertForPreTraining" if "cls.seq_relationship.weight" in extra else family.architecture],
         "model_type": family.model_type,
         **values,
         **special_ids,
         "initializer_range": 0.02,
         "torch_dtype": dtype,
-        **({"flatlm": own} if own else {}),  # by which we know it again
+        **({"flatlm": own} if own else {}),  # read by model_config
     }
 
 
@@ -268,44 +268,70 @@ def rope_values(cfg):
 
 
 def resolved(cfg):
-    """A model's settings as a dict, with the widths that it leaves to others filled in."""
+    """A model's settings as a dict, with the widths that follow from others filled in."""
     return asdict(cfg) | {"n_kv_head": cfg.kv_heads, "head_dim": cfg.head_width, "n_inner": cfg.inner_width}
 
 
 def model_config(config):
-    """(our settings of a model, the longest sequence that ours computes as theirs; none: any) by its config.json."""
+    """(our settings, longest sequence that we compute as transformers does; None: any) from a config.json's content.
+
+    UserError where a key is missing or has an impossible value, or our models do not compute what it asks for.
+    """
     family = FAMILIES[config["model_type"]]
-    given = {name: config.get(key, family.defaults.get(key)) for key, name in family.keys.items()}
-    if missing := [key for key in family.keys if key not in config and key not in family.defaults]:
-        raise UserError(f"it lacks {', '.join(missing)}")
-    widths = {key: given[name] for key, name in family.keys.items() if name not in ("norm_eps", "tie_embeddings")}
-    odd = {key: value for key, value in widths.items() if type(value) is not int or not 0 < value < 2**31}
-    if odd := [f"{key} {value!r}" for key, value in odd.items() if value is not None or family.defaults.get(key, 1)]:
-        raise UserError(f"it has {', '.join(odd)}, where there must be whole numbers above 0 and below 2**31")
-    if type(given["tie_embeddings"]) is not bool or type(given["norm_eps"]) not in (int, float):
-        raise UserError(f"it ties embeddings {given['tie_embeddings']!r}, with norms' epsilon {given['norm_eps']!r}")
-    wrong = [f"{key} {config[key]!r}" for key, value in family.needs.items() if config.get(key, value) != value]
-    wrong += ["quantization_config"] if config.get("quantization_config") else []
-    activation = config.get(family.activation, family.defaults[family.activation])
-    wrong += [] if activation in family.activations else [f"{family.activation} {activation!r}"]
-    own, longest = config.get("flatlm") or {}, given["block_size"]
-    given = family.filled | given | {name: own[name] for name in family.filled if name in own}
+    settings, unsupported = _plain_settings(family, config), _unsupported(family, config)
+    own = config.get("flatlm") or {}  # what an export of ours has by other settings
+    settings = family.filled | settings | {name: own[name] for name in family.filled if name in own}
+    longest = settings["block_size"]
     if family.fixed["position"] == "rope":
         longest = sliding_window(config)
-        given["block_size"] = min(n for n in (given["block_size"], longest, own.get("block_size")) if n)
-        biases = [bool(config.get(key)) for key in family.biases]
-        rope, more = rope_settings(config)
-        given, wrong = given | rope | {"bias": biases[0]}, wrong + more
-        if len(set(biases)) > 1:
-            wrong.append("biases in one of attention and MLP alone")
-    if wrong:
-        raise UserError(f"it has {', '.join(wrong)}, which this project's models do not compute; use another model")
-    given["dropout"] = config.get(family.dropouts[0], 0.0)
-    return ModelConfig(**given | {"mlp": family.activations[activation], **family.fixed}), longest
+        settings["block_size"] = min(n for n in (settings["block_size"], longest, own.get("block_size")) if n)
+        rope, unsupported_rope = rope_settings(config)
+        settings |= rope | {"bias": bool(config.get(family.biases[0]))}
+        unsupported += unsupported_rope
+    if unsupported:
+        raise UserError(
+            f"it has {', '.join(unsupported)}, which this project's models do not compute; use another model"
+        )
+    settings["dropout"] = config.get(family.dropouts[0], 0.0)
+    settings["mlp"] = family.activations[config.get(family.activation, family.defaults[family.activation])]
+    return ModelConfig(**settings | family.fixed), longest
+
+
+def _plain_settings(family, config):
+    """{our setting: value} of the keys that stand for one setting each, those left out by transformers' defaults."""
+    if missing := [key for key in family.keys if key not in config and key not in family.defaults]:
+        raise UserError(f"it lacks {', '.join(missing)}")
+    values = {key: config.get(key, family.defaults.get(key)) for key in family.keys}
+    settings = {name: values[key] for key, name in family.keys.items()}
+    sizes = {key: values[key] for key, name in family.keys.items() if name not in ("norm_eps", "tie_embeddings")}
+    if wrong := [f"{key} {size!r}" for key, size in sizes.items() if not _is_size(size, family.defaults.get(key, 1))]:
+        raise UserError(f"it has {', '.join(wrong)}, where there must be whole numbers above 0 and below 2**31")
+    if type(settings["tie_embeddings"]) is not bool or type(settings["norm_eps"]) not in (int, float):
+        tied, eps = settings["tie_embeddings"], settings["norm_eps"]
+        raise UserError(f"it ties embeddings {tied!r}, with norms' epsilon {eps!r}")
+    return settings
+
+
+def _is_size(value, default):
+    """Whether a value can be a tensor's dimension, or None where None is the default."""
+    return (type(value) is int and 0 < value < 2**31) or (value is None and default is None)
+
+
+def _unsupported(family, config):
+    """What a config.json asks for, rope apart, that our models do not compute: each a key and its value."""
+    found = [f"{key} {config[key]!r}" for key, value in family.needs.items() if config.get(key, value) != value]
+    if config.get("quantization_config"):
+        found.append("quantization_config")
+    activation = config.get(family.activation, family.defaults[family.activation])
+    if activation not in family.activations:
+        found.append(f"{family.activation} {activation!r}")
+    if len({bool(config.get(key)) for key in family.biases}) > 1:
+        found.append("biases in one of attention and MLP alone")
+    return found
 
 
 def sliding_window(config):
-    """Tokens of a window past which some layer does not look back; none: there is none."""
+    """Tokens in the sliding window of some layer; None where no layer has one."""
     if config["model_type"] == "mistral":
         return config.get("sliding_window", 4096)
     layers = config.get("layer_types") or ["sliding_attention"]
@@ -314,44 +340,44 @@ def sliding_window(config):
 
 
 def rope_settings(config):
-    """(our settings of rope, a list of what there is that ours cannot compute)."""
+    """(our settings of rope, what a config.json asks of rope that our models do not compute)."""
     top = {key: config[key] for key in ("rope_theta", "original_max_position_embeddings") if key in config}
-    places = [top, *(config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key))]  # the last is new
-    rope, wrong = {}, []
-    for place in places:
-        wrong += [
-            f"{key} both {rope[key]!r} and {place[key]!r}" for key in rope.keys() & place if rope[key] != place[key]
-        ]
-        rope |= place
-    kind, ours = rope.get("rope_type", rope.get("type", "default")), {"rope_theta": rope.get("rope_theta", 10_000.0)}
+    rope, unsupported = {}, []
+    for entries in (top, config.get("rope_scaling") or {}, config.get("rope_parameters") or {}):  # the last is new
+        twice = [key for key in rope.keys() & entries if rope[key] != entries[key]]
+        unsupported += [f"{key} both {rope[key]!r} and {entries[key]!r}" for key in twice]
+        rope |= entries
+    settings = {"rope_theta": rope.get("rope_theta", 10_000.0)}
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "llama3":
-        factors = rope.get("low_freq_factor"), rope.get("high_freq_factor")
-        wrong += [f"rope of type 'llama3' with factors {factors}"] if factors != (1, 4) else []
         context = rope.get("original_max_position_embeddings", config.get("max_position_embeddings"))
-        ours |= {"rope_scale": rope.get("factor"), "rope_context": context}
+        settings |= {"rope_scale": rope.get("factor"), "rope_context": context}
+        factors = rope.get("low_freq_factor"), rope.get("high_freq_factor")
+        if factors != (1, 4):
+            unsupported.append(f"rope of type 'llama3' with factors {factors}")
     elif kind != "default":
-        wrong.append(f"rope of type {kind!r}")
-    wrong += [f"{name} {value!r}" for name, value in ours.items() if not isinstance(value, int | float)]
+        unsupported.append(f"rope of type {kind!r}")
+    unsupported += [f"{name} {value!r}" for name, value in settings.items() if not isinstance(value, int | float)]
     if rope.get("partial_rotary_factor", 1) != 1:
-        wrong.append(f"partial_rotary_factor {rope['partial_rotary_factor']}")
-    return ours, wrong
+        unsupported.append(f"partial_rotary_factor {rope['partial_rotary_factor']}")
+    return settings, unsupported
 
 
 # ---- tensors
 
 
-class Slot(NamedTuple):
-    """A tensor of theirs, and what of ours it is made of."""
+class TheirTensor(NamedTuple):
+    """A tensor of a Hugging Face model, and the tensors of ours that it consists of."""
 
     name: str  # theirs
-    ours: dict  # {name: shape} of our tensors, one after the other its rows
-    shape: list  # its own
-    is_transposed: bool  # whether it is (in, out), where ours are (out, in)
-    is_filled: bool  # whether ours lacks it, so that it is zero
+    ours: dict  # {name: shape} of our tensors, in the order of its rows
+    shape: list
+    is_transposed: bool  # (in, out), where ours are (out, in)
+    is_zero: bool  # ours lacks it
 
 
-def slots(family, cfg):
-    """A Slot for each tensor that a model of these settings is there."""
+def tensors_of(family, cfg):
+    """A TheirTensor for each tensor of a family's model with these settings."""
     own, shapes = parameter_shapes(cfg), parameter_shapes(family.complete(cfg))
     found = []
     for module, ours in family.names.items():
@@ -364,27 +390,29 @@ def slots(family, cfg):
                 continue
             parts = {part: list(shapes[part]) for part in names}
             if names[0].startswith(("wte.", "head.")):
-                parts[names[0]][0] = cfg.vocab_size  # theirs pad nothing
+                parts[names[0]][0] = cfg.vocab_size  # theirs have no padding
             shape = [sum(rows for rows, *_ in parts.values()), *parts[names[0]][1:]]
             is_transposed = bool(re.search(family.transposed, name))
             shape = shape[::-1] if is_transposed else shape
-            found.append(Slot(name, parts, shape, is_transposed, names[0] not in own))
+            found.append(TheirTensor(name, parts, shape, is_transposed, names[0] not in own))
     return found
 
 
-def their_tensors(cfg, read, carried):
-    """Yields (name, shape, function that makes the tensor) of all tensors of a model's file.
+def their_tensors(cfg, read, extra):
+    """Yields (name, shape, function that makes the tensor) for each tensor of a Hugging Face model's file.
 
-    read(name) gives our tensor whole, padding and all; carried are theirs that ours has no place for.
+    read(name) returns our tensor, whole and with padding; extra: {name: tensor}, exported unchanged.
     """
 
-    def make(slot):
-        parts = [torch.zeros(shape) if slot.is_filled else read(name)[: shape[0]] for name, shape in slot.ours.items()]
+    def make(theirs):
+        parts = [
+            torch.zeros(shape) if theirs.is_zero else read(name)[: shape[0]] for name, shape in theirs.ours.items()
+        ]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return (tensor.T if slot.is_transposed else tensor).contiguous()
+        return (tensor.T if theirs.is_transposed else tensor).contiguous()
 
-    for slot in slots(family_of(cfg), cfg):
-        if slot.name not in carried:
-            yield slot.name, slot.shape, partial(make, slot)
-    for name, tensor in carried.items():
+    for theirs in tensors_of(family_of(cfg), cfg):
+        if theirs.name not in extra:
+            yield theirs.name, theirs.shape, partial(make, theirs)
+    for name, tensor in extra.items():
         yield name, [*tensor.shape], tensor.clone

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from checkpoint import Failure, checkpoints, file_numbers, write_checkpoint
 from config import UserError
 from data import DataConfig, sha256
-from interop.families import GPT2, slots
+from interop.families import GPT2, tensors_of
 from interop.hub import is_plain
 from model import ModelConfig, parameter_shapes
 from optim import OptimConfig
@@ -120,7 +120,7 @@ def _translated(path, saved):
         cfg = ModelConfig(mlp="gelu", **model_args)
         tensors, (decayed, _) = _tensors(saved, weights, cfg)
         preset, lines = _preset(theirs, decayed, cfg, saved["iter_num"])
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{path}: {'; '.join(str(error).splitlines())}") from error
     return cfg, preset, tensors, lines
 
@@ -210,7 +210,7 @@ def _parameters(cfg):
 
     The names are those of Hugging Face's GPT-2, but matrices are (out, in); the order is that of ours.
     """
-    by_part = {next(iter(slot.ours)): slot for slot in slots(GPT2, cfg)}
+    by_part = {next(iter(theirs.ours)): theirs for theirs in tensors_of(GPT2, cfg)}
     found = [by_part[name] for name in parameter_shapes(cfg) if name in by_part]
     return {s.name: (tuple(s.shape[::-1] if s.is_transposed else s.shape), s.ours) for s in found}
 

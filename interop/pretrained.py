@@ -15,7 +15,7 @@ from model import TRAINING_ONLY, ModelConfig, Transformer
 from run.folder import run_dir_of, tokenizer_of, writing_to
 from text.tokenizer import load_tokenizer
 
-CARRIED = "carried.safetensors"
+EXTRA_FILE = "carried.safetensors"
 SOME_TEXT = "Two words, 3 dots..."
 
 
@@ -36,19 +36,19 @@ class RunModel:
         return load_tokenizer(tokenizer_of(self.folder))
 
     @property
-    def carried(self):
+    def extra(self):
         """{name: tensor}: extra tensors of the Hugging Face model that the run started from."""
-        path = self.folder / CARRIED
+        path = self.folder / EXTRA_FILE
         if not path.exists():
             return {}
         files = open_tensors(path)
         return {name: files.get_tensor(name) for name in files.keys()}
 
 
-def place_of(cfg):
-    """Where the model that a command is about lies: init_from, or the run in out_dir or of the last preset's name.
+def model_location(cfg):
+    """Where a command's model is: init_from, or the run in out_dir or under the last preset's name.
 
-    A preset's init_from is where its run starts, so that the run, once it has a checkpoint, comes first.
+    A preset's init_from is where its run starts: once the run has a checkpoint, the run comes first.
     """
     run_dir = run_dir_of(cfg)
     has_begun = run_dir is not None and is_run(run_dir)
@@ -58,9 +58,7 @@ def place_of(cfg):
         raise UserError("out_dir is none; name the folder of a trained run, as in --out_dir=out/quickstart")
     if not has_begun:  # a run's folder is never a name on the hub
         there = "holds no checkpoint of flatlm's (ckpt/step_*)" if Path(run_dir).is_dir() else "does not exist"
-        raise UserError(
-            f"{run_dir} {there}; train.py makes one, in its out_dir; other models are named by --init_from="
-        )
+        raise UserError(f"{run_dir} {there}; train.py makes one, in its out_dir; --init_from= names other models")
     return run_dir
 
 
@@ -75,10 +73,10 @@ def open_model(where, world=None):
 
 
 def starting_config(where, wanted, given):
-    """The settings of a model that starts from the weights in a place: those that it has there.
+    """The settings of a model that starts from weights: the weights' own, with a wanted block_size and training settings.
 
-    Of those wanted, block_size may be shorter, dropout and label_smoothing are free, and what is in `given`, the names
-    that the user has set, must be as it is there.
+    UserError where block_size exceeds the longest sequence, or another setting in `given`, the names that the user has
+    set, differs from the weights' own.
     """
     if is_run(where):
         source = run_config(where)
@@ -96,9 +94,9 @@ def starting_config(where, wanted, given):
         if here[name] != found[name]
     ]
     if differing:
-        raise UserError(f"{where} is of another model: {', '.join(differing)}; leave these settings out")
+        raise UserError(f"{where} has another model: {', '.join(differing)}; leave these settings out")
     if longest and cfg.block_size > longest:
-        raise UserError(f"block_size is {cfg.block_size}, but {where} is of at most {longest} tokens; lower it")
+        raise UserError(f"block_size is {cfg.block_size}, but {where} holds at most {longest} tokens; lower it")
     return cfg
 
 
@@ -117,9 +115,9 @@ def resolve(cfg):
 
 
 def run_config(run_dir):
-    """The settings of a run's model, by the newest of its checkpoints whose manifest can be read."""
+    """The settings of a run's model, from the newest checkpoint with a readable manifest."""
     for path in reversed(checkpoints(run_dir)):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(UserError):
             return config_of_checkpoint(path, read_manifest(path))
     path = newest_checkpoint(run_dir)  # raises, and says what is wrong
     return config_of_checkpoint(path, read_manifest(path))
@@ -127,7 +125,7 @@ def run_config(run_dir):
 
 @torch.no_grad()
 def load_weights(source, model):
-    """Fills a model, sharded or not, with the weights of an opened one; of a table of positions the first ones."""
+    """Copies an opened model's weights into a model, sharded or not; a shorter table of positions takes the first rows."""
     for name, param in model.named_parameters():
         weight, read = torch.zeros(param.shape), source.read(name)  # rows that pad the vocabulary stay zero
         n_rows = min(len(weight), len(read))
@@ -141,7 +139,7 @@ def load_weights(source, model):
 
 
 def load_model(where, device):
-    """The model in a place, ready to evaluate, and what it was read from."""
+    """(the model of a run or of a Hugging Face folder or name, ready to evaluate, its opened source)."""
     source = open_model(where)
     with torch.device("meta"):
         model = Transformer(source.cfg)
@@ -153,49 +151,50 @@ def load_model(where, device):
 
 def load_tokenizer_of(source):
     """The tokenizer of an opened model; UserError where it is unknown, or has more ids than the model."""
-    return fitting(source.load_tokenizer(), source)
+    tokenizer = source.load_tokenizer()
+    check_vocabulary(tokenizer, source)
+    return tokenizer
 
 
-def fitting(tokenizer, source):
-    """The tokenizer; UserError where it has more ids than an opened model."""
+def check_vocabulary(tokenizer, source):
+    """UserError where a tokenizer has more ids than an opened model."""
     if tokenizer.vocab_size > source.cfg.vocab_size:
         raise UserError(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model a vocab_size of "
             f"{source.cfg.vocab_size}; let {source.folder} name or hold the tokenizer that the model was trained with"
         )
-    return tokenizer
 
 
 def start_from(cfg, model, world):
-    """Loads the weights that a run starts from, where init_from names any."""
+    """Loads the weights that init_from names, if any; reports data in another tokenizer's tokens."""
     if not cfg.run.init_from:
         return
     source = open_model(cfg.run.init_from, world)
     load_weights(source, model)
     if world.is_main:
         with writing_to(cfg.run.out_dir):
-            keep_carried(source, cfg.run.out_dir)
+            keep_extra_tensors(source, cfg.run.out_dir)
         print(f"weights    from {source.name}")
-        if line := other_tokens(source, cfg.data.data_dir):
+        if line := tokenizer_mismatch(source, cfg.data.data_dir):
             print(f"warning    {line}")
 
 
-def keep_carried(source, out_dir):
+def keep_extra_tensors(source, out_dir):
     """Writes a model's extra tensors into the folder of the run that starts from it."""
-    carried, path = source.carried, Path(out_dir) / CARRIED
+    extra, path = source.extra, Path(out_dir) / EXTRA_FILE
     path.unlink(missing_ok=True)  # an earlier run without a checkpoint left it
-    if carried:
-        save_tensors(carried, path)
+    if extra:
+        save_tensors(extra, path)
 
 
-def other_tokens(source, data_dir):
-    """A line that says that data is of another tokenizer than the weights; None where it is not, or none is known."""
+def tokenizer_mismatch(source, data_dir):
+    """A line on data in another tokenizer's tokens than the weights'; None where both agree or one is unknown."""
     try:
         theirs, ours = source.load_tokenizer(), load_tokenizer(tokenizer_of(data_dir))
         if theirs.encode(SOME_TEXT).tolist() == ours.encode(SOME_TEXT).tolist():
             return None
-    except ValueError:  # no tokenizer, or one of characters that lacks some
+    except UserError:  # no tokenizer, or one of characters that lacks some
         return None
     return (
-        f"{data_dir} is in tokens of {ours.name}, the weights know those of {theirs.name}: the same ids are other text"
+        f"{data_dir} has tokens of {ours.name}, the weights know tokens of {theirs.name}: the same ids mean other text"
     )

@@ -66,7 +66,7 @@ def write_tokenizer(tokenizer, folder, objective, block_size):
 def load_hub_tokenizer(folder):
     """The tokenizer of a Hugging Face folder, with what stands before a text there; UserError without one."""
     path = hub_tokenizer_file(folder)
-    tokenizer, config = load_tokenizer(path), _json(Path(folder) / "tokenizer_config.json")
+    tokenizer, config = load_tokenizer(path), read_json(Path(folder) / "tokenizer_config.json")
     if not path.endswith("tokenizer.json"):
         _check_plain(tokenizer, config, folder)
     roles = [config.get(role) for role in ("bos_token", "eos_token")]
@@ -119,7 +119,7 @@ def hub_tokenizer_file(folder):
     for name in ("tokenizer.json", "vocab.txt"):
         if (folder / name).is_file():
             return str(folder / name)
-    is_gpt2 = _json(folder / "config.json").get("model_type", "gpt2") == "gpt2"  # others cut words in other ways
+    is_gpt2 = read_json(folder / "config.json").get("model_type", "gpt2") == "gpt2"  # others cut words in other ways
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file() and is_gpt2:
         return str(folder / "vocab.json")
     raise UserError(
@@ -128,11 +128,11 @@ def hub_tokenizer_file(folder):
     )
 
 
-def _json(path):
-    """The object in a JSON file; {} where there is none."""
+def read_json(path):
+    """The object in a JSON file of someone else's; {} where there is no file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); copy it from its source again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object; copy it from its source again")

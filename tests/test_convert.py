@@ -22,7 +22,7 @@ from config import UserError
 from convert import export, write_weights
 from hugging_face import logits_of, saved
 from interop.families import their_tensors
-from interop.pretrained import keep_carried, load_model, open_model, place_of
+from interop.pretrained import keep_extra_tensors, load_model, model_location, open_model
 from model import ModelConfig, Transformer
 from text.tokenizer import load_tokenizer
 from world import World
@@ -153,7 +153,7 @@ def test_next_sentence_weights_go_out_from_a_run_that_started_with_them(exported
     theirs, folder = saved("bert whole", tmp_path / "theirs")
     source = open_model(str(folder))
     run = make_run(tmp_path / "run", source.cfg, tokenizer=None)
-    keep_carried(source, run)
+    keep_extra_tensors(source, run)
     export(open_model(run), tmp_path / "back")
     again = loaded_there(tmp_path / "back", "AutoModelForPreTraining")
     assert torch.equal(again.bert.pooler.dense.weight, theirs.bert.pooler.dense.weight)
@@ -313,7 +313,7 @@ def test_a_tokenizer_of_more_ids_than_the_model_is_refused(tmp_path):
 
 def test_without_a_known_tokenizer_weights_go_out_alone_and_a_line_says_so(tmp_path, capsys):
     export(open_model(make_run(tmp_path / "run", GPT2, tokenizer=None)), tmp_path / "hf")
-    assert "the tokenizer is unknown here: " in capsys.readouterr().out
+    assert "the tokenizer is unknown: " in capsys.readouterr().out
     assert not list((tmp_path / "hf").glob("tokenizer*"))
     loaded_there(tmp_path / "hf", "AutoModelForCausalLM")
 
@@ -330,7 +330,7 @@ def test_a_run_whose_meta_json_is_damaged_goes_out_without_tokenizer_and_says_so
     run = make_run(tmp_path / "run", GPT2)
     (tmp_path / "run" / "meta.json").write_text("{")
     export(open_model(run), tmp_path / "hf")
-    assert re.search("the tokenizer is unknown here: .*meta.json names no tokenizer", capsys.readouterr().out)
+    assert re.search("the tokenizer is unknown: .*meta.json names no tokenizer", capsys.readouterr().out)
     assert "| steps | 60 |" in (tmp_path / "hf" / "README.md").read_text()
 
 
@@ -368,7 +368,7 @@ def test_a_presets_init_from_is_where_its_run_starts_and_the_run_comes_first(exp
     (tmp_path / "tuned.py").write_text("init_from = 'gpt2'")
 
     def place(*arguments):
-        return place_of(config.load(convert.Settings, ["--to_hf=x", *arguments]))
+        return model_location(config.load(convert.Settings, ["--to_hf=x", *arguments]))
 
     assert place("tuned.py") == place("--init_from=gpt2") == "gpt2"
     shutil.copytree(exported["gpt2"][0], tmp_path / "out" / "tuned")

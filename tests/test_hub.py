@@ -120,7 +120,7 @@ def test_old_files_of_bert_with_tensorflows_names_and_a_next_sentence_head_are_r
     tensors["bert.embeddings.position_ids"] = torch.arange(T)[None]
     save_file(tensors, folder / "model.safetensors")
     assert same_weights(ours(folder), ours(folders["bert whole"][1]))
-    assert open_model(str(folder)).carried.keys() == {
+    assert open_model(str(folder)).extra.keys() == {
         f"{module}.{kind}" for module in ("bert.pooler.dense", "cls.seq_relationship") for kind in ("weight", "bias")
     }
 
@@ -196,7 +196,7 @@ def test_a_shorter_context_takes_the_first_positions(folders):
 
 
 def test_a_longer_context_is_refused_for_learned_positions_and_taken_by_rope(folders):
-    with pytest.raises(UserError, match=f"block_size is 24, but .* is of at most {T} tokens; lower it"):
+    with pytest.raises(UserError, match=f"block_size is 24, but .* holds at most {T} tokens; lower it"):
         starting(folders["gpt2"][1], block_size=T + 1)
     assert starting(folders["llama"][1], block_size=99).block_size == 99
 
@@ -204,7 +204,7 @@ def test_a_longer_context_is_refused_for_learned_positions_and_taken_by_rope(fol
 def test_a_sliding_window_bounds_the_context(copy):
     folder = copy("mistral", sliding_window=9)
     assert starting(folder).block_size == 9
-    with pytest.raises(UserError, match="block_size is 10, but .* is of at most 9 tokens"):
+    with pytest.raises(UserError, match="block_size is 10, but .* holds at most 9 tokens"):
         starting(folder, block_size=10)
 
 
@@ -274,7 +274,7 @@ def edited(folder, edit):
 BAD = {
     "no config": (lambda f: (f / "config.json").unlink(), "holds no checkpoint of flatlm's.*no config.json"),
     "a config that is no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read as JSON"),
-    "a config of something else": (lambda f: (f / "config.json").write_text("[]"), "has the model type None, which is not supported"),
+    "a config of something else": (lambda f: (f / "config.json").write_text("[]"), "config.json holds no JSON object"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor pytorch_model.bin"),
     "truncated": (lambda f: tampered(f, lambda d: d[:-5]), "holds no tensors that can be read .SafetensorError"),
     "cut in its header": (lambda f: tampered(f, lambda d: d[:99]), "holds no tensors that can be read"),
@@ -289,15 +289,15 @@ BAD = {
     "one too many": (lambda f: edited(f, lambda t: t.update(lora_A=torch.ones(2))),
                      "1 tensors that no GPT2LMHeadModel has, or has twice, 'lora_A' for one"),
     "of whole numbers": (lambda f: edited(f, lambda t: t.update({"transformer.ln_f.weight": torch.ones(20).int()})),
-                         "'transformer.ln_f.weight' is of torch.int32, where weights are floats"),
+                         "'transformer.ln_f.weight' has the dtype torch.int32; weights must be floats"),
     "of 8 bits": (lambda f: edited(f, lambda t: t.update({"transformer.ln_f.weight": torch.ones(20).to(torch.float8_e5m2)})),
-                  "'transformer.ln_f.weight' is of torch.float8_e5m2"),
+                  "'transformer.ln_f.weight' has the dtype torch.float8_e5m2"),
     "tied, but another": (lambda f: edited(f, lambda t: t.update({"lm_head.weight": torch.ones(V, 20)})),
-                          "'lm_head.weight' is not 'transformer.wte.weight', to which config.json ties it; set"),
+                          "'lm_head.weight' differs from 'transformer.wte.weight', to which config.json ties it; set"),
     "there twice": (lambda f: edited(f, lambda t: t.update({"wte.weight": torch.ones(V, 20)})),
                     "has, or has twice, '(transformer.)?wte.weight' for one"),
     "another shape": (lambda f: edited(f, lambda t: t.update({"transformer.wpe.weight": torch.ones(9, 20)})),
-                      r"wpe.weight' has the shape \[9, 20\], by config.json \[23, 20\]"),
+                      r"wpe.weight' has the shape \[9, 20\], where config.json gives \[23, 20\]"),
 }  # fmt: skip
 
 
@@ -321,7 +321,7 @@ UNKNOWN = {
     "a size of none": ("llama", {"vocab_size": None}, "vocab_size None, where there must be whole numbers"),
     "a huge size": ("bert", {"hidden_size": 2**40}, "hidden_size 1099511627776, where"),
     "a size that torch cannot hold": ("gpt2", {"n_embd": 2**31 - 1, "n_inner": 2**31 - 1, "n_head": 1},
-                                      "no possible model"),
+                                      "no model can have the sizes"),
     "tied by a word": ("gpt2", {"tie_word_embeddings": "false"}, "it ties embeddings 'false'"),
     "a list of types": ("gpt2", {"model_type": ["gpt2"]}, "has the model type"),
     "rope twice": ("llama", {"rope_scaling": LLAMA3 | {"factor": 2.0}, "rope_parameters": LLAMA3},
@@ -329,7 +329,7 @@ UNKNOWN = {
     "a context beside rope": ("llama 3.1", {"original_max_position_embeddings": 9},
                               "original_max_position_embeddings both 9 and 16"),
     "rope without a factor": ("llama", {"rope_parameters": LLAMA3 | {"factor": None}}, "rope_scale None"),
-    "rope as a list": ("llama", {"rope_parameters": [1]}, "value of an odd type"),
+    "rope as a list": ("llama", {"rope_parameters": [1]}, "value of the wrong type"),
     "inverse layers": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
     "decoder": ("bert", {"is_decoder": True}, "is_decoder True"),
     "yarn": ("llama", {"rope_parameters": LLAMA3 | {"rope_type": "yarn"}}, "rope of type 'yarn'"),
@@ -357,7 +357,7 @@ def test_code_in_a_pickle_does_not_run(copy):
     folder = copy("gpt2")
     (folder / "model.safetensors").unlink()
     torch.save({"transformer.wte.weight": Planted()}, folder / "pytorch_model.bin")
-    told = "pytorch_model.bin holds no tensors that can be read .it is damaged, or holds other things.*could run code"
+    told = "pytorch_model.bin holds no tensors that can be read .it is damaged, or holds more than tensors.*could run code"
     with pytest.raises(UserError, match=told) as error:
         load_model(str(folder), "cpu")
     assert "\n" not in str(error.value) and not (folder / "it_ran").exists()
@@ -380,7 +380,7 @@ def test_a_pickle_of_other_things_than_tensors_is_refused(copy):
     folder = copy("gpt2")
     (folder / "model.safetensors").unlink()
     torch.save({"state_dict": {}}, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="holds other things than plain tensors"):
+    with pytest.raises(UserError, match="holds more than plain tensors"):
         load_model(str(folder), "cpu")
 
 
@@ -446,11 +446,11 @@ def test_a_bert_of_transformers_trains_on_and_keeps_its_next_sentence_head(folde
     out_dir = train_from(folder, data_dir, tmp_path / "run", max_steps=9)
     losses = records(out_dir, "val_loss")
     assert losses[9] < losses[0] - 0.1
-    carried = open_model(str(out_dir)).carried
-    assert torch.equal(carried["bert.pooler.dense.weight"], theirs.bert.pooler.dense.weight)
-    assert torch.equal(carried["cls.seq_relationship.bias"], theirs.cls.seq_relationship.bias)
+    extra = open_model(str(out_dir)).extra
+    assert torch.equal(extra["bert.pooler.dense.weight"], theirs.bert.pooler.dense.weight)
+    assert torch.equal(extra["cls.seq_relationship.bias"], theirs.cls.seq_relationship.bias)
     again = train_from(out_dir, data_dir, tmp_path / "again", max_steps=1)
-    assert open_model(str(again)).carried.keys() == carried.keys()
+    assert open_model(str(again)).extra.keys() == extra.keys()
 
 
 def test_what_another_start_carried_is_not_kept(folders, tmp_path, no_curves):
@@ -458,8 +458,8 @@ def test_what_another_start_carried_is_not_kept(folders, tmp_path, no_curves):
     data_dir = write_data(tmp_path / "data", vocab_size=V, specials=specials)
     for kind, names in (("bert whole", 4), ("bert", 0)):
         train_from(folders[kind][1], data_dir, tmp_path / "run", max_steps=1, save_interval="none")
-        carried = tmp_path / "run" / "carried.safetensors"
-        assert len(load_file(carried) if carried.exists() else {}) == names
+        extra = tmp_path / "run" / "carried.safetensors"
+        assert len(load_file(extra) if extra.exists() else {}) == names
 
 
 def test_data_of_another_tokenizer_than_the_weights_is_told(folders, tmp_path, no_curves, capsys):
@@ -471,7 +471,7 @@ def test_data_of_another_tokenizer_than_the_weights_is_told(folders, tmp_path, n
         shutil.copyfile(folder / "tokenizer.json", data_dir / "tokenizer.json")
         train_from(folder, data_dir, tmp_path / f"run {tokenizer}", max_steps=1)
         out = capsys.readouterr().out
-        assert ("is in tokens of byte, the weights know those of" in out) == told == ("warning" in out)
+        assert ("has tokens of byte, the weights know tokens of" in out) == told == ("warning" in out)
 
 
 def test_a_run_that_has_begun_says_that_another_start_is_of_no_effect(folders, data_dir, tmp_path, no_curves, capsys):
