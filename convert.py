@@ -63,9 +63,9 @@ def main(cfg):
 
 
 def export(source, folder, dtype=None):
-    """Writes an opened model as a Hugging Face model into a folder; its config.json comes last, when all is there.
+    """Writes an opened model as a Hugging Face model into a folder; config.json comes last, when all else is there.
 
-    A model that transformers cannot compute raises UserError, as does a folder that holds something.
+    UserError where the folder is not empty, or transformers has no such model.
     """
     family, final = family_of(source.cfg), Path(folder)
     tokenizer = tokenizer_for(source)
@@ -101,7 +101,11 @@ def export(source, folder, dtype=None):
 
 def put_tokenizer(source, tokenizer, folder):
     """Writes a run's tokenizer, if known, or copies a Hugging Face model's; returns {name: id} for the configs."""
-    special_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # or theirs would have their own
+    special_ids = {
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }  # None, not absent: transformers would fill in its defaults
     if isinstance(source, HubModel):
         for name in ACCOMPANYING:
             if (source.folder / name).exists():
@@ -113,7 +117,7 @@ def put_tokenizer(source, tokenizer, folder):
 
 
 def tokenizer_for(source):
-    """The tokenizer of an opened model; None, with a line that says why, where it is not known or cannot be read."""
+    """The tokenizer of an opened model; None, with a printed reason, where it is unknown or cannot be read."""
     try:
         tokenizer = source.load_tokenizer()
     except UserError as error:

@@ -94,22 +94,25 @@ class Family:
 
 CLASSIC = {"norm": "layernorm", "position": "learned", "qk_norm": False}
 MODERN = {
-    "objective": "clm",
-    "norm": "rmsnorm",
-    "norm_position": "pre",
-    "position": "rope",
-    "n_token_types": None,
-}
+    "objective": "clm", "norm": "rmsnorm", "norm_position": "pre", "position": "rope", "n_token_types": None,
+}  # fmt: skip
 GELUS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 COMMON_KEYS = {
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "block_size",
-    "hidden_size": "n_embd",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "intermediate_size": "n_inner",
+    "vocab_size": "vocab_size", "max_position_embeddings": "block_size", "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "intermediate_size": "n_inner",
     "tie_word_embeddings": "tie_embeddings",
-}
+}  # fmt: skip
+GPT2_KEYS = {
+    "vocab_size": "vocab_size", "n_positions": "block_size", "n_embd": "n_embd", "n_layer": "n_layer",
+    "n_head": "n_head", "n_inner": "n_inner", "layer_norm_epsilon": "norm_eps", "tie_word_embeddings": "tie_embeddings",
+}  # fmt: skip
+GPT2_DEFAULTS = {
+    "n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "activation_function": "gelu_new",
+}  # fmt: skip
+LLAMA_DEFAULTS = {
+    "num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+    "hidden_act": "silu",
+}  # fmt: skip
 GPT2 = Family(
     name="GPT-2",
     model_type="gpt2",
@@ -117,22 +120,8 @@ GPT2 = Family(
     base="transformer.",
     head="lm_head",
     names=GPT2_NAMES,
-    keys={
-        "vocab_size": "vocab_size",
-        "n_positions": "block_size",
-        "n_embd": "n_embd",
-        "n_layer": "n_layer",
-        "n_head": "n_head",
-        "n_inner": "n_inner",
-        "layer_norm_epsilon": "norm_eps",
-        "tie_word_embeddings": "tie_embeddings",
-    },
-    defaults={
-        "n_inner": None,
-        "layer_norm_epsilon": 1e-5,
-        "tie_word_embeddings": True,
-        "activation_function": "gelu_new",
-    },
+    keys=GPT2_KEYS,
+    defaults=GPT2_DEFAULTS,
     activation="activation_function",
     activations=GELUS,
     fixed=CLASSIC | {"objective": "clm", "norm_position": "pre", "n_token_types": None},
@@ -167,13 +156,7 @@ LLAMA = Family(
     head="lm_head",
     names=LLAMA_NAMES,
     keys=COMMON_KEYS | {"num_key_value_heads": "n_kv_head", "head_dim": "head_dim", "rms_norm_eps": "norm_eps"},
-    defaults={
-        "num_key_value_heads": None,
-        "head_dim": None,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-        "hidden_act": "silu",
-    },
+    defaults=LLAMA_DEFAULTS,
     activations={"silu": "swiglu"},
     fixed=MODERN | {"qk_norm": False},
     filled={},

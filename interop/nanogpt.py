@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from checkpoint import Failure, checkpoints, file_numbers, write_checkpoint
+from checkpoint import CheckpointConfig, Failure, checkpoints, file_numbers, write_checkpoint
 from config import UserError
 from data import DataConfig, sha256
 from interop.families import GPT2, tensors_of
@@ -17,6 +17,7 @@ from interop.hub import is_plain
 from model import ModelConfig, parameter_shapes
 from optim import OptimConfig
 from run.folder import RunConfig, writing_to
+from run.log import LogConfig
 from text.tokenizer import load_tokenizer, write_character_tokenizer
 from world import World
 
@@ -38,10 +39,10 @@ def import_nanogpt(path, out_dir, tokenizer=None):
 
     Weights and the optimizer's moments come along, so `train.py out_dir/config.py` continues where nanoGPT stopped; the
     order of the data, which nanoGPT draws at random, is this project's. tokenizer: the data's meta.pkl or what
-    load_tokenizer takes; none: gpt2 where the vocabulary is that. Nothing in the files is run. UserError where they
-    are not what nanoGPT writes, or out_dir holds a run. Memory is that of the embedding and its moments, where they
-    are padded, and of a file of the checkpoint; the rest stays on the disk. What is older than June 2023 may have been
-    trained with the tanh GELU, which a checkpoint does not record.
+    load_tokenizer takes; none: gpt2 where the vocabulary has its size. No code in the files runs. UserError where they
+    are not nanoGPT's, or out_dir holds a run. Memory holds the padded embedding, its moments and one file of the
+    checkpoint; the rest stays on disk. Checkpoints older than June 2023 may have been trained with the tanh GELU, which
+    they do not record.
     """
     if checkpoints(out_dir) or any((Path(out_dir) / name).exists() for name in ("config.py", "log.jsonl")):
         raise UserError(f"out_dir {out_dir} holds a run already; use another --out_dir")
@@ -93,29 +94,31 @@ def _load(path):
 
 
 def _typed(values, kinds, where):
-    """The values that `kinds` names, each of its kind; UserError where one is missing or of another."""
+    """The values that `kinds` names, checked and converted to their types; UserError where one is missing or wrong."""
     if not isinstance(values, dict) or (missing := [name for name in kinds if name not in values]):
         missing = ", ".join(missing) if isinstance(values, dict) else "all"
-        raise UserError(f"{where} lacks {missing} of what nanoGPT's train.py saves; name its ckpt.pt")
+        raise UserError(f"{where} lacks {missing}, which nanoGPT's train.py saves; name its ckpt.pt")
     typed = {}
     for name, kind in kinds.items():
         value = values[name]
         value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
         is_number = type(value) in (int, float) and math.isfinite(value) and (kind is float or value == int(value))
         if not (is_number if kind in (int, float) else isinstance(value, kind)):
-            raise UserError(f"{where} has {name} {str(value)[:40]!r}, which in nanoGPT is of type {kind.__name__}")
+            raise UserError(
+                f"{where} has {name} {str(value)[:40]!r}, where nanoGPT has a value of type {kind.__name__}"
+            )
         typed[name] = kind(value)
     return typed
 
 
 def _translated(path, saved):
-    """The model's settings, a preset of all settings, {name: tensor} of a checkpoint, and lines to tell the user."""
+    """The model's settings, a preset of all settings, {name: tensor} of a checkpoint, and lines to print."""
     model_args, theirs = saved["model_args"], saved["config"]
-    # torch.compile's models have a prefix.
+    # torch.compile adds a prefix to names
     weights = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()}
     n_layer = sum(name.endswith(".attn.c_attn.weight") for name in weights)
     if n_layer != model_args["n_layer"]:
-        raise UserError(f"{path} has model_args of n_layer {model_args['n_layer']}, but weights of {n_layer} layers")
+        raise UserError(f"{path} has n_layer {model_args['n_layer']} in model_args, but weights of {n_layer} layers")
     try:
         cfg = ModelConfig(mlp="gelu", **model_args)
         tensors, (decayed, _) = _tensors(saved, weights, cfg)
@@ -126,36 +129,27 @@ def _translated(path, saved):
 
 
 def _preset(theirs, decayed, cfg, step):
-    """nanoGPT's settings under our names, and lines that say where they are not the same.
+    """nanoGPT's settings under our names, and lines on those that differ.
 
     decayed: the optimizer's first group, whose settings nanoGPT continues with, whatever its config says.
     """
     sequences = theirs["gradient_accumulation_steps"] * theirs["batch_size"]  # over all processes
     floor = min(theirs["min_lr"], theirs["learning_rate"])
-    wandb = {"wandb": True, "wandb_project": theirs["wandb_project"], "wandb_run_name": theirs["wandb_run_name"]}
-    preset = {
-        **asdict(cfg),
-        "data_dir": f"data/{theirs['dataset']}",
-        "seq_len": cfg.block_size,
-        "batch_tokens": sequences * cfg.block_size,
+    preset = asdict(cfg) | {
+        "data_dir": f"data/{theirs['dataset']}", "seq_len": cfg.block_size, "batch_tokens": sequences * cfg.block_size,
         "micro_batch_size": theirs["batch_size"],
         "eval_tokens": theirs["eval_iters"] * theirs["batch_size"] * cfg.block_size,
-        "optimizer": "adamw",
-        "learning_rate": theirs["learning_rate"],
-        "max_steps": theirs["max_iters"],
-        "weight_decay": decayed["weight_decay"],
-        "beta1": decayed["betas"][0],
-        "beta2": decayed["betas"][1],
-        "grad_clip": theirs["grad_clip"] or None,
-        "seed": 1337,
-        "eval_interval": theirs["eval_interval"],
-        "save_interval": theirs["eval_interval"],
-        "log_interval": theirs["log_interval"],
-        # Its bf16 or fp16 is what the machine could do, as auto is here; on a CPU it computes in float32 anyway.
+        "optimizer": "adamw", "learning_rate": theirs["learning_rate"], "max_steps": theirs["max_iters"],
+        "weight_decay": decayed["weight_decay"], "beta1": decayed["betas"][0], "beta2": decayed["betas"][1],
+        "grad_clip": theirs["grad_clip"] or None, "seed": 1337, "eval_interval": theirs["eval_interval"],
+        "save_interval": theirs["eval_interval"], "log_interval": theirs["log_interval"],
+        # nanoGPT's bf16 or fp16 is the machine's fastest, as auto is here; on a CPU it computes in float32.
         "precision": "fp32" if theirs["dtype"] == "float32" or theirs["device"] == "cpu" else "auto",
-        **(wandb if theirs["wandb_log"] else {}),
-    }
-    schedule = {"schedule": "constant", "min_lr": 0.0, "warmup_steps": 0}  # without decay it has no warm-up either
+    }  # fmt: skip
+    if theirs["wandb_log"]:
+        names = {name: theirs[name] for name in ("wandb_project", "wandb_run_name")}
+        preset |= {"wandb": True, **names}
+    schedule = {"schedule": "constant", "min_lr": 0.0, "warmup_steps": 0}  # nanoGPT's warm-up is part of its decay
     lines = []
     if theirs["decay_lr"]:
         schedule = {"schedule": "cosine", "min_lr": floor, "warmup_steps": theirs["warmup_iters"]}
@@ -168,7 +162,7 @@ def _preset(theirs, decayed, cfg, step):
                 f"whose warm-up is a step longer; after that it is the same"
             )
     preset |= schedule
-    for owner in (DataConfig, OptimConfig, RunConfig):  # they refuse impossible values
+    for owner in (DataConfig, OptimConfig, RunConfig, CheckpointConfig, LogConfig):  # they refuse impossible values
         owner(**{field.name: preset[field.name] for field in fields(owner) if field.name in preset})
     if not (Path(preset["data_dir"]) / "train.bin").exists():
         lines.append(
@@ -179,10 +173,10 @@ def _preset(theirs, decayed, cfg, step):
 
 
 def _tensors(saved, weights, cfg):
-    """{name: tensor} of a checkpoint, by the names that checkpoint.py gives; and the optimizer's groups."""
+    """{name: tensor}, by checkpoint.py's names, and the optimizer's groups."""
     parameters = _parameters(cfg)
     shapes = {name: shape for name, (shape, _) in parameters.items()}
-    weights = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}  # a mask, of old
+    weights = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}  # old causal mask
     _check_shapes(shapes | {"lm_head.weight": shapes["transformer.wte.weight"]}, weights)
     if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
         raise UserError("lm_head.weight is not transformer.wte.weight, which in nanoGPT are one")
@@ -206,9 +200,9 @@ def _tensors(saved, weights, cfg):
 
 
 def _parameters(cfg):
-    """{name: (shape, {our name: shape} of its parts)} of nanoGPT's parameters, in the order of its model's.
+    """{name: (shape, {our name: shape} of its parts)} of nanoGPT's parameters, in its order, which is ours.
 
-    The names are those of Hugging Face's GPT-2, but matrices are (out, in); the order is that of ours.
+    It has Hugging Face's names for GPT-2, but its matrices are (out, in).
     """
     by_part = {next(iter(theirs.ours)): theirs for theirs in tensors_of(GPT2, cfg)}
     found = [by_part[name] for name in parameter_shapes(cfg) if name in by_part]
@@ -216,16 +210,14 @@ def _parameters(cfg):
 
 
 def _check_shapes(shapes, tensors, owner=""):
-    """UserError that names the first of the tensors that are missing, too many, or of another shape or kind."""
+    """UserError with the first tensor that is missing, unexpected, or has another shape or dtype."""
     for name in [*shapes, *(name for name in tensors if name not in shapes)]:
         tensor, wanted = tensors.get(name), shapes.get(name)
         is_sound = is_plain(tensor) and tensor.is_floating_point()
         found = tuple(tensor.shape) if is_sound else "nothing" if tensor is None else "no tensor of floats"
         if found != wanted:
             by_args = "is not expected" if wanted is None else f"by model_args is {wanted}"
-            raise UserError(
-                f"{owner}{name} {by_args}, and there is {found}; weights and model_args are not of one model"
-            )
+            raise UserError(f"{owner}{name} {by_args}, and there is {found}; weights and model_args disagree")
 
 
 def _groups(optimizer, names):
@@ -244,14 +236,14 @@ def _groups(optimizer, names):
     if sizes != [len(of_group) for of_group in names]:
         raise UserError(
             f"its optimizer has {' and '.join(map(str, sizes))} parameters in its groups, where nanoGPT has "
-            f"{' and '.join(str(len(of_group)) for of_group in names)}; of before May 2023, with another GELU, "
-            f"it cannot be taken over"
+            f"{' and '.join(str(len(of_group)) for of_group in names)}; checkpoints from before May 2023, "
+            f"with another GELU, are not supported"
         )
     return groups, state
 
 
 def _split(tensor, parts, cfg):
-    """(our name, tensor) of each part of one of nanoGPT's parameters, or of a moment of it: views, but for padding."""
+    """Yields (our name, tensor) for the parts of one of nanoGPT's parameters or moments: views, unless padded."""
     for name, part in zip(parts, tensor.float().split([rows for rows, *_ in parts.values()])):
         padding = cfg.padded_vocab_size - cfg.vocab_size if name == "wte.weight" else 0
         yield name, F.pad(part, (0, 0, 0, padding)) if padding else part
@@ -261,7 +253,7 @@ def _split(tensor, parts, cfg):
 
 
 def _keep_tokenizer(tokenizer, vocab_size, out_dir):
-    """Writes meta.json, and the tokenizer's file if it has one, to the run; returns lines to tell the user."""
+    """Writes meta.json, and the tokenizer's file if it has one, into the run's folder; returns lines to print."""
     if tokenizer is None and vocab_size not in GPT2_SIZES:
         return [
             f"its tokenizer is unknown, so it trains but cannot be sampled from; give nanoGPT's own, as in "
@@ -289,16 +281,16 @@ def _keep_tokenizer(tokenizer, vocab_size, out_dir):
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, texts, lists and dicts alone: whatever else a pickle does, it does by a name that it looks up."""
+    """Reads only numbers, strings, lists and dicts: a pickle reaches anything else by looking up a name."""
 
     def find_class(self, module, name):
         raise UserError(f"it wants to call {module}.{name}")
 
 
 def read_characters(path):
-    """The characters, in the order of their ids, of the meta.pkl that nanoGPT's character-level data come with.
+    """The characters, in the order of their ids, in the meta.pkl of nanoGPT's character-level data.
 
-    UserError where it is anything else; a pickle with code in it does not run.
+    UserError where the file is anything else; code in the pickle does not run.
     """
     try:
         with open(path, "rb") as file:

@@ -33,9 +33,9 @@ HARD_TEXTS = (
 def write_tokenizer(tokenizer, folder, objective, block_size):
     """Writes a tokenizer's tokenizer.json and tokenizer_config.json into a folder; returns {name: id} for its configs.
 
-    objective: clm, whose texts get no special tokens, and hold none whatever they spell, as in training; or mlm, whose
-    texts become [CLS] text [SEP] and may name [MASK]. The names are those of Hugging Face's configs, such as
-    eos_token_id. UserError where `tokenizers` would not give our ids.
+    objective: clm encodes text without special tokens, even where it spells one, as in training; mlm makes [CLS] text
+    [SEP] and knows [MASK]. The returned names are config.json's, such as eos_token_id. UserError where `tokenizers`
+    would give other ids.
     """
     try:
         import tokenizers
@@ -64,7 +64,7 @@ def write_tokenizer(tokenizer, folder, objective, block_size):
 
 
 def load_hub_tokenizer(folder):
-    """The tokenizer of a Hugging Face folder, with what stands before a text there; UserError without one."""
+    """The tokenizer of a Hugging Face folder, with the ids that it puts before a text; UserError without one."""
     path = hub_tokenizer_file(folder)
     tokenizer, config = load_tokenizer(path), read_json(Path(folder) / "tokenizer_config.json")
     if not path.endswith("tokenizer.json"):
@@ -96,7 +96,7 @@ def _begin(saved, adds_bos, bos):
 
 
 def _check_plain(tokenizer, config, folder):
-    """UserError where a folder says that its vocab.txt or vocab.json is not used in the usual way."""
+    """UserError where a folder's settings change the usual reading of its vocab.txt or vocab.json."""
     lowercase = ((tokenizer.saved or {}).get("normalizer") or {}).get("lowercase")
     usual = {
         "do_lower_case": lowercase,
@@ -233,30 +233,19 @@ def _byte_level_bpe(ranks, specials, pattern):
         cut = {"type": "Split", "pattern": {"Regex": _for_oniguruma(pattern)}, "behavior": "Isolated", "invert": False}
         words = {"type": "Sequence", "pretokenizers": [cut, words]}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [{"id": id_, "content": name, **flags} for name, id_ in sorted(specials.items(), key=lambda item: item[1])]
+    model = {
+        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+        "ignore_merges": True,  # tiktoken's rule: a word that is a token does not go through merges
+        "vocab": vocab, "merges": [[written[left], written[right]] for left, right in merges_of(ranks)],
+    }  # fmt: skip
     return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": id_, "content": name, **flags} for name, id_ in sorted(specials.items(), key=lambda item: item[1])
-        ],
-        "normalizer": None,
-        "pre_tokenizer": words,
-        "post_processor": None,
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+        "pre_tokenizer": words, "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": True,  # a word that is a token is that token, which is tiktoken's rule
-            "vocab": vocab,
-            "merges": [[written[left], written[right]] for left, right in merges_of(ranks)],
-        },
-    }
+        "model": model,
+    }  # fmt: skip
 
 
 def merges_of(ranks):

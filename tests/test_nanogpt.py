@@ -429,14 +429,14 @@ FC = "transformer.h.1.mlp.c_fc.weight"
 
 
 @pytest.mark.parametrize(("place", "value", "words"), [
-    (["optimizer"], None, "ckpt.pt lacks optimizer of what nanoGPT's train.py saves"),
+    (["optimizer"], None, "ckpt.pt lacks optimizer, which nanoGPT's train.py saves"),
     (["config"], None, "ckpt.pt lacks config"),
     (["config", "batch_size"], None, "ckpt.pt: config lacks batch_size"),
     (["model_args", "n_embd"], None, "ckpt.pt: model_args lacks n_embd"),
-    (["model_args", "n_embd"], "20", "model_args has n_embd '20', which in nanoGPT is of type int"),
+    (["model_args", "n_embd"], "20", "model_args has n_embd '20', where nanoGPT has a value of type int"),
     (["model_args", "n_embd"], 25, r"transformer.wte.weight by model_args is \(131, 25\), and there is \(131, 20\)"),
     (["model_args", "n_head"], 3, "n_embd 20 is not a multiple of n_head 3"),
-    (["model_args", "n_layer"], 10**9, "model_args of n_layer 1000000000, but weights of 3 layers"),
+    (["model_args", "n_layer"], 10**9, "n_layer 1000000000 in model_args, but weights of 3 layers"),
     (["model_args", "bias"], False, r"transformer.h.0.ln_1.bias is not expected"),
     (["model", FC], None, f"{FC} by model_args is .80, 20., and there is nothing"),
     (["model", FC], torch.zeros(20, 80), f"{FC} by model_args is .80, 20., and there is .20, 80."),
@@ -448,8 +448,10 @@ FC = "transformer.h.1.mlp.c_fc.weight"
     (["optimizer", "param_groups", 0, "eps"], 1e-6, "its optimizer is not nanoGPT's AdamW"),
     (["iter_num"], 0, "iter_num 0; nanoGPT saves after step 1"),
     (["config", "gradient_accumulation_steps"], 0, "batch_tokens is 0; it must be at least 1"),
+    (["config", "eval_interval"], 0, "save_interval is 0; it must be at least 1"),
+    (["config", "log_interval"], 0, "log_interval is 0; it must be at least 1"),
     (["config", "learning_rate"], -1.0, "learning_rate is -1.0; it must not be negative"),
-    (["config", "learning_rate"], math.nan, "config has learning_rate 'nan', which in nanoGPT is of type float"),
+    (["config", "learning_rate"], math.nan, "config has learning_rate 'nan', where nanoGPT has a value of type float"),
     (["model", FC], torch.zeros(80, 20, device="meta"), f"{FC} by model_args is .80, 20., and there is no tensor"),
     (["model", FC], torch.zeros(80, 20).to_sparse(), f"{FC} by model_args is .80, 20., and there is no tensor"),
 ], ids=lambda value: ".".join(map(str, value)) if isinstance(value, list) else "")  # fmt: skip
