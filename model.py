@@ -275,7 +275,7 @@ class Transformer(nn.Module):
         x = self.transform(self.norm_f(x))
         if targets is None:
             return self.head(x)[..., : cfg.vocab_size]
-        options = LossOptions(cfg.label_smoothing, cfg.z_loss) if self.training else LossOptions()
+        options = LossOptions.of(cfg) if self.training else LossOptions()
         weight, bias, vocabulary = self.head_of_vocabulary()
         x, targets = x.flatten(0, 1), targets.flatten()
         return linear_cross_entropy(x, weight, targets, vocabulary, bias, options, count_correct)

@@ -5,7 +5,7 @@ model.py has the legend of tensor dimensions.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +93,11 @@ class LossOptions:
 
     label_smoothing: float = 0.0  # share of the target spread over the whole vocabulary
     z_loss: float = 0.0  # weight of log(Z)^2, which keeps logits from drifting (PaLM, arXiv 2204.02311, section 5)
+
+    @classmethod
+    def of(cls, cfg):
+        """The options that a ModelConfig has under the same names."""
+        return cls(**{field.name: getattr(cfg, field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True)

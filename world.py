@@ -115,7 +115,7 @@ class World:
     # ---- exchange between ranks
 
     def sum(self, tensor):
-        """The sum of a tensor over the ranks that read different data, in place."""
+        """The sum of a tensor over the ranks that read different data, in place; total() is for all ranks."""
         if self.size > 1:
             dist.all_reduce(tensor, group=self.data_group)
         return tensor
