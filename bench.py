@@ -188,9 +188,9 @@ def random_batches(cfg, micro_steps, world):
 
 def real_batches(cfg, world):
     """Yields the micro-batches that train.py would train on."""
-    loader, _ = open_data(cfg, world)
-    while True:
-        yield loader.next()[0]
+    with open_data(cfg, world) as (loader, _):
+        while True:
+            yield loader.next()[0]
 
 
 def time_steps(step, micro_steps, cfg, world):

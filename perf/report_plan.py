@@ -30,7 +30,7 @@ def report(cfg, gpu, setup, f, rows, notes):
     yield from report_scaling(cfg, rows)
     settings = as_dict(cfg)
     yield f"assumed    {' '.join(f'--{name}={settings[name]:g}' for name in ASSUMED)}"
-    yield "           python plan.py --help has the sources; docs/plan.md says how far off plans were"
+    yield "           sources: python plan.py --help; how far off plans were: docs/plan.md"
 
 
 def answer(f):
