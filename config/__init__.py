@@ -83,7 +83,7 @@ def load(settings_type, argv):
 
 
 class _Command:
-    """What a command sets, read argument by argument, and its mistakes so far."""
+    """The values that a command sets, read argument by argument, and its mistakes so far."""
 
     def __init__(self, settings):
         """settings: {name: (section, field)} of the script."""
@@ -200,7 +200,7 @@ def as_preset(cfg):
 def help_text(settings_type, argv, doc):
     """A script's docstring and its settings: value, comment, choices.
 
-    Values are those of the command's presets and arguments where they are sound, else the defaults.
+    Values come from the presets and arguments where they are sound, else from the defaults.
     """
     command = _Command(settings_of(settings_type))
     command.read([arg for arg in argv if arg not in ("-h", "--help")])

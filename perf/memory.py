@@ -151,7 +151,6 @@ def params_and_bytes(optimizer):
     return n_params, n_bytes
 
 
-held = params_and_bytes  # its former name, for run/log.py
 
 
 # ---- out of memory

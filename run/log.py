@@ -22,7 +22,7 @@ from config import ROOT, UserError, as_dict, as_preset
 from objective import OBJECTIVES
 from perf import cost
 from perf.hardware import peak_flops
-from perf.memory import held, memory, setup_here
+from perf.memory import memory, params_and_bytes, setup_here
 from run.folder import keep_source, keep_tokenizer, open_log, writing_to
 from world import device_name, memory_bytes, peak_memory_gib, reset_peak_memory
 
@@ -51,7 +51,7 @@ class Log:
         self.flops_per_token = cost.flops_per_token(cfg.model, cfg.data.seq_len, self.head_share)
         self.peak, self.peak_name = peak_flops(world.device, world.precision)
         reset_peak_memory(world.device)  # the matmul that measured the peak had its own
-        per_rank = [world.worst(figure) for figure in held(optimizer)]
+        per_rank = [world.worst(figure) for figure in params_and_bytes(optimizer)]
         self.predicted = memory(cfg.model, setup_here(cfg, world))
         self.n_steps, self.losses = 0, []
         self.file = self.wandb = None

@@ -22,7 +22,7 @@ from model import ModelConfig, Transformer
 from objective import IGNORE
 from optim import OptimConfig, build_optimizer, orthogonalize
 from parallel import ParallelConfig, distribute, on_whole_matrices
-from perf.memory import held as numbers_held
+from perf.memory import params_and_bytes
 from ranks import on_ranks, step_settings
 from run.folder import check_shared
 from train import train_step
@@ -387,7 +387,7 @@ def test_compressed_gradients_train_nearly_as_whole_ones(others):
 def held(layout):
     """(parameters, bytes) that this rank holds."""
     with a_model("gpt", **LAYOUTS[layout]) as (_, _, optimizer):
-        return numbers_held(optimizer)
+        return params_and_bytes(optimizer)
 
 
 def test_ranks_hold_the_model_once_a_copy(others):
@@ -562,7 +562,7 @@ def memory(layout):
         for _ in range(2):
             train_step(model, optimizer, scaler, [(ids[:, :-1], ids[:, 1:])], step_settings(1.0), world)
         assert sum(p.numel() for p in model.parameters()) > 200e6
-        return seen[1], numbers_held(optimizer)[1] / MIB
+        return seen[1], params_and_bytes(optimizer)[1] / MIB
 
 
 @pytest.mark.slow
