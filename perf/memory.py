@@ -151,8 +151,6 @@ def params_and_bytes(optimizer):
     return n_params, n_bytes
 
 
-
-
 # ---- out of memory
 
 
