@@ -34,7 +34,7 @@ TRAINING_ONLY = {"dropout", "label_smoothing", "z_loss"}  # settings that weight
 
 @dataclass(frozen=True)
 class ModelConfig:
-    objective: Literal["clm", "mlm"] = "clm"  # clm: the next token, seeing those before; mlm: masked ones, seeing all
+    objective: Literal[*OBJECTIVES] = "clm"  # clm: the next token, seeing those before; mlm: masked ones, seeing all
     vocab_size: int | None = None  # number of token ids, without padding; none: the data's
     block_size: int = 1024  # longest sequence, in tokens
     n_layer: int = 12  # blocks

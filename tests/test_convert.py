@@ -380,7 +380,6 @@ MEASURED = """
 import sys, threading, time
 import safetensors.torch, torch.distributed.checkpoint, transformers
 import convert
-from interop.pretrained import open_model
 
 def private_mib():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
@@ -392,8 +391,7 @@ def watch():
 
 peak, before = [0], private_mib()
 threading.Thread(target=watch, daemon=True).start()
-convert.return_freed_memory()
-convert.export(open_model(sys.argv[1]), sys.argv[2])
+convert.run_script(convert.main, convert.Settings, "")
 print(peak[0] - before)
 """
 
@@ -402,7 +400,7 @@ print(peak[0] - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_an_export_takes_the_memory_of_about_one_copy_of_the_weights(tmp_path):
     run = make_run(tmp_path / "run", ModelConfig(vocab_size=8000, block_size=64, n_layer=12, n_head=8, n_embd=768))
-    command = [sys.executable, "-c", MEASURED, run, str(tmp_path / "hf")]
+    command = [sys.executable, "-c", MEASURED, f"--out_dir={run}", f"--to_hf={tmp_path}/hf"]
     done = subprocess.run(command, cwd=Path(convert.__file__).parent, capture_output=True, text=True, timeout=100, check=True)
     weights_mib = (tmp_path / "hf" / "model.safetensors").stat().st_size / 2**20
     assert weights_mib > 300

@@ -138,12 +138,9 @@ def test_a_data_set_is_its_files_and_its_name(tmp_path):
     (tmp_path / "letters").mkdir()
     for i in range(20):
         (tmp_path / f"letters/{i}.txt").write_text(f"Dear reader number {i}, this is letter {i}.\n")
-    where = 'where = SHAKESPEARE if cfg.dataset == "shakespeare" else cfg.input\n'
-    folder = fork(
-        tmp_path / "fork",
-        ("text/corpus.py", where, f'{where}            where = "{tmp_path}/letters" if cfg.dataset == "letters" else where\n'),
-        ("prepare.py", 'dataset: Literal["stdlib", ', 'dataset: Literal["letters", "stdlib", '),
-    )
+    function = f'def letters_files(_):\n    return sorted(Path("{tmp_path}/letters").glob("*.txt"))\n\n\n'
+    edit = ("text/corpus.py", "DATASETS = {", f'{function}DATASETS = {{"letters": letters_files, ')
+    folder = fork(tmp_path / "fork", edit)
     run(folder, "prepare.py", "--dataset=letters", "--tokenizer=byte", "--workers=1")
     meta = json.loads((folder / "data/letters/meta.json").read_text())
     assert sum(split["documents"] for split in meta["splits"].values()) == 20

@@ -337,7 +337,7 @@ def test_memory_that_runs_out_ends_the_run_with_what_would_fit(tmp_path):
     processes = launch(1, settings(data, tmp_path / "run", **changes), tmp_path / "told", (limit_memory,))
     assert codes(processes) == [2]
     [line] = [line for line in (tmp_path / "told").read_text().splitlines() if line.startswith("error: ")]
-    told = re.search(r"out of memory on rank 0: about .* GiB are needed, of .*what would fit: (.*); the env", line)[1]
+    told = re.search(r"out of memory on rank 0: it takes about .* GiB of .*; what would fit: (.*); MALLOC_MMAP", line)[1]
     ways = [way.split(" (about")[0] for way in told.split(", ")]
     assert not list((tmp_path / "run").glob("crash_*"))
     assert [way.split("=")[0] for way in ways] == ["--micro_batch_size", "--activation_checkpointing"], line
