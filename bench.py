@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from config import UserError, only, run_script
-from data import DataConfig, accumulation_steps, seq_len_of
+from data import DataConfig, accumulation_steps, open_data, seq_len_of
 from interop.pretrained import resolve
 from model import ModelConfig
 from objective import OBJECTIVES, ObjectiveConfig
@@ -32,7 +32,7 @@ from perf.sweep import sweep
 from run.folder import RunConfig
 from run.guard import Watchdog
 from run.health import HealthConfig
-from train import build, open_data, train_step
+from train import build, train_step
 from world import (
     WorldConfig,
     device_name,

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from config import UserError, preset_value
+from objective import OBJECTIVES
 
 HEADER = struct.Struct("<8sIIQ")  # magic, version, bytes a token, tokens
 MAGIC, VERSION = b"flatlm\0\0", 1
@@ -389,6 +390,24 @@ class Loader:
                 yield batches
             self._seen += steps * per_step
             self._order.split.release_pages()  # otherwise the process grows to the size of the data
+
+
+@contextlib.contextmanager
+def open_data(cfg, world):
+    """Yields the Loader of a run's training split and its validation Split."""
+    command = prepare_command(cfg)
+    train, val = (Split(cfg.data.data_dir, name, cfg.model.vocab_size, command) for name in ("train", "val"))
+    objective = objective_for(cfg, cfg.run.seed)
+    micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, world.data_ranks)
+    order = TrainOrder(train, objective.stride, cfg.run.seed)
+    with contextlib.closing(Loader(order, objective, 0, micro_steps, cfg.data.micro_batch_size, world)) as loader:
+        yield loader, val
+
+
+def objective_for(cfg, seed):
+    """The objective of a run; the seed draws the masks, if any."""
+    objective = OBJECTIVES[cfg.model.objective]
+    return objective.build(cfg.objective, cfg.data.seq_len, seed, read_meta(cfg.data.data_dir))
 
 
 # ---- the windows of evaluation

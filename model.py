@@ -1,7 +1,7 @@
 """The network: a Transformer that is GPT-2 or BERT exactly, or a modern decoder or encoder.
 
 Tensor dimensions, here and everywhere in the project:
-    B batch   T tokens of a sequence   C width (n_embd)   H heads   D width of a head   V vocabulary   N rows, B * T
+    B batch   T tokens of a sequence   C width (n_embd)   H heads   D width of a head   V vocabulary   N tokens of a batch, B * T
     K masked positions of a sequence
 """
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import UserError
+from config import Config, Count, NotNegative, Positive, Share, UserError
 from data import near_divisors
 from objective import OBJECTIVES
 from ops import LayerNorm, Linear, LossOptions, RMSNorm, Vocabulary, attend, linear_cross_entropy, rope_table, rotate
@@ -33,67 +33,43 @@ TRAINING_ONLY = {"dropout", "label_smoothing", "z_loss"}  # settings that weight
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Config):
     objective: Literal[*OBJECTIVES] = "clm"  # clm: the next token, seeing those before; mlm: masked ones, seeing all
-    vocab_size: int | None = None  # number of token ids, without padding; none: the data's
-    block_size: int = 1024  # longest sequence, in tokens
-    n_layer: int = 12  # blocks
-    n_head: int = 12  # attention heads
-    n_kv_head: int | None = None  # heads of keys and values, each shared by a group of queries; none: n_head
-    head_dim: int | None = None  # width of a head; none: n_embd / n_head
-    n_embd: int = 768  # width of the residual stream
-    n_inner: int | None = None  # width of the MLP; none: 4 * n_embd
+    vocab_size: Count | None = None  # number of token ids, without padding; none: the data's
+    block_size: Count = 1024  # longest sequence, in tokens
+    n_layer: Count = 12  # blocks
+    n_head: Count = 12  # attention heads
+    n_kv_head: Count | None = None  # heads of keys and values, each shared by a group of queries; none: n_head
+    head_dim: Count | None = None  # width of a head; none: n_embd / n_head
+    n_embd: Count = 768  # width of the residual stream
+    n_inner: Count | None = None  # width of the MLP; none: 4 * n_embd
     mlp: Literal[*ACTIVATIONS] = "gelu_tanh"  # activation; gelu_tanh: GPT-2's, gelu: BERT's, swiglu: Llama's
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # kind of norm
     norm_position: Literal["pre", "post"] = "pre"  # pre: before each sublayer, GPT-2; post: after each sum, BERT
-    norm_eps: float = 1e-5  # epsilon added to the variance in norms
+    norm_eps: NotNegative = 1e-5  # epsilon added to the variance in norms
     qk_norm: bool = False  # normalize queries and keys in each head
     position: Literal["learned", "rope"] = "learned"  # learned: an embedding; rope: rotated queries and keys
-    rope_theta: float = 10_000.0  # base of rope's wavelengths
-    rope_scale: float = 1.0  # factor by which rope stretches long wavelengths, as Llama 3.1 does; 1: none
-    rope_context: int = 8192  # context before rope_scale extended it, in tokens
-    n_token_types: int | None = None  # token types (segments), 2 in BERT; none: no embedding
+    rope_theta: Positive = 10_000.0  # base of rope's wavelengths
+    rope_scale: Positive = 1.0  # factor by which rope stretches long wavelengths, as Llama 3.1 does; 1: none
+    rope_context: Count = 8192  # context before rope_scale extended it, in tokens
+    n_token_types: Count | None = None  # token types (segments), 2 in BERT; none: no embedding
     bias: bool = True  # biases in linear layers and norms
-    dropout: float = 0.0  # dropout rate, after the embedding, in attention and after each sublayer
-    label_smoothing: float = 0.0  # share of the target spread over the vocabulary, in training
-    z_loss: float = 0.0  # weight of log(Z)^2 in the loss, in training; PaLM: 1e-4
+    dropout: Share = 0.0  # dropout rate, after the embedding, in attention and after each sublayer
+    label_smoothing: Share = 0.0  # share of the target spread over the vocabulary, in training
+    z_loss: NotNegative = 0.0  # weight of log(Z)^2 in the loss, in training; PaLM: 1e-4
     tie_embeddings: bool = True  # share the head's weight with the token embedding
 
     def __post_init__(self):
-        counts = ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "n_inner")
-        wrong = [
-            f"{name} is {getattr(self, name)}; it must be at least 1"
-            for name in (*counts, "n_token_types")
-            if getattr(self, name) is not None and getattr(self, name) < 1
-        ]
-        counts_are_sound = not wrong
-        if counts_are_sound and self.head_dim is None and self.n_embd % self.n_head:
-            wrong.append(
-                f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; "
-                f"n_head {near_divisors(self.n_embd, self.n_head)} would fit"
-            )
-        elif counts_are_sound and self.position == "rope" and self.head_width % 2:
+        super().__post_init__()
+        wrong = []
+        if self.head_dim is None and self.n_embd % self.n_head:
+            fitting = near_divisors(self.n_embd, self.n_head)
+            wrong.append(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; n_head {fitting} would fit")
+        elif self.position == "rope" and self.head_width % 2:
             wrong.append(f"head_dim is {self.head_width}; rope rotates pairs of channels, so it must be even")
-        if counts_are_sound and self.n_head % self.kv_heads:
-            wrong.append(
-                f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}; "
-                f"n_kv_head {near_divisors(self.n_head, self.n_kv_head)} would fit"
-            )
-        wrong += [
-            f"{name} is {getattr(self, name)}; it must not be negative"
-            for name in ("norm_eps", "z_loss")
-            if getattr(self, name) < 0
-        ]
-        wrong += [
-            f"{name} is {getattr(self, name)}; it must be above 0"
-            for name in ("rope_theta", "rope_scale", "rope_context")
-            if getattr(self, name) <= 0
-        ]
-        wrong += [
-            f"{name} is {getattr(self, name)}; it must be at least 0 and below 1"
-            for name in ("dropout", "label_smoothing")
-            if not 0 <= getattr(self, name) < 1
-        ]
+        if self.n_head % self.kv_heads:
+            fitting = f"n_kv_head {near_divisors(self.n_head, self.n_kv_head)} would fit"
+            wrong.append(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}; {fitting}")
         if wrong:
             raise UserError("\n".join(wrong))
 

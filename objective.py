@@ -5,18 +5,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from config import UserError
+from config import Config, Fraction, UserError
 from ops import IGNORE
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
-    mask_prob: float = 0.15  # mlm: share of a sequence's tokens to predict
+class ObjectiveConfig(Config):
+    mask_prob: Fraction = 0.15  # mlm: share of a sequence's tokens to predict
     whole_word_masking: bool = False  # mlm: mask whole words; needs a WordPiece tokenizer
-
-    def __post_init__(self):
-        if not 0 < self.mask_prob < 1:
-            raise UserError(f"mask_prob is {self.mask_prob}; it must be above 0 and below 1")
 
 
 class NextToken:

@@ -102,19 +102,19 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The rows of a head's weight: which tokens they are, and how to reduce over ranks that hold the other rows."""
+    """A shard of the vocabulary, or all of it: the token ids that the columns of logits stand for."""
 
-    size: int  # tokens; the weight's further rows are padding
-    first: int = 0  # token of the weight's first row
+    size: int  # token ids of the whole vocabulary; further columns are padding
+    first: int = 0  # token id of the shard's first column
     reduce: Callable = lambda tensor, op: tensor  # reduces a tensor in place over all shards by "sum", "max" or "min"
 
 
 def chunk_loss(logits, targets, vocabulary, options, with_gradients):
-    """The loss of a few rows, their correct predictions and the gradient: a term of the loss is added here alone.
+    """The loss of a few tokens, its gradient and the correct predictions: a term of the loss is added here alone.
 
-    logits (N, V), float32, cover one shard of the vocabulary and are overwritten. targets (N, 1) are IGNORE for rows
-    without loss. A value that depends on all columns of a row must go through vocabulary.reduce. Returns the sum of
-    losses, the number of correct predictions (0 with gradients) and d loss / d logits (N, V), or None without.
+    logits (N, V), float32, cover one shard of the vocabulary and are overwritten. targets (N, 1) are IGNORE for tokens
+    without loss. A value that depends on a token's logits of all shards must go through vocabulary.reduce. Returns the
+    sum of losses, the number of correct predictions (0 with gradients) and d loss / d logits (N, V), or None without.
     """
     reduce, n_tokens = vocabulary.reduce, max(0, min(logits.shape[1], vocabulary.size - vocabulary.first))
     valid, column = targets != IGNORE, targets - vocabulary.first
@@ -152,13 +152,13 @@ def chunk_loss(logits, targets, vocabulary, options, with_gradients):
 
 
 def linear_cross_entropy(hidden, weight, targets, vocabulary, bias=None, options=LossOptions(), count_correct=False):
-    """Sum over rows of the loss of logits hidden @ weight.T + bias, without ever holding all logits.
+    """Sum over tokens of the loss of logits hidden @ weight.T + bias, without ever holding all logits.
 
-    hidden (N, C), weight (V, C) and bias (V,) with rows that pad the vocabulary or a shard of it, targets (N,) with
-    IGNORE for rows that do not count. Returns a float32 scalar; with count_correct, which has no gradients, also the
-    number of rows whose target has the largest logit. Matmuls run in autocast's dtype where it is on, sums in float32.
+    hidden (N, C), weight (V, C) and bias (V,), of the padded vocabulary or a shard of it; targets (N,) with IGNORE for
+    tokens that do not count. Returns a float32 scalar; with count_correct, which has no gradients, also the number of
+    tokens whose target has the largest logit. Matmuls run in autocast's dtype where it is on, sums in float32.
 
-    Logits, loss and gradients are computed for a chunk of rows at a time, so that memory is one chunk's and the
+    Logits, loss and gradients are computed for a chunk of tokens at a time, so that memory is one chunk's and the
     gradients'. torch 2.13's function of this name ignores autocast and is 3.6 times slower than plain cross-entropy on
     a CPU.
     """
@@ -188,18 +188,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _sum_of_chunks(hidden, weight, bias, targets, vocabulary, options, dtype, with_gradients):
-    """(loss, right predictions, d_hidden, d_weight, d_bias) over all rows; gradients are None where not wanted."""
+    """(loss, correct predictions, d_hidden, d_weight, d_bias) of all tokens; gradients are None where not wanted."""
     h, w = hidden.detach().to(dtype), weight.detach().to(dtype)
-    rows, few_rows, columns = loss_chunks(len(w), h.device.type)
+    chunk, few, columns = loss_chunks(len(w), h.device.type)
     loss, n_correct = torch.zeros((), device=h.device), torch.zeros((), device=h.device)
     d_hidden = torch.empty_like(hidden) if with_gradients else None
     d_weight = torch.zeros_like(weight) if with_gradients else None
     d_bias = torch.zeros_like(bias) if with_gradients and bias is not None else None
-    buffer = h.new_empty(min(rows, len(h)), len(w))  # one for all chunks
-    for start in range(0, len(h), rows):
-        h_chunk, target = h[start : start + rows], targets[start : start + rows, None]
+    buffer = h.new_empty(min(chunk, len(h)), len(w))  # one for all chunks
+    for start in range(0, len(h), chunk):
+        h_chunk, target = h[start : start + chunk], targets[start : start + chunk, None]
         logits = torch.mm(h_chunk, w.T, out=buffer[: len(h_chunk)])  # N V
-        for few_logits, few_targets in zip(logits.split(few_rows), target.split(few_rows)):
+        for few_logits, few_targets in zip(logits.split(few), target.split(few)):
             x = few_logits.float()
             if bias is not None:
                 x += bias.detach()
@@ -211,7 +211,7 @@ def _sum_of_chunks(hidden, weight, bias, targets, vocabulary, options, dtype, wi
                 if bias is not None:
                     d_bias += d_logits.sum(0)
         if with_gradients:
-            d_hidden[start : start + rows] = logits @ w  # the buffer now holds the logits' gradients
+            d_hidden[start : start + chunk] = logits @ w  # the buffer now holds the logits' gradients
             for d_part, part in zip(d_weight.split(columns), logits.split(columns, dim=1)):
                 d_part += part.T @ h_chunk
     if with_gradients:
@@ -220,7 +220,7 @@ def _sum_of_chunks(hidden, weight, bias, targets, vocabulary, options, dtype, wi
 
 
 def loss_chunks(V, device_type):
-    """(rows of a chunk of logits, rows per pass over it, columns per sum of gradients).
+    """(tokens of a chunk of logits, tokens per pass over it, columns per sum of gradients).
 
     On a CPU the first bounds memory, 50 MB in bf16 at V 50304, and the others what a pass copies and must cache.
     """

@@ -12,18 +12,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    PrepareModuleInput,
-    PrepareModuleOutput,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor import parallel as styles
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from config import UserError
+from config import Config, Count, UserError
 from ops import Vocabulary
 from world import local
 
@@ -32,23 +24,19 @@ Checkpointing = Literal["none", "full", "selective"]
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(Config):
     strategy: Literal["ddp", "fsdp"] = "ddp"  # ddp: the whole model on each rank; fsdp: weights and state sharded
-    shard_size: int | None = None  # fsdp: ranks that shard one replica, such as a node's; none: all
+    shard_size: Count | None = None  # fsdp: ranks that shard one replica, such as a node's; none: all
     reshard: bool = True  # fsdp: gather a block's weights again for backward; false: keep them, 2 bytes per parameter
     accumulate: Literal["sharded", "whole"] = "sharded"  # fsdp: gradients; whole: reduced once a step, 4 bytes each
-    tp: int = 1  # tensor parallel ranks, which split heads, MLP columns and vocabulary rows
+    tp: Count = 1  # tensor parallel ranks, which split heads, MLP columns and vocabulary rows
     grad_compression: Literal["bf16", "powersgd"] | None = None  # ddp: compression of sent gradients; none: float32
     activation_checkpointing: Checkpointing = "none"  # full: recompute blocks in backward; selective: all but matmuls
     compile: bool | None = None  # torch.compile of the blocks; none: on cuda only
 
     def __post_init__(self):
+        super().__post_init__()
         wrong = [
-            f"{name} is {getattr(self, name)}; it must be at least 1"
-            for name in ("tp", "shard_size")
-            if getattr(self, name) is not None and getattr(self, name) < 1
-        ]
-        wrong += [
             f"{name} is {getattr(self, name)}, but strategy ddp shards nothing; use --strategy=fsdp"
             for name, default in (("shard_size", None), ("reshard", True), ("accumulate", "sharded"))
             if getattr(self, name) != default and self.strategy == "ddp"
@@ -79,13 +67,8 @@ class ParallelConfig:
 
     def check_tensor_parallel(self, model, seq_len):
         """UserError if tp does not divide heads and sizes of a model. model: a ModelConfig."""
-        sizes = {
-            "n_head": model.n_head,
-            "n_kv_head": model.kv_heads,
-            "n_inner": model.inner_width,
-            "seq_len": seq_len,
-            "vocab_size, padded,": model.padded_vocab_size,
-        }
+        sizes = {"n_head": model.n_head, "n_kv_head": model.kv_heads, "n_inner": model.inner_width, "seq_len": seq_len}
+        sizes["vocab_size, padded,"] = model.padded_vocab_size
         wrong = [f"{name} {size} is not a multiple of tp {self.tp}" for name, size in sizes.items() if size % self.tp]
         if wrong:
             fitting = [str(n) for n in range(1, self.tp) if not any(size % n for size in sizes.values())]
@@ -98,10 +81,8 @@ def distribute(model, cfg, world, seed):
     Everything happens in place and adds no wrapper module, so that parameters keep their names.
     """
     if cfg.grad_compression == "powersgd" and world.precision == "fp16":
-        raise UserError(
-            "grad_compression is powersgd, whose error feedback would keep every overflow of precision fp16; "
-            "use --precision=bf16 or --grad_compression=bf16"
-        )
+        rule = "whose error feedback would keep every overflow of precision fp16"
+        raise UserError(f"grad_compression is powersgd, {rule}; use --precision=bf16 or --grad_compression=bf16")
     is_sharded = world.size > 1 and (cfg.strategy == "fsdp" or cfg.tp > 1)
     if cfg.tp > 1:
         shard_tensors(model, world.mesh["tp"])
@@ -115,7 +96,7 @@ def distribute(model, cfg, world, seed):
         fully_shard_model(model, cfg, world)
     model.to_empty(device=world.device)
     model.tie_weights()
-    model.init_weights(seed, fill) if is_sharded else model.init_weights(seed)
+    model.init_weights(seed, fill_shard) if is_sharded else model.init_weights(seed)
     if world.size > 1 and not is_sharded:
         replicate_model(model, cfg.grad_compression)
     return model
@@ -182,11 +163,8 @@ def compile_blocks(model, world):
         torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(8, device=world.device))
     except Exception as error:  # no compiler, no Triton, a Python too new: torch raises many classes
         if world.is_main:
-            reason = next(iter(str(error).strip().splitlines()), "")
-            warnings.warn(
-                f"torch.compile does not work here, training continues without it: {type(error).__name__}: {reason}",
-                stacklevel=2,
-            )
+            reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+            warnings.warn(f"torch.compile does not work here, training continues without it: {reason}", stacklevel=2)
         return
     torch._dynamo.config.suppress_errors = True  # a block that fails to compile runs eagerly, with torch's warning
     for block in model.blocks:
@@ -211,7 +189,7 @@ def sync_gradients(model, last):
                 p.grad = torch.zeros_like(p)
 
 
-def keeps_gradients(model):
+def has_gradient_buckets(model):
     """Whether gradients are views of DDP's buckets: then zero them, do not drop them.
 
     Dropped, they would be allocated again beside the buckets until the micro-step that reduces them.
@@ -229,7 +207,7 @@ def reshard(model):
 # ---- tensor parallelism
 
 
-class Replicated(ParallelStyle):
+class Replicated(styles.ParallelStyle):
     """A module with replicated parameters, run on its whole input or on this rank's part of the input's dimension dim.
 
     Inputs and output are plain tensors.
@@ -252,27 +230,32 @@ def tensor_parallel_plan(n_layer):
     Megatron's plan with sequence parallelism (arXiv 2205.05198): norms and residual stream are sharded by sequence, an
     all-gather precedes attention and MLP, a reduce-scatter follows them.
     """
-    part, heads = SequenceParallel(use_local_output=True), SequenceParallel(sequence_dim=2, use_local_output=True)
+    part, heads = (
+        styles.SequenceParallel(use_local_output=True),
+        styles.SequenceParallel(sequence_dim=2, use_local_output=True),
+    )
     return {
-        "wte": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "wte": styles.RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
         "wpe": Replicated(dim=0),
         "wtt": Replicated(dim=1),
         "norm_e": part,
         "blocks.*.norm[12]": part,
-        "blocks.*.attn": PrepareModuleInput(
+        "blocks.*.attn": styles.PrepareModuleInput(
             input_layouts=(Shard(1), None, None, None), desired_input_layouts=(Replicate(), None, None, None)
         ),
-        "blocks.*.attn.[qkv]": ColwiseParallel(),
+        "blocks.*.attn.[qkv]": styles.ColwiseParallel(),
         "blocks.*.attn.[qk]_norm": heads,
-        "blocks.*.attn.proj": RowwiseParallel(output_layouts=Shard(1)),
-        "blocks.*.mlp": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
-        "blocks.*.mlp.gate": ColwiseParallel(),
-        "blocks.*.mlp.up": ColwiseParallel(),
-        "blocks.*.mlp.down": RowwiseParallel(output_layouts=Shard(1)),
-        f"blocks.{n_layer - 1}": PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=Replicate()),
+        "blocks.*.attn.proj": styles.RowwiseParallel(output_layouts=Shard(1)),
+        "blocks.*.mlp": styles.PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
+        "blocks.*.mlp.gate": styles.ColwiseParallel(),
+        "blocks.*.mlp.up": styles.ColwiseParallel(),
+        "blocks.*.mlp.down": styles.RowwiseParallel(output_layouts=Shard(1)),
+        f"blocks.{n_layer - 1}": styles.PrepareModuleOutput(
+            output_layouts=Shard(1), desired_output_layouts=Replicate()
+        ),
         "norm_f": Replicated(),
         "transform": Replicated(),
-        "head": ColwiseParallel(output_layouts=Replicate()),
+        "head": styles.ColwiseParallel(output_layouts=Replicate()),
     }
 
 
@@ -281,7 +264,7 @@ def shard_tensors(model, mesh):
     for pattern, style in tensor_parallel_plan(model.cfg.n_layer).items():
         for name, module in list(model.named_modules()):
             if fnmatch(name, pattern) and name.count(".") == pattern.count("."):
-                parallelize_module(module, mesh, style)
+                styles.parallelize_module(module, mesh, style)
     # A compiled block must not take the output of a pending collective: its gradient would be wrong (torch 2.13).
     model.wte.register_forward_hook(lambda module, ids, x: x.clone())
     model.tie_weights()
@@ -322,7 +305,7 @@ def fully_shard_model(model, cfg, world):
     model.accumulates_sharded = cfg.accumulate == "sharded" and shards
 
 
-def fill(param, weight):
+def fill_shard(param, weight):
     """Copies this rank's shard of a whole weight into a sharded parameter."""
     part = distribute_tensor(weight, param.device_mesh, param.placements, src_data_rank=None)  # without communication
     param.to_local().copy_(part.to_local())

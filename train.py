@@ -6,7 +6,6 @@
 The same command again continues from the newest checkpoint in out_dir.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -15,24 +14,14 @@ from dataclasses import dataclass
 import torch
 
 from checkpoint import CheckpointConfig
-from config import UserError, run_script
-from data import (
-    DataConfig,
-    Loader,
-    Split,
-    TrainOrder,
-    accumulation_steps,
-    eval_batches,
-    prepare_command,
-    read_meta,
-    seq_len_of,
-)
+from config import Config, Count, Positive, UserError, run_script
+from data import DataConfig, eval_batches, objective_for, open_data, seq_len_of
 from interop.pretrained import resolve, start_from
 from model import ModelConfig, Transformer
-from objective import OBJECTIVES, ObjectiveConfig
+from objective import ObjectiveConfig
 from ops import IGNORE
 from optim import OptimConfig, build_optimizer, lr_at, set_lr
-from parallel import ParallelConfig, distribute, keeps_gradients, reshard, sync_gradients
+from parallel import ParallelConfig, distribute, has_gradient_buckets, reshard, sync_gradients
 from run.folder import RunConfig, run_dir_of
 from run.guard import Stop, guarded
 from run.health import HealthConfig, bad_step
@@ -44,19 +33,10 @@ EVAL_MASK_SEED = 0  # masked evaluation draws the same masks in every run
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    eval_interval: int = 250  # steps between evaluations; the first comes before step 1, the last at the end
+class TrainConfig(Config):
+    eval_interval: Count = 250  # steps between evaluations; the first comes before step 1, the last at the end
     target_loss: float | None = None  # validation loss at which the run is finished, whatever max_steps
-    max_minutes: float | None = None  # minutes after which to evaluate, save and stop; the same command then continues
-
-    def __post_init__(self):
-        wrong = []
-        if self.eval_interval < 1:
-            wrong.append(f"eval_interval is {self.eval_interval}; it must be at least 1")
-        if self.max_minutes is not None and self.max_minutes <= 0:
-            wrong.append(f"max_minutes is {self.max_minutes}; it must be above 0, or none")
-        if wrong:
-            raise UserError("\n".join(wrong))
+    max_minutes: Positive | None = None  # minutes after which to evaluate, save and stop; the same command continues
 
 
 @dataclass(frozen=True)
@@ -88,9 +68,8 @@ def main(cfg):
         guarded(cfg, world) as stop,
     ):
         model, optimizer, scaler = build(cfg, world, cfg.run.seed)
-        saver = Saver(
-            cfg, world, model, optimizer, scaler, f"{train_data.split.fingerprint()}-{val_data.fingerprint()}"
-        )
+        data_fingerprint = f"{train_data.split.fingerprint()}-{val_data.fingerprint()}"
+        saver = Saver(cfg, world, model, optimizer, scaler, data_fingerprint)
         state = saver.resume()
         if state is None:
             start_from(cfg, model, world)
@@ -108,7 +87,7 @@ def main(cfg):
                     saver.writer.wait()  # raises, on all ranks, what happened
 
                 # evaluate and write checkpoints; the last turn does only this
-                ending = request or state.is_at_end(cfg)
+                ending = request != Stop.NO or state.is_at_end(cfg)
                 due = ending or state.step % cfg.train.eval_interval == 0
                 # stop requested: skip the evaluation, we may be killed soon
                 if due and not request.is_requested and state.evaluated_at != state.step:
@@ -152,7 +131,7 @@ def train_step(model, optimizer, scaler, batches, cfg, world, recent=()):
     optimizer are as before, on all ranks. recent: (loss, gradient norm) of sound steps, the baseline for spikes.
     """
     with world.phase("forward", "counting targets"):
-        n_targets = world.sum(sum((targets != IGNORE).sum() for _, targets, *_ in batches))
+        n_targets = world.sum_over_data(sum((targets != IGNORE).sum() for _, targets, *_ in batches))
         n_targets = n_targets.clamp(min=1)  # a batch of special tokens alone has nothing to predict
     loss = torch.zeros((), device=world.device)
     for i, batch in enumerate(batches, start=1):
@@ -167,8 +146,8 @@ def train_step(model, optimizer, scaler, batches, cfg, world, recent=()):
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.grad_clip or math.inf)
         grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm  # a sharded model's
-        # tp ranks hold equal losses, all ranks equal norms; summed, they are equal to the bit everywhere.
-        loss, grad_norm = world.total(loss / world.tp, grad_norm / world.size)
+        # One exchange for both: tp ranks have the same loss, all ranks the same norm.
+        loss, grad_norm = world.sum_over_all(loss / world.tp, grad_norm / world.size)
         bad = bad_step(loss, grad_norm, cfg.health, recent)
         overflow = scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(grad_norm)
         if overflow and scaler.get_scale() > 1:
@@ -176,7 +155,7 @@ def train_step(model, optimizer, scaler, batches, cfg, world, recent=()):
         if not bad:
             scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=not keeps_gradients(model))
+        optimizer.zero_grad(set_to_none=not has_gradient_buckets(model))
     return loss, grad_norm, bad
 
 
@@ -188,17 +167,16 @@ def evaluate(model, split, objective, cfg, world):
     """
     model.eval()
     sums, frequencies = torch.zeros(2, dtype=torch.float64), torch.zeros(model.cfg.vocab_size, dtype=torch.int64)
-    for batch in eval_batches(
-        split, objective, cfg.eval_tokens, cfg.micro_batch_size, world.data_rank, world.data_ranks
-    ):
+    part = cfg.eval_tokens, cfg.micro_batch_size, world.data_rank, world.data_ranks
+    for batch in eval_batches(split, objective, *part):
         with world.phase("evaluation"), world.autocast():
             loss_and_correct = model(*(part.to(world.device) for part in batch), count_correct=True)
         sums += torch.stack(loss_and_correct).cpu()
         frequencies += torch.bincount(batch[1][batch[1] != IGNORE], minlength=len(frequencies))
     model.train()
     reshard(model)
-    loss, n_correct = world.sum(sums).tolist()
-    n_targets = world.sum(frequencies).sum().item()
+    loss, n_correct = world.sum_over_data(sums).tolist()
+    n_targets = world.sum_over_data(frequencies).sum().item()
     if n_targets == 0:
         raise UserError(
             f"the first eval_tokens {cfg.eval_tokens} of the {split.name} split hold nothing to predict, only special "
@@ -209,25 +187,6 @@ def evaluate(model, split, objective, cfg, world):
         "val_accuracy": n_correct / n_targets,
         "val_accuracy_of_commonest": frequencies.max().item() / n_targets,
     }
-
-
-@contextlib.contextmanager
-def open_data(cfg, world):
-    """Yields the Loader of the training split, which reads ahead, and the validation Split."""
-    train, val = (
-        Split(cfg.data.data_dir, name, cfg.model.vocab_size, prepare_command(cfg)) for name in ("train", "val")
-    )
-    objective = objective_for(cfg, cfg.run.seed)
-    micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, world.data_ranks)
-    order = TrainOrder(train, objective.stride, cfg.run.seed)
-    with contextlib.closing(Loader(order, objective, 0, micro_steps, cfg.data.micro_batch_size, world)) as loader:
-        yield loader, val
-
-
-def objective_for(cfg, seed):
-    """The run's objective, which turns windows of tokens into batches; the seed draws the masks, if any."""
-    objective = OBJECTIVES[cfg.model.objective]
-    return objective.build(cfg.objective, cfg.data.seq_len, seed, read_meta(cfg.data.data_dir))
 
 
 def build(cfg, world, seed):

@@ -16,21 +16,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from config import UserError
+from config import Config, Positive, UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class WorldConfig:
+class WorldConfig(Config):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # dtype of matmuls; auto: the device's fastest
     deterministic: bool = False  # use only algorithms that repeat bitwise on CUDA; those of a CPU do anyway
-    timeout_minutes: float | None = 30.0  # minutes without progress on any rank before the run ends; none: never
-
-    def __post_init__(self):
-        if self.timeout_minutes is not None and self.timeout_minutes <= 0:
-            raise UserError(f"timeout_minutes is {self.timeout_minutes}; it must be above 0, or none")
+    timeout_minutes: Positive | None = 30.0  # minutes without progress on any rank before the run ends; none: never
 
 
 @dataclass
@@ -114,19 +110,19 @@ class World:
 
     # ---- exchange between ranks
 
-    def sum(self, tensor):
-        """The sum of a tensor over the ranks that read different data, in place; total() is for all ranks."""
+    def sum_over_data(self, tensor):
+        """The sum of a tensor over the ranks that read different data, in place."""
         if self.size > 1:
             dist.all_reduce(tensor, group=self.data_group)
         return tensor
 
-    def total(self, *tensors):
+    def sum_over_all(self, *scalars):
         """Sums of scalars over all ranks as floats, bitwise equal on each rank; waits for the device."""
         if self.size == 1:
-            return [tensor.item() for tensor in tensors]
-        total = torch.stack([tensor.double() for tensor in tensors])
-        dist.all_reduce(total)
-        return total.tolist()
+            return [scalar.item() for scalar in scalars]
+        sums = torch.stack([scalar.double() for scalar in scalars])
+        dist.all_reduce(sums)
+        return sums.tolist()
 
     def worst(self, value):
         """The largest value of a number over all ranks."""

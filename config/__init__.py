@@ -11,8 +11,9 @@ comment is its help text. A script composes the classes it needs and reads them 
         files: tuple = ()  # optional: filled with the command's .json files
         given: frozenset = ...  # optional: filled with the names that presets or the command line set
 
-A preset is a Python file of plain assignments, run in its own namespace. Each class checks its values in combination:
-its __post_init__ raises a UserError, a line for each mistake.
+A number's type may name its range: `n_layer: Count = 12`. A class that checks values in combination extends __post_init__,
+which raises a UserError, a line for each mistake. A preset is a Python file of plain assignments, run in its own
+namespace.
 """
 
 import ast
@@ -43,6 +44,36 @@ class UserError(ValueError):
 
     Every other exception is a bug and keeps its traceback.
     """
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The range of a number: the rule in words, and a function of the number that tells whether it holds."""
+
+    rule: str
+    holds: typing.Callable
+
+
+Count = typing.Annotated[int, Range("at least 1", lambda n: n >= 1)]
+Whole = typing.Annotated[int, Range("at least 0", lambda n: n >= 0)]
+Positive = typing.Annotated[float, Range("above 0", lambda x: x > 0)]
+NotNegative = typing.Annotated[float, Range("at least 0", lambda x: x >= 0)]
+Fraction = typing.Annotated[float, Range("above 0 and below 1", lambda x: 0 < x < 1)]
+Share = typing.Annotated[float, Range("at least 0 and below 1", lambda x: 0 <= x < 1)]
+
+
+class Config:
+    """Base of the classes that declare settings; UserError where a number is outside the range of its type."""
+
+    def __post_init__(self):
+        wrong = []
+        for field in dataclasses.fields(self):
+            value, kinds = getattr(self, field.name), _alternatives(field.type)
+            or_none = ", or none" if types.NoneType in kinds else ""
+            limits = [limit for kind in kinds for limit in getattr(kind, "__metadata__", ()) if value is not None]
+            wrong += [f"{field.name} is {value}; it must be {x.rule}{or_none}" for x in limits if not x.holds(value)]
+        if wrong:
+            raise UserError("\n".join(wrong))
 
 
 # nanoGPT's name for a setting: ours, or where the meaning differs, a sentence that begins with ours.
@@ -303,8 +334,12 @@ def _source_of(error, path):
 
 def _kinds(type_):
     """The alternatives of a setting's type, float and str last: text is read as str only where nothing else fits."""
-    kinds = typing.get_args(type_) if typing.get_origin(type_) in (types.UnionType, typing.Union) else (type_,)
+    kinds = [kind.__origin__ if hasattr(kind, "__metadata__") else kind for kind in _alternatives(type_)]
     return sorted(kinds, key=lambda kind: (kind is str, kind is float))
+
+
+def _alternatives(type_):
+    return typing.get_args(type_) if typing.get_origin(type_) in (types.UnionType, typing.Union) else (type_,)
 
 
 def _from_text(text, type_):

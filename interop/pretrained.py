@@ -131,9 +131,9 @@ def load_weights(source, model):
         n_rows = min(len(weight), len(read))
         weight[:n_rows] = read[:n_rows]
         if hasattr(param, "placements"):
-            from parallel import fill  # here, since DTensor takes half a second to import
+            from parallel import fill_shard  # here, since DTensor takes half a second to import
 
-            fill(param, weight)
+            fill_shard(param, weight)
         else:
             param.copy_(weight)
 

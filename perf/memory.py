@@ -127,10 +127,10 @@ def head_bytes(cfg, s):
     hidden = 4 * n * d
     if s.logits_bytes is not None:
         return s.logits_bytes * n * V * s.tp + hidden, s.gradient_bytes * V * d
-    rows, few_rows, columns = loss_chunks(V, "cpu" if s.on_cpu else "cuda")
+    chunk, few, columns = loss_chunks(V, "cpu" if s.on_cpu else "cuda")
     casts = 2 * (n * d + V * d) if w == 2 else 0
-    chunk = min(n, rows) * V * w + (min(n, rows, few_rows) * V * 4 if w == 2 else 0)
-    return hidden + casts + chunk + gradients + w * d * min(V, columns), gradients
+    logits = min(n, chunk) * V * w + (min(n, chunk, few) * V * 4 if w == 2 else 0)
+    return hidden + casts + logits + gradients + w * d * min(V, columns), gradients
 
 
 def backward_bytes(cfg, s):

@@ -12,7 +12,7 @@ import time
 import torch
 from torch.autograd import DeviceType
 
-from parallel import keeps_gradients
+from parallel import has_gradient_buckets
 from world import local
 
 PHASES = ("forward", "backward", "optimizer", "data")  # the phases of a step, as train_step names them
@@ -204,7 +204,7 @@ def memory_parts(step, model, optimizer, world, checkpointing):
     found["weights"] = n_bytes(model.parameters())
     found["optimizer"] = n_bytes(v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
     found |= saved_by_forward(events, world.device)
-    before = found["weights"] + found["optimizer"] + (found["gradients"] if keeps_gradients(model) else 0)
+    before = found["weights"] + found["optimizer"] + (found["gradients"] if has_gradient_buckets(model) else 0)
     is_sharded = hasattr(model, "set_requires_all_reduce")  # FSDP gathers weights in the matmuls' precision
     if not is_sharded and world.precision != "fp32" and checkpointing == "none" and "activations" in found:
         cast = sum(2 * p.numel() for p in model.blocks.parameters() if p.dim() == 2)

@@ -12,6 +12,7 @@ import torch
 import bench
 import config
 import convert
+import data
 import plan
 import prepare
 import sample
@@ -465,6 +466,6 @@ def test_preset_that_only_the_command_line_completes_still_names_its_data(tmp_pa
     preset = tmp_path / "heads.py"
     preset.write_text("n_head = 5\ndata_dir = 'data/mine'\n")
     cfg = config.load(train.Settings, [str(preset), "--n_embd=20"])
-    assert train.prepare_command(cfg) == f"python prepare.py {preset}"
+    assert data.prepare_command(cfg) == f"python prepare.py {preset}"
     cfg = config.load(train.Settings, [str(preset), "--n_embd=20", "--data_dir=data/books"])
-    assert train.prepare_command(cfg) == "python prepare.py --input=FILES --data_dir=data/books"
+    assert data.prepare_command(cfg) == "python prepare.py --input=FILES --data_dir=data/books"
