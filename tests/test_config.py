@@ -462,6 +462,23 @@ def test_settings_that_do_not_fit_each_other_are_listed_with_the_other_mistakes(
     assert "--lerning_rate is not a setting" in str(error.value)
 
 
+def test_a_number_outside_the_range_of_its_type_is_refused():
+    @dataclasses.dataclass(frozen=True)
+    class Sizes(config.Config):
+        rows: config.Count = 1
+        columns: config.Count | None = None
+        share: config.Share = 0.0
+
+    assert Sizes(rows=3, columns=None, share=0.5).rows == 3
+    with pytest.raises(config.UserError) as error:
+        Sizes(rows=0, columns=-1, share=1.0)
+    assert str(error.value).splitlines() == [
+        "rows is 0; it must be at least 1",
+        "columns is -1; it must be at least 1, or none",
+        "share is 1.0; it must be at least 0 and below 1",
+    ]
+
+
 def test_preset_that_only_the_command_line_completes_still_names_its_data(tmp_path):
     preset = tmp_path / "heads.py"
     preset.write_text("n_head = 5\ndata_dir = 'data/mine'\n")
