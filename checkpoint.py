@@ -204,9 +204,7 @@ def read_manifest(path):
         return {"files": manifest["files"], "model": manifest["model"], "step": manifest["step"], **manifest}
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"{path} has no readable manifest.json ({why}); it is damaged, or not a checkpoint of flatlm's"
-        ) from error
+        raise UserError(f"{path} is damaged or not flatlm's: it has no readable manifest.json ({why})") from error
 
 
 def newest_checkpoint(run_dir, world=None):

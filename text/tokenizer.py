@@ -28,7 +28,7 @@ GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 
 
 class Tokenizer:
-    """Base class. specials maps the names of special tokens to their ids."""
+    """Base class. A subclass adds encode(text), which gives the ids as a numpy array."""
 
     space_begins_word = False  # whether a word's first token contains the space before it
     continuations = ()  # ids of tokens that continue a word; only WordPiece has them
@@ -36,14 +36,21 @@ class Tokenizer:
     before_text = None  # id that precedes a text to be scored; none: end-of-text
     saved = None  # the tokenizer.json as a dict, where there is one
 
-    def __init__(self, name, vocab_size, specials):
-        self.name, self.vocab_size, self.specials = name, vocab_size, specials
+    def __init__(self, name, texts, specials):
+        """texts: {id: its UTF-8 bytes}; specials: {special token's name: its id}."""
+        self.name, self.specials = name, specials
+        self._bytes = {id_: special.encode() for special, id_ in specials.items()} | texts
+        self.vocab_size = 1 + max(self._bytes)
         # id of the end-of-text token, for BERT [SEP]; None where there is none
         self.eot = next((specials[name] for name in END_OF_TEXT if name in specials), None)
 
     def decode(self, ids):
         """The text of ids; invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids):
+        """The UTF-8 bytes of ids, which may end inside a character; unused ids give none, special ones their names."""
+        return b"".join(self._bytes.get(int(i), b"") for i in ids)
 
     def save(self, path):
         """Writes the tokenizer.json, which Hugging Face's libraries read too."""
@@ -54,16 +61,12 @@ class ByteTokenizer(Tokenizer):
     """One id per UTF-8 byte."""
 
     def __init__(self):
-        super().__init__("byte", 256 + len(SPECIALS), {name: 256 + i for i, name in enumerate(SPECIALS)})
-        self._names = {id_: name.encode() for name, id_ in self.specials.items()}
+        specials = {name: 256 + i for i, name in enumerate(SPECIALS)}
+        super().__init__("byte", {i: bytes((i,)) for i in range(256)}, specials)
 
     def encode(self, text):
         """The ids of a text, as a numpy array."""
         return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8)
-
-    def decode_bytes(self, ids):
-        """The UTF-8 bytes of ids, special tokens by name; they may end inside a character."""
-        return b"".join(bytes((i,)) if i < 256 else self._names[i] for i in ids)
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -72,9 +75,9 @@ class TiktokenTokenizer(Tokenizer):
     space_begins_word = True
 
     def __init__(self, name, encoding, saved=None):
-        super().__init__(name, encoding.n_vocab, dict(encoding._special_tokens))
+        texts = {rank: token for token, rank in encoding._mergeable_ranks.items()}
+        super().__init__(name, texts, dict(encoding._special_tokens))
         self.encoding, self.saved = encoding, saved
-        self._unused = {*range(encoding.n_vocab)} - {*encoding._mergeable_ranks.values(), *self.specials.values()}
 
     def encode(self, text):
         """The ids of a text, as a numpy array."""
@@ -85,10 +88,6 @@ class TiktokenTokenizer(Tokenizer):
         except ValueError:  # tiktoken's regex fails on a million blanks in a row (openai/tiktoken issue 245)
             half = len(text) // 2
             return np.concatenate([self.encode(text[:half]), self.encode(text[half:])])
-
-    def decode_bytes(self, ids):
-        """The UTF-8 bytes of ids; unused ids, such as 100256 in cl100k_base, give none."""
-        return self.encoding.decode_bytes([i for i in ids if i not in self._unused])
 
 
 class WordPieceTokenizer(Tokenizer):
@@ -102,21 +101,18 @@ class WordPieceTokenizer(Tokenizer):
             raise UserError(f"its vocabulary lacks {', '.join(missing)}")
         if sorted(vocab.values()) != list(range(len(vocab))):
             raise UserError("its ids are not 0, 1, 2 and so on, each once")
-        super().__init__(name, len(vocab), {special: vocab[special] for special in BERT_SPECIALS})
+        # A space before each word: WordPiece does not keep the original spacing.
+        texts = {id_: token[2:] if token.startswith("##") else f" {token}" for token, id_ in vocab.items()}
+        texts = {id_: text.encode() for id_, text in texts.items()}
+        super().__init__(name, texts, {special: vocab[special] for special in BERT_SPECIALS})
         self.continuations = sorted(id_ for token, id_ in vocab.items() if token.startswith("##"))
-        self.saved, self._tokens = saved, {id_: token for token, id_ in vocab.items()}
         plain = saved | PLAIN | {"added_tokens": []}  # no special token matches in text
-        self._wordpiece = tokenizers.Tokenizer.from_str(json.dumps(plain))
+        self.saved, self._wordpiece = saved, tokenizers.Tokenizer.from_str(json.dumps(plain))
 
     def encode(self, text):
         """The ids of a text, as a numpy array; a word outside the vocabulary is [UNK]."""
         text = text.encode("utf-8", errors="replace").decode("utf-8")  # tokenizers refuses half a surrogate pair
         return np.array(self._wordpiece.encode_batch_fast([text])[0].ids, dtype=np.uint32)
-
-    def decode_bytes(self, ids):
-        """The UTF-8 bytes of ids, a space before each word: WordPiece does not keep the original spacing."""
-        tokens = [self._tokens[int(i)] for i in ids]
-        return "".join(token[2:] if token.startswith("##") else " " + token for token in tokens).encode()
 
 
 class FileTokenizer(Tokenizer):
@@ -131,11 +127,11 @@ class FileTokenizer(Tokenizer):
         specials = {name: vocab.pop(secret) for name, secret in names.items()}
         if not vocab:
             raise UserError("its vocabulary is empty")
-        super().__init__(name, 1 + max([*vocab.values(), *specials.values()]), specials)
+        # The first word keeps the space that a decoder such as Llama 2's removes.
         decode_token = _decoder_of_tokens(saved.get("decoder"))
-        self._bytes = {id_: decode_token(token) for token, id_ in vocab.items()}
-        self.space_begins_word = any(len(token) > 1 and token.startswith(b" ") for token in self._bytes.values())
-        self._bytes |= {id_: name.encode() for name, id_ in specials.items()}
+        texts = {id_: decode_token(token) for token, id_ in vocab.items()}
+        super().__init__(name, texts, specials)
+        self.space_begins_word = any(len(text) > 1 and text.startswith(b" ") for text in texts.values())
         # the characters of a character tokenizer without an unknown token
         lacks_unknown = model["type"] == "WordLevel" and model["unk_token"] not in model["vocab"]
         self.alphabet = set(vocab) if lacks_unknown and max(map(len, vocab)) == 1 else None
@@ -151,10 +147,6 @@ class FileTokenizer(Tokenizer):
         except Exception as error:  # tokenizers raises plain Exceptions
             raise UserError(f"the tokenizer {self.name} cannot encode the text ({error}); use another") from error
         return np.array(encoded.ids, dtype=np.uint32)
-
-    def decode_bytes(self, ids):
-        """The UTF-8 bytes of ids, with the space that Llama 2's inserts before the first word; unused ids give none."""
-        return b"".join(self._bytes.get(int(i), b"") for i in ids)
 
 
 def load_tokenizer(name):
