@@ -5,6 +5,7 @@ torch.distributed.checkpoint, and manifest.json with everything else. A checkpoi
 it is whole. Its format is the same for one process and for many, and reading it unpickles nothing.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 
 from config import UserError
-from data import sha256
+from data import below_one, sha256
 from model import TRAINING_ONLY, ModelConfig
 from world import local
 
@@ -34,12 +35,7 @@ class CheckpointConfig:
     keep_every: int | None = None  # keep for good the checkpoints whose step is a multiple of this
 
     def __post_init__(self):
-        wrong = [
-            f"{name} is {getattr(self, name)}; it must be at least 1"
-            for name in ("save_interval", "keep_checkpoints", "keep_every")
-            if getattr(self, name) is not None and getattr(self, name) < 1
-        ]
-        if wrong:
+        if wrong := below_one(self, "save_interval", "keep_checkpoints", "keep_every"):
             raise UserError("\n".join(wrong))
 
 
@@ -55,19 +51,13 @@ def step_of(path):
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread while training continues: one at a time, each whole or absent.
-
-    `failed` says whether a write has failed on this rank; wait() then raises.
-    """
+    """Writes checkpoints in a thread while training continues: one at a time, each whole or absent."""
 
     def __init__(self, out_dir, cfg, world):
         self.out_dir, self.cfg, self.world = out_dir, cfg, world
         self.newest = 0  # step of the last checkpoint that is written or was loaded
-        self._stager = self._thread = self._problem = None
-
-    @property
-    def failed(self):
-        return self._problem is not None
+        self.failed = None  # this rank's error of a write, which wait() raises
+        self._stager = self._thread = None
 
     def save(self, step, model, optimizer, facts):
         """Copies the tensors and starts to write them. facts: JSON values for the manifest."""
@@ -78,12 +68,8 @@ class CheckpointWriter:
         self.wait()
         self.newest = step
         tensors = _tensors(model, optimizer)
-        arguments = (
-            step,
-            self._staged(tensors),
-            file_numbers(tensors, self.world),
-            {"model": asdict(model.cfg), **facts},
-        )
+        numbers, facts = file_numbers(tensors, self.world), {"model": asdict(model.cfg), **facts}
+        arguments = step, self._staged(tensors), numbers, facts
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True, name="saver")
         self._thread.start()
 
@@ -93,15 +79,14 @@ class CheckpointWriter:
             with self.world.phase("checkpoint", f"{self.newest} is being written"):
                 self._thread.join()
             self._thread = None
-        if isinstance(self._problem, Failure) and self._problem.is_of_disk:
-            whole = checkpoints(self.out_dir)
+        if isinstance(self.failed, Failure) and self.failed.is_of_disk:
+            newest = next((path.name for path in reversed(checkpoints(self.out_dir))), "none")
             raise UserError(
-                f"the checkpoint of step {self.newest} could not be written to {self.out_dir} ({self._problem}); "
-                + (f"the newest whole one is {whole[-1].name}: " if whole else "there is none yet: ")
-                + "make room, then the same command continues"
+                f"the checkpoint of step {self.newest} could not be written to {self.out_dir} ({self.failed}); "
+                f"the newest whole one is {newest}: make room, then the same command continues"
             )
-        if self._problem:
-            raise self._problem
+        if self.failed:
+            raise self.failed
 
     def _staged(self, tensors):
         """CPU copy of this rank's shards and its share of unsharded tensors."""
@@ -109,9 +94,8 @@ class CheckpointWriter:
 
         if self._stager is None:  # on CUDA its memory is pinned, which takes long, and kept
             self._stager = BlockingAsyncStager(cache_staged_state_dict=self.world.device.type == "cuda")
-        rank, size = self.world.rank, self.world.size
         whole = [name for name, tensor in tensors.items() if not hasattr(tensor, "placements")]
-        others = {name for i, name in enumerate(whole) if i % size != rank}
+        others = set(whole) - set(whole[self.world.rank :: self.world.size])
         return self._stager.stage({name: tensor for name, tensor in tensors.items() if name not in others})
 
     def _write(self, *arguments):
@@ -119,7 +103,7 @@ class CheckpointWriter:
             write_checkpoint(self.out_dir, *arguments, self.world)
             on_all_ranks(self.world, lambda: self.world.is_main and remove_old_checkpoints(self.out_dir, self.cfg))
         except Exception as error:  # training raises it, whatever it is
-            self._problem = error
+            self.failed = error
 
 
 def file_numbers(tensors, world):
@@ -155,13 +139,11 @@ def write_checkpoint(out_dir, step, tensors, numbers, facts, world):
     def finish():
         manifest = {"step": step, **facts, "files": files}
         manifest["checksum"] = _checksum(manifest)
-        with open(partial / "manifest.json", "w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync_folder(partial)
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        _sync(partial / "manifest.json")
+        _sync(partial)
         os.replace(partial, final)
-        _sync_folder(final.parent)
+        _sync(final.parent)
 
     try:
         on_all_ranks(world, lambda: world.is_main and prepare())
@@ -201,9 +183,12 @@ def on_all_ranks(world, function):
 
 def remove_old_checkpoints(out_dir, cfg):
     """Removes all checkpoints but the newest keep_checkpoints, the best by validation loss and every keep_every-th."""
-    paths = checkpoints(out_dir)
-    losses = {path: _val_loss(path) for path in paths}
-    best = min((path for path in paths if losses[path] < math.inf), key=losses.get, default=None)
+    paths, losses = checkpoints(out_dir), {}
+    for path in paths:
+        with contextlib.suppress(UserError):  # a damaged manifest
+            losses[path] = read_manifest(path).get("val_loss")
+    losses = {path: loss for path, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    best = min(losses, key=losses.get, default=None)
     for path in paths[: -cfg.keep_checkpoints]:
         if path != best and not (cfg.keep_every and step_of(path) % cfg.keep_every == 0):
             # Renamed first: an interrupted removal must not leave half a checkpoint under a whole one's name.
@@ -212,25 +197,14 @@ def remove_old_checkpoints(out_dir, cfg):
             shutil.rmtree(doomed)
 
 
-def _val_loss(path):
-    """A checkpoint's validation loss; infinite where it has none, or the manifest is damaged."""
-    try:
-        loss = read_manifest(path).get("val_loss")
-    except UserError:
-        loss = None
-    return loss if loss is not None and math.isfinite(loss) else math.inf
-
-
 def read_manifest(path):
     """The manifest of a checkpoint."""
     try:
         manifest = json.loads((Path(path) / "manifest.json").read_text(encoding="utf-8"))
         return {"files": manifest["files"], "model": manifest["model"], "step": manifest["step"], **manifest}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} has no readable manifest.json ({type(error).__name__}: {error}); it is not "
-            f"a checkpoint of flatlm, or is damaged"
-        ) from error
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is damaged or not flatlm's: it has no readable manifest.json ({why})") from error
 
 
 def newest_checkpoint(run_dir, world=None):
@@ -280,13 +254,9 @@ def load_checkpoint(path, model, optimizer=None):
 
     manifest = read_manifest(path)
     wanted, found = asdict(model.cfg), asdict(config_of_checkpoint(path, manifest))
-    differing = [
-        f"{name} {found[name]} there, {wanted[name]} here"
-        for name in sorted(wanted.keys() - TRAINING_ONLY)
-        if found[name] != wanted[name]
-    ]
-    if differing:
-        raise UserError(f"{path} holds another model: {', '.join(differing)}; give the same settings")
+    names = [name for name in sorted(wanted.keys() - TRAINING_ONLY) if found[name] != wanted[name]]
+    if differing := ", ".join(f"{name} {found[name]} there, {wanted[name]} here" for name in names):
+        raise UserError(f"{path} holds another model: {differing}; give the same settings")
     _quieten()
     dcp.load(_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     return manifest
@@ -312,9 +282,7 @@ def tensor_reader(path):
 def config_of_checkpoint(path, manifest):
     """The ModelConfig of a checkpoint; settings that did not exist when it was written have their defaults."""
     if unknown := manifest["model"].keys() - {field.name for field in fields(ModelConfig)}:
-        raise UserError(
-            f"{path} holds a model with settings that this code does not know: {', '.join(sorted(unknown))}"
-        )
+        raise UserError(f"{path} holds a model with settings that are unknown here: {', '.join(sorted(unknown))}")
     return ModelConfig(**manifest["model"])
 
 
@@ -345,7 +313,8 @@ def _tensors(model, optimizer):
     return tensors
 
 
-def _sync_folder(path):
+def _sync(path):
+    """Waits until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)

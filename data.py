@@ -4,17 +4,16 @@ A data folder holds {train,val}_000000.bin, ... and meta.json. A shard is a 24-b
 uint32, and is memory-mapped. nanoGPT's raw train.bin, llm.c's and modded-nanogpt's files are read as they are.
 """
 
-import contextlib
+import collections
 import hashlib
 import json
 import mmap
 import os
-import queue
 import re
 import shlex
 import struct
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,10 +36,14 @@ class DataConfig:
     eval_tokens: int = 10_485_760  # tokens of the validation split to evaluate on, at most
 
     def __post_init__(self):
-        names = ("seq_len", "batch_tokens", "micro_batch_size", "eval_tokens")
-        too_small = [name for name in names if getattr(self, name) is not None and getattr(self, name) < 1]
-        if too_small:
-            raise UserError("\n".join(f"{name} is {getattr(self, name)}; it must be at least 1" for name in too_small))
+        if wrong := below_one(self, "seq_len", "batch_tokens", "micro_batch_size", "eval_tokens"):
+            raise UserError("\n".join(wrong))
+
+
+def below_one(cfg, *names):
+    """An error's line for each of these settings that is below 1."""
+    values = {name: getattr(cfg, name) for name in names}
+    return [f"{name} is {n}; it must be at least 1" for name, n in values.items() if n is not None and n < 1]
 
 
 def seq_len_of(cfg):
@@ -54,17 +57,15 @@ def seq_len_of(cfg):
 def accumulation_steps(cfg, seq_len, ranks):
     """Micro-steps per optimizer step: batch_tokens / (micro_batch_size x seq_len x ranks)."""
     at_once = cfg.micro_batch_size * seq_len * ranks
-    if cfg.batch_tokens % at_once:
-        sequences, rest = divmod(cfg.batch_tokens, seq_len * ranks)
-        if rest or not sequences:
-            remedy = f"batch_tokens {max(1, round(cfg.batch_tokens / at_once)) * at_once} would fit"
-        else:
-            remedy = f"micro_batch_size {near_divisors(sequences, cfg.micro_batch_size, 4)} would fit"
-        raise UserError(
-            f"batch_tokens {cfg.batch_tokens} is not a multiple of {at_once} = micro_batch_size "
-            f"{cfg.micro_batch_size} x seq_len {seq_len} x {ranks} ranks; {remedy}"
-        )
-    return cfg.batch_tokens // at_once
+    if cfg.batch_tokens % at_once == 0:
+        return cfg.batch_tokens // at_once
+    sequences, rest = divmod(cfg.batch_tokens, seq_len * ranks)
+    if rest or not sequences:
+        fits = f"batch_tokens {max(1, round(cfg.batch_tokens / at_once)) * at_once}"
+    else:
+        fits = f"micro_batch_size {near_divisors(sequences, cfg.micro_batch_size, 4)}"
+    factors = f"micro_batch_size {cfg.micro_batch_size} x seq_len {seq_len} x {ranks} ranks"
+    raise UserError(f"batch_tokens {cfg.batch_tokens} is not a multiple of {at_once} = {factors}; {fits} would fit")
 
 
 def near_divisors(number, wanted, n=3):
@@ -87,78 +88,58 @@ class ShardWriter:
 
     def __init__(self, folder, split, dtype, shard_tokens):
         self.folder, self.split, self.dtype, self.shard_tokens = Path(folder), split, np.dtype(dtype), shard_tokens
-        self.counts, self._file = [], None
+        self.counts = {}  # tokens of each shard, by its name
 
     def write(self, tokens):
         """Appends an array of tokens."""
         while len(tokens):
-            if self._file is None or self.counts[-1] == self.shard_tokens:
-                self._open_next()
-            part, tokens = np.split(tokens, [self.shard_tokens - self.counts[-1]])
-            self._file.write(part.astype(self.dtype).tobytes())
-            self.counts[-1] += len(part)
+            name, count = next(reversed(self.counts.items()), (None, self.shard_tokens))
+            if count == self.shard_tokens:
+                name, count = f"{self.split}_{len(self.counts):06d}.bin", 0
+            part, tokens = np.split(tokens, [self.shard_tokens - count])
+            with open(self.folder / f"{name}.part", "ab" if count else "wb") as file:
+                file.write(b"" if count else bytes(HEADER.size))
+                file.write(part.astype(self.dtype).tobytes())
+            self.counts[name] = count + len(part)
 
     def finish(self):
-        """Renames the shards; returns {name: tokens}."""
-        self._close()
-        names = [f"{self.split}_{i:06d}.bin" for i in range(len(self.counts))]
-        for name in names:
-            os.replace(self.folder / f"{name}.part", self.folder / name)
-        return dict(zip(names, self.counts))
-
-    def _open_next(self):
-        self._close()
-        self._file = open(self.folder / f"{self.split}_{len(self.counts):06d}.bin.part", "wb")
-        self._file.write(bytes(HEADER.size))
-        self.counts.append(0)
-
-    def _close(self):
-        if self._file is not None:
-            self._file.seek(0)
-            self._file.write(HEADER.pack(MAGIC, VERSION, self.dtype.itemsize, self.counts[-1]))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
+        """Writes the headers and renames the shards; returns {name: tokens}."""
+        for name, count in self.counts.items():
+            partial = self.folder / f"{name}.part"
+            with open(partial, "r+b", buffering=0) as file:
+                file.write(HEADER.pack(MAGIC, VERSION, self.dtype.itemsize, count))
+                os.fsync(file.fileno())
+            os.replace(partial, self.folder / name)
+        return self.counts
 
 
 def open_shard(path):
     """The tokens of a shard file, memory-mapped; its first bytes tell whose format it is."""
     path = Path(path)
-    size, head = path.stat().st_size, _head(path)
+    with open(path, "rb") as file:
+        head, size = file.read(1024), path.stat().st_size
     if head.startswith(MAGIC):
         _, version, token_bytes, count = HEADER.unpack(head[: HEADER.size].ljust(HEADER.size, b"\0"))
         dtype, start = {2: np.uint16, 4: np.uint32}.get(token_bytes), HEADER.size
         if version != VERSION or dtype is None:
-            raise UserError(
-                f"{path} has version {version} and {token_bytes} bytes a token; "
-                f"this code reads version {VERSION} with 2 or 4"
-            )
+            known = f"this code reads version {VERSION} with 2 or 4"
+            raise UserError(f"{path} has version {version} and {token_bytes} bytes a token; {known}")
     elif len(head) == 1024 and (magic := int.from_bytes(head[:4], "little")) in LLMC:
         dtype, start, count = LLMC[magic], 1024, int.from_bytes(head[8:12], "little")
     elif path.name in ("train.bin", "val.bin") and size % 2 == 0:  # nanoGPT's have no header
         dtype, start, count = np.uint16, 0, size // 2
     else:
-        raise UserError(
-            f"{path} is not a token shard: it starts with neither flatlm's header nor llm.c's; "
-            f"make the data again with prepare.py"
-        )
-    if size != start + count * np.dtype(dtype).itemsize:
-        raise UserError(
-            f"{path} is damaged: for the {count} tokens that its header promises it must have "
-            f"{start + count * np.dtype(dtype).itemsize} bytes, and has {size}; make the data again with prepare.py"
-        )
+        raise UserError(f"{path} is not a token shard of flatlm's or llm.c's; make the data again with prepare.py")
+    if size != (promised := start + count * np.dtype(dtype).itemsize):
+        sizes = f"it has {size} bytes, and its header promises {promised}"
+        raise UserError(f"{path} is damaged: {sizes}; make the data again with prepare.py")
     return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(count,)) if count else np.empty(0, dtype)
 
 
 def is_own_shard(path):
     """Whether prepare.py wrote a file, judged by its first bytes."""
-    return _head(path).startswith(MAGIC)
-
-
-def _head(path):
     with open(path, "rb") as file:
-        return file.read(1024)
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def read_meta(data_dir):
@@ -168,24 +149,18 @@ def read_meta(data_dir):
         return {}
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        return meta | {
-            "vocab_size": int(meta["vocab_size"]),
-            "splits": {name: meta["splits"][name] for name in ("train", "val")},
-        }
+        splits = {name: meta["splits"][name] for name in ("train", "val")}
+        return meta | {"vocab_size": int(meta["vocab_size"]), "splits": splits}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged ({type(error).__name__}: {error}); remove it and make the data again with prepare.py"
-        ) from error
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is damaged ({why}); remove it and make the data again with prepare.py") from error
 
 
 def vocab_size_of(data_dir, make_command):
     """The vocabulary size of a data folder."""
-    meta = read_meta(_folder(data_dir, make_command))
-    if not meta:
-        raise UserError(
-            f"{data_dir} has no meta.json to take vocab_size from; set --vocab_size, or finish: {make_command}"
-        )
-    return meta["vocab_size"]
+    if meta := read_meta(_folder(data_dir, make_command)):
+        return meta["vocab_size"]
+    raise UserError(f"{data_dir} has no meta.json with its vocab_size; set --vocab_size, or finish: {make_command}")
 
 
 def prepare_command(cfg):
@@ -199,8 +174,7 @@ def _folder(data_dir, make_command):
     if data_dir is None:
         raise UserError("data_dir is none; set it to a folder that prepare.py made")
     if not Path(data_dir).is_dir():
-        what = "is no folder" if Path(data_dir).exists() else "does not exist"
-        raise UserError(f"data_dir {data_dir} {what}; make it: {make_command}")
+        raise UserError(f"data_dir {data_dir} does not exist or is no folder; make it: {make_command}")
     return Path(data_dir)
 
 
@@ -210,10 +184,9 @@ def _fault(folder, split, paths, meta):
         return "holds an unfinished prepare"
     if not paths:
         return f"holds no {split} tokens"
-    if not meta:
-        unfinished = any(map(is_own_shard, paths))
-        return "holds shards but no meta.json, which comes last: an unfinished prepare" if unfinished else None
-    odd = sorted({path.name for path in paths} ^ set(meta["splits"][split]["shards"]))
+    if not meta and any(map(is_own_shard, paths)):
+        return "holds shards but no meta.json, which comes last: an unfinished prepare"
+    odd = sorted({path.name for path in paths} ^ set(meta["splits"][split]["shards"])) if meta else []
     return f"does not hold the {split} shards of its meta.json: {', '.join(odd)} is missing or extra" if odd else None
 
 
@@ -228,10 +201,8 @@ class Split:
         if fault := _fault(folder, split, self.paths, meta):
             raise UserError(f"{folder} {fault}; make the data: {make_command}")
         if meta and meta["vocab_size"] > vocab_size:
-            raise UserError(
-                f"vocab_size is {vocab_size}, but {folder} was made with a vocabulary of {meta['vocab_size']}; "
-                f"set vocab_size to that, or to none, or prepare the data with the tokenizer of the initial weights"
-            )
+            sizes = f"vocab_size is {vocab_size}, and {folder} has a vocabulary of {meta['vocab_size']}"
+            raise UserError(f"{sizes}; set vocab_size to none, or prepare the data with the initial weights' tokenizer")
         self.shards = [open_shard(path) for path in self.paths]
         for path, shard in zip(self.paths, self.shards) if meta else ():
             if len(shard) != (promised := meta["splits"][split]["shards"][path.name]):
@@ -244,9 +215,8 @@ class Split:
         """A hash of the shards' names, sizes and ends, by which a resumed run recognizes its data."""
         digest = hashlib.sha256()
         for path, shard in zip(self.paths, self.shards):
-            digest.update(
-                f"{path.name} {len(shard)} {shard.dtype} ".encode() + shard[:2048].tobytes() + shard[-2048:].tobytes()
-            )
+            digest.update(f"{path.name} {len(shard)} {shard.dtype} ".encode())
+            digest.update(shard[:2048].tobytes() + shard[-2048:].tobytes())
         return digest.hexdigest()[:16]
 
     def release_pages(self):
@@ -259,10 +229,8 @@ class Split:
         """Fills row with the tokens of a shard that begin at start."""
         row[:] = self.shards[shard][start : start + len(row)]
         if row.max() >= self.vocab_size:
-            raise UserError(
-                f"{self.paths[shard]} holds token {row.max()}, but vocab_size is {self.vocab_size}; "
-                f"set vocab_size to the tokenizer's or make the data again"
-            )
+            here = f"{self.paths[shard]} holds token {row.max()}, but vocab_size is {self.vocab_size}"
+            raise UserError(f"{here}; set vocab_size to the tokenizer's or make the data again")
 
 
 # ---- the order of training
@@ -303,10 +271,8 @@ class TrainOrder:
         self.ends = np.cumsum([max(0, len(shard) // stride - 1) for shard in split.shards])
         self.per_epoch = int(self.ends[-1])
         if self.per_epoch == 0:
-            raise UserError(
-                f"the {split.name} split has no shard of 2 x {stride} tokens (its longest has "
-                f"{max(map(len, split.shards))}); lower seq_len or block_size, or add text"
-            )
+            lacks = f"no shard of 2 x {stride} tokens (its longest has {max(map(len, split.shards))})"
+            raise UserError(f"the {split.name} split has {lacks}; lower seq_len or block_size, or add text")
 
     def locate(self, numbers):
         """(shard, start) for each sequence number, as arrays."""
@@ -344,35 +310,21 @@ class Loader:
         """A step's micro-batches, tuples of the model's arguments on the device, and the seconds waited for them."""
         start = time.perf_counter()
         if self._thread is None:
-            self._ready, self._stop = queue.Queue(maxsize=self._ahead), threading.Event()
-            self._thread = threading.Thread(target=self._run, daemon=True, name="loader")
-            self._thread.start()
-        step = self._ready.get()
+            self._thread, self._steps, self._ready = ThreadPoolExecutor(1, "loader"), self._read(), collections.deque()
+        while len(self._ready) <= self._ahead:
+            self._ready.append(self._thread.submit(next, self._steps))
+        step = self._ready.popleft().result()  # raises what reading raised
         waited = time.perf_counter() - start
-        if isinstance(step, Exception):
-            raise step
         return [tuple(part.to(self._device, non_blocking=True) for part in batch) for batch in step], waited
 
     def close(self):
         """Ends the thread."""
-        if self._thread is None:
-            return
-        self._stop.set()
-        while self._thread.is_alive():
-            with contextlib.suppress(queue.Empty):
-                self._ready.get(timeout=0.05)
-        self._thread = None
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+            self._thread = None
 
-    def _run(self):
-        try:
-            for step in self._steps():
-                self._ready.put(step)
-                if self._stop.is_set():
-                    return
-        except Exception as error:  # next() raises it
-            self._ready.put(error)
-
-    def _steps(self):
+    def _read(self):
+        """Yields the micro-batches of each step, in main memory."""
         B, width = self._micro_batch_size, self._objective.stride + self._objective.extra
         per_step, pins = B * self._ranks * self._micro_steps, self._device.type == "cuda"
         while True:
@@ -420,10 +372,8 @@ def eval_batches(split, objective, eval_tokens, batch_size, rank, ranks):
     the same number of batches, have no targets.
     """
     if split.tokens < 2:
-        raise UserError(
-            f"the {split.name} split has {split.tokens} tokens; evaluation needs at least 2: "
-            f"raise --val_fraction of prepare.py"
-        )
+        needs = "evaluation needs at least 2: raise --val_fraction of prepare.py"
+        raise UserError(f"the {split.name} split has {split.tokens} tokens; {needs}")
     places, left = [], eval_tokens
     for shard, tokens in enumerate(split.shards):
         here = min(left, max(0, len(tokens) - objective.extra))

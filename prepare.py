@@ -28,7 +28,7 @@ from typing import Literal
 import numpy as np
 
 from config import UserError, as_dict, only, run_script
-from data import DataConfig, ShardWriter, is_own_shard, open_shard, read_meta, sha256
+from data import DataConfig, ShardWriter, below_one, is_own_shard, open_shard, read_meta, sha256
 from text.corpus import DATASETS, Corpus
 from text.tokenizer import END_OF_TEXT, SMALLEST_BPE, load_tokenizer, train_bpe
 
@@ -53,14 +53,10 @@ class PrepareConfig:
         wrong = []
         if not 0 < self.val_fraction < 1:
             wrong.append(f"val_fraction is {self.val_fraction}; it must be above 0 and below 1")
-        for name in ("shard_tokens", "max_shards", "workers"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                wrong.append(f"{name} is {getattr(self, name)}; it must be at least 1")
+        wrong += below_one(self, "shard_tokens", "max_shards", "workers")
         if self.input is None and self.dataset is None:
-            wrong.append(
-                f"neither input nor dataset is set; name your text by --input=FILE, or a corpus by --dataset=, one of "
-                f"{', '.join(DATASETS)}, fineweb10b"
-            )
+            names = ", ".join([*DATASETS, "fineweb10b"])
+            wrong.append(f"neither input nor dataset is set; give --input=FILE, or --dataset=, one of {names}")
         if self.input is not None and self.dataset in DATASETS:
             wrong.append(f"input {self.input} and dataset {self.dataset} are both set; give one")
         if self.dataset == "fineweb10b" and self.tokenizer != "gpt2":
@@ -86,10 +82,8 @@ def main(cfg):
     settings = {k: v for k, v in as_dict(cfg).items() if k not in ("data_dir", "workers", "max_shards")}
     if meta := read_meta(folder):
         if meta.get("settings") != settings:
-            raise UserError(
-                f"{folder} already holds data, made by: {meta.get('command')}; "
-                f"use another --data_dir, or remove it first"
-            )
+            made = f"{folder} already holds data, made by: {meta.get('command')}"
+            raise UserError(f"{made}; use another --data_dir, or remove it first")
         return print(f"{folder} is already prepared:\n{summary(meta)}")
     corpus = Corpus(cfg.prepare, folder)
     clear_unfinished(folder)
@@ -97,10 +91,8 @@ def main(cfg):
     meta = {"settings": settings, "command": shlex.join(["python", *sys.argv])}
     meta |= tokenize(corpus, tokenizer_name, cfg.prepare, folder)
     write_meta(folder, meta)
-    print(summary(meta))
-    for reason, count in (corpus.skipped + collections.Counter(meta["notes"])).items():
-        print(f"  {count:,} {reason}")
-    print(f"written to {folder}")
+    notes = [f"  {count:,} {reason}" for reason, count in (corpus.skipped + meta["notes"]).items()]
+    print(summary(meta), *notes, f"written to {folder}", sep="\n")
 
 
 def default_folder(cfg):
@@ -117,7 +109,7 @@ def make_tokenizer(cfg, corpus, folder):
     saved = folder / "tokenizer.json"
     if cfg.tokenizer == "bpe":
         print(f"training a BPE with a vocabulary of {cfg.bpe_vocab_size}", flush=True)
-        train_bpe(_texts(corpus), cfg.bpe_vocab_size, saved)
+        train_bpe(_training_texts(corpus), cfg.bpe_vocab_size, saved)
         return str(saved)
     tokenizer = load_tokenizer(cfg.tokenizer)
     if tokenizer.saved is None:
@@ -126,13 +118,11 @@ def make_tokenizer(cfg, corpus, folder):
     return str(saved)
 
 
-def _texts(corpus):
+def _training_texts(corpus):
     seen = 0
-    for split, piece, _ in corpus.pieces():
-        if split == "train":
-            seen += len(piece)
-            yield piece.decode("utf-8", errors="replace")
-        if seen >= BPE_BYTES:
+    for piece in (piece for split, piece, _ in corpus.pieces() if split == "train"):
+        yield piece.decode("utf-8", errors="replace")
+        if (seen := seen + len(piece)) >= BPE_BYTES:
             return
 
 
@@ -140,33 +130,24 @@ def tokenize(corpus, tokenizer_name, cfg, folder):
     """Encodes the corpus and writes its shards; returns their entries of meta.json."""
     tokenizer = load_tokenizer(tokenizer_name)
     if tokenizer.eot is None:
-        raise UserError(
-            f"the tokenizer {cfg.tokenizer} has no end-of-text token; its special tokens are "
-            f"{', '.join(tokenizer.specials) or 'none'}; use one that has {', '.join(END_OF_TEXT[:3])} or the like"
-        )
+        lacks = f"no end-of-text token; its special tokens are {', '.join(tokenizer.specials) or 'none'}"
+        raise UserError(f"the tokenizer {cfg.tokenizer} has {lacks}; use one with {', '.join(END_OF_TEXT)}")
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     writers = {split: ShardWriter(folder, split, dtype, cfg.shard_tokens) for split in ("train", "val")}
     counts = {split: collections.Counter(documents=0, tokens=0, bytes=0) for split in writers}
     notes = collections.Counter()
-    for split, tokens, n_documents, n_bytes, n_bad in encoded(corpus, tokenizer_name, dtype, cfg.workers):
+    for split, tokens, count, n_bad in encoded(corpus, tokenizer_name, dtype, cfg.workers):
         writers[split].write(tokens)
-        counts[split].update(documents=n_documents, tokens=len(tokens), bytes=n_bytes)
+        counts[split].update(count, tokens=len(tokens))
         notes.update({"pieces with bytes that are not UTF-8, replaced by U+FFFD": n_bad} if n_bad else {})
     for split, count in counts.items():
         if not count["tokens"]:
-            raise UserError(
-                f"none of {sum(c['documents'] for c in counts.values()):,} documents fell into the {split} split; "
-                f"change --val_fraction={cfg.val_fraction}"
-            )
-    meta = {
-        "vocab_size": tokenizer.vocab_size,
-        "specials": tokenizer.specials,
-        "tokenizer": tokenizer_name,
-        "notes": notes,
-    }
+            raise UserError(f"no document fell into the {split} split; change --val_fraction={cfg.val_fraction}")
+    meta = {"vocab_size": tokenizer.vocab_size, "specials": tokenizer.specials, "tokenizer": tokenizer_name}
+    meta["notes"] = notes
     if tokenizer_name.endswith(".json"):  # make_tokenizer has put it beside the shards
         meta |= {"tokenizer": "tokenizer.json", "tokenizer_sha256": sha256(tokenizer_name)}
-    meta["splits"] = {split: dict(counts[split]) | {"shards": writers[split].finish()} for split in writers}
+    meta["splits"] = {split: {**counts[split], "shards": writers[split].finish()} for split in writers}
     if len(tokenizer.continuations):
         meta["continuations"] = tokenizer.continuations  # for whole-word masking
     return meta
@@ -174,10 +155,8 @@ def tokenize(corpus, tokenizer_name, cfg, folder):
 
 def encoded(corpus, tokenizer_name, dtype, workers):
     """Yields the results of _encode over the corpus, in order, by several processes and with a progress bar."""
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise UserError("prepare.py needs tqdm; install it with: pip install tqdm") from error
+    from tqdm import tqdm
+
     workers = min(workers or os.cpu_count(), 4 * os.cpu_count())  # more would only cost memory
     # fork where it is safe; spawn imports everything anew in each process, which takes seconds
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -192,7 +171,7 @@ def encoded(corpus, tokenizer_name, dtype, workers):
             if pending and (group is None or len(pending) > 2 * workers):
                 for result in pending.popleft().result():
                     yield result
-                    progress.update(result[3])
+                    progress.update(result[2]["bytes"])
 
 
 def _grouped(pieces):
@@ -222,22 +201,20 @@ def _end_with_parent():
 
 
 def _encode(group, tokenizer_name, dtype):
-    """A group of pieces as [(split, tokens, documents, bytes, pieces with bad UTF-8)]."""
-    tokenizer = _loaded_once(tokenizer_name)
-    results = []
+    """A group of pieces as [(split, tokens, {"documents": number, "bytes": number}, pieces with bad UTF-8)]."""
+    tokenizer, results = _loaded_once(tokenizer_name), []
     for split, pieces in itertools.groupby(group, key=lambda piece: piece[0]):
-        tokens, n_documents, n_bytes, n_bad = [], 0, 0, 0
+        parts, count, n_bad = [], collections.Counter(), 0
         for _, piece, last in pieces:
             try:
                 text = piece.decode("utf-8")
             except UnicodeDecodeError:
                 text, n_bad = piece.decode("utf-8", errors="replace"), n_bad + 1
-            tokens.append(tokenizer.encode(text).astype(dtype))
-            n_bytes += len(piece)
+            parts.append(tokenizer.encode(text).astype(dtype))
             if last:
-                tokens.append(np.array([tokenizer.eot], dtype))
-                n_documents += 1
-        results.append((split, np.concatenate(tokens), n_documents, n_bytes, n_bad))
+                parts.append(np.array([tokenizer.eot], dtype))
+            count.update(documents=last, bytes=len(piece))
+        results.append((split, np.concatenate(parts), count, n_bad))
     return results
 
 
@@ -247,16 +224,11 @@ def _encode(group, tokenizer_name, dtype):
 def clear_unfinished(folder):
     """Removes the files of an interrupted prepare; refuses a folder with other token files."""
     make_folder(folder)
-    named = re.compile(r"(train|val)_\d{6}\.bin")
-    leftovers = [
-        p for p in folder.iterdir() if p.name.endswith(".part") or (named.fullmatch(p.name) and is_own_shard(p))
-    ]
-    if foreign := sorted(p.name for p in folder.glob("*.bin") if p not in leftovers):
-        raise UserError(
-            f"{folder} holds token files that prepare.py did not write: {', '.join(foreign[:3])}; "
-            f"use another --data_dir"
-        )
-    for path in leftovers:
+    shards = [p for p in folder.glob("*.bin") if re.fullmatch(r"(train|val)_\d{6}\.bin", p.name) and is_own_shard(p)]
+    if foreign := sorted(p.name for p in folder.glob("*.bin") if p not in shards):
+        files = f"token files that prepare.py did not write: {', '.join(foreign[:3])}"
+        raise UserError(f"{folder} holds {files}; use another --data_dir")
+    for path in [*shards, *folder.glob("*.part")]:
         path.unlink()
 
 
@@ -278,17 +250,12 @@ def write_meta(folder, meta):
 
 def summary(meta):
     """A table of the splits."""
-    lines = [
-        f"tokenizer {meta['tokenizer']}, vocabulary of {meta['vocab_size']:,}",
-        f"{'split':<8}{'documents':>12}{'tokens':>16}{'bytes':>17}{'bytes/token':>15}{'shards':>8}",
-    ]
+    rows = [("split", "documents", "tokens", "bytes", "bytes/token", "shards")]
     for split, s in meta["splits"].items():
         text_bytes, ratio = (f"{s['bytes']:,}", f"{s['bytes'] / s['tokens']:.3f}") if s.get("bytes") else ("?", "?")
-        lines.append(
-            f"{split:<8}{s.get('documents') or '?':>12}{s['tokens']:>16,}{text_bytes:>17}{ratio:>15}"
-            f"{len(s['shards']):>8}"
-        )
-    return "\n".join(lines)
+        rows.append((split, s.get("documents") or "?", f"{s['tokens']:,}", text_bytes, ratio, len(s["shards"])))
+    lines = ["{:<8}{:>12}{:>16}{:>17}{:>15}{:>8}".format(*row) for row in rows]
+    return "\n".join([f"tokenizer {meta['tokenizer']}, vocabulary of {meta['vocab_size']:,}", *lines])
 
 
 def fetch_fineweb(cfg, folder):
@@ -308,39 +275,27 @@ def fetch_fineweb(cfg, folder):
         split = splits.setdefault("val" if "val" in path.name else "train", {"tokens": 0, "shards": {}})
         split["shards"][path.name] = len(open_shard(path))
         split["tokens"] += split["shards"][path.name]
-    meta = {
-        "vocab_size": 50257,
-        "tokenizer": "gpt2",
-        "specials": {"<|endoftext|>": 50256},
-        "splits": splits,
-        "command": shlex.join(["python", *sys.argv]),
-    }
-    write_meta(folder, meta)
-    print(summary(meta))
-    print(f"written to {folder}")
+    meta = {"vocab_size": 50257, "tokenizer": "gpt2", "specials": {"<|endoftext|>": 50256}, "splits": splits}
+    write_meta(folder, meta | {"command": shlex.join(["python", *sys.argv])})
+    print(summary(meta), f"written to {folder}", sep="\n")
 
 
 def _fetch(name, source, folder):
-    partial = folder / f"{name}.part"
     if source is not None:
         if not (Path(source) / name).is_file():
             raise UserError(f"{source} holds no {name}; give the folder of the shards, or a smaller --max_shards")
-        shutil.copyfile(Path(source) / name, partial)
-        os.replace(partial, folder / name)
+        shutil.copyfile(Path(source) / name, folder / f"{name}.part")
+        os.replace(folder / f"{name}.part", folder / name)
         return
     try:
         import huggingface_hub
-    except ImportError as error:
-        raise UserError(
-            "dataset fineweb10b needs huggingface_hub; install it with: pip install huggingface_hub"
-        ) from error
-    try:
+
         huggingface_hub.hf_hub_download("kjj0/fineweb10B-gpt2", name, repo_type="dataset", local_dir=folder)
-    except (OSError, huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError) as error:
-        raise UserError(
-            f"{name} could not be downloaded from the Hugging Face hub ({type(error).__name__}); try again, or, "
-            f"without a network, name a folder of the shards by --input="
-        ) from error
+    except ImportError as error:
+        raise UserError("fineweb10b needs huggingface_hub; install it with: pip install huggingface_hub") from error
+    except OSError as error:  # the hub's errors are OSErrors
+        failed = f"{name} could not be downloaded from the Hugging Face hub ({type(error).__name__})"
+        raise UserError(f"{failed}; try again, or set --input= to a folder that holds it") from error
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def test_loader_tells_its_mistakes_where_the_batch_is_asked_for(tmp_path):
 def test_closed_loader_leaves_no_thread(split):
     loader = Loader(TrainOrder(split, T, 1), NextToken(T), 0, 2, 3, world())
     loader.next()
-    thread = loader._thread
+    [thread] = loader._thread._threads
     loader.close()
     assert not thread.is_alive()
 

@@ -516,6 +516,8 @@ def test_damaged_parquet_file_is_named(text_file, tmp_path):
     ("--val_fraction=0", "val_fraction is 0.0; it must be above 0 and below 1"),
     ("--val_fraction=1", "val_fraction is 1.0; it must be above 0 and below 1"),
     ("--shard_tokens=0", "shard_tokens is 0; it must be at least 1"),
+    ("--bpe_vocab_size=260", "bpe_vocab_size is 260; it must be 261 to"),
+    ("--bpe_vocab_size=0", "bpe_vocab_size is 0; it must be 261 to"),
     ("--doc_separator=", "--doc_separator must be text or none"),
     ("--tokenizer=gpt-2", "tokenizer 'gpt-2' is unknown"),
     ("--dataset=shakespeare", "dataset shakespeare are both set; give one"),

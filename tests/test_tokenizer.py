@@ -212,12 +212,6 @@ def test_bpe_is_the_same_each_time_and_wherever_its_file_lies(tmp_path, bpe_file
         assert first.encode(text).tolist() == second.encode(text).tolist()
 
 
-@pytest.mark.parametrize("vocab_size", [0, 260])
-def test_bpe_smaller_than_its_bytes_is_refused(tmp_path, vocab_size):
-    with pytest.raises(UserError, match=f"bpe_vocab_size is {vocab_size}; it must be at least 261"):
-        train_bpe(["ab"], vocab_size, tmp_path / "t.json")
-
-
 # ---- WordPiece
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -5,7 +5,6 @@ does not grow with the corpus, only with the longest line of a .jsonl file or do
 """
 
 import collections
-import contextlib
 import glob
 import gzip
 import hashlib
@@ -23,6 +22,7 @@ from pathlib import Path
 from config import UserError
 
 PIECE_BYTES = 1 << 20  # long documents are read in pieces of about this size
+# Tiny Shakespeare, 1.1 MB of plays
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 
@@ -34,13 +34,8 @@ def stdlib_files(_):
     return sorted(path for path in files if path.is_file())
 
 
-def shakespeare_files(folder):
-    """Tiny Shakespeare, 1.1 MB of plays."""
-    return [download(SHAKESPEARE, folder / "download")]
-
-
 # A dataset's name: a function that returns the paths of its files; what it downloads goes below the given folder.
-DATASETS = {"stdlib": stdlib_files, "shakespeare": shakespeare_files}
+DATASETS = {"stdlib": stdlib_files, "shakespeare": lambda folder: [download(SHAKESPEARE, folder / "download")]}
 
 
 class Corpus:
@@ -96,45 +91,62 @@ class Corpus:
         """Yields (key, iterable of its bytes) for each document that is not empty."""
         for path in self.files:
             try:
-                for key, text in self._read(path):
+                for text in self._read(path):
                     if not text:
                         self.skipped["empty documents"] += 1
+                    elif isinstance(text, bytes):
+                        yield text, [text]
                     else:
-                        yield key, [text] if isinstance(text, bytes) else text
+                        yield str(path.relative_to(self.root)).encode(), text
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 self.skipped[f"files cut short or damaged: {path} ({error})"] += 1
 
     def _read(self, path):
-        name, field = path.name, self.cfg.text_field
-        if name.endswith((".jsonl", ".jsonl.gz")):
-            with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as lines:
-                for line in lines:
-                    if (text := self._json_text(line)) is not None:
-                        yield text, text
-        elif name.endswith(".parquet"):
-            yield from ((text, text) for text in _parquet_texts(path, field, self.skipped))
+        """Yields the documents of a file as bytes; a file that is one document as FilePieces."""
+        if path.name.endswith((".jsonl", ".jsonl.gz")):
+            with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
+                yield from self._json_texts(filter(bytes.strip, lines))
+        elif path.suffix == ".parquet":
+            yield from self._parquet_texts(path)
         elif self.cfg.doc_separator is not None:
-            for text in _split_file(path, self.cfg.doc_separator.replace("\\n", "\n").encode()):
-                yield text, text
+            yield from _split_file(path, self.cfg.doc_separator.replace("\\n", "\n").encode())
         else:
-            key = str(path.relative_to(self.root)).encode()
-            yield key, FilePieces(path) if path.stat().st_size else b""
+            yield FilePieces(path) if path.stat().st_size else b""
 
-    def _json_text(self, line):
-        if not line.strip():
-            return None
-        try:
-            value = json.loads(line)
-        except ValueError:  # includes bad UTF-8
-            self.skipped["lines that are not JSON"] += 1
-            return None
-        text = value.get(self.cfg.text_field) if isinstance(value, dict) else None
-        if not isinstance(text, str):
+    def _json_texts(self, lines):
+        for line in lines:
+            try:
+                value = json.loads(line)
+            except ValueError:  # includes bad UTF-8
+                self.skipped["lines that are not JSON"] += 1
+                continue
+            fields = value if isinstance(value, dict) else {}
+            if isinstance(text := fields.get(self.cfg.text_field), str):
+                yield text.encode("utf-8", errors="replace")
+                continue
             self.skipped[f"lines without text in the field {self.cfg.text_field!r}"] += 1
-            if isinstance(value, dict) and len(self.fields) < 20:
-                self.fields |= {name: None for name, text in value.items() if isinstance(text, str)}
-            return None
-        return text.encode("utf-8", errors="replace")
+            if len(self.fields) < 20:
+                self.fields |= {name: None for name, text in fields.items() if isinstance(text, str)}
+
+    def _parquet_texts(self, path):
+        field = self.cfg.text_field
+        try:
+            import pyarrow.parquet
+
+            file = pyarrow.parquet.ParquetFile(path)
+        except ImportError as error:
+            raise UserError(f"{path} needs pyarrow; install it with: pip install pyarrow") from error
+        except pyarrow.ArrowInvalid as error:
+            raise UserError(f"{path} is no readable parquet file ({error}); download or write it again") from error
+        with file:
+            if field not in (columns := file.schema_arrow.names):
+                raise UserError(f"{path} has no column {field!r}; set --text_field to one of: {', '.join(columns)}")
+            for batch in file.iter_batches(batch_size=256, columns=[field]):
+                for text in batch.column(0).to_pylist():
+                    if isinstance(text, str):
+                        yield text.encode("utf-8", errors="replace")
+                    else:
+                        self.skipped[f"rows without text in the column {field!r}"] += 1
 
 
 class FilePieces:
@@ -151,22 +163,18 @@ class FilePieces:
         with open(self.path, "rb") as file:
             while block := file.read(PIECE_BYTES):
                 rest += block
-                if cut := self._cut(rest):
-                    yield rest[:cut]
-                    rest = rest[cut:]
+                if word := re.match(rb"(?s).*[0-9A-Za-z](?=\s)", rest):
+                    cut = word.end()
+                elif len(rest) >= 16 * PIECE_BYTES:
+                    cut = len(rest) - 1
+                    while rest[cut] & 0xC0 == 0x80 and cut > len(rest) - 4:  # not inside a UTF-8 character
+                        cut -= 1
+                else:
+                    continue
+                yield rest[:cut]
+                rest = rest[cut:]
         if rest:
             yield rest
-
-    def _cut(self, text):
-        """Where to cut the text; 0: read more first."""
-        if word := re.match(rb"(?s).*[0-9A-Za-z](?=\s)", text):
-            return word.end()
-        if len(text) < 16 * PIECE_BYTES:
-            return 0
-        end = len(text) - 1
-        while text[end] & 0xC0 == 0x80 and end > len(text) - 4:  # not inside a UTF-8 character
-            end -= 1
-        return end
 
 
 def find_files(where, folder):
@@ -199,9 +207,7 @@ def download(url, folder):
                 if getattr(response, "length", None):  # bytes that the server promised and did not send
                     raise ConnectionError(f"cut short {response.length:,} bytes before its end")
         except (OSError, ValueError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
-            raise UserError(
-                f"{url} could not be fetched ({error}); download it by hand and name the file by --input="
-            ) from error
+            raise UserError(f"{url} could not be fetched ({error}); get it by hand and set --input= to it") from error
         os.replace(partial, path)
     return path
 
@@ -219,36 +225,9 @@ def _split_file(path, separator):
     yield bytes(rest)
 
 
-def _parquet_texts(path, field, skipped):
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{path} needs pyarrow; install it with: pip install pyarrow") from error
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is no readable parquet file ({error}); download or write it again") from error
-    with contextlib.closing(file):
-        if field not in file.schema_arrow.names:
-            raise UserError(
-                f"{path} has no column {field!r}; set --text_field to one of: {', '.join(file.schema_arrow.names)}"
-            )
-        for batch in file.iter_batches(batch_size=256, columns=[field]):
-            for text in batch.column(0).to_pylist():
-                if isinstance(text, str):
-                    yield text.encode("utf-8", errors="replace")
-                else:
-                    skipped[f"rows without text in the column {field!r}"] += 1
-
-
 def _mark_last(items):
     """Yields (item, whether it is the last)."""
-    items = iter(items)
-    item = next(items, None)
-    while item is not None:
-        following = next(items, None)
-        yield item, following is None
-        item = following
+    return ((item, after is None) for item, after in itertools.pairwise(itertools.chain(items, [None])))
 
 
 def _unit_hash(key):

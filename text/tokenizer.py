@@ -9,7 +9,6 @@ import collections
 import json
 import re
 import secrets
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +21,14 @@ BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 END_OF_TEXT = ("<|endoftext|>", "[SEP]", "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")
 SMALLEST_BPE = 256 + len(SPECIALS)  # vocabulary size of a bpe without merges
 
+# Parts of a tokenizer.json that frame, cut or fill a text's ids, left out
+PLAIN = {"post_processor": None, "truncation": None, "padding": None}
 # GPT-2's pattern for words, within which bytes merge; `tokenizers` calls it ByteLevel.
 GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+"""
 
 
 class Tokenizer:
-    """Base class. specials maps the names of special tokens to their ids."""
+    """Base class. A subclass adds encode(text), which gives the ids as a numpy array."""
 
     space_begins_word = False  # whether a word's first token contains the space before it
     continuations = ()  # ids of tokens that continue a word; only WordPiece has them
@@ -35,17 +36,21 @@ class Tokenizer:
     before_text = None  # id that precedes a text to be scored; none: end-of-text
     saved = None  # the tokenizer.json as a dict, where there is one
 
-    def __init__(self, name, vocab_size, specials):
-        self.name, self.vocab_size, self.specials = name, vocab_size, specials
-
-    @property
-    def eot(self):
-        """Id of the end-of-text token, for BERT [SEP]; None where there is none."""
-        return next((self.specials[name] for name in END_OF_TEXT if name in self.specials), None)
+    def __init__(self, name, texts, specials):
+        """texts: {id: its UTF-8 bytes}; specials: {special token's name: its id}."""
+        self.name, self.specials = name, specials
+        self._bytes = {id_: special.encode() for special, id_ in specials.items()} | texts
+        self.vocab_size = 1 + max(self._bytes)
+        # id of the end-of-text token, for BERT [SEP]; None where there is none
+        self.eot = next((specials[name] for name in END_OF_TEXT if name in specials), None)
 
     def decode(self, ids):
         """The text of ids; invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids):
+        """The UTF-8 bytes of ids, which may end inside a character; unused ids give none, special ones their names."""
+        return b"".join(self._bytes.get(int(i), b"") for i in ids)
 
     def save(self, path):
         """Writes the tokenizer.json, which Hugging Face's libraries read too."""
@@ -56,16 +61,12 @@ class ByteTokenizer(Tokenizer):
     """One id per UTF-8 byte."""
 
     def __init__(self):
-        super().__init__("byte", 256 + len(SPECIALS), {name: 256 + i for i, name in enumerate(SPECIALS)})
-        self._names = {id_: name.encode() for name, id_ in self.specials.items()}
+        specials = {name: 256 + i for i, name in enumerate(SPECIALS)}
+        super().__init__("byte", {i: bytes((i,)) for i in range(256)}, specials)
 
     def encode(self, text):
         """The ids of a text, as a numpy array."""
         return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8)
-
-    def decode_bytes(self, ids):
-        """The UTF-8 bytes of ids, special tokens by name; they may end inside a character."""
-        return b"".join(bytes((i,)) if i < 256 else self._names[i] for i in ids)
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -74,11 +75,9 @@ class TiktokenTokenizer(Tokenizer):
     space_begins_word = True
 
     def __init__(self, name, encoding, saved=None):
-        super().__init__(name, encoding.n_vocab, dict(encoding._special_tokens))
+        texts = {rank: token for token, rank in encoding._mergeable_ranks.items()}
+        super().__init__(name, texts, dict(encoding._special_tokens))
         self.encoding, self.saved = encoding, saved
-        self._unused = set(range(encoding.n_vocab)).difference(
-            encoding._mergeable_ranks.values(), self.specials.values()
-        )
 
     def encode(self, text):
         """The ids of a text, as a numpy array."""
@@ -90,19 +89,11 @@ class TiktokenTokenizer(Tokenizer):
             half = len(text) // 2
             return np.concatenate([self.encode(text[:half]), self.encode(text[half:])])
 
-    def decode_bytes(self, ids):
-        """The UTF-8 bytes of ids, special tokens by name; they may end inside a character.
-
-        Unused ids, such as 100256 in cl100k_base, give no bytes.
-        """
-        return self.encoding.decode_bytes([i for i in ids if i not in self._unused] if self._unused else ids)
-
 
 class WordPieceTokenizer(Tokenizer):
     """BERT's WordPiece, by tokenizers; an uncased vocabulary loses capitals and accents."""
 
     def __init__(self, name, saved):
-        """saved: a tokenizer.json as a dict; its special tokens never match in text."""
         import tokenizers
 
         vocab = saved["model"]["vocab"]
@@ -110,73 +101,52 @@ class WordPieceTokenizer(Tokenizer):
             raise UserError(f"its vocabulary lacks {', '.join(missing)}")
         if sorted(vocab.values()) != list(range(len(vocab))):
             raise UserError("its ids are not 0, 1, 2 and so on, each once")
-        super().__init__(name, len(vocab), {special: vocab[special] for special in BERT_SPECIALS})
+        # A space before each word: WordPiece does not keep the original spacing.
+        texts = {id_: token[2:] if token.startswith("##") else f" {token}" for token, id_ in vocab.items()}
+        texts = {id_: text.encode() for id_, text in texts.items()}
+        super().__init__(name, texts, {special: vocab[special] for special in BERT_SPECIALS})
         self.continuations = sorted(id_ for token, id_ in vocab.items() if token.startswith("##"))
-        self.saved, self._tokens = saved, {id_: token for token, id_ in vocab.items()}
-        plain = saved | {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-        self._wordpiece = tokenizers.Tokenizer.from_str(json.dumps(plain))
+        plain = saved | PLAIN | {"added_tokens": []}  # no special token matches in text
+        self.saved, self._wordpiece = saved, tokenizers.Tokenizer.from_str(json.dumps(plain))
 
     def encode(self, text):
         """The ids of a text, as a numpy array; a word outside the vocabulary is [UNK]."""
         text = text.encode("utf-8", errors="replace").decode("utf-8")  # tokenizers refuses half a surrogate pair
         return np.array(self._wordpiece.encode_batch_fast([text])[0].ids, dtype=np.uint32)
 
-    def decode_bytes(self, ids):
-        """The UTF-8 bytes of ids, a space before each word: WordPiece does not keep the original spacing."""
-        tokens = [self._tokens[int(i)] for i in ids]
-        return "".join(token[2:] if token.startswith("##") else " " + token for token in tokens).encode()
-
 
 class FileTokenizer(Tokenizer):
     """Any tokenizer.json, by tokenizers; it gives the same ids as Hugging Face's libraries."""
 
     def __init__(self, name, saved):
-        """saved: a tokenizer.json as a dict."""
         import tokenizers
 
         harmless, names = _with_secret_specials(saved)
         self.saved, self._tokenizer = saved, tokenizers.Tokenizer.from_str(json.dumps(harmless))
-        self._vocab, model = self._tokenizer.get_vocab(with_added_tokens=True), saved["model"]
-        specials = {name: self._vocab.pop(secret) for name, secret in names.items()}
-        if not self._vocab:
+        vocab, model = self._tokenizer.get_vocab(with_added_tokens=True), saved["model"]
+        specials = {name: vocab.pop(secret) for name, secret in names.items()}
+        if not vocab:
             raise UserError("its vocabulary is empty")
-        super().__init__(name, 1 + max([*self._vocab.values(), *specials.values()]), specials)
-        self._decode_token = _decoder_of_tokens(saved.get("decoder"))
+        # The first word keeps the space that a decoder such as Llama 2's removes.
+        decode_token = _decoder_of_tokens(saved.get("decoder"))
+        texts = {id_: decode_token(token) for token, id_ in vocab.items()}
+        super().__init__(name, texts, specials)
+        self.space_begins_word = any(len(text) > 1 and text.startswith(b" ") for text in texts.values())
         # the characters of a character tokenizer without an unknown token
         lacks_unknown = model["type"] == "WordLevel" and model["unk_token"] not in model["vocab"]
-        self.alphabet = set(self._vocab) if lacks_unknown and max(map(len, self._vocab)) == 1 else None
-
-    @cached_property
-    def space_begins_word(self):
-        """Whether a word's first token contains the space before it."""
-        return any(len(token) > 1 and token.startswith(b" ") for token in self._bytes.values())
-
-    @cached_property
-    def _bytes(self):
-        texts = {id_: self._decode_token(token) for token, id_ in self._vocab.items()}
-        return texts | {id_: name.encode() for name, id_ in self.specials.items()}
+        self.alphabet = set(vocab) if lacks_unknown and max(map(len, vocab)) == 1 else None
 
     def encode(self, text):
         """The ids of a text, as a numpy array; UserError where the vocabulary lacks a character and has no [UNK]."""
         text = text.encode("utf-8", errors="replace").decode("utf-8")  # tokenizers refuses half a surrogate pair
         if self.alphabet is not None and (lacking := sorted(set(text) - self.alphabet)):
-            raise UserError(
-                f"the tokenizer {self.name} knows only {len(self.alphabet)} characters, and the text has others: "
-                f"{', '.join(map(repr, lacking[:5]))}; leave them out, or use another tokenizer"
-            )
+            others = f"{len(self.alphabet)} characters, and the text has others: {', '.join(map(repr, lacking[:5]))}"
+            raise UserError(f"the tokenizer {self.name} knows only {others}; leave them out, or use another tokenizer")
         try:
             encoded = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
         except Exception as error:  # tokenizers raises plain Exceptions
             raise UserError(f"the tokenizer {self.name} cannot encode the text ({error}); use another") from error
         return np.array(encoded.ids, dtype=np.uint32)
-
-    def decode_bytes(self, ids):
-        """The UTF-8 bytes of ids, special tokens by name; they may end inside a character.
-
-        The space of the first word's token is kept, as for a continuation; tokenizers such as Llama 2's insert it
-        before any text. Unused ids give no bytes.
-        """
-        return b"".join(self._bytes.get(int(i), b"") for i in ids)
 
 
 def load_tokenizer(name):
@@ -185,22 +155,17 @@ def load_tokenizer(name):
         return ByteTokenizer()
     if name.endswith((".json", ".txt")):
         return _tokenizer_of_file(Path(name))
-    try:
-        import tiktoken
-    except ImportError as error:
-        raise UserError(f"tokenizer {name} needs tiktoken; install it with: pip install tiktoken") from error
-    if name not in tiktoken.list_encoding_names():
-        raise UserError(
-            f"tokenizer {name!r} is unknown; use byte, bpe, the path of a tokenizer.json, "
-            f"BERT's vocab.txt, or one of tiktoken's: {', '.join(tiktoken.list_encoding_names())}"
-        )
+    import tiktoken
+
+    if name not in (names := tiktoken.list_encoding_names()):
+        known = f"byte, bpe, the path of a tokenizer.json, BERT's vocab.txt, or one of tiktoken's: {', '.join(names)}"
+        raise UserError(f"tokenizer {name!r} is unknown; use {known}")
     try:
         return TiktokenTokenizer(name, tiktoken.get_encoding(name))
     except OSError as error:  # requests' errors are OSErrors
         raise UserError(
-            f"tiktoken could not fetch the tokenizer {name!r} ({type(error).__name__}); try again, or, without a "
-            f"network, set TIKTOKEN_CACHE_DIR to a copy of another machine's cache folder, or use "
-            f"--tokenizer=byte or --tokenizer=bpe"
+            f"tiktoken could not fetch the tokenizer {name!r} ({type(error).__name__}); without a network, set "
+            f"TIKTOKEN_CACHE_DIR to a copy of another machine's, or use --tokenizer=byte or --tokenizer=bpe"
         ) from error
 
 
@@ -213,26 +178,23 @@ def train_bpe(texts, vocab_size, path):
         import tokenizers
     except ImportError as error:
         raise UserError("tokenizer bpe needs tokenizers; install it with: pip install tokenizers") from error
-    if vocab_size < SMALLEST_BPE:
-        raise UserError(
-            f"bpe_vocab_size is {vocab_size}; it must be at least {SMALLEST_BPE}: "
-            f"256 bytes and {len(SPECIALS)} special tokens"
-        )
-    words = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = words, tokenizers.decoders.ByteLevel()
+    bpe, alphabet = _byte_level(), tokenizers.pre_tokenizers.ByteLevel.alphabet()
     # Trained without special tokens, which come last: ids must be merge ranks for tiktoken.
-    bpe.train_from_iterator(
-        texts,
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size - len(SPECIALS),
-            initial_alphabet=words.alphabet(),
-            special_tokens=[],
-            show_progress=False,
-        ),
-    )
-    bpe.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in SPECIALS])
+    size = vocab_size - len(SPECIALS)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    bpe.add_special_tokens(list(SPECIALS))
     Path(path).write_text(json.dumps(json.loads(bpe.to_str()), ensure_ascii=False), encoding="utf-8")  # as save does
+
+
+def _byte_level(*vocab_and_merges):
+    """A BPE of GPT-2's kind in tokenizers."""
+    import tokenizers
+
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(*vocab_and_merges))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    return bpe
 
 
 def write_character_tokenizer(characters, path):
@@ -290,12 +252,8 @@ def _bpe_of_pair(path):
     import tokenizers
 
     vocab, merges = tokenizers.models.BPE.read_file(str(path), str(path.with_name("merges.txt")))
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    made = {left + right for left, right in merges}
-    specials = sorted((token for token in vocab if len(token) > 1 and token not in made), key=vocab.get)
-    bpe.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in specials])
+    bpe, made = _byte_level(vocab, merges), {left + right for left, right in merges}
+    bpe.add_special_tokens(sorted((token for token in vocab if len(token) > 1 and token not in made), key=vocab.get))
     return json.loads(bpe.to_str())
 
 
@@ -304,39 +262,34 @@ def _with_secret_specials(saved):
 
     They can't be removed: `tokenizers` would give their ids to other added tokens.
     """
-    vocab = saved["model"]["vocab"]
+    model, vocab = dict(saved["model"]), saved["model"]["vocab"]
     # Tokens for byte fallback must keep their names; where the vocabulary has them, they need not be added.
     fallback = {f"<0x{byte:02X}>" for byte in range(256)}.intersection(vocab if isinstance(vocab, dict) else ())
     added = [token for token in saved.get("added_tokens") or [] if token["content"] not in fallback]
     secret = {token["content"]: secrets.token_hex(16) for token in added if token["special"]}
     added = [token | {"content": secret.get(token["content"], token["content"])} for token in added]
-    model = saved["model"]
-    if isinstance(model["vocab"], dict):
-        vocab = {secret.get(token, token): id_ for token, id_ in model["vocab"].items()}
+    if isinstance(vocab, dict):
+        model["vocab"] = {secret.get(token, token): id_ for token, id_ in vocab.items()}
     else:  # Unigram's vocabulary is a list; every token in it matches in text
-        vocab = [[secret.get(token, token), score] for token, score in model["vocab"]]
-    model = model | {"vocab": vocab}
+        model["vocab"] = [[secret.get(token, token), score] for token, score in vocab]
     if model.get("unk_token") in secret:
         model["unk_token"] = secret[model["unk_token"]]
-    if model.get("merges") and not secret.keys().isdisjoint(saved["model"]["vocab"]):
+    if model.get("merges") and not secret.keys().isdisjoint(vocab):
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         model["merges"] = [pair for pair in pairs if secret.keys().isdisjoint((*pair, "".join(pair)))]
-    plain = {"added_tokens": added, "model": model, "post_processor": None, "truncation": None, "padding": None}
-    return saved | plain, secret
+    return saved | PLAIN | {"added_tokens": added, "model": model}, secret
 
 
 def _decoder_of_tokens(decoder):
-    """The function that turns one token into UTF-8 bytes, by a tokenizer.json's decoder, a dict or None.
+    """The function from a token to its UTF-8 bytes, by a tokenizer.json's decoder, a dict or None.
 
-    It leaves out what the decoder does at the ends of a whole text, such as removing the first space.
+    It leaves out the decoder's work at the ends of a whole text, such as removing the first space.
     """
     steps = [] if decoder is None else decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     kinds = {step["type"] for step in steps}
     known = {"ByteLevel", "ByteFallback", "Replace", "Metaspace", "BPEDecoder", "WordPiece", "Fuse", "Strip"}
     if not kinds <= known:
-        raise UserError(
-            f"its decoder is {', '.join(kinds - known)}, which is not supported; known are {', '.join(sorted(known))}"
-        )
+        raise UserError(f"its decoder is {', '.join(kinds - known)}; supported are {', '.join(sorted(known))}")
     byte_of = byte_of_character()
     replaced = {"Metaspace": "replacement", "BPEDecoder": "suffix"}  # the option that names the text for a space
     spaces = [step[replaced[step["type"]]] for step in steps if step["type"] in replaced]
@@ -362,10 +315,10 @@ def _wordpiece_of_vocab(tokens):
     """The lines of BERT's vocab.txt as a tokenizer.json dict; a vocabulary with capitals is cased."""
     from tokenizers.implementations import BertWordPieceTokenizer
 
-    vocab = {token: id_ for id_, token in enumerate(tokens)}
-    if len(vocab) < len(tokens):
-        token, times = collections.Counter(tokens).most_common(1)[0]
+    [(token, times)] = collections.Counter(tokens).most_common(1)
+    if times > 1:
         raise UserError(f"it has {token!r} {times} times")
+    vocab = {token: id_ for id_, token in enumerate(tokens)}
     is_cased = any(re.fullmatch("(##)?[A-Z]", token) for token in tokens)
     return json.loads(BertWordPieceTokenizer(vocab, lowercase=not is_cased).to_str())
 
