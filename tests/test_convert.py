@@ -261,7 +261,7 @@ REFUSED = {
     "relu2": (replace(GPT2, mlp="relu2"), "mlp is relu2, where GPT-2 has gelu or gelu_tanh"),
     "the modern encoder": (replace(LLAMA, objective="mlm"),
                            "norm is rmsnorm, where BERT has layernorm; position is rope"),
-    "grouped heads": (replace(GPT2, n_head=4, n_kv_head=2), "n_kv_head is 2 .*where GPT-2 has as many as n_head"),
+    "grouped heads": (replace(GPT2, n_head=4, n_kv_head=2), "n_kv_head is 2, where GPT-2 has 4"),
     "norms behind": (replace(LLAMA, norm_position="post"), "norm_position is post, where Llama has pre"),
     "biases": (replace(LLAMA, bias=True, qk_norm=True), "bias is True, where Qwen3 has False"),
     "token types": (replace(GPT2, n_token_types=2), "n_token_types is 2, where GPT-2 has None"),
