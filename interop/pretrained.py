@@ -70,7 +70,7 @@ def open_model(where, world=None):
 
 
 def starting_config(where, wanted, given):
-    """The settings of a model that starts from weights: the weights' own, and the wanted ones for block_size and training.
+    """The settings of a model that starts from weights: the weights' own, with block_size and training's as wanted.
 
     given: the settings that the user has set. UserError where one of them differs from the weights' own, or block_size
     exceeds their longest sequence.
@@ -141,20 +141,24 @@ def load_model(where, device):
     return model.eval(), source
 
 
-def load_tokenizer_of(source):
-    """The tokenizer of an opened model; UserError where it is unknown, or has more ids than the model."""
-    tokenizer = source.load_tokenizer()
-    check_vocabulary(tokenizer, source)
-    return tokenizer
+def load_tokenizer_of(source, may_lack=False):
+    """The tokenizer of an opened model; UserError where it has more ids than the model, or is unknown.
 
-
-def check_vocabulary(tokenizer, source):
-    """UserError where a tokenizer has more ids than an opened model."""
+    may_lack: an unknown tokenizer is None, and the reason is printed.
+    """
+    try:
+        tokenizer = source.load_tokenizer()
+    except UserError as error:
+        if not may_lack:
+            raise
+        print(f"the tokenizer is unknown: {error}")
+        return None
     if tokenizer.vocab_size > source.cfg.vocab_size:
         raise UserError(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model a vocab_size of "
             f"{source.cfg.vocab_size}; let {source.folder} name or hold the tokenizer that the model was trained with"
         )
+    return tokenizer
 
 
 def start_from(cfg, model, world):

@@ -177,7 +177,7 @@ def test_weights_that_a_dtype_cannot_hold_are_refused(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][0] = 1e5
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(UserError, match="those of model.norm.weight first, are not finite in float16; use another"):
+    with pytest.raises(UserError, match="the weights model.norm.weight are not finite in float16; use another"):
         export(open_model(str(folder)), tmp_path / "hf", "float16")
     assert not (tmp_path / "hf").exists()
 
