@@ -23,8 +23,8 @@ from config import UserError, only, run_script
 from interop.families import config_of, family_of, their_tensors
 from interop.hub import ACCOMPANYING, HubModel, save_tensors
 from interop.nanogpt import import_nanogpt
-from interop.pretrained import check_vocabulary, model_location, open_model
-from interop.tokenizer import write_tokenizer
+from interop.pretrained import load_tokenizer_of, model_location, open_model
+from interop.tokenizer import read_json, write_tokenizer
 from run.folder import RunConfig
 from world import tune_malloc
 
@@ -48,27 +48,25 @@ class Settings:
 
 def main(cfg):
     if (cfg.convert.to_hf is None) == (cfg.convert.from_nanogpt is None):
-        raise UserError(
-            "give one of to_hf, the folder of a Hugging Face model to write, and from_nanogpt, a ckpt.pt to read"
-        )
-    if cfg.convert.from_nanogpt:
-        if not cfg.run.out_dir:
+        raise UserError("give one of to_hf, the folder of a model to write, and from_nanogpt, a ckpt.pt to read")
+    if path := cfg.convert.from_nanogpt:
+        if not (out_dir := cfg.run.out_dir):
             raise UserError("out_dir is none; name the folder of the run to make, as in --out_dir=out/nanogpt")
-        lines = import_nanogpt(cfg.convert.from_nanogpt, cfg.run.out_dir, cfg.convert.nanogpt_tokenizer)
-        written = f"{cfg.convert.from_nanogpt}: written to {cfg.run.out_dir} as a run; to continue it:"
-        print(*lines, f"{written} python train.py {cfg.run.out_dir}/config.py", sep="\n")
+        lines = import_nanogpt(path, out_dir, cfg.convert.nanogpt_tokenizer)
+        written = f"{path}: written to {out_dir} as a run; to continue it: python train.py {out_dir}/config.py"
+        print(*lines, written, sep="\n")
     else:
         tune_malloc(mmap_threshold=2**17)  # return freed tensors at once: glibc keeps those below 32 MiB
         export(open_model(model_location(cfg)), cfg.convert.to_hf, cfg.convert.hf_dtype)
 
 
 def export(source, folder, dtype=None):
-    """Writes an opened model as a Hugging Face model into a folder; config.json comes last, when all else is there.
+    """Writes an opened model as a Hugging Face model into a folder, config.json last, when all else is there.
 
     UserError where the folder is not empty, or transformers has no such model.
     """
     family, final = family_of(source.cfg), Path(folder)
-    tokenizer = tokenizer_for(source)
+    tokenizer = load_tokenizer_of(source, may_lack=True)
     partial = final / ".flatlm_export"
     try:
         final.mkdir(parents=True, exist_ok=True)
@@ -77,14 +75,13 @@ def export(source, folder, dtype=None):
             raise UserError(f"{folder} is not empty; name another folder with --to_hf=, or remove it")
         partial.mkdir()
         special_ids = put_tokenizer(source, tokenizer, partial)
-        extra = source.extra
-        config = config_of(source.cfg, special_ids, dtype or source.dtype, extra)
+        config = config_of(source.cfg, special_ids, dtype or source.dtype, source.extra)
         write_json(config, partial / "config.json")
         if source.cfg.is_causal and not (partial / "generation_config.json").exists():
             known_ids = {name: id_ for name, id_ in special_ids.items() if id_ is not None}
             write_json(known_ids, partial / "generation_config.json")
         itemsize = getattr(torch, dtype or source.dtype).itemsize
-        n_bytes = write_weights(their_tensors(source.cfg, source.read, extra), partial, dtype, itemsize)
+        n_bytes = write_weights(their_tensors(source.cfg, source.read, source.extra), partial, dtype, itemsize)
         name = Path(os.path.abspath(folder)).name
         if not (partial / "README.md").exists():
             (partial / "README.md").write_text(card(source, family, name, tokenizer), encoding="utf-8")
@@ -101,11 +98,8 @@ def export(source, folder, dtype=None):
 
 def put_tokenizer(source, tokenizer, folder):
     """Writes a run's tokenizer, if known, or copies a Hugging Face model's; returns {name: id} for the configs."""
-    special_ids = {
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }  # None, not absent: transformers would fill in its defaults
+    # None, not absent: transformers would fill in its defaults.
+    special_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     if isinstance(source, HubModel):
         for name in ACCOMPANYING:
             if (source.folder / name).exists():
@@ -116,22 +110,11 @@ def put_tokenizer(source, tokenizer, folder):
     return special_ids
 
 
-def tokenizer_for(source):
-    """The tokenizer of an opened model; None, with a printed reason, where it is unknown or cannot be read."""
-    try:
-        tokenizer = source.load_tokenizer()
-    except UserError as error:
-        print(f"the tokenizer is unknown: {error}")
-        return None
-    check_vocabulary(tokenizer, source)
-    return tokenizer
-
-
 def write_weights(tensors, folder, dtype=None, itemsize=4, shard_bytes=SHARD_BYTES):
-    """Writes (name, shape, function that makes the tensor) as safetensors, shard_bytes a file; returns all bytes.
+    """Writes tensors, each (name, shape, function that makes it), as safetensors; returns the bytes of all.
 
-    A file's tensors are made when it is their turn, so that no more than one file is in memory. dtype: none leaves each
-    as it is; itemsize: of their numbers, by which files are filled.
+    shard_bytes: a file's largest size, reckoned with itemsize bytes a number. Memory holds the tensors of one file.
+    dtype: of the written tensors; None: each one's own.
     """
     shards, n_bytes = [[]], 0
     for name, shape, make in tensors:
@@ -145,8 +128,8 @@ def write_weights(tensors, folder, dtype=None, itemsize=4, shard_bytes=SHARD_BYT
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         made = {name: make() if dtype is None else make().to(getattr(torch, dtype)) for name, make in shard}
         if wrong := [name for name, tensor in made.items() if not tensor.isfinite().all()]:
-            what = "are not finite" if dtype is None else f"are not finite in {dtype}"
-            raise UserError(f"some weights, those of {wrong[0]} first, {what}; use another hf_dtype, or other weights")
+            what = f"the weights {wrong[0]} are not finite" + (f" in {dtype}" if dtype else "")
+            raise UserError(f"{what}; use another hf_dtype, or other weights")
         save_tensors(made, folder / file, {"format": "pt"})
         shutil.copymode(folder / "config.json", folder / file)  # safetensors lets only the owner read
         file_of |= dict.fromkeys(made, file)
@@ -161,7 +144,6 @@ def write_json(value, path):
 
 
 # ---- the model card
-
 
 PRIVATE = {"out_dir", "resume", "device", "data_fingerprint", "wandb", "wandb_project", "wandb_run_name"}
 
@@ -195,12 +177,16 @@ def training_facts(source):
     manifest = getattr(source, "manifest", None)
     if manifest is None:
         return []
-    state, settings, data = manifest.get("state", {}), manifest.get("settings", {}), data_of(source.folder)
+    state, settings, data = manifest.get("state", {}), manifest.get("settings", {}), {}
+    with contextlib.suppress(UserError):  # a damaged file was reported before
+        data = read_json(source.folder / "meta.json")
+    log = source.folder / "log.jsonl"
+    losses = re.findall(r'"loss": ([-+.\de]+)', log.read_text(encoding="utf-8") if log.exists() else "")
     rows = {
         "steps": f"{manifest['step']:,}",
         "tokens trained on": f"{state.get('sequences_seen', 0) * settings.get('seq_len', 0):,}",
         "hours": f"{state.get('hours', 0):.2f}",
-        "training loss, the last logged": last_loss(source.folder),
+        "training loss, the last logged": f"{float(losses[-1]):.4f} nats a token" if losses else None,
         "validation loss": None if state.get("val_loss") is None else f"{state['val_loss']:.4f} nats a token",
     }
     split = data.get("splits", {}).get("val", {})
@@ -214,21 +200,6 @@ def training_facts(source):
     table = ["| training | |", "|---|---|"] + [f"| {name} | {value} |" for name, value in rows.items() if value]
     preset = [f"{name} = {value!r}" for name, value in settings.items() if name not in PRIVATE and value is not None]
     return ["\n".join(table), "Settings:", "```python\n" + "\n".join(preset) + "\n```"]
-
-
-def last_loss(run_dir):
-    """The last training loss in a run's log, as text; None where there is none."""
-    path = run_dir / "log.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    losses = re.findall(r'"loss": ([-+.\de]+)', "\n".join(lines))
-    return f"{float(losses[-1]):.4f} nats a token" if losses else None
-
-
-def data_of(run_dir):
-    """The run's meta.json; empty where it is missing or damaged, which was reported before."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((run_dir / "meta.json").read_text(encoding="utf-8"))
-    return {}
 
 
 if __name__ == "__main__":

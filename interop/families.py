@@ -93,88 +93,59 @@ class Family:
 
 
 CLASSIC = {"norm": "layernorm", "position": "learned", "qk_norm": False}
-MODERN = {
-    "objective": "clm", "norm": "rmsnorm", "norm_position": "pre", "position": "rope", "n_token_types": None,
-}  # fmt: skip
+MODERN = {"objective": "clm", "norm": "rmsnorm", "norm_position": "pre", "position": "rope", "n_token_types": None}
 GELUS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+LLAMA3_FACTORS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 COMMON_KEYS = {
     "vocab_size": "vocab_size", "max_position_embeddings": "block_size", "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "intermediate_size": "n_inner",
     "tie_word_embeddings": "tie_embeddings",
 }  # fmt: skip
-GPT2_KEYS = {
-    "vocab_size": "vocab_size", "n_positions": "block_size", "n_embd": "n_embd", "n_layer": "n_layer",
-    "n_head": "n_head", "n_inner": "n_inner", "layer_norm_epsilon": "norm_eps", "tie_word_embeddings": "tie_embeddings",
-}  # fmt: skip
-GPT2_DEFAULTS = {
-    "n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "activation_function": "gelu_new",
-}  # fmt: skip
-LLAMA_DEFAULTS = {
-    "num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-    "hidden_act": "silu",
-}  # fmt: skip
 GPT2 = Family(
-    name="GPT-2",
-    model_type="gpt2",
-    architecture="GPT2LMHeadModel",
-    base="transformer.",
-    head="lm_head",
+    name="GPT-2", model_type="gpt2", architecture="GPT2LMHeadModel", base="transformer.", head="lm_head",
     names=GPT2_NAMES,
-    keys=GPT2_KEYS,
-    defaults=GPT2_DEFAULTS,
-    activation="activation_function",
-    activations=GELUS,
-    fixed=CLASSIC | {"objective": "clm", "norm_position": "pre", "n_token_types": None},
-    filled={"bias": True},
+    keys={"vocab_size": "vocab_size", "n_positions": "block_size", "n_embd": "n_embd", "n_layer": "n_layer",
+          "n_head": "n_head", "n_inner": "n_inner", "layer_norm_epsilon": "norm_eps",
+          "tie_word_embeddings": "tie_embeddings"},
+    defaults={"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
+              "activation_function": "gelu_new"},
+    activation="activation_function", activations=GELUS,
+    fixed=CLASSIC | {"objective": "clm", "norm_position": "pre", "n_token_types": None}, filled={"bias": True},
     dropouts=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
     needs={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
     transposed=r"\.(c_attn|c_proj|c_fc)\.weight$",
     ignored=r"\.attn\.(masked_)?bias$",  # old files' causal mask
-)
+)  # fmt: skip
 BERT = Family(
-    name="BERT",
-    model_type="bert",
-    architecture="BertForMaskedLM",
-    base="bert.",
-    head="cls.predictions.decoder",
+    name="BERT", model_type="bert", architecture="BertForMaskedLM", base="bert.", head="cls.predictions.decoder",
     names=BERT_NAMES,
     keys=COMMON_KEYS | {"type_vocab_size": "n_token_types", "layer_norm_eps": "norm_eps"},
     defaults={"layer_norm_eps": 1e-12, "type_vocab_size": 2, "tie_word_embeddings": True, "hidden_act": "gelu"},
     activations=GELUS,
-    fixed=CLASSIC | {"objective": "mlm", "norm_position": "post"},
-    filled={"bias": True, "n_token_types": 2},
+    fixed=CLASSIC | {"objective": "mlm", "norm_position": "post"}, filled={"bias": True, "n_token_types": 2},
     dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
     needs={"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False},
     ignored=r"\.position_ids$",
     extra=r"^(bert\.pooler|cls\.seq_relationship)\.",
-)
+)  # fmt: skip
 LLAMA = Family(
-    name="Llama",
-    model_type="llama",
-    architecture="LlamaForCausalLM",
-    base="model.",
-    head="lm_head",
+    name="Llama", model_type="llama", architecture="LlamaForCausalLM", base="model.", head="lm_head",
     names=LLAMA_NAMES,
     keys=COMMON_KEYS | {"num_key_value_heads": "n_kv_head", "head_dim": "head_dim", "rms_norm_eps": "norm_eps"},
-    defaults=LLAMA_DEFAULTS,
+    defaults={"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+              "hidden_act": "silu"},
     activations={"silu": "swiglu"},
-    fixed=MODERN | {"qk_norm": False},
-    filled={},
-    dropouts=("attention_dropout",),
-    biases=("attention_bias", "mlp_bias"),
+    fixed=MODERN | {"qk_norm": False}, filled={},
+    dropouts=("attention_dropout",), biases=("attention_bias", "mlp_bias"),
     needs={},
     ignored=r"\.rotary_emb\.inv_freq$",
-)
+)  # fmt: skip
 QWEN3 = replace(
-    LLAMA,
-    name="Qwen3",
-    model_type="qwen3",
-    architecture="Qwen3ForCausalLM",
+    LLAMA, name="Qwen3", model_type="qwen3", architecture="Qwen3ForCausalLM",
     defaults=LLAMA.defaults | {"head_dim": 128},
     fixed=MODERN | {"qk_norm": True, "bias": False},
-    biases=("attention_bias",),
-    needs={"attention_bias": False},
-)
+    biases=("attention_bias",), needs={"attention_bias": False},
+)  # fmt: skip
 FAMILIES = {"gpt2": GPT2, "bert": BERT, "llama": LLAMA, "mistral": LLAMA, "qwen3": QWEN3}
 
 
@@ -189,22 +160,18 @@ def family_of(cfg):
         family = GPT2
     else:
         family = QWEN3 if cfg.qk_norm else LLAMA
+    wanted = {name: (getattr(cfg, name), value) for name, value in family.fixed.items()}
+    if cfg.position == "learned":
+        wanted |= {"n_kv_head": (cfg.kv_heads, cfg.n_head), "head_dim": (cfg.head_width, cfg.n_embd / cfg.n_head)}
     wrong = [
-        f"{name} is {getattr(cfg, name)}, where {family.name} has {value}"
-        for name, value in family.fixed.items()
-        if getattr(cfg, name) != value
+        f"{name} is {ours}, where {family.name} has {theirs}"
+        for name, (ours, theirs) in wanted.items()
+        if ours != theirs
     ]
     if cfg.mlp not in family.activations.values():
         wrong.append(f"mlp is {cfg.mlp}, where {family.name} has {' or '.join(sorted({*family.activations.values()}))}")
-    if cfg.position == "learned" and (cfg.kv_heads != cfg.n_head or cfg.head_width * cfg.n_head != cfg.n_embd):
-        wrong.append(
-            f"n_kv_head is {cfg.kv_heads} and head_dim {cfg.head_width}, where {family.name} has as many as n_head and "
-            f"n_embd / n_head"
-        )
     if wrong:
-        raise UserError(
-            f"transformers has no model that computes this one; {family.name} is the nearest, but {'; '.join(wrong)}"
-        )
+        raise UserError(f"no model of transformers computes this one; {family.name} is near, but {'; '.join(wrong)}")
     return family
 
 
@@ -218,12 +185,12 @@ def config_of(cfg, special_ids, dtype, extra=()):
     explicit = resolved(complete)
     values = {key: explicit[name] for key, name in family.keys.items()} | dict.fromkeys(family.dropouts, cfg.dropout)
     values[family.activation] = next(theirs for theirs, ours in family.activations.items() if ours == cfg.mlp)
-    if cfg.position == "rope":
-        values |= rope_values(cfg) | dict.fromkeys(family.biases, cfg.bias)
     own = {name: getattr(cfg, name) for name in family.filled if getattr(cfg, name) != getattr(complete, name)}
-    if cfg.position == "rope" and cfg.rope_scale != 1:  # transformers expects the scaled length
-        values["max_position_embeddings"] = max(cfg.block_size, int(cfg.rope_scale * cfg.rope_context))
-        own["block_size"] = cfg.block_size
+    if cfg.position == "rope":
+        values |= _rope_values(cfg) | dict.fromkeys(family.biases, cfg.bias)
+        if cfg.rope_scale != 1:  # transformers expects the scaled length
+            values["max_position_embeddings"] = max(cfg.block_size, int(cfg.rope_scale * cfg.rope_context))
+            own["block_size"] = cfg.block_size
     return {
         "architectures": ["BertForPreTraining" if "cls.seq_relationship.weight" in extra else family.architecture],
         "model_type": family.model_type,
@@ -235,17 +202,12 @@ def config_of(cfg, special_ids, dtype, extra=()):
     }
 
 
-def rope_values(cfg):
+def _rope_values(cfg):
     """config.json's entries on rope, for transformers 5 (rope_parameters) and earlier."""
     scaling = None
     if cfg.rope_scale != 1:
-        scaling = {
-            "rope_type": "llama3",
-            "factor": cfg.rope_scale,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": cfg.rope_context,
-        }
+        scaling = {"rope_type": "llama3", "factor": cfg.rope_scale, **LLAMA3_FACTORS}
+        scaling["original_max_position_embeddings"] = cfg.rope_context
     parameters = {"rope_theta": cfg.rope_theta, **(scaling or {"rope_type": "default"})}
     return {"rope_theta": cfg.rope_theta, "rope_scaling": scaling, "rope_parameters": parameters}
 
@@ -266,38 +228,35 @@ def model_config(config):
     settings = family.filled | settings | {name: own[name] for name in family.filled if name in own}
     longest = settings["block_size"]
     if family.fixed["position"] == "rope":
-        longest = sliding_window(config)
+        longest = _sliding_window(config)
         settings["block_size"] = min(n for n in (settings["block_size"], longest, own.get("block_size")) if n)
-        rope, unsupported_rope = rope_settings(config)
+        rope, unsupported_rope = _rope_settings(config)
         settings |= rope | {"bias": bool(config.get(family.biases[0]))}
         unsupported += unsupported_rope
     if unsupported:
-        raise UserError(
-            f"it has {', '.join(unsupported)}, which this project's models do not compute; use another model"
-        )
+        raise UserError(f"it has {', '.join(unsupported)}, which our models do not compute; use another model")
     settings["dropout"] = config.get(family.dropouts[0], 0.0)
     settings["mlp"] = family.activations[config.get(family.activation, family.defaults[family.activation])]
     return ModelConfig(**settings | family.fixed), longest
 
 
 def _plain_settings(family, config):
-    """{our setting: value} of the keys that stand for one setting each, those left out by transformers' defaults."""
+    """{our setting: value} for keys that stand for one setting each; missing keys have transformers' defaults."""
     if missing := [key for key in family.keys if key not in config and key not in family.defaults]:
         raise UserError(f"it lacks {', '.join(missing)}")
-    values = {key: config.get(key, family.defaults.get(key)) for key in family.keys}
-    settings = {name: values[key] for key, name in family.keys.items()}
-    sizes = {key: values[key] for key, name in family.keys.items() if name not in ("norm_eps", "tie_embeddings")}
-    if wrong := [f"{key} {size!r}" for key, size in sizes.items() if not _is_size(size, family.defaults.get(key, 1))]:
+    settings = {name: config.get(key, family.defaults.get(key)) for key, name in family.keys.items()}
+    left_open = {key for key, value in family.defaults.items() if value is None and config.get(key) is None}
+    wrong = []
+    for key, name in family.keys.items():
+        value, is_size = settings[name], name not in ("norm_eps", "tie_embeddings")
+        if is_size and key not in left_open and not (type(value) is int and 0 < value < 2**31):
+            wrong.append(f"{key} {value!r}")
+    if wrong:
         raise UserError(f"it has {', '.join(wrong)}, where there must be whole numbers above 0 and below 2**31")
-    if type(settings["tie_embeddings"]) is not bool or type(settings["norm_eps"]) not in (int, float):
-        tied, eps = settings["tie_embeddings"], settings["norm_eps"]
+    tied, eps = settings["tie_embeddings"], settings["norm_eps"]
+    if type(tied) is not bool or type(eps) not in (int, float):
         raise UserError(f"it ties embeddings {tied!r}, with norms' epsilon {eps!r}")
     return settings
-
-
-def _is_size(value, default):
-    """Whether a value can be a tensor's dimension, or None where None is the default."""
-    return (type(value) is int and 0 < value < 2**31) or (value is None and default is None)
 
 
 def _unsupported(family, config):
@@ -313,16 +272,14 @@ def _unsupported(family, config):
     return found
 
 
-def sliding_window(config):
+def _sliding_window(config):
     """Tokens in the sliding window of some layer; None where no layer has one."""
-    if config["model_type"] == "mistral":
-        return config.get("sliding_window", 4096)
     layers = config.get("layer_types") or ["sliding_attention"]
     is_used = config.get("use_sliding_window") and "sliding_attention" in layers
-    return config.get("sliding_window", 4096) if is_used else None
+    return config.get("sliding_window", 4096) if is_used or config["model_type"] == "mistral" else None
 
 
-def rope_settings(config):
+def _rope_settings(config):
     """(our settings of rope, what a config.json asks of rope that our models do not compute)."""
     top = {key: config[key] for key in ("rope_theta", "original_max_position_embeddings") if key in config}
     rope, unsupported = {}, []
@@ -335,9 +292,8 @@ def rope_settings(config):
     if kind == "llama3":
         context = rope.get("original_max_position_embeddings", config.get("max_position_embeddings"))
         settings |= {"rope_scale": rope.get("factor"), "rope_context": context}
-        factors = rope.get("low_freq_factor"), rope.get("high_freq_factor")
-        if factors != (1, 4):
-            unsupported.append(f"rope of type 'llama3' with factors {factors}")
+        if (factors := {key: rope.get(key) for key in LLAMA3_FACTORS}) != LLAMA3_FACTORS:
+            unsupported.append(f"rope of type 'llama3' with factors {(*factors.values(),)}")
     elif kind != "default":
         unsupported.append(f"rope of type {kind!r}")
     unsupported += [f"{name} {value!r}" for name, value in settings.items() if not isinstance(value, int | float)]
@@ -388,9 +344,8 @@ def their_tensors(cfg, read, extra):
     """
 
     def make(theirs):
-        parts = [
-            torch.zeros(shape) if theirs.is_zero else read(name)[: shape[0]] for name, shape in theirs.ours.items()
-        ]
+        shapes = theirs.ours.items()
+        parts = [torch.zeros(shape) if theirs.is_zero else read(name)[: shape[0]] for name, shape in shapes]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         return (tensor.T if theirs.is_transposed else tensor).contiguous()
 

@@ -1,5 +1,6 @@
 """nanoGPT's checkpoints as runs."""
 
+import itertools
 import json
 import math
 import pickle
@@ -13,7 +14,7 @@ from checkpoint import CheckpointConfig, Failure, checkpoints, file_numbers, wri
 from config import UserError
 from data import DataConfig, sha256
 from interop.families import GPT2, tensors_of
-from interop.hub import is_plain
+from interop.hub import is_plain, load_plain
 from model import ModelConfig, parameter_shapes
 from optim import OptimConfig
 from run.folder import RunConfig, writing_to
@@ -47,85 +48,60 @@ def import_nanogpt(path, out_dir, tokenizer=None):
     if checkpoints(out_dir) or any((Path(out_dir) / name).exists() for name in ("config.py", "log.jsonl")):
         raise UserError(f"out_dir {out_dir} holds a run already; use another --out_dir")
     saved = _load(path)
-    cfg, preset, tensors, lines = _translated(path, saved)
+    try:
+        cfg = ModelConfig(mlp="gelu", **saved["model_args"])
+        tensors, (decayed, _) = _tensors(saved, cfg)
+        preset, lines = _preset(saved["config"], decayed, cfg, saved["iter_num"])
+    except UserError as error:
+        raise UserError(f"{path}: {'; '.join(str(error).splitlines())}") from error
     preset["out_dir"] = str(out_dir)
+    step, val_loss = saved["iter_num"], saved["best_val_loss"]
+    state = {"step": step, "sequences_seen": step * preset["batch_tokens"] // cfg.block_size, "val_loss": val_loss}
+    facts = {"model": asdict(cfg), "state": state, "settings": preset, "scaler": {}, "val_loss": val_loss}
+    world = World(0, 1, torch.device("cpu"), "fp32")
     with writing_to(out_dir):
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         lines += _keep_tokenizer(tokenizer, cfg.vocab_size, out_dir)
-    step = saved["iter_num"]
-    state = {
-        "step": step,
-        "sequences_seen": step * preset["batch_tokens"] // cfg.block_size,
-        "val_loss": saved["best_val_loss"],
-    }
-    facts = {"model": asdict(cfg), "state": state, "settings": preset, "scaler": {}, "val_loss": state["val_loss"]}
-    world = World(0, 1, torch.device("cpu"), "fp32")
-    try:
-        write_checkpoint(out_dir, step, tensors, file_numbers(tensors, world), facts, world)
-    except Failure as error:
-        if not error.is_of_disk:
+        try:
+            write_checkpoint(out_dir, step, tensors, file_numbers(tensors, world), facts, world)
+        except Failure as error:
+            if error.is_of_disk:
+                raise OSError(error) from error
             raise
-        raise UserError(f"out_dir {out_dir} cannot be written to ({error}); make room, or use another") from error
-    with writing_to(out_dir):
         (Path(out_dir) / "config.py").write_text("".join(f"{name} = {value!r}\n" for name, value in preset.items()))
     return lines
 
 
 def _load(path):
     """The checkpoint that nanoGPT's train.py saved, with types checked; tensors are read when they are used."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error}); name the ckpt.pt that nanoGPT's train.py wrote") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} is damaged, or holds Python objects, which could run code, and is not loaded: a ckpt.pt of "
-            f"nanoGPT's holds tensors and plain values alone"
-        ) from error
-    except Exception as error:  # whatever a damaged file makes torch raise
-        what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise UserError(f"{path} is damaged, or no ckpt.pt of nanoGPT's ({what}); copy it again") from error
-    saved = _typed(saved, KEYS, path)
+    saved = _typed(load_plain(path), KEYS, path)
     if saved["iter_num"] < 1:
         raise UserError(f"{path} has iter_num {saved['iter_num']}; nanoGPT saves after step 1 at the earliest")
+    # torch.compile adds a prefix to names; old files have a causal mask.
+    weights = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()}
+    saved["model"] = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}
     for name, kinds in (("model_args", MODEL_ARGS), ("config", SETTINGS)):
         saved[name] = _typed(saved[name], kinds, f"{path}: {name}")
+    n_layer, found = saved["model_args"]["n_layer"], sum(name.endswith(".c_attn.weight") for name in weights)
+    if found != n_layer:
+        raise UserError(f"{path} has n_layer {n_layer} in model_args, but weights of {found} layers")
     return saved
 
 
 def _typed(values, kinds, where):
     """The values that `kinds` names, checked and converted to their types; UserError where one is missing or wrong."""
-    if not isinstance(values, dict) or (missing := [name for name in kinds if name not in values]):
-        missing = ", ".join(missing) if isinstance(values, dict) else "all"
-        raise UserError(f"{where} lacks {missing}, which nanoGPT's train.py saves; name its ckpt.pt")
+    if missing := [name for name in kinds if name not in values]:
+        raise UserError(f"{where} lacks {', '.join(missing)}, which nanoGPT's train.py saves; name its ckpt.pt")
     typed = {}
     for name, kind in kinds.items():
         value = values[name]
         value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
         is_number = type(value) in (int, float) and math.isfinite(value) and (kind is float or value == int(value))
         if not (is_number if kind in (int, float) else isinstance(value, kind)):
-            raise UserError(
-                f"{where} has {name} {str(value)[:40]!r}, where nanoGPT has a value of type {kind.__name__}"
-            )
+            shown = repr(str(value)[:40])
+            raise UserError(f"{where} has {name} {shown}, where nanoGPT has a value of type {kind.__name__}")
         typed[name] = kind(value)
     return typed
-
-
-def _translated(path, saved):
-    """The model's settings, a preset of all settings, {name: tensor} of a checkpoint, and lines to print."""
-    model_args, theirs = saved["model_args"], saved["config"]
-    # torch.compile adds a prefix to names
-    weights = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()}
-    n_layer = sum(name.endswith(".attn.c_attn.weight") for name in weights)
-    if n_layer != model_args["n_layer"]:
-        raise UserError(f"{path} has n_layer {model_args['n_layer']} in model_args, but weights of {n_layer} layers")
-    try:
-        cfg = ModelConfig(mlp="gelu", **model_args)
-        tensors, (decayed, _) = _tensors(saved, weights, cfg)
-        preset, lines = _preset(theirs, decayed, cfg, saved["iter_num"])
-    except UserError as error:
-        raise UserError(f"{path}: {'; '.join(str(error).splitlines())}") from error
-    return cfg, preset, tensors, lines
 
 
 def _preset(theirs, decayed, cfg, step):
@@ -147,55 +123,46 @@ def _preset(theirs, decayed, cfg, step):
         "precision": "fp32" if theirs["dtype"] == "float32" or theirs["device"] == "cpu" else "auto",
     }  # fmt: skip
     if theirs["wandb_log"]:
-        names = {name: theirs[name] for name in ("wandb_project", "wandb_run_name")}
-        preset |= {"wandb": True, **names}
-    schedule = {"schedule": "constant", "min_lr": 0.0, "warmup_steps": 0}  # nanoGPT's warm-up is part of its decay
-    lines = []
+        preset |= {"wandb": True} | {name: theirs[name] for name in ("wandb_project", "wandb_run_name")}
+    lines, warmup = [], theirs["warmup_iters"]
     if theirs["decay_lr"]:
-        schedule = {"schedule": "cosine", "min_lr": floor, "warmup_steps": theirs["warmup_iters"]}
-        schedule["lr_decay_steps"] = theirs["lr_decay_iters"]
+        preset |= {"schedule": "cosine", "min_lr": floor, "warmup_steps": warmup}
+        preset["lr_decay_steps"] = theirs["lr_decay_iters"]
         if floor < theirs["min_lr"]:
             lines.append(f"min_lr is {floor}, the learning_rate: nanoGPT's {theirs['min_lr']} is above it")
-        if step < theirs["warmup_iters"]:
-            lines.append(
-                f"to step {theirs['warmup_iters']} the learning rate is 1/{theirs['warmup_iters']} above nanoGPT's, "
-                f"whose warm-up is a step longer; after that it is the same"
-            )
-    preset |= schedule
+        if step < warmup:
+            lines.append(f"to step {warmup} the learning rate is 1/{warmup} above nanoGPT's; after that it is the same")
+    else:  # nanoGPT's warm-up is part of its decay
+        preset |= {"schedule": "constant", "min_lr": 0.0, "warmup_steps": 0}
     for owner in (DataConfig, OptimConfig, RunConfig, CheckpointConfig, LogConfig):  # they refuse impossible values
         owner(**{field.name: preset[field.name] for field in fields(owner) if field.name in preset})
     if not (Path(preset["data_dir"]) / "train.bin").exists():
-        lines.append(
-            f"to train on, link or copy nanoGPT's {preset['data_dir']} here, or give --data_dir=: its train.bin and "
-            f"val.bin are read as they are"
-        )
+        lines.append(f"to train on, link or copy nanoGPT's {preset['data_dir']} here as it is, or give --data_dir=")
     return preset, lines
 
 
-def _tensors(saved, weights, cfg):
+def _tensors(saved, cfg):
     """{name: tensor}, by checkpoint.py's names, and the optimizer's groups."""
-    parameters = _parameters(cfg)
+    weights, parameters = saved["model"], _parameters(cfg)
     shapes = {name: shape for name, (shape, _) in parameters.items()}
-    weights = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}  # old causal mask
     _check_shapes(shapes | {"lm_head.weight": shapes["transformer.wte.weight"]}, weights)
     if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
         raise UserError("lm_head.weight is not transformer.wte.weight, which in nanoGPT are one")
+    # AdamW's two groups are the matrices and the rest, each in the order of the model's parameters.
+    names = [[name for name in shapes if (len(shapes[name]) > 1) == is_matrix] for is_matrix in (True, False)]
+    groups, state = _groups(saved["optimizer"], [len(group) for group in names])
     tensors = {}
     for name, (_, parts) in parameters.items():
         tensors |= {f"model.{ours}": part for ours, part in _split(weights[name], parts, cfg)}
-    # Its two groups are the matrices and the rest, each in the order of the model's parameters.
-    names = [name for name in shapes if len(shapes[name]) > 1], [name for name in shapes if len(shapes[name]) == 1]
-    groups, state = _groups(saved["optimizer"], names)
-    for group, of_group in zip(groups, names):
-        for i, name in zip(group["params"], of_group):
-            moments = {"exp_avg": shapes[name], "exp_avg_sq": shapes[name], "step": ()}
-            _check_shapes(moments, state[i] if isinstance(state.get(i), dict) else {}, f"the optimizer's {name} ")
-            parts = parameters[name][1]
-            for ours in parts:
-                tensors[f"optimizer.state.{ours}.step"] = state[i]["step"].float().clone()  # no two may share memory
-            for moment in ("exp_avg", "exp_avg_sq"):
-                for ours, part in _split(state[i][moment], parts, cfg):
-                    tensors[f"optimizer.state.{ours}.{moment}"] = part
+    for i, name in enumerate(itertools.chain(*names)):
+        shape, parts = parameters[name]
+        moments = {"exp_avg": shape, "exp_avg_sq": shape, "step": ()}
+        _check_shapes(moments, state[i] if isinstance(state.get(i), dict) else {}, f"the optimizer's {name} ")
+        for ours in parts:
+            tensors[f"optimizer.state.{ours}.step"] = state[i]["step"].float().clone()  # no two may share memory
+        for moment in ("exp_avg", "exp_avg_sq"):
+            for ours, part in _split(state[i][moment], parts, cfg):
+                tensors[f"optimizer.state.{ours}.{moment}"] = part
     return tensors, groups
 
 
@@ -220,24 +187,27 @@ def _check_shapes(shapes, tensors, owner=""):
             raise UserError(f"{owner}{name} {by_args}, and there is {found}; weights and model_args disagree")
 
 
-def _groups(optimizer, names):
-    """The optimizer's two groups and {number of a parameter: its state}; UserError where they are not AdamW's."""
-    groups, state = optimizer.get("param_groups"), optimizer.get("state")
+def _groups(optimizer, sizes):
+    """The optimizer's two groups and {number of a parameter: its state}; UserError where they are not nanoGPT's.
+
+    sizes: the numbers of parameters in the groups.
+    """
     try:
-        sizes = [len(group["params"]) for group in groups]
-        (b1, b2), decay, other_decay = groups[0]["betas"], groups[0]["weight_decay"], groups[1]["weight_decay"]
-        are_sound = isinstance(state, dict) and all(type(value) in (int, float) for value in (b1, b2, decay))
-        are_sound = are_sound and groups[0]["eps"] == 1e-8 and not groups[0].get("amsgrad") and other_decay == 0
-        are_sound = are_sound and [i for group in groups for i in group["params"]] == list(range(sum(sizes)))
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+        groups, state = optimizer["param_groups"], optimizer["state"]
+        first, second = groups
+        (beta1, beta2), decay = first["betas"], first["weight_decay"]
+        numbers, found = [*first["params"], *second["params"]], [len(group["params"]) for group in groups]
+        are_sound = isinstance(state, dict) and all(type(value) in (int, float) for value in (beta1, beta2, decay))
+        are_sound = are_sound and numbers == [*range(len(numbers))] and second["weight_decay"] == 0
+        are_sound = are_sound and first["eps"] == 1e-8 and not first.get("amsgrad")
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"its optimizer is no AdamW of torch's in two groups ({type(error).__name__})") from error
     if not are_sound:
         raise UserError("its optimizer is not nanoGPT's AdamW: eps 1e-8, no amsgrad, weight_decay of matrices alone")
-    if sizes != [len(of_group) for of_group in names]:
+    if found != sizes:
         raise UserError(
-            f"its optimizer has {' and '.join(map(str, sizes))} parameters in its groups, where nanoGPT has "
-            f"{' and '.join(str(len(of_group)) for of_group in names)}; checkpoints from before May 2023, "
-            f"with another GELU, are not supported"
+            f"its optimizer's groups have {found} parameters, where nanoGPT has {sizes}; checkpoints from before May "
+            f"2023, with another GELU, are not supported"
         )
     return groups, state
 
@@ -255,10 +225,8 @@ def _split(tensor, parts, cfg):
 def _keep_tokenizer(tokenizer, vocab_size, out_dir):
     """Writes meta.json, and the tokenizer's file if it has one, into the run's folder; returns lines to print."""
     if tokenizer is None and vocab_size not in GPT2_SIZES:
-        return [
-            f"its tokenizer is unknown, so it trains but cannot be sampled from; give nanoGPT's own, as in "
-            f'--nanogpt_tokenizer=data/NAME/meta.pkl, or write {{"tokenizer": NAME}} into {Path(out_dir) / "meta.json"}'
-        ]
+        remedy = 'give nanoGPT\'s, as in --nanogpt_tokenizer=data/NAME/meta.pkl, or write {"tokenizer": NAME} into'
+        return [f"its tokenizer is unknown, so it cannot be sampled from; {remedy} {Path(out_dir) / 'meta.json'}"]
     file, name = Path(out_dir) / "tokenizer.json", tokenizer or "gpt2"
     if name.endswith(".pkl"):
         characters = read_characters(tokenizer)
@@ -269,9 +237,7 @@ def _keep_tokenizer(tokenizer, vocab_size, out_dir):
     elif tokenizer is not None:
         loaded = load_tokenizer(tokenizer)
         if loaded.vocab_size > vocab_size:
-            raise UserError(
-                f"tokenizer {tokenizer} has {loaded.vocab_size} ids, the model a vocab_size of {vocab_size}"
-            )
+            raise UserError(f"tokenizer {name} has {loaded.vocab_size} ids, the model a vocab_size of {vocab_size}")
         if loaded.saved is not None:
             loaded.save(file)
             name = file.name
@@ -299,7 +265,5 @@ def read_characters(path):
     except Exception as error:  # whatever a damaged pickle raises
         raise UserError(f"{path} is no meta.pkl of nanoGPT's ({type(error).__name__}: {error})") from error
     if not all(isinstance(c, str) and len(c) == 1 for c in characters) or len(set(characters)) < len(characters):
-        raise UserError(
-            f"{path} has ids that are not one character each, all different; give another --nanogpt_tokenizer"
-        )
+        raise UserError(f"{path} has ids that are not one character each, all different; give another meta.pkl")
     return characters

@@ -1,4 +1,4 @@
-"""Initial weights: those of a run or of a Hugging Face model, behind one interface."""
+"""Initial weights, from a run or from a Hugging Face model, behind one interface."""
 
 import contextlib
 from dataclasses import fields, replace
@@ -10,7 +10,7 @@ from checkpoint import checkpoints, config_of_checkpoint, newest_checkpoint, rea
 from config import UserError, preset_value
 from data import prepare_command, seq_len_of, vocab_size_of
 from interop.families import resolved
-from interop.hub import HubModel, folder_of, model_config_in, open_tensors, read_config, save_tensors
+from interop.hub import HubModel, folder_of, open_tensors, read_config, save_tensors
 from model import TRAINING_ONLY, ModelConfig, Transformer
 from run.folder import run_dir_of, tokenizer_of, writing_to
 from text.tokenizer import load_tokenizer
@@ -39,16 +39,13 @@ class RunModel:
     def extra(self):
         """{name: tensor}: extra tensors of the Hugging Face model that the run started from."""
         path = self.folder / EXTRA_FILE
-        if not path.exists():
-            return {}
-        files = open_tensors(path)
-        return {name: files.get_tensor(name) for name in files.keys()}
+        return open_tensors(path) if path.exists() else {}
 
 
 def model_location(cfg):
     """Where a command's model is: init_from, or the run in out_dir or under the last preset's name.
 
-    A preset's init_from is where its run starts: once the run has a checkpoint, the run comes first.
+    The run comes first where a preset names init_from, since the run starts there, and the run has a checkpoint.
     """
     run_dir = run_dir_of(cfg)
     has_begun = run_dir is not None and is_run(run_dir)
@@ -73,35 +70,30 @@ def open_model(where, world=None):
 
 
 def starting_config(where, wanted, given):
-    """The settings of a model that starts from weights: the weights' own, with a wanted block_size and training settings.
+    """The settings of a model that starts from weights: the weights' own, with block_size and training's as wanted.
 
-    UserError where block_size exceeds the longest sequence, or another setting in `given`, the names that the user has
-    set, differs from the weights' own.
+    given: the settings that the user has set. UserError where one of them differs from the weights' own, or block_size
+    exceeds their longest sequence.
     """
     if is_run(where):
         source = run_config(where)
         longest = source.block_size if source.position == "learned" else None
     else:
-        folder = folder_of(where)
-        source, longest = model_config_in(folder, read_config(folder))
+        _, source, longest = read_config(folder_of(where))
     automatic = {"vocab_size"} if wanted.vocab_size is None else set()
     names = ({field.name for field in fields(ModelConfig)} & set(given) - automatic) | TRAINING_ONLY
     cfg = replace(source, **{name: getattr(wanted, name) for name in names})
     found, here = resolved(source), resolved(cfg)
-    differing = [
-        f"{name} {found[name]} there, {here[name]} here"
-        for name in sorted(names - TRAINING_ONLY - {"block_size"})
-        if here[name] != found[name]
-    ]
-    if differing:
-        raise UserError(f"{where} has another model: {', '.join(differing)}; leave these settings out")
+    fixed = sorted(names - TRAINING_ONLY - {"block_size"})
+    if wrong := [f"{name} {found[name]} there, {here[name]} here" for name in fixed if here[name] != found[name]]:
+        raise UserError(f"{where} has another model: {', '.join(wrong)}; leave these settings out")
     if longest and cfg.block_size > longest:
         raise UserError(f"block_size is {cfg.block_size}, but {where} holds at most {longest} tokens; lower it")
     return cfg
 
 
 def resolve(cfg):
-    """A script's settings with the model's and seq_len filled in, where they are left open."""
+    """A script's settings, with the model's and seq_len filled in where they are left open."""
     if cfg.run.init_from:
         has_begun = cfg.run.out_dir and is_run(cfg.run.out_dir)
         model = starting_config(cfg.run.out_dir if has_begun else cfg.run.init_from, cfg.model, cfg.given)
@@ -125,7 +117,7 @@ def run_config(run_dir):
 
 @torch.no_grad()
 def load_weights(source, model):
-    """Copies an opened model's weights into a model, sharded or not; a shorter table of positions takes the first rows."""
+    """Copies an opened model's weights into a model, sharded or not; a shorter position table takes the first rows."""
     for name, param in model.named_parameters():
         weight, read = torch.zeros(param.shape), source.read(name)  # rows that pad the vocabulary stay zero
         n_rows = min(len(weight), len(read))
@@ -139,7 +131,7 @@ def load_weights(source, model):
 
 
 def load_model(where, device):
-    """(the model of a run or of a Hugging Face folder or name, ready to evaluate, its opened source)."""
+    """(model ready to evaluate, its opened source), of a run's folder, or of a Hugging Face folder or name."""
     source = open_model(where)
     with torch.device("meta"):
         model = Transformer(source.cfg)
@@ -149,20 +141,24 @@ def load_model(where, device):
     return model.eval(), source
 
 
-def load_tokenizer_of(source):
-    """The tokenizer of an opened model; UserError where it is unknown, or has more ids than the model."""
-    tokenizer = source.load_tokenizer()
-    check_vocabulary(tokenizer, source)
-    return tokenizer
+def load_tokenizer_of(source, may_lack=False):
+    """The tokenizer of an opened model; UserError where it has more ids than the model, or is unknown.
 
-
-def check_vocabulary(tokenizer, source):
-    """UserError where a tokenizer has more ids than an opened model."""
+    may_lack: an unknown tokenizer is None, and the reason is printed.
+    """
+    try:
+        tokenizer = source.load_tokenizer()
+    except UserError as error:
+        if not may_lack:
+            raise
+        print(f"the tokenizer is unknown: {error}")
+        return None
     if tokenizer.vocab_size > source.cfg.vocab_size:
         raise UserError(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model a vocab_size of "
             f"{source.cfg.vocab_size}; let {source.folder} name or hold the tokenizer that the model was trained with"
         )
+    return tokenizer
 
 
 def start_from(cfg, model, world):

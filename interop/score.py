@@ -1,8 +1,7 @@
-"""Log-likelihoods of given texts under a causal model.
+"""Log-likelihoods of given texts under a causal model, in the model's precision.
 
-They equal the results of two requests of EleutherAI's evaluation harness (lm-eval), in the model's precision.
-Where they differ, the text spells a special token and the harness's tokenizer, unlike ours, makes it one: see its
-split_special_tokens.
+They equal those of EleutherAI's evaluation harness (lm-eval), unless the text spells a special token: the harness's
+tokenizer, unlike ours, makes it one (see its split_special_tokens).
 """
 
 import json
@@ -19,26 +18,24 @@ from ops import IGNORE
 class Score(NamedTuple):
     log_likelihood: float  # natural logarithm, summed over tokens
     n_tokens: int
-    is_greedy: bool  # whether each token is the likeliest after those before
+    is_greedy: bool  # whether each token is the likeliest after the ones before it
 
 
 def loglikelihood(model, tokenizer, pairs):
-    """A Score of each continuation in [(context, continuation)]; of an empty context, the one after end-of-text.
+    """A Score of each continuation in [(context, continuation)]; an empty context is end-of-text.
 
-    Of what is longer than the model, the context's first tokens are left out.
+    Where the two together exceed block_size, the context loses its first tokens.
     """
     requests = [encode_pair(tokenizer, *pair) for pair in pairs]
     for (_, continuation), (_, text) in zip(requests, pairs):
         if not 0 < len(continuation) <= model.cfg.block_size:
-            raise UserError(
-                f"the continuation {_start(text)} has {len(continuation)} tokens of its own, which must be "
-                f"1 to {model.cfg.block_size} (block_size); lengthen or shorten it, or score it as a text"
-            )
+            what = f"the continuation {_start(text)} has {len(continuation)} tokens of its own"
+            raise UserError(f"{what}; it must have 1 to {model.cfg.block_size} (block_size), or be scored as a text")
     return score_tokens(model, requests)
 
 
 def loglikelihood_rolling(model, tokenizer, texts):
-    """A Score of each whole text, in windows of block_size; tokens that begin a text are scored with it."""
+    """A Score of each whole text, in windows of block_size; the tokens that begin a text are scored too."""
     counts, requests = [], []
     for text in texts:
         ids = [*tokenizer.begin, *tokenizer.encode(text).tolist()]
@@ -50,7 +47,7 @@ def loglikelihood_rolling(model, tokenizer, texts):
 
 
 def encode_pair(tokenizer, context, continuation):
-    """Ids of a context, at least one, and of its continuation: those of both as one text, without the context's.
+    """(ids of a context, at least one, ids of its continuation): both are encoded as one text, then divided.
 
     Blanks that end the context go to the continuation, whose first token may begin with one.
     """
@@ -61,19 +58,20 @@ def encode_pair(tokenizer, context, continuation):
 
 
 def before_text(tokenizer):
-    """Id of what stands before a text's first token: end-of-text, or what a Hugging Face model has for it."""
-    if tokenizer.before_text is None and tokenizer.eot is None:
+    """Id of the token before a text's first one: end-of-text, or a Hugging Face model's own."""
+    id_ = tokenizer.eot if tokenizer.before_text is None else tokenizer.before_text
+    if id_ is None:
         raise UserError(
-            f"the tokenizer {tokenizer.name} has no end-of-text, which must stand before a text's first token; "
+            f"the tokenizer {tokenizer.name} has no end-of-text, to precede a text's first token; "
             f'score what follows a context: {{"context": ..., "continuation": ...}} in a .jsonl file'
         )
-    return tokenizer.eot if tokenizer.before_text is None else tokenizer.before_text
+    return id_
 
 
 def windows(ids, prefix, block_size):
-    """A text's ids as [(context, continuation)]: each id in one continuation, each pair block_size + 1 long at most.
+    """A text's ids as [(context, continuation)]: each id is in one continuation; a pair has at most block_size + 1.
 
-    The first continues the prefix. Others continue a single token, but the last, which is short, all that fits.
+    The first context is the prefix, the others are one token; the last continuation is short, its context what fits.
     """
     ids, cut = [prefix, *ids], []
     for start in range(1, len(ids), block_size):
@@ -84,7 +82,7 @@ def windows(ids, prefix, block_size):
 
 @torch.inference_mode()
 def score_tokens(model, requests):
-    """A Score of each continuation in [(ids of the context, of the continuation)], in batches of like length."""
+    """A Score of each continuation in [(context's ids, continuation's ids)], in batches of similar length."""
     device, block_size, scores = model.wte.weight.device, model.cfg.block_size, [None] * len(requests)
     sequences = [(context + continuation)[-block_size - 1 :] for context, continuation in requests]
     order = sorted(range(len(requests)), key=lambda i: len(sequences[i]), reverse=True)
@@ -94,7 +92,7 @@ def score_tokens(model, requests):
         start, end = end, end + max(1, batch_tokens // len(sequences[order[end]]))
         batch = order[start:end]
         T, K = len(sequences[batch[0]]) - 1, max(len(requests[i][1]) for i in batch)
-        ids = torch.zeros(len(batch), T, dtype=torch.long)  # B T, padded on the right, where causal models do not look
+        ids = torch.zeros(len(batch), T, dtype=torch.long)  # B T, padded on the right, unseen by a causal model
         positions = torch.zeros(len(batch), K, dtype=torch.long)  # B K
         targets = torch.full((len(batch), K), IGNORE)  # B K
         for row, i in enumerate(batch):
@@ -117,15 +115,15 @@ def score_tokens(model, requests):
 
 
 def read_requests(prompt, text):
-    """[(context, continuation)] of the text that --prompt names; a text to score whole has None for a context.
+    """[(context, continuation)] of the text that --prompt names; the context is None for a text to score whole.
 
-    FILE:x.jsonl holds an object a line, {"text": ...} or {"context": ..., "continuation": ...}; all else is one text.
+    FILE:x.jsonl has an object a line, {"text": ...} or {"context": ..., "continuation": ...}; any other is one text.
     """
     if not (prompt or "").startswith("FILE:") or not prompt.endswith(".jsonl"):
         if not text:
             raise UserError('there is no text to score; give one, as in --prompt="import os" or --prompt=FILE:x.jsonl')
         return [(None, text)]
-    lines = text.removeprefix("\ufeff").split("\n")  # splitlines would also cut at a U+2028 inside a string
+    lines = text.removeprefix("\ufeff").split("\n")  # splitlines would also cut at U+2028, which JSON allows in strings
     requests = [_request(line, f"{prompt[5:]} line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
     if not requests:
         raise UserError(f'{prompt[5:]} has no texts; write one a line, as in {{"text": "import os"}}')
@@ -133,7 +131,7 @@ def read_requests(prompt, text):
 
 
 def _request(line, place):
-    """A line's request, as read_requests yields it; place: file and line, for errors."""
+    """A line's (context, continuation); place: file and line, for errors."""
     shape = 'write {"text": ...} or {"context": ..., "continuation": ...}, with strings, on a line of its own'
     try:
         fields = json.loads(line)
@@ -142,52 +140,47 @@ def _request(line, place):
     names = {"text", "context", "continuation"} & set(fields if isinstance(fields, dict) else ())
     if names not in ({"text"}, {"context", "continuation"}) or not all(isinstance(fields[name], str) for name in names):
         raise UserError(f"{place} is neither a text nor a context with its continuation; {shape}")
-    context, continuation = (None, fields["text"]) if "text" in fields else (fields["context"], fields["continuation"])
+    continuation = fields.get("continuation", fields.get("text"))
     if not continuation:
         raise UserError(f"{place} has an empty text; leave the line out")
-    return context, continuation
+    return fields.get("context"), continuation
 
 
 def print_scores(model, tokenizer, requests):
     """Scores what read_requests returns and prints a line for each, then their sum.
 
-    Perplexity is per token; bits per byte, for whole texts, do not depend on the tokenizer; greedy says of a
-    continuation whether the model, always taking the likeliest token, would write it.
+    Perplexity is per token. Bits per byte, for whole texts, do not depend on the tokenizer. Greedy tells whether the
+    model, always taking the likeliest token, would write the continuation.
     """
     if not model.cfg.is_causal:
-        raise UserError(
-            "a masked model has no log-likelihood of a text, since it sees both sides of a token; "
-            "score with a model of --objective=clm"
-        )
+        raise UserError("a masked model has no log-likelihood of a text; score with a model of --objective=clm")
     whole, pairs = [r for r in requests if r[0] is None], [r for r in requests if r[0] is not None]
-    scores_whole = iter(loglikelihood_rolling(model, tokenizer, [text for _, text in whole]))
-    scores_pairs = iter(loglikelihood(model, tokenizer, pairs))
+    whole_scores = loglikelihood_rolling(model, tokenizer, [text for _, text in whole])
+    pair_scores = loglikelihood(model, tokenizer, pairs)
     print(f"{'log_likelihood':>16} {'tokens':>9} {'perplexity':>11} {'bits/byte':>10} {'greedy':>9}  text")
-    scores = []
+    whole_left, pairs_left, scores = iter(whole_scores), iter(pair_scores), []
     for context, text in requests:
-        scores.append(next(scores_whole if context is None else scores_pairs))
-        n_bytes = len(text.encode(errors="replace")) if context is None else None
-        greedy = None if context is None else "yes" if scores[-1].is_greedy else "no"
-        print(_row(scores[-1], n_bytes, greedy, _start(text)))
-    n_bytes = sum(len(text.encode(errors="replace")) for _, text in whole) if not pairs else None
-    n_greedy = sum(score.is_greedy for (context, _), score in zip(requests, scores) if context is not None)
-    print(_row(_total(scores), n_bytes, f"{n_greedy}/{len(pairs)}" if pairs else None, f"sum of {len(requests)}"))
+        scores.append(next(whole_left if context is None else pairs_left))
+        if context is None:
+            _print_row(scores[-1], _start(text), texts=[text])
+        else:
+            _print_row(scores[-1], _start(text), greedy="yes" if scores[-1].is_greedy else "no")
+    greedy = f"{sum(score.is_greedy for score in pair_scores)}/{len(pairs)}" if pairs else "-"
+    _print_row(_total(scores), f"sum of {len(requests)}", [] if pairs else [text for _, text in whole], greedy)
 
 
-def _row(score, n_bytes, greedy, text):
-    nats = -score.log_likelihood / score.n_tokens
+def _print_row(score, label, texts=(), greedy="-"):
+    """Prints a line of the table; texts: the whole texts that were scored, whose bytes count."""
+    nats, n_bytes = -score.log_likelihood / score.n_tokens, sum(len(text.encode(errors="replace")) for text in texts)
     perplexity = math.exp(nats) if nats < 700 else math.inf
-    bits = "-" if n_bytes is None else f"{-score.log_likelihood / math.log(2) / n_bytes:.4f}"
-    return (
-        f"{score.log_likelihood:>16.4f} {score.n_tokens:>9} {perplexity:>11.5g} {bits:>10} {greedy or '-':>9}  {text}"
-    )
+    bits = f"{-score.log_likelihood / math.log(2) / n_bytes:.4f}" if n_bytes else "-"
+    print(f"{score.log_likelihood:>16.4f} {score.n_tokens:>9} {perplexity:>11.5g} {bits:>10} {greedy:>9}  {label}")
 
 
 def _total(scores):
     """The Score of several together."""
-    return Score(
-        sum(s.log_likelihood for s in scores), sum(s.n_tokens for s in scores), all(s.is_greedy for s in scores)
-    )
+    log_likelihood, n_tokens = sum(score.log_likelihood for score in scores), sum(score.n_tokens for score in scores)
+    return Score(log_likelihood, n_tokens, all(score.is_greedy for score in scores))
 
 
 def _start(text):

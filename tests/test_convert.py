@@ -177,7 +177,7 @@ def test_weights_that_a_dtype_cannot_hold_are_refused(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][0] = 1e5
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(UserError, match="those of model.norm.weight first, are not finite in float16; use another"):
+    with pytest.raises(UserError, match="the weights model.norm.weight are not finite in float16; use another"):
         export(open_model(str(folder)), tmp_path / "hf", "float16")
     assert not (tmp_path / "hf").exists()
 
@@ -261,7 +261,7 @@ REFUSED = {
     "relu2": (replace(GPT2, mlp="relu2"), "mlp is relu2, where GPT-2 has gelu or gelu_tanh"),
     "the modern encoder": (replace(LLAMA, objective="mlm"),
                            "norm is rmsnorm, where BERT has layernorm; position is rope"),
-    "grouped heads": (replace(GPT2, n_head=4, n_kv_head=2), "n_kv_head is 2 .*where GPT-2 has as many as n_head"),
+    "grouped heads": (replace(GPT2, n_head=4, n_kv_head=2), "n_kv_head is 2, where GPT-2 has 4"),
     "norms behind": (replace(LLAMA, norm_position="post"), "norm_position is post, where Llama has pre"),
     "biases": (replace(LLAMA, bias=True, qk_norm=True), "bias is True, where Qwen3 has False"),
     "token types": (replace(GPT2, n_token_types=2), "n_token_types is 2, where GPT-2 has None"),

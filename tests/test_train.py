@@ -624,7 +624,7 @@ BAD_SETTINGS = {
     "device": ({"device": "mps"}, "device is mps.*use --device=cpu"),
     "min_lr": ({"min_lr": 0.5}, "min_lr 0.5 is above learning_rate 0.01; lower it"),
     "interval": ({"eval_interval": 0}, "eval_interval is 0; it must be at least 1"),
-    "init_from": ({"init_from": "/nowhere"}, "/nowhere does not exist; give the out_dir of a run, or"),
+    "init_from": ({"init_from": "/nowhere"}, "/nowhere is no folder; give the out_dir of a run, or"),
 }  # fmt: skip
 
 
