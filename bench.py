@@ -201,11 +201,11 @@ def time_steps(step, micro_steps, cfg, world):
     # A step too long to be timed often is timed with fewer micro-steps; the report says so.
     per_step = cfg.bench_seconds / cfg.bench_steps
     n = max(1, min(micro_steps, int(per_step / warmup[-1]))) if warmup else micro_steps
-    times, (read_watts, why_not) = [], meters.power_reader(world.device)
-    with meters.PowerMeter(read_watts) as meter:
+    times = []
+    with meters.power_samples(world.device) as (watts, why_not):
         while len(times) < 3 or (len(times) < cfg.bench_steps and sum(times) < cfg.bench_seconds):
             times.append(step(n))
-    return n, times, why_not if meter.mean_w is None else meter.mean_w
+    return n, times, statistics.mean(watts) if watts else why_not
 
 
 # ---- figures
