@@ -78,21 +78,26 @@ def timed_in_turn(works, world, seconds=0.15, repeats=None):
     return [[statistics.median(times), min(times), max(times)] for times in zip(*rounds or [first])]
 
 
-def rising(sizes, measured, work_of, world, seconds, left_out, name):
-    """{size: figure} for rising sizes, as far as the seconds last on the slowest rank.
+def rising(sizes, measured, power, world, seconds, left_out, name):
+    """{size as text: figure} for rising sizes, as far as the seconds last on the slowest rank.
 
-    measured(size): (figure, seconds of one run). work_of(size) is proportional to those seconds. Sizes too slow for the
-    time that is left are added to left_out by name.
+    measured(size): (figure, seconds of one run), which grow as size ** power. Sizes too slow for the time that is left
+    are added to left_out by name.
     """
     found, start, one_run = {}, time.perf_counter(), 0.0
     for i, size in enumerate(sizes):
         if found:
-            expected = 1.5 * one_run * work_of(size) / work_of(sizes[i - 1])  # a run, and its preparation
+            expected = 1.5 * one_run * (size / sizes[i - 1]) ** power  # a run, and its preparation
             if world.worst(time.perf_counter() - start + expected) > seconds:
                 left_out += [name.format(larger) for larger in sizes[i:]]
                 break
-        found[size], one_run = measured(size)
+        found[str(size)], one_run = measured(size)
     return found
+
+
+def of_device(table, world):
+    """The entry of a table for this device: "cpu", or "cuda" for every accelerator."""
+    return table["cpu" if world.device.type == "cpu" else "cuda"]
 
 
 # ---- traces
