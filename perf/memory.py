@@ -13,6 +13,7 @@ from optim import STACK
 from perf.cost import block_params, block_weights, num_params, setup_of
 from world import local, memory_bytes
 
+CATEGORIES = ("weights", "gradients", "optimizer", "activations", "logits", "other")
 ALLOCATOR_SLACK = 1.1  # reserved over allocated memory
 SAVING = ("micro_batch_size", "activation_checkpointing", "shard_size")  # settings that save memory, mildest first
 OPTIMIZER_BYTES = {"adamw": 8, "muon": 8, "sgd": 4, "adafactor": 0}  # state per parameter

@@ -13,6 +13,7 @@ import torch
 from torch.autograd import DeviceType
 
 from parallel import keeps_gradients
+from perf.memory import CATEGORIES
 from world import local
 
 PHASES = ("forward", "backward", "optimizer", "data")  # the phases of a step, as train_step names them
@@ -214,8 +215,7 @@ def memory_parts(step, model, optimizer, world, checkpointing):
         found["activations"] -= cast
     levels = itertools.accumulate(change for _, change, _ in allocations(events, world.device))
     peak = before + max(levels, default=0)
-    names = ("weights", "gradients", "optimizer", "activations", "logits")
-    return {name: found[name] / GIB for name in names if name in found}, peak / GIB
+    return {name: found[name] / GIB for name in CATEGORIES if name in found}, peak / GIB
 
 
 def saved_by_forward(events, device):

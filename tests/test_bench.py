@@ -25,7 +25,7 @@ from conftest import ROOT
 from data import Split, TrainOrder
 from model import ModelConfig
 from objective import IGNORE, Masked
-from perf import cost, hardware, machine, meters, rates, report_bench, sweep
+from perf import cost, hardware, machine, meters, pictures, rates, sweep
 from ranks import on_ranks, write_data
 from run.folder import run_dir_of
 from text.tokenizer import SPECIALS
@@ -157,7 +157,7 @@ def test_profile_writes_a_trace_of_the_steps_their_operators_and_their_memory(tm
     names = {event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
     assert {"aten::addmm", "aten::scaled_dot_product_attention"} <= names
     out = capsys.readouterr().out
-    shares = [float(word[:-1]) for line in out.splitlines() if "::" in line for word in line.split() if word[-1] == "%"]
+    shares = [float(line.partition("%")[0].split()[-1]) for line in out.splitlines() if "::" in line]
     assert 3 < len(shares) <= 15 and shares == sorted(shares, reverse=True) and sum(shares) <= 100.5
     assert (tmp_path / "memory.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -386,8 +386,8 @@ def test_the_machine_is_measured_for_the_planner_and_for_predictions_beside_what
 
 
 def test_without_matplotlib_there_is_no_picture_and_one_line_says_so(capsys, monkeypatch):
-    monkeypatch.setattr(report_bench.importlib.util, "find_spec", lambda name: None)
-    report_bench.draw({"matmul_tflops": {}}, "")
+    monkeypatch.setattr(pictures.importlib.util, "find_spec", lambda name: None)
+    pictures.write_picture("bench.png", (8, 5), pictures.draw_roofline, {}, "")
     assert capsys.readouterr().out == "no bench.png: pip install matplotlib draws it\n"
 
 
@@ -395,7 +395,7 @@ def test_the_roofline_takes_what_was_measured_or_measures_the_runs_precision_alo
     small_machine, tmp_path, monkeypatch
 ):
     drawn = []
-    monkeypatch.setattr(bench, "draw", lambda figures, title: drawn.append(figures))
+    monkeypatch.setattr(bench, "write_picture", lambda path, size, draw, figures, title: drawn.append(figures))
     benched(tmp_path, "--picture=true")
     assert drawn[-1]["matmul_tflops"].keys() == {"fp32"} and list(drawn[-1]["roofs_tflops"]) == ["measured fp32 matmul"]
     bench.main(config.load(bench.Settings, ["--device=cpu", "--precision=fp32"]))
@@ -494,7 +494,8 @@ def test_a_sweep_climbs_while_settings_fit_and_compiled_or_not_while_they_get_fa
     monkeypatch.setattr(sweep, "trial", rows_of(speeds))
     cfg = config.load(bench.Settings, [*SMALL, "--sweep", "--micro_batch_size=4", "--batch_tokens=112"])
     cfg = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, compile=None))
-    found = sweep.sweep(cfg, cfg, compiled_by_default=True)
+    monkeypatch.setattr(sweep, "pick_device", lambda device: torch.device("cuda"))
+    found = sweep.sweep(cfg, cfg)
     tried = [tuple(row[key] for key in sweep.KEYS) for row in found["rows"]]
     assert [n for kind, compiled, n in tried if (kind, compiled) == ("none", True)] == [4, 2, 1]  # down to what fits
     assert [n for kind, compiled, n in tried if (kind, compiled) == ("none", False)] == [4, 2]
@@ -504,7 +505,7 @@ def test_a_sweep_climbs_while_settings_fit_and_compiled_or_not_while_they_get_fa
     assert (found["fastest"]["micro_batch_size"], found["largest"]["micro_batch_size"]) == (1, 16)
     monkeypatch.setattr(sweep, "trial", rows_of(dict.fromkeys(speeds)))
     with pytest.raises(ValueError, match="no setting runs; the last one ended with: out of memory"):
-        sweep.sweep(cfg, cfg, compiled_by_default=True)
+        sweep.sweep(cfg, cfg)
 
 
 def test_micro_batches_of_a_sweep_divide_the_step():
