@@ -26,23 +26,15 @@ from optim import OptimConfig
 from parallel import ParallelConfig
 from perf import cost, hardware, machine, meters
 from perf.memory import explaining_out_of_memory, memory, setup_here
-from perf.report_bench import compare, draw, draw_memory, errors, print_operators, report
+from perf.pictures import draw_memory, draw_roofline, write_picture
+from perf.report_bench import compare, errors, report
 from perf.settings import BenchConfig, OutputConfig, PlanConfig, SweepConfig, read_json, with_default_vocab, write_json
 from perf.sweep import sweep
 from run.folder import RunConfig
 from run.guard import Watchdog
 from run.health import HealthConfig
 from train import build, train_step
-from world import (
-    WorldConfig,
-    device_name,
-    end_process,
-    init_world,
-    memory_now_gib,
-    peak_memory_gib,
-    pick_device,
-    reset_peak_memory,
-)
+from world import WorldConfig, device_name, end_process, init_world, memory_now_gib, peak_memory_gib, reset_peak_memory
 
 
 @dataclass(frozen=True)
@@ -76,7 +68,7 @@ def main(cfg):
     if cfg.output.compare:
         compare(*cfg.files)
     elif cfg.sweep.sweep:
-        cfg.output.write(sweep_settings(cfg))
+        cfg.output.write(sweep(cfg, filled_in(cfg)))
     elif names_nothing_to_train(cfg):
         bench_machine(cfg)
     else:
@@ -98,17 +90,8 @@ def bench_machine(cfg):
             write_json(figures, cfg.plan.machine)
             print(f"written    {cfg.plan.machine}, for python plan.py --gpu=this")
             if cfg.bench.picture:
-                draw(figures, figures["device"])
+                write_picture("bench.png", (8, 5), draw_roofline, figures, figures["device"])
             cfg.output.write(figures)
-
-
-def sweep_settings(cfg):
-    """Runs the sweep; returns its figures."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("sweep starts processes itself, one after the other, for one device: run it without torchrun")
-    given, cfg = cfg, filled_in(cfg)
-    accumulation_steps(cfg.data, cfg.data.seq_len, 1)  # raises where micro_batch_size does not fit
-    return sweep(cfg, given, compiled_by_default=pick_device(cfg.world.device).type == "cuda")
 
 
 def filled_in(cfg, is_main=True):
@@ -130,7 +113,8 @@ def bench_training(cfg):
             figures = measure(cfg, world)
         if world.is_main:
             if cfg.bench.picture:  # after the model's memory is free
-                draw(roofline(figures, cfg.plan.machine, world), f"{figures['device']}, {figures['precision']}")
+                title = f"{figures['device']}, {figures['precision']}"
+                write_picture("bench.png", (8, 5), draw_roofline, roofline(figures, cfg.plan.machine, world), title)
             cfg.output.write(figures)
 
 
@@ -201,11 +185,11 @@ def time_steps(step, micro_steps, cfg, world):
     # A step too long to be timed often is timed with fewer micro-steps; the report says so.
     per_step = cfg.bench_seconds / cfg.bench_steps
     n = max(1, min(micro_steps, int(per_step / warmup[-1]))) if warmup else micro_steps
-    times, (read_watts, why_not) = [], meters.power_reader(world.device)
-    with meters.PowerMeter(read_watts) as meter:
+    times = []
+    with meters.power_samples(world.device) as (watts, why_not):
         while len(times) < 3 or (len(times) < cfg.bench_steps and sum(times) < cfg.bench_seconds):
             times.append(step(n))
-    return n, times, why_not if meter.mean_w is None else meter.mean_w
+    return n, times, statistics.mean(watts) if watts else why_not
 
 
 # ---- figures
@@ -213,31 +197,31 @@ def time_steps(step, micro_steps, cfg, world):
 
 def speed(cfg, model, micro_steps, timed_micro_steps, times, matmul_flops, world):
     """Figures of what was timed, and its speed by the median step. matmul_flops: FLOP/s measured before the steps."""
-    seconds = statistics.median(times)
-    seq_len = cfg.data.seq_len
+    seconds, seq_len, checkpointing = statistics.median(times), cfg.data.seq_len, cfg.parallel.activation_checkpointing
     tokens = timed_micro_steps * cfg.data.micro_batch_size * seq_len * world.data_ranks
     peak, peak_name = hardware.peak_flops(world.device, world.precision, matmul_flops)
     measured_peak = peak if peak_name.startswith("measured") else matmul_flops
-    share = OBJECTIVES[cfg.model.objective].head_share(cfg.objective, seq_len)
     figures = {
         "device": device_name(world.device), "ranks": world.size, "data_ranks": world.data_ranks,
         "torch": torch.__version__, "precision": world.precision, "objective": cfg.model.objective,
         "n_params": model.num_params(), "micro_batch_size": cfg.data.micro_batch_size, "seq_len": seq_len,
-        "activation_checkpointing": cfg.parallel.activation_checkpointing,
+        "activation_checkpointing": checkpointing,
         "micro_steps": timed_micro_steps, "micro_steps_of_training": micro_steps, "tokens": tokens, "steps": len(times),
         "step_ms": 1e3 * seconds, "step_ms_min": 1e3 * min(times), "step_ms_max": 1e3 * max(times),
         "tokens_per_s": tokens / seconds,
         "peak_tflops": peak / 1e12, "peak_name": peak_name, "measured_tflops": measured_peak / 1e12,
     }  # fmt: skip
+    share, per_device = (
+        OBJECTIVES[cfg.model.objective].head_share(cfg.objective, seq_len),
+        tokens / seconds / world.size,
+    )
     for suffix, causal in (("", False), ("_causal", True)):
-        counted = cost.flops_per_token(cfg.model, seq_len, share, causal)
-        again = recomputed_flops(cfg, world, causal)
-        per_device = tokens / seconds / world.size
-        figures["flops_per_token" + suffix] = counted
-        figures["mfu" + suffix] = per_device * counted / peak
-        figures["mfu_of_measured" + suffix] = per_device * counted / measured_peak
-        if cfg.parallel.activation_checkpointing != "none":
-            figures["hfu" + suffix] = per_device * (counted + again) / peak
+        flops = cost.flops_per_token(cfg.model, seq_len, share, causal)
+        figures["flops_per_token" + suffix] = flops
+        figures["mfu" + suffix] = per_device * flops / peak
+        figures["mfu_of_measured" + suffix] = per_device * flops / measured_peak
+        if checkpointing != "none":
+            figures["hfu" + suffix] = per_device * (flops + recomputed_flops(cfg, world, causal)) / peak
     return figures
 
 
@@ -248,16 +232,15 @@ def recomputed_flops(cfg, world, causal):
     """
     blocks, twice_as_long = (cost.flops_per_token(cfg.model, n * cfg.data.seq_len, 0.0, causal) for n in (1, 2))
     attention = twice_as_long - blocks  # the part proportional to seq_len
-    attends_again = setup_here(cfg, world).attends_by_matmuls or cfg.model.dropout > 0
-    again = {"none": 0, "full": blocks, "selective": attention if attends_again else 0}
-    return again[cfg.parallel.activation_checkpointing] / 3
+    if cfg.parallel.activation_checkpointing == "full":
+        return blocks / 3
+    return attention / 3 if setup_here(cfg, world).attends_by_matmuls or cfg.model.dropout > 0 else 0
 
 
 def energy(power_w, seconds, tokens, world):
     """Mean power of all devices while steps were timed, and energy per token. seconds, tokens: a step's."""
     by_rank = world.gather(power_w)
-    unknown = [why_not for why_not in by_rank if isinstance(why_not, str)]
-    if unknown:
+    if unknown := [why_not for why_not in by_rank if isinstance(why_not, str)]:
         return {"power_w": None, "energy_per_token_mj": None, "power_not_measured": unknown[0]}
     return {"power_w": sum(by_rank), "energy_per_token_mj": 1e3 * sum(by_rank) * seconds / tokens}
 
@@ -276,24 +259,22 @@ def predicted(cfg, world, micro_steps, peak):
 
     Time is by the data sheet of a known GPU, else by python bench.py's figures of this machine, or left out.
     """
-    setup = setup_here(cfg, world)
-    parts = {name: n_bytes / 2**30 for name, n_bytes in memory(cfg.model, setup).items()}
+    setup, name = setup_here(cfg, world), device_name(world.device)
+    parts = {part: n_bytes / 2**30 for part, n_bytes in memory(cfg.model, setup).items()}
     figures = {"memory_gib": parts | {"total": sum(parts.values())}}
-    gpu = hardware.known_device(device_name(world.device))
+    gpu = hardware.known_device(name)
     if gpu is None and (here := measured_here(cfg.plan.machine, world)):
         gpu = hardware.this(here)
     if gpu is None and world.is_main:
-        print(
-            f"predicted  memory alone; time after python bench.py has measured {world.size} x "
-            f"{device_name(world.device)} in {world.precision} with this torch ({cfg.plan.machine})"
-        )
-    if gpu is not None and (gpu.machine is None or world.tp == 1):
-        timed = dataclasses.replace(setup, micro_steps=micro_steps)
-        step_s = sum(cost.step_seconds(cfg.model, timed, gpu, cfg.plan.gpus_per_node, cfg.plan.efficiency).values())
-        tokens_per_s = timed.tokens * micro_steps * world.data_ranks / step_s
-        flops = cost.flops_per_token(cfg.model, setup.seq_len, setup.head_share)
-        figures |= {"step_s": step_s, "tokens_per_s": tokens_per_s, "mfu": tokens_per_s * flops / peak / world.size}
-    return figures
+        what = f"{world.size} x {name} in {world.precision} with this torch ({cfg.plan.machine})"
+        print(f"predicted  memory alone; time after python bench.py has measured {what}")
+    if gpu is None or (gpu.machine and world.tp > 1):
+        return figures
+    timed = dataclasses.replace(setup, micro_steps=micro_steps)
+    step_s = sum(cost.step_seconds(cfg.model, timed, gpu, cfg.plan.gpus_per_node, cfg.plan.efficiency).values())
+    tokens_per_s = timed.tokens * micro_steps * world.data_ranks / step_s
+    flops = cost.flops_per_token(cfg.model, setup.seq_len, setup.head_share)
+    return figures | {"step_s": step_s, "tokens_per_s": tokens_per_s, "mfu": tokens_per_s * flops / peak / world.size}
 
 
 def measured_here(path, world):
@@ -331,8 +312,9 @@ def profile(step, world):
     name = "trace.json" if world.is_main else f"trace_rank{world.rank}.json"
     profiler, events = meters.trace(lambda: (step(), step()), name)
     if world.is_main:
-        print_operators(profiler, world.device)
-        draw_memory(meters.allocations(events, world.device), world.device, "memory.png")
+        print(profiler.key_averages().table(f"self_{world.device.type}_time_total", row_limit=15), flush=True)
+        if changes := meters.allocations(events, world.device):
+            write_picture("memory.png", (10, 4.5), draw_memory, changes, world.device)
     print(f"trace      {os.path.abspath(name)}; open it at ui.perfetto.dev", flush=True)
 
 

@@ -8,7 +8,6 @@ this (this machine, as python bench.py measured it), other (given by the setting
 """
 
 import dataclasses
-import importlib.util
 from dataclasses import dataclass, replace
 
 from config import UserError, only, run_script
@@ -20,7 +19,8 @@ from optim import OptimConfig
 from parallel import ParallelConfig
 from perf import cost, hardware
 from perf.memory import changes_that_save, flags, memory, with_settings
-from perf.report_plan import draw, report, report_compared
+from perf.pictures import draw_plan, write_picture
+from perf.report_plan import report, report_compared
 from perf.settings import OutputConfig, PlanConfig, read_json, with_default_vocab
 from run.folder import RunConfig
 from world import WorldConfig
@@ -57,14 +57,7 @@ def main(cfg):
     else:
         lines = report(cfg, gpu, setup, figures, rows, notes)
     print(*lines, sep="\n")
-    if importlib.util.find_spec("matplotlib"):
-        try:
-            draw(rows)
-        except OSError as error:
-            raise UserError(f"plan.png cannot be written here: {error}; go to another folder") from None
-        print("picture    plan.png")
-    else:
-        print("no plan.png: pip install matplotlib draws it")
+    write_picture("plan.png", (11, 4.5), draw_plan, rows)
     cfg.output.write(figures)
 
 

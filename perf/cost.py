@@ -1,5 +1,6 @@
 """Cost of a step: parameters, FLOPs, bytes that ranks send, and seconds on a device."""
 
+import collections
 import functools
 import math
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from model import Transformer
 from objective import OBJECTIVES
 from ops import BY_MATMULS
 from parallel import POWERSGD_RANK
-from perf.hardware import CONTENTION, collective_s, measured_rates, nvls_share, rates_of, rounds
+from perf.hardware import CONTENTION, ROUNDS, collective_s, measured_rates, nvls_share, rates_of
 
 # Shares of a block's forward that backward repeats: matmuls, attention, everything else. The last three are other
 # projects': Megatron's selective recomputation, torchtitan's of every second matmul, every second block's.
@@ -107,14 +108,9 @@ def num_params(cfg, padded=False):
     return (numbers(block + others) if padded else count) + (cfg.n_layer - 1) * numbers(block)
 
 
-def block_matrices(cfg):
-    """Shapes of the matrices of a block."""
-    return [shape for shape in _counted(cfg)[1] if len(shape) == 2]
-
-
 def block_weights(cfg):
     """Weights in a block's matmuls."""
-    return numbers(block_matrices(cfg))
+    return numbers(shape for shape in _counted(cfg)[1] if len(shape) == 2)
 
 
 def block_params(cfg):
@@ -156,7 +152,7 @@ class Collective:
     @property
     def bytes_sent(self):
         """Bytes that one rank sends in a ring."""
-        return self.times * rounds(self.kind) * (self.ranks - 1) / self.ranks * self.n_bytes
+        return self.times * ROUNDS[self.kind] * (self.ranks - 1) / self.ranks * self.n_bytes
 
 
 def collectives(cfg, s, gpus_per_node=8):
@@ -164,7 +160,6 @@ def collectives(cfg, s, gpus_per_node=8):
 
     Those of vectors, losses and counts are left out: they cost time, but hardly bytes.
     """
-    tp_local = min(s.tp, gpus_per_node)
     data_ranks, data_local = s.replicas * s.shards, max(1, min(gpus_per_node, s.ranks) // s.tp)
     block = block_params(cfg) / s.tp
     rest = num_params(cfg, padded=True) / s.tp - cfg.n_layer * block
@@ -173,9 +168,9 @@ def collectives(cfg, s, gpus_per_node=8):
     if s.tp > 1:
         # Forward gathers each norm's output for attention and MLP, and reduces and scatters their outputs; backward
         # does the reverse. Full checkpointing repeats forward except for its last reduction, which nothing needs.
-        stream, layers, again = s.tokens * cfg.n_embd, cfg.n_layer * s.micro_steps, s.checkpointing == "full"
-        of_tp = (s.tp, tp_local)
-        wide, narrow = s.residual_bytes * stream, s.width * stream
+        layers, again = cfg.n_layer * s.micro_steps, s.checkpointing == "full"
+        wide, narrow = s.tokens * cfg.n_embd * s.residual_bytes, s.tokens * cfg.n_embd * s.width
+        of_tp = (s.tp, min(s.tp, gpus_per_node))
         found += [
             Collective("layers", "all_gather", wide, *of_tp, (2 + 2 * again) * layers),
             Collective("layers", "reduce_scatter", narrow, *of_tp, (2 + again) * layers),
@@ -192,28 +187,19 @@ def collectives(cfg, s, gpus_per_node=8):
         n_buckets = max(1, round(n_bytes / BUCKET))
         bucket = ("gradients", "all_reduce", n_bytes / n_buckets, data_ranks, data_local)
         return found + [Collective(*bucket, 1), Collective(*bucket, n_buckets - 1, "step")]
-    local = min(data_local, s.shards)
-    sums, whole = (1, True) if s.accumulate == "whole" else (s.micro_steps, False)
     gathers = (2 if s.reshard else 1) * cfg.n_layer
-
-    def weights(n_bytes, *times):
-        return Collective("weights", "all_gather", n_bytes, s.shards, local, *times)
-
-    def gradients(n_bytes, *times):
-        return Collective("gradients", "reduce_scatter", n_bytes, s.shards, local, *times)
-
-    def replicas(n_bytes, *times):
-        return Collective("replicas", "all_reduce", n_bytes, s.replicas, max(1, data_local // s.shards), *times)
-
+    sums, hidden_in = (1, "step") if s.accumulate == "whole" else (s.micro_steps, "micro_step")
+    of_shards = (s.shards, min(data_local, s.shards))
+    of_replicas = (s.replicas, max(1, data_local // s.shards))
     return found + [
         # The first block and the layers outside the blocks are waited for; other blocks are gathered during computing.
-        weights(s.width * block, s.micro_steps),
-        weights(s.residual_bytes * rest, s.micro_steps),
-        weights(s.width * block, (gathers - 1) * s.micro_steps, "micro_step"),
-        gradients(gradient * rest, sums),
-        gradients(gradient * block, sums * cfg.n_layer, "step" if whole else "micro_step"),
-        replicas(gradient * block / s.shards, cfg.n_layer, "step"),
-        replicas(gradient * rest / s.shards, 1),
+        Collective("weights", "all_gather", s.width * block, *of_shards, s.micro_steps),
+        Collective("weights", "all_gather", s.residual_bytes * rest, *of_shards, s.micro_steps),
+        Collective("weights", "all_gather", s.width * block, *of_shards, (gathers - 1) * s.micro_steps, "micro_step"),
+        Collective("gradients", "reduce_scatter", gradient * rest, *of_shards, sums),
+        Collective("gradients", "reduce_scatter", gradient * block, *of_shards, sums * cfg.n_layer, hidden_in),
+        Collective("replicas", "all_reduce", gradient * block / s.shards, *of_replicas, cfg.n_layer, "step"),
+        Collective("replicas", "all_reduce", gradient * rest / s.shards, *of_replicas, 1),
     ]
 
 
@@ -233,9 +219,9 @@ def powersgd_numbers(cfg):
 
 def bytes_sent(cfg, s, gpus_per_node=8):
     """{"weights", "gradients", "replicas", "layers": bytes that a rank sends in a step}."""
-    sent = {}
+    sent = collections.Counter()
     for c in collectives(cfg, s, gpus_per_node):
-        sent[c.what] = sent.get(c.what, 0) + c.bytes_sent
+        sent[c.what] += c.bytes_sent
     return sent
 
 
@@ -288,10 +274,8 @@ def step_seconds(cfg, s, gpu, gpus_per_node=8, efficiency=1.0, rates=None):
         "attention_s": w.attention / peak / rates.attention,
         "memory_s": w.elementwise_bytes / bandwidth / rates.memory,
     }
-    if rates.head:
-        parts["head_s"] = w.head / peak / rates.head
-    else:
-        parts["head_s"] = w.head / peak / rates.matmul + w.loss_bytes / bandwidth / rates.memory
+    loss_s = 0.0 if rates.head else w.loss_bytes / bandwidth / rates.memory
+    parts["head_s"] = w.head / peak / (rates.head or rates.matmul) + loss_s
     overhead_s = cfg.n_layer * rates.overhead_s / efficiency
     # The host runs ahead of an accelerator.
     parts["overhead_s"] = overhead_s if s.on_cpu else max(0.0, overhead_s - sum(parts.values()))
@@ -312,12 +296,11 @@ def waited_seconds(cfg, s, gpu, gpus_per_node, compute):
             c = replace(c, times=c.times * (1 - s.tp_hidden))
         once = collective_s(c.kind, c.n_bytes, c.ranks, c.local, gpu.link_gbs, gpu.network_gbs, nvls_share(gpu))
         seconds[c.hidden_in] += c.times * once
-        hidden_bytes += c.times * rounds(c.kind) * c.n_bytes * (c.hidden_in != "nothing")
+        hidden_bytes += c.times * ROUNDS[c.kind] * c.n_bytes * (c.hidden_in != "nothing")
     each, last = seconds["micro_step"] / s.micro_steps, seconds["step"]
     waited = seconds["nothing"] + (s.micro_steps - 1) * max(0.0, each - compute)
-    waited += max(
-        0.0, each + last - compute, last - 2 / 3 * compute
-    )  # reductions once a step overlap with its last backward
+    # Reductions once a step overlap with its last backward.
+    waited += max(0.0, each + last - compute, last - 2 / 3 * compute)
     return waited + (CONTENTION * hidden_bytes / (gpu.link_gbs * 1e9) if hidden_bytes else 0.0)
 
 
@@ -326,7 +309,7 @@ def optimizer_seconds(cfg, s, gpu, rates):
     n_bytes = {"adamw": 28, "muon": 28, "sgd": 20, "adafactor": 24}[s.optimizer] + 12  # per parameter; 12 to clip
     seconds = n_bytes * num_params(cfg) / (s.tp * s.shards) / (rates.optimizer * gpu.memory_gbs * 1e9)
     if s.optimizer == "muon":
-        sizes = [(min(shape), max(shape)) for shape in block_matrices(cfg)]
+        sizes = [sorted(shape) for shape in _counted(cfg)[1] if len(shape) == 2]
         flops = sum(5 * 2 * few**2 * (2 * many + few) for few, many in sizes)  # 5 Newton-Schulz steps
         seconds += cfg.n_layer * flops / s.ranks / (gpu.tflops * 1e12 * (rates.muon or rates.matmul))
     return seconds

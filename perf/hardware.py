@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from config import UserError
-from world import DTYPES
+from world import DTYPES, device_name
 
 
 @dataclass(frozen=True)
@@ -49,32 +49,30 @@ class Device:
 # and ml-engineering (744d01e); float32: the makers' pages. Network: servers with that GPU (ml-engineering); a guess for
 # cards. Prices: on demand, spring 2026: Lambda for the H100s, A100-40 and A10, Modal for T4 and L4 (techbytes.app,
 # 7 May), RunPod for the rest (deploybase.ai, 10 March); they change, and some were not found.
-DEVICES = {
-    device.name: device
-    for device in (
-        Device("v100", "volta", 125, 15.7, 32, 900, 150, 12.5, 300),
-        Device("t4", "turing", 65, 8.1, 16, 320, 16, 6.25, 70, 0.59),
-        Device("rtx3090", "ampere", 71, 35.6, 24, 936, 31, 3.1, 350, 0.39),
-        Device("rtx4090", "ada", 165.2, 82.6, 24, 1008, 31, 3.1, 450, 0.60),
-        # Ada's rates: its matmul units are like the 4090's, not a B200's.
-        Device("rtx5090", "ada", 209.5, 104.8, 32, 1792, 63, 3.1, 575, 1.22),
-        # 150 W do not sustain the data sheet's 125 TFLOP/s; llm-analysis has 70.
-        Device("a10", "ampere", 125, 31.2, 24, 600, 31, 6.25, 150, 0.86, sustained=0.56),
-        Device("a10g", "ampere", 70, 31.2, 24, 600, 31, 3.1, 300),
-        Device("a100-40", "ampere", 312, 19.5, 40, 1555, 300, 25, 400, 1.48),
-        Device("a100-80", "ampere", 312, 19.5, 80, 2039, 300, 25, 400, 2.45),
-        Device("l4", "ada", 121, 30.3, 24, 300, 31, 6.25, 72, 0.80),
-        Device("l40s", "ada", 362, 91.6, 48, 864, 31, 12.5, 350, 1.40),
-        Device("h100-pcie", "hopper", 756, 51, 80, 2000, 63, 50, 350, 2.86),
-        Device("h100-sxm", "hopper", 989, 67, 80, 3350, 450, 50, 700, 3.78),
-        Device("h200", "hopper", 989, 67, 141, 4800, 450, 50, 700, 6.35),
-        Device("b200", "blackwell", 2250, 80, 180, 8000, 900, 50, 1000, 10.57),
-        Device("gb200", "blackwell", 2500, 80, 186, 8000, 900, 50, 1200),
-        # One of a card's two dies: torch counts each as a device.
-        Device("mi250x", "cdna2", 191.5, 24, 64, 1640, 175, 25, 250),
-        Device("mi300x", "cdna3", 1307, 163.4, 192, 5300, 448, 50, 750),
-    )
-}
+DEVICES = (
+    Device("v100", "volta", 125, 15.7, 32, 900, 150, 12.5, 300),
+    Device("t4", "turing", 65, 8.1, 16, 320, 16, 6.25, 70, 0.59),
+    Device("rtx3090", "ampere", 71, 35.6, 24, 936, 31, 3.1, 350, 0.39),
+    Device("rtx4090", "ada", 165.2, 82.6, 24, 1008, 31, 3.1, 450, 0.60),
+    # Ada's rates: its matmul units are like the 4090's, not a B200's.
+    Device("rtx5090", "ada", 209.5, 104.8, 32, 1792, 63, 3.1, 575, 1.22),
+    # 150 W do not sustain the data sheet's 125 TFLOP/s; llm-analysis has 70.
+    Device("a10", "ampere", 125, 31.2, 24, 600, 31, 6.25, 150, 0.86, sustained=0.56),
+    Device("a10g", "ampere", 70, 31.2, 24, 600, 31, 3.1, 300),
+    Device("a100-40", "ampere", 312, 19.5, 40, 1555, 300, 25, 400, 1.48),
+    Device("a100-80", "ampere", 312, 19.5, 80, 2039, 300, 25, 400, 2.45),
+    Device("l4", "ada", 121, 30.3, 24, 300, 31, 6.25, 72, 0.80),
+    Device("l40s", "ada", 362, 91.6, 48, 864, 31, 12.5, 350, 1.40),
+    Device("h100-pcie", "hopper", 756, 51, 80, 2000, 63, 50, 350, 2.86),
+    Device("h100-sxm", "hopper", 989, 67, 80, 3350, 450, 50, 700, 3.78),
+    Device("h200", "hopper", 989, 67, 141, 4800, 450, 50, 700, 6.35),
+    Device("b200", "blackwell", 2250, 80, 180, 8000, 900, 50, 1000, 10.57),
+    Device("gb200", "blackwell", 2500, 80, 186, 8000, 900, 50, 1200),
+    # One of a card's two dies: torch counts each as a device.
+    Device("mi250x", "cdna2", 191.5, 24, 64, 1640, 175, 25, 250),
+    Device("mi300x", "cdna3", 1307, 163.4, 192, 5300, 448, 50, 750),
+)
+DEVICES = {device.name: device for device in DEVICES}
 Names = Literal[(*DEVICES, "this", "other")]
 # Words in the name that torch reports; the first entry whose words are all in it is the device.
 WORDS = {
@@ -100,10 +98,9 @@ def peak_flops(device, precision, earlier=None):
     earlier: a measurement from before, such as the start of a benchmark. The source says so where the measurements
     differ by more than a fifth: MFU relative to such a peak means little.
     """
-    if device.type == "cuda" and precision != "fp32":
-        name = torch.cuda.get_device_name(device)
-        if (known := known_device(name)) is not None:
-            return known.tflops * 1e12, f"{name}, data sheet"
+    known = known_device(device_name(device))
+    if known and precision != "fp32":
+        return known.tflops * 1e12, f"{device_name(device)}, data sheet"
     first = earlier or measured_matmul_flops(device, precision)
     low, high = sorted((first, measured_matmul_flops(device, precision)))
     busy = f", two measurements differ by {high / low - 1:.0%}: the machine is busy" if high > 1.2 * low else ""
@@ -187,22 +184,13 @@ TREE = {"LL": (6.8, 0.6, 1.0, 5, 0.5), "LL128": (14, 1.25, 1.9, 8.5, 0.92), "Sim
 NVLS_US, NVLS_TREE_STEP_US, TREE_SHARE = 25, 20.9, 0.92  # from the same file
 # Fitted over a coarse grid to 96 nccl-tests timings (stas00/ml-engineering, network/README.md), then set to what large
 # rows reach. The grid's best, 0.76, 0.95, 30 and 4, has a mean error of 9 %; these have 10 %, equal for all systems.
-LINK_SHARE = (
-    0.78  # share of the data sheet: rings at 1 GiB or more: A100 0.78, H200 0.81, B200 0.76, MI300X 0.70 to 0.75
-)
+LINK_SHARE = 0.78  # share of the data sheet, rings at 1 GiB or more: A100 0.78, H200 0.81, B200 0.76, MI300X 0.7-0.75
 NETWORK_SHARE = 0.9  # share of the line rate: mean of five rows at 1 GiB or more, two systems of 4 nodes
 LAUNCH_US = 30  # beyond NCCL's model: 32 to 256 KiB on three kinds of 8 GPUs, minus its 15 us
 SIMPLE_FILL = 3  # factor on Simple's step times until its pipeline of large chunks is full
 STEP_BYTES = 2 * 2**20  # bytes of a ring's step when its pipeline is full: half NCCL's buffer; chosen, not fitted
 PCIE_GBS = 64  # PCIe 5 x16: a link that is no faster is not NVLink
-
-
-def rounds(kind):
-    """Rounds that a collective makes over the ring of ranks; UserError for an unknown one."""
-    known = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
-    if kind not in known:
-        raise UserError(f"kind is {kind}; it must be one of {', '.join(known)}")
-    return known[kind]
+ROUNDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}  # over the ring of ranks
 
 
 def collective_s(kind, n_bytes, ranks, ranks_per_node, link_gbs, network_gbs, nvls=0.0):
@@ -210,15 +198,14 @@ def collective_s(kind, n_bytes, ranks, ranks_per_node, link_gbs, network_gbs, nv
 
     n_bytes: the whole tensor's, which all ranks have after all_gather. ranks_per_node: ranks of this group in one node,
     1 for replicas that fill nodes. link_gbs, network_gbs: 1e9 bytes/s that a GPU sends inside a node, between nodes.
-    nvls: the share of links that reductions in NVSwitches use, NCCL's nvlsEfficiency: Hopper 0.85, Blackwell 0.74,
-    others 0.
+    nvls: the share of links that reductions in NVSwitches use.
     """
-    n_rounds = rounds(kind)
-    local = max(n for n in range(1, min(ranks, ranks_per_node) + 1) if ranks % n == 0)  # as many in each node
     if ranks == 1:
         return 0.0
     if not link_gbs:
         raise UserError("the bandwidth between these GPUs is unknown; give --gpu_link_gbs")
+    n_rounds = ROUNDS[kind]
+    local = max(n for n in range(1, min(ranks, ranks_per_node) + 1) if ranks % n == 0)  # as many in each node
     nodes, hop = ranks // local, 2 if link_gbs <= PCIE_GBS else 1
     inside, between = LINK_SHARE * link_gbs * 1e3, NETWORK_SHARE * network_gbs * 1e3 * local  # bytes/us, all NICs
     # A ring passes each node once, its channels use the NICs of all GPUs: it moves as many bytes between as inside.
@@ -267,10 +254,8 @@ def measured_rates(gpu, cfg, s):
     """The Rates of this machine for a model (a ModelConfig) in a Setup, between the sizes that bench.py measured."""
     figures, width = gpu.machine, cfg.n_embd
     if s.precision != figures["precision"]:
-        raise UserError(
-            f"precision is {s.precision}, but python bench.py measured {figures['precision']}; run "
-            f"python bench.py --precision={s.precision}, or plan with --precision={figures['precision']}"
-        )
+        ways = f"run python bench.py --precision={s.precision}, or plan with --precision={figures['precision']}"
+        raise UserError(f"precision is {s.precision}, but python bench.py measured {figures['precision']}; {ways}")
     if s.tp > 1:
         raise UserError(f"tp is {s.tp}, and python bench.py measures no tensor parallelism; name a GPU by --gpu")
     rates, kind = figures["rates"], kind_of_block(cfg)
@@ -288,10 +273,10 @@ def measured_rates(gpu, cfg, s):
 
 
 def kind_of_block(cfg):
-    """The kind of block among those that bench.py measures whose element-wise work is most like a model's."""
+    """The kind of block that bench.py measures whose element-wise work is most like a model's."""
     if cfg.dropout:
         return "dropout"
-    return "modern" if (cfg.position == "rope") + cfg.qk_norm + (cfg.is_gated) >= 2 else "plain"
+    return "modern" if (cfg.position == "rope") + cfg.qk_norm + cfg.is_gated >= 2 else "plain"
 
 
 def between(rates, size):

@@ -1,7 +1,7 @@
 """Speed of this machine, measured within a minute: matmuls, memory, network, disk, and the rates of training."""
 
 import dataclasses
-import importlib.util
+import functools
 import os
 import shutil
 import statistics
@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils import collect_env
 
 from data import Loader, Split, TrainOrder
 from objective import NextToken
 from perf.hardware import known_device
-from perf.meters import rising, timed
+from perf.meters import of_device, rising, timed
 from perf.rates import training_rates
-from world import device_name, memory_bytes
+from world import DTYPES, device_name, memory_bytes
 
 # Sizes by device type: of matrices, and of messages in bytes.
 SIZES = {
@@ -27,6 +28,7 @@ SIZES = {
 }
 SECONDS = {"matmuls": 3.0, "collectives": 3.0, "disk": 4.0}  # to spend on each dtype, collective, disk
 LOADER_SECONDS = 0.2  # for each reading, which must not reach the end of the file
+SHEET = ("tflops", "fp32_tflops", "memory_gbs", "link_gbs")
 COPIED, SHARD_TOKENS, CHECKPOINT_BYTES = 2**29, 2**25, 2**28
 
 
@@ -35,39 +37,26 @@ def measure(world, out_dir="."):
 
     All ranks call it. The disk is the one of out_dir; rank 0 writes there, and removes what it wrote.
     """
-    left_out = []
+    device, left_out = world.device, []
+    known = known_device(device_name(device))
     figures = {
-        "device": device_name(world.device), "device_type": world.device.type, "torch": torch.__version__,
+        "device": device_name(device), "device_type": device.type, "torch": torch.__version__,
         "threads": torch.get_num_threads(), "ranks": world.size, "data_ranks": world.data_ranks,
-        "precision": world.precision, "memory_gib": memory_bytes(world.device) / 2**30, "data_sheet": None,
-        "matmul_tflops": matmuls(world, dtypes_of(world), left_out),
+        "precision": world.precision, "memory_gib": memory_bytes(device) / 2**30,
+        "data_sheet": known and {name: getattr(known, name) for name in SHEET},
+        "matmul_tflops": matmuls(world, dtypes_of(device), left_out),
         "bandwidth_gb_per_s": bandwidths(world),
         "collectives_gb_per_s": collectives(world, left_out) if world.size > 1 else {},
         "rates": training_rates(world, left_out),
         "left_out": left_out,
     }  # fmt: skip
-    if world.device.type == "cuda":
-        figures |= {"cuda": torch.version.cuda, "driver": driver()}
-        if known := known_device(figures["device"]):
-            figures["data_sheet"] = {"tflops": known.tflops, "fp32_tflops": known.fp32_tflops}
-            figures["data_sheet"] |= {"memory_gbs": known.memory_gbs, "link_gbs": known.link_gbs}
+    if device.type == "cuda":
+        driver = collect_env.get_nvidia_driver_version(collect_env.run)  # None without nvidia-smi
+        figures |= {"cuda": torch.version.cuda, "driver": driver}
     if world.is_main:
         figures["disk"] = disk(world, out_dir)
     world.barrier()
     return figures
-
-
-def driver():
-    """The version of NVIDIA's driver; None without nvidia-ml-py."""
-    if importlib.util.find_spec("pynvml") is None:
-        return None
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        return pynvml.nvmlSystemGetDriverVersion()
-    except pynvml.NVMLError:
-        return None
 
 
 def rate(amount, seconds):
@@ -76,47 +65,36 @@ def rate(amount, seconds):
     return [amount / median, amount / most, amount / least]
 
 
-def sizes_of(world, what):
-    """The sizes to measure on this device."""
-    return SIZES["cpu" if world.device.type == "cpu" else "cuda"][what]
-
-
 # ---- the figures of data sheets
 
 
-def dtypes_of(world):
-    """Names of the dtypes whose matmuls this device may be fast at."""
-    names = ["fp32", "bf16"]
-    if world.device.type == "cuda":
-        names += ["tf32", "fp16"]
-        if torch.version.hip is None and torch.cuda.get_device_capability(world.device) >= (8, 9):
-            names.append("fp8")
-    return names
+def dtypes_of(device):
+    """Names of the dtypes whose matmuls a device may be fast at."""
+    if device.type != "cuda":
+        return ["fp32", "bf16"]
+    has_fp8 = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+    return ["fp32", "bf16", "tf32", "fp16"] + ["fp8"] * has_fp8
 
 
 def matmuls(world, names, left_out):
     """{dtype: {size: TFLOP/s}} of square matmuls."""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
+    dtypes = DTYPES | {"tf32": torch.float32, "fp8": torch.float8_e4m3fn}
     before, found = torch.get_float32_matmul_precision(), {}
 
     def measured(n):
-        a = torch.randn(n, n, device=world.device).to(dtypes.get(name, torch.float32))
+        a = torch.randn(n, n, device=world.device).to(dtypes[name])
+        b, multiply = a, torch.matmul
         if name == "fp8":
             one = torch.ones((), device=world.device)
-            work = lambda: torch._scaled_mm(a, a.T, one, one, out_dtype=torch.bfloat16)  # noqa: E731
-        else:
-            work = lambda: a @ a  # noqa: E731
-        seconds = timed(work, world)
+            b, multiply = a.T, functools.partial(torch._scaled_mm, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+        seconds = timed(lambda: multiply(a, b), world)
         return rate(2 * n**3 / 1e12, seconds), seconds[0]
 
-    try:
-        for name in names:
-            torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-            sizes, what = sizes_of(world, "matmuls"), f"{name} matmuls of {{0}} x {{0}}"
-            by_size = rising(sizes, measured, lambda n: n**3, world, SECONDS["matmuls"], left_out, what)
-            found[name] = {str(n): rates for n, rates in by_size.items()}
-    finally:
-        torch.set_float32_matmul_precision(before)
+    for name in names:
+        torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+        sizes, what = of_device(SIZES, world)["matmuls"], f"{name} matmuls of {{0}} x {{0}}"
+        found[name] = rising(sizes, measured, 3, world, SECONDS["matmuls"], left_out, what)
+    torch.set_float32_matmul_precision(before)
     return found
 
 
@@ -147,9 +125,8 @@ def collectives(world, left_out):
         return rate(factor * (n - 1) / n * 4 * len(whole) / 1e9, seconds), 3 * seconds[0]
 
     for name, factor in (("all-reduce", 2), ("all-gather", 1), ("reduce-scatter", 1)):
-        sizes, what = sizes_of(world, "messages"), f"{name} of {{:,}} bytes"
-        by_size = rising(sizes, measured, lambda size: size, world, SECONDS["collectives"], left_out, what)
-        found[name] = {str(n_bytes): rates for n_bytes, rates in by_size.items()}
+        sizes, what = of_device(SIZES, world)["messages"], f"{name} of {{:,}} bytes"
+        found[name] = rising(sizes, measured, 1, world, SECONDS["collectives"], left_out, what)
     return found
 
 
@@ -159,29 +136,31 @@ def collectives(world, left_out):
 def disk(world, out_dir):
     """{what: figure} of the disk of out_dir: the data loader's tokens/s, and GB/s of a checkpoint that is synced."""
     os.makedirs(out_dir, exist_ok=True)
-    free, found = shutil.disk_usage(out_dir).free, {}
+    free, random = shutil.disk_usage(out_dir).free, np.random.default_rng(0)
+
+    def write(path, content):
+        with open(path, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
     with tempfile.TemporaryDirectory(dir=out_dir, prefix="machine_") as folder:
-        data = np.random.default_rng(0)
-
-        def write(path, content):
-            with open(path, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-
-        small = min(2**24, free // 4)  # bytes; shows whether the disk is fast enough for more
-        small_s = timed(lambda: write(Path(folder, "small"), data.bytes(small)), world, repeats=1)[0]
-        fast = small_s * CHECKPOINT_BYTES / small < SECONDS["disk"] / 4
-        n_bytes = min(CHECKPOINT_BYTES, free // 4) if fast else small
-        content, path = data.bytes(n_bytes), Path(folder, "checkpoint")
-        found["checkpoint_gb"] = n_bytes / 1e9
+        path, n_bytes = (
+            Path(folder, "checkpoint"),
+            min(2**24, free // 4),
+        )  # shows whether the disk is fast enough for more
+        small_s = timed(lambda: write(path, random.bytes(n_bytes)), world, repeats=1)[0]
+        is_fast = small_s * CHECKPOINT_BYTES / n_bytes < SECONDS["disk"] / 4
+        if is_fast:
+            n_bytes = min(CHECKPOINT_BYTES, free // 4)
+        content = random.bytes(n_bytes)
         seconds = timed(lambda: write(path, content), world, SECONDS["disk"] / 3)
-        found["write_gb_per_s"] = rate(n_bytes / 1e9, seconds)
+        found = {"checkpoint_gb": n_bytes / 1e9, "write_gb_per_s": rate(n_bytes / 1e9, seconds)}
         path.unlink()
         n_tokens = min(SHARD_TOKENS, free // 64)
-        if n_tokens >= 2**20 and fast:
+        if n_tokens >= 2**20 and is_fast:
             path = Path(folder, "train.bin")  # nanoGPT's format, which needs no meta.json
-            write(path, data.integers(50257, size=n_tokens, dtype=np.uint16).data)
+            write(path, random.integers(50257, size=n_tokens, dtype=np.uint16).data)
             found["loader_tokens_per_s"] = loader_speed(folder, path, world)
     return found
 
@@ -217,38 +196,36 @@ def table(figures):
     def cell(rates):
         return "{:.3g} ({:.3g}-{:.3g})".format(*rates) if rates else "-"
 
-    f = figures
+    f, sheet, rates = figures, figures["data_sheet"] or {}, figures["rates"]
     yield f"machine    {f['ranks']} x {f['device']}, {f['memory_gib']:.1f} GiB, torch {f['torch']}"
     if "cuda" in f:
-        yield f"           CUDA {f['cuda']}, driver {f['driver'] or 'unknown: pip install nvidia-ml-py'}"
+        yield f"           CUDA {f['cuda']}, driver {f['driver'] or 'unknown'}"
     yield "           each figure is the median of several runs, followed by the least and the most"
-    sheet = f["data_sheet"] or {}
     sizes = sorted({n for by_size in f["matmul_tflops"].values() for n in by_size}, key=int)
     yield f"matmul     TFLOP/s {''.join(f'{n} x {n}'.rjust(25) for n in sizes)}{'data sheet':>14}"
     for name, by_size in f["matmul_tflops"].items():
         peak = sheet.get({"fp32": "fp32_tflops", "bf16": "tflops", "fp16": "tflops"}.get(name), "-")
         yield f"           {name:8}{''.join(f'{cell(by_size.get(n)):>25}' for n in sizes)}{peak:>14}"
-    rows = [(f"memory     {name}", "GB/s", rates, "memory_gbs") for name, rates in f["bandwidth_gb_per_s"].items()]
+    rows = [(f"memory     {name}", "GB/s", by, "memory_gbs") for name, by in f["bandwidth_gb_per_s"].items()]
     for name, by_size in f["collectives_gb_per_s"].items():
-        rows += [(f"network    {name} of {int(n):,} bytes", "GB/s", r, "link_gbs") for n, r in by_size.items()]
-    for kind, rates in f["disk"].get("loader_tokens_per_s", {}).items():
-        rows.append((f"loader     from a {kind} file", "M tokens/s", [rate / 1e6 for rate in rates], None))
-    what = f"disk       a checkpoint of {f['disk']['checkpoint_gb']:.3g} GB, synced"
-    rows.append((what, "GB/s", f["disk"]["write_gb_per_s"], None))
-    for what, unit, rates, in_sheet in rows:
+        rows += [(f"network    {name} of {int(n):,} bytes", "GB/s", by, "link_gbs") for n, by in by_size.items()]
+    for kind, by in f["disk"].get("loader_tokens_per_s", {}).items():
+        rows.append((f"loader     from a {kind} file", "M tokens/s", [n / 1e6 for n in by], None))
+    checkpoint = f"disk       a checkpoint of {f['disk']['checkpoint_gb']:.3g} GB, synced"
+    rows.append((checkpoint, "GB/s", f["disk"]["write_gb_per_s"], None))
+    for what, unit, by, in_sheet in rows:
         limit = f"   data sheet {sheet[in_sheet]:g}" if in_sheet in sheet else ""
-        yield f"{what:<52}{cell(rates):>24} {unit}{limit}"
+        yield f"{what:<52}{cell(by):>24} {unit}{limit}"
     yield f"training   forward and backward in {f['precision']}, the rates of plan.py --gpu=this"
-    rates = f["rates"]
-    named = [("matmuls, TFLOP/s by width", rates["matmul_tflops"])]
-    named += [("attention, TFLOP/s by seq_len", rates["attention_tflops"])]
-    named += [(f"{kind} block, GB/s by width", by_width) for kind, by_width in rates["memory_gb_per_s"].items()]
-    named += [
-        ("head and loss, TFLOP/s by width", rates["head_tflops"]),
-        ("Muon, TFLOP/s by width", rates["muon_tflops"]),
-    ]
-    named += [("overhead of a block, ms", rates["overhead_ms"])]
-    for name, by_size in named:
+    named = {
+        "matmuls, TFLOP/s by width": rates["matmul_tflops"],
+        "attention, TFLOP/s by seq_len": rates["attention_tflops"],
+        **{f"{kind} block, GB/s by width": by_width for kind, by_width in rates["memory_gb_per_s"].items()},
+        "head and loss, TFLOP/s by width": rates["head_tflops"],
+        "Muon, TFLOP/s by width": rates["muon_tflops"],
+        "overhead of a block, ms": rates["overhead_ms"],
+    }
+    for name, by_size in named.items():
         yield f"           {name:<32}{', '.join(f'{size}: {rate:.3g}' for size, rate in by_size.items())}"
     if f["left_out"]:
         yield f"left out   too slow here: {', '.join(f['left_out'])}"

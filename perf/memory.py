@@ -13,6 +13,7 @@ from optim import STACK
 from perf.cost import block_params, block_weights, num_params, setup_of
 from world import local, memory_bytes
 
+CATEGORIES = ("weights", "gradients", "optimizer", "activations", "logits", "other")
 ALLOCATOR_SLACK = 1.1  # reserved over allocated memory
 SAVING = ("micro_batch_size", "activation_checkpointing", "shard_size")  # settings that save memory, mildest first
 OPTIMIZER_BYTES = {"adamw": 8, "muon": 8, "sgd": 4, "adafactor": 0}  # state per parameter
@@ -42,41 +43,35 @@ def memory(cfg, s):
     before = gradients if kept_between else 0
     activations, recomputed = activation_bytes(cfg, s)
     head, head_left = head_bytes(cfg, s)
+    # Gradients that flow through a block: two of the residual stream, two of the MLP's width.
+    flowing = s.tokens * (2 * s.residual_bytes * d + 2 * s.width * cfg.inner_width) / s.tp
     embedding_gradient = s.gradient_bytes * V * d * (cfg.tie_embeddings + kept_between)
     working = {"muon": 8 * min(STACK, cfg.n_layer * cfg.inner_width * d), "adafactor": 16 * d * max(V, cfg.inner_width)}
     moments = [  # (copies of weights, gradients, activations, logits, other)
         (copies, before, activations, head, 0),  # the loss
-        (copies_later, before, activations, head_left, recomputed + sent + backward_bytes(cfg, s)),  # last block
+        (copies_later, before, activations, head_left, recomputed + sent + flowing),  # the last block
         (0, gradients, 0, 0, embedding_gradient),  # the end of backward
         (0, gradients, 0, 0, working.get(s.optimizer, 0)),  # the optimizer
     ]
     copies, gradients, activations, logits, other = max(moments, key=sum)
+    state = OPTIMIZER_BYTES[s.optimizer] if s.optimizer_bytes is None else s.optimizer_bytes
+    unused = 4 * cfg.n_layer * block_weights(cfg) / s.tp if s.optimizer == "muon" else 0  # a matrix has one state
     return {
         "weights": weights + copies,
         "gradients": gradients,
-        "optimizer": optimizer_bytes(cfg, s, n),
+        "optimizer": (n * state - unused) / s.shards,
         "activations": activations,
         "logits": logits,
         "other": other + error_feedback,
     }
 
 
-def optimizer_bytes(cfg, s, n):
-    """Bytes of the optimizer's state on a rank, for n parameters before sharding."""
-    each = OPTIMIZER_BYTES[s.optimizer] if s.optimizer_bytes is None else s.optimizer_bytes
-    unused = (
-        4 * cfg.n_layer * block_weights(cfg) / s.tp if s.optimizer == "muon" else 0
-    )  # one state per matrix, not two
-    return (n * each - unused) / s.shards
-
-
 def activation_bytes(cfg, s):
     """(bytes that a micro-step saves for backward, bytes of one block that backward recomputes)."""
-    per_token = block_activation_bytes(cfg, s)
-    saved = per_token if s.checkpointing == "none" else block_activation_bytes(cfg, s, s.checkpointing)
-    masks = (1 if not s.on_cpu else s.residual_bytes) * cfg.n_embd if cfg.dropout else 0
+    saved = block_activation_bytes(cfg, s, s.checkpointing)
+    recomputed = 0 if s.checkpointing == "none" else block_activation_bytes(cfg, s)
+    masks = (s.residual_bytes if s.on_cpu else 1) * cfg.n_embd if cfg.dropout else 0
     outside = s.residual_bytes * cfg.n_embd + 8 + masks  # the first or last norm, and dropout after the embedding
-    recomputed = 0 if s.checkpointing == "none" else per_token
     return s.tokens * (cfg.n_layer * saved + outside), s.tokens * recomputed
 
 
@@ -91,8 +86,7 @@ def block_activation_bytes(cfg, s, checkpointing="none"):
     up = 2 if cfg.is_gated else 1  # matrices that lead up to the MLP's width
     row = 4 if cfg.norm == "rmsnorm" else 8  # statistics of a normalised row
     unfused = 2 if cfg.norm == "rmsnorm" and s.on_cpu else 1  # a CPU's RMSNorm also saves its normalised input
-    head_rows = cfg.n_head + cfg.kv_heads
-    softmax_sums = 4 * cfg.n_head
+    head_rows, softmax_sums = cfg.n_head + cfg.kv_heads, 4 * cfg.n_head
     if checkpointing == "full":
         return stream / s.tp
     if checkpointing == "selective":  # the outputs of matmuls and of the attention kernel
@@ -106,11 +100,8 @@ def block_activation_bytes(cfg, s, checkpointing="none"):
         attention = number * (3 * q + cfg.n_head * s.seq_len * (3 if cfg.dropout else 1)) + w * q
     if s.compiled:
         # Inputs of matmuls are shared, the second residual sum is recomputed, and the MLP's product is saved once.
-        inputs = w * d * 2
-        norms = stream + 2 * row
         qk_norms = w * (q + kv) + row * head_rows if cfg.qk_norm else 0
-        mlp = w * f * (up + 1)
-        return inputs + (norms + qk_norms + attention + w * d + mlp) / s.tp
+        return 2 * w * d + (stream + 2 * row + qk_norms + attention + w * d + w * f * (up + 1)) / s.tp
     # An eager matmul in a narrower dtype saves its own cast of the norm's output: q, k, v and the MLP's one or two.
     inputs = w * d * (2 if s.residual_bytes == w else 3 + up)
     norms = 2 * (unfused * stream + row)
@@ -123,19 +114,13 @@ def block_activation_bytes(cfg, s, checkpointing="none"):
 def head_bytes(cfg, s):
     """(peak bytes in the loss, bytes of it left when backward starts)."""
     n, d, V, w = s.tokens * s.head_share, cfg.n_embd, cfg.padded_vocab_size // s.tp, s.width
-    gradients = 4 * n * d + s.gradient_bytes * V * d
-    hidden = 4 * n * d
+    hidden, gradient = 4 * n * d, s.gradient_bytes * V * d
     if s.logits_bytes is not None:
-        return s.logits_bytes * n * V * s.tp + hidden, s.gradient_bytes * V * d
+        return s.logits_bytes * n * V * s.tp + hidden, gradient
     chunk, few, columns = loss_chunks(V, "cpu" if s.on_cpu else "cuda")
     casts = 2 * (n * d + V * d) if w == 2 else 0
     logits = min(n, chunk) * V * w + (min(n, chunk, few) * V * 4 if w == 2 else 0)
-    return hidden + casts + logits + gradients + w * d * min(V, columns), gradients
-
-
-def backward_bytes(cfg, s):
-    """Bytes of the gradients that flow through a block: two of the residual stream, two of the MLP's width."""
-    return s.tokens * (2 * s.residual_bytes * cfg.n_embd + 2 * s.width * cfg.inner_width) / s.tp
+    return hidden + casts + logits + (hidden + gradient) + w * d * min(V, columns), hidden + gradient
 
 
 def params_and_bytes(optimizer):
@@ -162,8 +147,9 @@ def explaining_out_of_memory(cfg, world):
     except (RuntimeError, MemoryError) as error:  # a plain RuntimeError on a CPU
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
-        hint = "; MALLOC_MMAP_THRESHOLD_=65536 in the environment returns freed memory at once, which costs time"
-        text = f"out of memory on rank {world.rank}: {remedies(cfg, world)}{hint if world.device.type == 'cpu' else ''}"
+        text = f"out of memory on rank {world.rank}: {remedies(cfg, world)}"
+        if world.device.type == "cpu":
+            text += "; MALLOC_MMAP_THRESHOLD_=65536 in the environment returns freed memory at once, which costs time"
         raise UserError(text) from error
 
 
@@ -177,18 +163,16 @@ def remedies(cfg, world):
     def described(change):
         return f"{flags(change)} (about {need(change) / 2**30:.2f} GiB)"
 
-    changes = changes_that_save(setup)
-    single = sorted((c for c in changes if len(c) == 1 and need(c) <= available), key=lambda c: SAVING.index(*c))
-    fitting = {}
-    for change in single:
+    changes, fitting = changes_that_save(setup), {}
+    for change in sorted((c for c in changes if len(c) == 1 and need(c) <= available), key=lambda c: SAVING.index(*c)):
         fitting.setdefault(*change, described(change))
     text = f"it takes about {need({}) / 2**30:.2f} GiB of {available / 2**30:.2f}; "
     if not fitting and changes and need(changes[-1]) <= available:
         fitting = {"all": described(changes[-1])}
     if fitting:
-        return text + "what would fit: " + ", ".join(fitting.values())
+        return f"{text}what would fit: {', '.join(fitting.values())}"
     hopeless = f"even {described(changes[-1])} would not fit: " if changes else ""
-    return text + hopeless + "take a smaller model, or more devices"
+    return f"{text}{hopeless}take a smaller model, or more devices"
 
 
 def changes_that_save(setup):
@@ -205,8 +189,7 @@ def changes_that_save(setup):
 
 def with_settings(setup, change):
     """The Setup after one of the changes that changes_that_save returns."""
-    n = change.get("micro_batch_size", setup.micro_batch_size)
-    shards = change.get("shard_size", setup.shards)
+    n, shards = change.get("micro_batch_size", setup.micro_batch_size), change.get("shard_size", setup.shards)
     return dataclasses.replace(
         setup,
         micro_batch_size=n,
@@ -220,8 +203,8 @@ def with_settings(setup, change):
 
 def flags(change):
     """A change of settings as text for a command line."""
-    named = [f"--{name}={value}" for name, value in change.items()]
-    return " ".join(named + ["--strategy=fsdp"] * ("shard_size" in change))
+    named = change | ({"strategy": "fsdp"} if "shard_size" in change else {})
+    return " ".join(f"--{name}={value}" for name, value in named.items())
 
 
 def setup_here(cfg, world):

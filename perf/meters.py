@@ -13,38 +13,37 @@ import torch
 from torch.autograd import DeviceType
 
 from parallel import has_gradient_buckets
+from perf.memory import CATEGORIES
 from world import local
 
 PHASES = ("forward", "backward", "optimizer", "data")  # the phases of a step, as train_step names them
 GIB = 2**30
 
 
-class PhaseTimer:
-    """Times a World's phases while it is entered, with the device idle at both ends, and marks them in traces.
+@contextlib.contextmanager
+def timed_phases(world, before=None):
+    """Gives {phase: seconds} of a World's phases, timed with the device idle at both ends, and marked in traces.
 
     Time between phases counts nowhere. before: {phase: function to call when it begins}.
     """
-
-    def __init__(self, world, before=None):
-        self.world, self.before, self.seconds = world, before or {}, dict.fromkeys(PHASES, 0.0)
-
-    def __enter__(self):
-        self._previous, self.world.progress.timer = self.world.progress.timer, self._phase
-        return self
-
-    def __exit__(self, *error):
-        self.world.progress.timer = self._previous
+    seconds, previous = dict.fromkeys(PHASES, 0.0), world.progress.timer
 
     @contextlib.contextmanager
-    def _phase(self, name):
-        if name in self.before:
-            self.before[name]()
-        self.world.synchronize()
+    def timer(name):
+        if before and name in before:
+            before[name]()
+        world.synchronize()
         start = time.perf_counter()
         with torch.profiler.record_function(f"phase {name}"):
             yield
-            self.world.synchronize()
-        self.seconds[name] += time.perf_counter() - start
+            world.synchronize()
+        seconds[name] += time.perf_counter() - start
+
+    world.progress.timer = timer
+    try:
+        yield seconds
+    finally:
+        world.progress.timer = previous
 
 
 # ---- timing
@@ -80,21 +79,26 @@ def timed_in_turn(works, world, seconds=0.15, repeats=None):
     return [[statistics.median(times), min(times), max(times)] for times in zip(*rounds or [first])]
 
 
-def rising(sizes, measured, work_of, world, seconds, left_out, name):
-    """{size: figure} for rising sizes, as far as the seconds last on the slowest rank.
+def rising(sizes, measured, power, world, seconds, left_out, name):
+    """{size as text: figure} for rising sizes, as far as the seconds last on the slowest rank.
 
-    measured(size): (figure, seconds of one run). work_of(size) is proportional to those seconds. Sizes too slow for the
-    time that is left are added to left_out by name.
+    measured(size): (figure, seconds of one run), which grow as size ** power. Sizes too slow for the time that is left
+    are added to left_out by name.
     """
     found, start, one_run = {}, time.perf_counter(), 0.0
     for i, size in enumerate(sizes):
         if found:
-            expected = 1.5 * one_run * work_of(size) / work_of(sizes[i - 1])  # a run, and its preparation
+            expected = 1.5 * one_run * (size / sizes[i - 1]) ** power  # a run, and its preparation
             if world.worst(time.perf_counter() - start + expected) > seconds:
                 left_out += [name.format(larger) for larger in sizes[i:]]
                 break
-        found[size], one_run = measured(size)
+        found[str(size)], one_run = measured(size)
     return found
+
+
+def of_device(table, world):
+    """The entry of a table for this device: "cpu", or "cuda" for every accelerator."""
+    return table["cpu" if world.device.type == "cpu" else "cuda"]
 
 
 # ---- traces
@@ -120,9 +124,9 @@ def spans(events, named):
     return [(e["ts"], e["ts"] + e["dur"]) for e in found]
 
 
-def is_phase(phase):
-    """The condition for spans() that selects a phase which PhaseTimer marked."""
-    return lambda kind, name: kind == "user_annotation" and name == f"phase {phase}"
+def phase_spans(events, phase):
+    """[(start, end)] of a phase that timed_phases marked."""
+    return spans(events, lambda kind, name: kind == "user_annotation" and name == f"phase {phase}")
 
 
 def allocations(events, device):
@@ -152,10 +156,10 @@ def time_shares(step, world, n_steps):
     Communication is the time in which a rank sends or waits for other ranks and computes nothing. Its share of each
     phase is measured in one profiled step, and moved out of that phase.
     """
-    with PhaseTimer(world) as timer:
+    with timed_phases(world) as seconds:
         for _ in range(n_steps):
             step()
-    seconds = timer.seconds | {"communication": 0.0}
+    seconds["communication"] = 0.0
     if world.size > 1:
         for phase, share in communication_shares(step, world).items():
             seconds["communication"] += share * seconds[phase]
@@ -166,19 +170,18 @@ def time_shares(step, world, n_steps):
 
 def communication_shares(step, world):
     """{phase: share of its time in which this rank communicates and computes nothing}."""
-    with PhaseTimer(world):
+    with timed_phases(world):
         _, events = trace(step)
     if world.device.type == "cuda":
+        on_gpu = ("kernel", "gpu_memcpy", "gpu_memset")
         sent = spans(events, lambda kind, name: kind == "kernel" and "nccl" in name.lower())
-        busy = spans(
-            events, lambda kind, name: kind in ("kernel", "gpu_memcpy", "gpu_memset") and "nccl" not in name.lower()
-        )
+        busy = spans(events, lambda kind, name: kind in on_gpu and "nccl" not in name.lower())
     else:
         sent = spans(events, lambda kind, name: name.startswith("gloo:"))
         busy = spans(events, lambda kind, name: name.startswith("aten::"))
     found = {}
     for phase in PHASES:
-        parts = spans(events, is_phase(phase))
+        parts = phase_spans(events, phase)
         alone = sum(length(sent + busy, part) - length(busy, part) for part in parts)
         found[phase] = alone / max(1e-9, sum(end - start for start, end in parts))
     return found
@@ -199,7 +202,7 @@ def memory_parts(step, model, optimizer, world, checkpointing):
     def measure_gradients():  # complete when the optimizer starts
         found["gradients"] = n_bytes(p.grad for p in model.parameters() if p.grad is not None)
 
-    with PhaseTimer(world, before={"optimizer": measure_gradients}):
+    with timed_phases(world, before={"optimizer": measure_gradients}):
         _, events = trace(step)
     found["weights"] = n_bytes(model.parameters())
     found["optimizer"] = n_bytes(v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
@@ -210,10 +213,9 @@ def memory_parts(step, model, optimizer, world, checkpointing):
         cast = sum(2 * p.numel() for p in model.blocks.parameters() if p.dim() == 2)
         found["weights"] += cast
         found["activations"] -= cast
-    names = ("weights", "gradients", "optimizer", "activations", "logits")
     levels = itertools.accumulate(change for _, change, _ in allocations(events, world.device))
     peak = before + max(levels, default=0)
-    return {name: found[name] / GIB for name in names if name in found}, peak / GIB
+    return {name: found[name] / GIB for name in CATEGORIES if name in found}, peak / GIB
 
 
 def saved_by_forward(events, device):
@@ -225,15 +227,11 @@ def saved_by_forward(events, device):
     def allocated(since, until):
         return sum(change for at, change, _ in changes if since <= at < until)
 
-    forward = spans(events, is_phase("forward"))
     loss_start, loss_end = min(spans(events, lambda kind, name: name == "_LinearCrossEntropy"))
-    start, end = next(span for span in sorted(forward) if span[0] <= loss_start < span[1])
-    highest = now = 0
-    for at, change, _ in changes:
-        if loss_start <= at < loss_end:
-            now += change
-            highest = max(highest, now)
-    return {"activations": allocated(start, end) - allocated(loss_start, loss_end), "logits": highest}
+    start, end = next(span for span in phase_spans(events, "forward") if span[0] <= loss_start < span[1])
+    in_loss = itertools.accumulate(change for at, change, _ in changes if loss_start <= at < loss_end)
+    activations = allocated(start, end) - allocated(loss_start, loss_end)
+    return {"activations": activations, "logits": max([0, *in_loss])}
 
 
 def n_bytes(tensors):
@@ -244,50 +242,35 @@ def n_bytes(tensors):
 # ---- energy
 
 
-class PowerMeter:
-    """Samples a device's power in a thread while it is entered."""
+@contextlib.contextmanager
+def power_samples(device, interval_s=0.05):
+    """Gives ([watts], None), samples of a device's power by a thread, or ([], the reason why there are none)."""
+    read_watts, why_not = power_reader(device)
+    watts, ended = [], threading.Event()
 
-    def __init__(self, read_watts, interval_s=0.05):
-        """read_watts: a function that returns the present power; None: nothing is sampled."""
-        self.read_watts, self.interval_s, self.watts = read_watts, interval_s, []
-        self._ended = threading.Event()
-
-    def __enter__(self):
-        if self.read_watts:
-            self._thread = threading.Thread(target=self._sample, daemon=True, name="power")
-            self._thread.start()
-        return self
-
-    def __exit__(self, *error):
-        self._ended.set()
-        if self.read_watts:
-            self._thread.join()
-
-    def _sample(self):
-        while True:
-            self.watts.append(self.read_watts())
-            if self._ended.wait(self.interval_s):
+    def sample():
+        while read_watts:
+            watts.append(read_watts())
+            if ended.wait(interval_s):
                 return
 
-    @property
-    def mean_w(self):
-        """Mean of the samples; None without samples."""
-        return statistics.mean(self.watts) if self.watts else None
+    thread = threading.Thread(target=sample, daemon=True, name="power")
+    thread.start()
+    try:
+        yield watts, why_not
+    finally:
+        ended.set()
+        thread.join()
 
 
 def power_reader(device):
     """(function that returns a device's power in watts, or None; the reason why there is none)."""
-    if device.type != "cuda":
-        return None, f"a device of type {device.type} does not report its power"
+    if device.type != "cuda" or torch.version.hip:
+        return None, "only NVIDIA's GPUs report it"
     try:
-        import pynvml
-    except ImportError:
+        torch.cuda.power_draw(device)
+    except ModuleNotFoundError:
         return None, "pip install nvidia-ml-py measures it"
-    try:
-        pynvml.nvmlInit()
-        # By UUID, since CUDA_VISIBLE_DEVICES may have renumbered the devices.
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        pynvml.nvmlDeviceGetPowerUsage(handle)
-    except pynvml.NVMLError as error:
+    except Exception as error:  # its class is in nvidia-ml-py
         return None, f"NVML does not report it: {error}"
-    return lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3, None
+    return lambda: torch.cuda.power_draw(device) / 1e3, None

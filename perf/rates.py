@@ -9,7 +9,7 @@ from ops import Linear, Vocabulary, attend, linear_cross_entropy, rope_table
 from optim import OptimConfig, build_optimizer
 from perf import cost
 from perf.hardware import between
-from perf.meters import rising, timed, timed_in_turn
+from perf.meters import of_device, rising, timed, timed_in_turn
 
 # Sizes by device type: widths of blocks, lengths of sequences for attention, rows (tokens), vocabulary.
 SIZES = {
@@ -18,7 +18,7 @@ SIZES = {
 }
 HEAD_WIDTH, BLOCK_LENGTH = 64, 128
 SECONDS = 5.0  # to spend on blocks, attention, the head, and Muon, each
-KINDS = {  # blocks whose element-wise work differs
+KINDS = {  # blocks whose element-wise work differs; the first one's matmuls are measured
     "plain": {},
     "modern": {"norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True, "position": "rope", "bias": False},
     "dropout": {"dropout": 0.1},
@@ -32,14 +32,13 @@ def training_rates(world, left_out):
     muon_tflops: {width}, overhead_ms: {kind}}. Matmuls are the linear layers of a block. Memory is the time of a whole
     block minus its matmuls, attention and overhead, relative to the bytes that cost.work counts.
     """
-    widths, lengths, rows, vocab_size = SIZES["cpu" if world.device.type == "cpu" else "cuda"]
+    widths, lengths, rows, vocab_size = of_device(SIZES, world)
 
     def rising_rates(what, sizes, measured, power):
-        """measured: returns (figure, seconds), which grow as size ** power."""
         measured = functools.partial(measured, world, rows)
-        return rising(sizes, measured, lambda n: n**power, world, SECONDS, left_out, f"{what} {{}}")
+        return rising(sizes, measured, power, world, SECONDS, left_out, f"{what} {{}}")
 
-    overhead = {kind: timed(BlockOf(kind, 8, world, 1, 2).work, world)[0] for kind in KINDS}
+    overhead = {kind: timed(one_block(kind, 8, world, 1, 2)[1], world)[0] for kind in KINDS}
     attention = rising_rates("attention over tokens:", lengths, attention_tflops, 1)
     blocks = rising_rates("blocks of width", widths, block_seconds, 2)
     memory = {kind: {} for kind in KINDS}
@@ -58,18 +57,20 @@ def training_rates(world, left_out):
     }
 
 
-class BlockOf:
-    """One block of a kind, and forward and backward of a micro-batch through it."""
+def one_block(kind, width, world, micro_batch_size, seq_len=BLOCK_LENGTH):
+    """(a block of a kind, its forward and backward of a micro-batch as a function, its Work)."""
+    cfg = ModelConfig(vocab_size=64, n_embd=width, n_head=max(1, width // HEAD_WIDTH), n_layer=1, **KINDS[kind])
+    with world.device:
+        block = Block(cfg)
+        rope = rope_table(torch.arange(seq_len), cfg.head_width, 1e4) if cfg.position == "rope" else None
+    run = forward_backward(block, world, random(world, micro_batch_size, seq_len, width), rope)
+    return block, run, work_of(cfg, world, micro_batch_size, seq_len)
 
-    def __init__(self, kind, width, world, micro_batch_size, seq_len=BLOCK_LENGTH):
-        cfg = ModelConfig(vocab_size=64, n_embd=width, n_head=max(1, width // HEAD_WIDTH), n_layer=1, **KINDS[kind])
-        on_cpu = world.device.type == "cpu"
-        with world.device:
-            self.block = Block(cfg)
-            rope = rope_table(torch.arange(seq_len), cfg.head_width, 1e4) if cfg.position == "rope" else None
-        setup = cost.Setup(seq_len, micro_batch_size, precision=world.precision, on_cpu=on_cpu)
-        self.counted = cost.work(cfg, setup)
-        self.work = forward_backward(self.block, world, random(world, micro_batch_size, seq_len, width), rope)
+
+def work_of(cfg, world, micro_batch_size, seq_len):
+    """The Work of a micro-batch on this device."""
+    on_cpu = world.device.type == "cpu"
+    return cost.work(cfg, cost.Setup(seq_len, micro_batch_size, precision=world.precision, on_cpu=on_cpu))
 
 
 def random(world, *shape, dtype=torch.float32):
@@ -95,14 +96,13 @@ def forward_backward(function, world, *inputs):
 
 def block_seconds(world, rows, width):
     """((TFLOP/s of the linear layers, {kind: (seconds of a block, its Work)}), seconds)."""
-    blocks = {kind: BlockOf(kind, width, world, max(1, rows // BLOCK_LENGTH)) for kind in KINDS}
-    linears = [layer for layer in blocks["plain"].block.modules() if isinstance(layer, Linear)]
+    blocks, runs, works = zip(*(one_block(kind, width, world, max(1, rows // BLOCK_LENGTH)) for kind in KINDS))
+    linears = [layer for layer in blocks[0].modules() if isinstance(layer, Linear)]
     matmuls = [forward_backward(layer, world, random(world, rows, layer.in_features)) for layer in linears]
-    works = [lambda: [work() for work in matmuls], *(block.work for block in blocks.values())]
-    matmul_s, *seconds = (median for median, *_ in timed_in_turn(works, world, 0.5))
+    in_turn = timed_in_turn([lambda: [work() for work in matmuls], *runs], world, 0.5)
+    matmul_s, *seconds = (median for median, *_ in in_turn)
     flops = 6 * rows * sum(layer.weight.numel() for layer in linears)
-    by_kind = {kind: (s, block.counted) for (kind, block), s in zip(blocks.items(), seconds)}
-    return (flops / 1e12 / matmul_s, by_kind), matmul_s + sum(seconds)
+    return (flops / 1e12 / matmul_s, dict(zip(KINDS, zip(seconds, works)))), matmul_s + sum(seconds)
 
 
 def attention_tflops(world, rows, seq_len, n_heads=8):
@@ -114,9 +114,8 @@ def attention_tflops(world, rows, seq_len, n_heads=8):
         return attend(*(x.transpose(1, 2) for x in heads), causal=True).transpose(1, 2).flatten(2)
 
     seconds = timed(forward_backward(attended, world, q, k, v), world)[0]
-    setup = cost.Setup(seq_len, batch, precision=world.precision, on_cpu=world.device.type == "cpu")
     cfg = ModelConfig(vocab_size=64, n_embd=n_heads * HEAD_WIDTH, n_head=n_heads, n_layer=1)
-    return cost.work(cfg, setup).attention / 1e12 / seconds, seconds
+    return work_of(cfg, world, batch, seq_len).attention / 1e12 / seconds, seconds
 
 
 def head_tflops(vocab_size, world, rows, width):

@@ -1,9 +1,9 @@
-"""A plan's figures as text, as tables, and as a picture."""
+"""A plan's figures as text and as tables."""
 
 from config import as_dict
+from perf.memory import CATEGORIES
 
 ASSUMED = ("efficiency", "availability", "fragmentation", "context_gib", "gpu_load", "host_share", "pue")
-MEMORY = ("weights", "gradients", "optimizer", "activations", "logits", "other")
 PARTS = {  # parts of a step: name, remedy
     "matmul_s": ("matrix multiplications", "faster or more GPUs"),
     "attention_s": ("attention", "a shorter --seq_len"),
@@ -36,26 +36,23 @@ def report(cfg, gpu, setup, f, rows, notes):
 def answer(f):
     """The plan in one line."""
     need = f["memory_gib"]
-    gib = f"{need['reserved']:.3g} of {need['available']:.3g} GiB"
-    gpus = f"{f['n_gpus']} x {f['gpu']}"
+    on = f"on {f['n_gpus']} x {f['gpu']} ({need['reserved']:.3g} of {need['available']:.3g} GiB)"
     if f["fits"]:
-        return f"answer     fits on {gpus} ({gib}): {_totals(f)}"
-    if not f["to_fit"]:
-        return f"answer     does not fit on {gpus} ({gib}) with any setting that saves memory; take more or larger GPUs"
-    way = f["to_fit"][0]
-    return f"answer     does not fit on {gpus} ({gib}); fits with {way['change']}: {_totals(way)}"
+        return f"answer     fits {on}: {_totals(f)}"
+    if f["to_fit"]:
+        return f"answer     does not fit {on}; fits with {f['to_fit'][0]['change']}: {_totals(f['to_fit'][0])}"
+    return f"answer     does not fit {on} with any setting that saves memory; take more or larger GPUs"
 
 
 def report_run(cfg, gpu, s, f):
     """Model, length, GPUs and layout."""
-    m = cfg.model
+    m, batch_tokens = cfg.model, cfg.data.batch_tokens
+    counts = [f[name] / 1e6 for name in ("flops_per_token", "flops_per_token_causal")]
     yield (
         f"model      {f['n_params']:,} parameters: {m.n_layer} layers, width {m.n_embd}; "
-        f"{f['flops_per_token'] / 1e6:,.1f} MFLOP a token (PaLM's count), "
-        f"{f['flops_per_token_causal'] / 1e6:,.1f} causal"
+        f"{counts[0]:,.1f} MFLOP a token (PaLM's count), {counts[1]:,.1f} causal"
     )
-    steps = f["tokens"] // cfg.data.batch_tokens
-    yield f"length     {steps:,} steps of {cfg.data.batch_tokens:,} tokens: {f['tokens']:,} tokens"
+    yield f"length     {f['tokens'] // batch_tokens:,} steps of {batch_tokens:,} tokens: {f['tokens']:,} tokens"
     price = ", price unknown, give --gpu_price" if gpu.price is None else f", ${gpu.price:.2f} an hour"
     watts = "" if gpu.watts is None else f", {gpu.watts:g} W"
     yield (
@@ -81,33 +78,35 @@ def report_run(cfg, gpu, s, f):
 
 def report_memory(cfg, f):
     """Memory by category."""
-    need = f["memory_gib"]
-    for name in MEMORY:
+    need, largest, sequences = f["memory_gib"], f["largest_micro_batch_size"], f["micro_steps"] * f["micro_batch_size"]
+    for name in CATEGORIES:
         start = "memory" if name == "weights" else ""
         yield f"{start:<10} {name:<12}{need[name]:9.2f} GiB  {'#' * round(40 * need[name] / need['total'])}".rstrip()
     if not need["gradients"]:
         yield "           the peak is in the loss of the only micro-step, before there are gradients"
-    verdict = "FITS" if f["fits"] else "DOES NOT FIT"
+    dividing = max((n for n in range(1, min(largest, sequences) + 1) if sequences % n == 0), default=largest)
     reserved = f"{need['total']:.3g} x {cfg.plan.fragmentation:g} for fragmentation = {need['reserved']:.3g} GiB"
-    yield f"           {reserved} of {need['available']:.3g}: {verdict}; largest micro-batch {_largest(f)}"
+    verdict = f"{'FITS' if f['fits'] else 'DOES NOT FIT'}; largest micro-batch {largest or 'none'}"
+    divides = "" if dividing == largest else f" ({dividing} divides the batch)"
+    yield f"           {reserved} of {need['available']:.3g}: {verdict}{divides}"
 
 
 def report_time(cfg, gpu, f):
     """Step time by its parts, and the run's totals."""
-    total = "" if f["cost"] is None else f"; of the total {_money(f['cost'])}"
+    p, has_price = cfg.plan, f["cost"] is not None
+    total = f"; of the total {_money(f['cost'])}" if has_price else ""
     yield f"time       {_seconds(f['step_s'])} a step{total}:"
     parts = sorted(f["step_parts_s"].items(), key=lambda part: -part[1])
     for name, seconds in parts:
         share = seconds / f["step_s"]
         if share >= 0.0005:
-            money = "" if f["cost"] is None else f"{_money(share * f['cost']):>12}"
+            money = f"{_money(share * f['cost']):>12}" if has_price else ""
             yield f"           {PARTS[name][0]:<25}{share:6.1%}{money}  {'#' * round(40 * share)}".rstrip()
-    yield f"           bottleneck: {PARTS[parts[0][0]][0]}; what helps: {PARTS[parts[0][0]][1]}"
+    yield "           bottleneck: {}; what helps: {}".format(*PARTS[parts[0][0]])
     yield (
         f"speed      {f['tokens_per_s']:,.0f} tokens/s, {f['tokens_per_s_per_gpu']:,.0f} per GPU; mfu {f['mfu']:.1%} "
         f"(PaLM's count), {f['mfu_causal']:.1%} causal"
     )
-    p = cfg.plan
     yield f"total      {_totals(f)}: {_days(f['days'] * p.availability)} of computing / availability {p.availability:g}"
     if f["kwh"] is not None:
         factors = f"load {p.gpu_load:g} x (1 + host {p.host_share:g}) x PUE {p.pue:g}"
@@ -117,8 +116,7 @@ def report_time(cfg, gpu, f):
 def report_scaling(cfg, rows):
     """The same run on other numbers of GPUs, with the same batch and with one that grows with them."""
     yield f"GPUs       {'the same batch':<60}a larger batch, which changes training"
-    columns = "micro-batch         time  GPU-hours         cost  fits      tokens a step  tokens/s per GPU"
-    yield f"{'':18}{columns}"
+    yield f"{'':18}micro-batch         time  GPU-hours         cost  fits      tokens a step  tokens/s per GPU"
     for same, grown in rows:
         if not same and grown["n_gpus"] > cfg.plan.n_gpus:
             continue  # more GPUs than the batch can be divided over
@@ -127,18 +125,10 @@ def report_scaling(cfg, rows):
             text = f"{same['micro_batch_size']:13}{_days(same['days']):>13}{same['gpu_hours']:11,.0f}"
             text += f"{_money(same['cost']):>13}{_yes(same['fits']):>6}"
         larger = f"{grown['batch_tokens']:19,}{grown['tokens_per_s_per_gpu']:18,.0f}"
-        here = "  <" if grown["n_gpus"] == cfg.plan.n_gpus else ""
-        yield f"{grown['n_gpus']:16,}{text}{larger}{here}"
+        yield f"{grown['n_gpus']:16,}{text}{larger}{'  <' if grown['n_gpus'] == cfg.plan.n_gpus else ''}"
     for count, what in zip(stops_paying(rows), ("the same batch", "a larger batch")):
         if count:
             yield f"           beyond {count:,} GPUs, with {what}, doubling them is less than 1.5 times as fast"
-
-
-def _largest(f):
-    """The largest micro-batch that fits, and the largest that also divides the batch."""
-    largest, sequences = f["largest_micro_batch_size"], f["micro_steps"] * f["micro_batch_size"]
-    dividing = max((n for n in range(1, min(largest, sequences) + 1) if sequences % n == 0), default=largest)
-    return f"{largest or 'none'}" + ("" if dividing == largest else f" ({dividing} divides the batch)")
 
 
 def report_compared(cfg, rows, notes):
@@ -164,9 +154,9 @@ def _totals(f):
 
 
 def _days(days):
-    return (
-        f"{days:,.1f} days" if days >= 2 else f"{24 * days:.1f} hours" if days >= 0.1 else f"{1440 * days:.0f} minutes"
-    )
+    if days >= 2:
+        return f"{days:,.1f} days"
+    return f"{24 * days:.1f} hours" if days >= 0.1 else f"{1440 * days:.0f} minutes"
 
 
 def _seconds(seconds):
@@ -192,34 +182,3 @@ def stops_paying(rows):
         slow = (a["n_gpus"] for a, b in zip(known, known[1:]) if b["tokens_per_s"] < 1.5 * a["tokens_per_s"])
         found.append(next(slow, None))
     return found
-
-
-def draw(rows):
-    """Draws plan.png: memory per GPU by category, and days, against the number of GPUs."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    memory_axes, time_axes = figure.subplots(1, 2)
-    same = [same for same, _ in rows if same]
-    bottom, labels = [0.0] * len(same), [f"{row['n_gpus']:,}" for row in same]
-    for name in MEMORY:
-        heights = [row["memory_gib"][name] for row in same]
-        memory_axes.bar(labels, heights, bottom=bottom, label=name)
-        bottom = [a + b for a, b in zip(bottom, heights)]
-    memory_axes.axhline(same[0]["memory_gib"]["available"], color="black", linestyle="--", label="available")
-    memory_axes.set(xlabel="GPUs", ylabel="GiB per GPU", title=f"memory on {same[0]['gpu']}")
-    counts, days = [row["n_gpus"] for row in same], [row["days"] for row in same]
-    time_axes.plot(counts, [days[0] * counts[0] / n for n in counts], ":", color="gray", label="linear scaling")
-    time_axes.plot(counts, days, marker="o", label="the same batch")
-    grown = [(row["n_gpus"], row["days"]) for _, row in rows]
-    time_axes.plot(*zip(*grown), marker=".", label="a batch that grows")
-    time_axes.set(xlabel="GPUs", ylabel="days", title=f"time for {same[0]['tokens'] / 1e9:,.4g} billion tokens")
-    time_axes.set(xscale="log", yscale="log")
-    for axis in (time_axes.xaxis, time_axes.yaxis):
-        axis.set_major_formatter("{x:,g}")
-    memory_axes.tick_params(axis="x", rotation=45)
-    figure.legend(*memory_axes.get_legend_handles_labels(), loc="outside lower left", ncols=7, fontsize=8)
-    time_axes.legend(fontsize=8)
-    for axes in (memory_axes, time_axes):
-        axes.grid(alpha=0.3)
-    figure.savefig("plan.png", dpi=120)

@@ -1,6 +1,7 @@
 """Settings of the benchmark and the planner."""
 
 import json
+import math
 import os
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,24 @@ from data import prepare_command
 from perf.hardware import Names
 
 GPT2_VOCAB_SIZE = 50257
+ABOVE_0 = math.ulp(0.0)
+BOUNDS = {  # of settings that may be 0, or have a largest value; every other number is above 0
+    "bench_steps": (1, math.inf), "bench_warmup": (0, math.inf), "bench_seconds": (0, math.inf),
+    "host_share": (0, math.inf), "context_gib": (0, math.inf), "optimizer_bytes": (0, math.inf), "tp_hidden": (0, 1),
+    "availability": (ABOVE_0, 1), "gpu_load": (ABOVE_0, 1), "pue": (1, 10), "fragmentation": (1, 10),
+}  # fmt: skip
+
+
+def check_bounds(cfg):
+    """Raises UserError with a line for each number among a class's settings that is out of bounds."""
+    wrong = []
+    for name, value in vars(cfg).items():
+        least, most = BOUNDS.get(name, (ABOVE_0, math.inf))
+        if type(value) in (int, float) and not least <= value <= most:
+            rule = "above 0" if least == ABOVE_0 else f"at least {least}"
+            wrong.append(f"{name} is {value}; it must be {rule}{'' if most == math.inf else f' and at most {most}'}")
+    if wrong:
+        raise UserError("\n".join(wrong))
 
 
 @dataclass(frozen=True)
@@ -40,14 +59,11 @@ def read_json(path, made_by):
     """The JSON object in a file; UserError, which names the command that makes such files, where there is none."""
     try:
         with open(path, encoding="utf-8") as file:
-            figures = json.load(file)
+            return dict(json.load(file))
     except FileNotFoundError:
         raise UserError(f"there is no {path}; run {made_by} first, which writes it") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is no file that {made_by} writes: {error}") from error
-    if not isinstance(figures, dict):
-        raise UserError(f"{path} is no file that {made_by} writes: it holds no JSON object")
-    return figures
 
 
 def with_default_vocab(cfg):
@@ -56,10 +72,8 @@ def with_default_vocab(cfg):
     if cfg.model.vocab_size or cfg.run.init_from or (data_dir and os.path.isdir(data_dir)):
         return cfg, None
     if data_dir:
-        raise UserError(
-            f"vocab_size is none and data_dir {data_dir} does not exist; make it: {prepare_command(cfg)}, "
-            f"or give --vocab_size"
-        )
+        make_it = f"make it: {prepare_command(cfg)}, or give --vocab_size"
+        raise UserError(f"vocab_size is none and data_dir {data_dir} does not exist; {make_it}")
     note = f"vocabulary {GPT2_VOCAB_SIZE:,} tokens, GPT-2's, as neither vocab_size nor data_dir is set"
     return replace(cfg, model=replace(cfg.model, vocab_size=GPT2_VOCAB_SIZE)), note
 
@@ -74,16 +88,7 @@ class BenchConfig:
     picture: bool = True  # draw bench.png, a roofline with what was measured
 
     def __post_init__(self):
-        wrong = []
-        if self.bench_steps < 1:
-            wrong.append(f"bench_steps is {self.bench_steps}; it must be at least 1")
-        wrong += [
-            f"{name} is {getattr(self, name)}; it must not be negative"
-            for name in ("bench_warmup", "bench_seconds")
-            if getattr(self, name) < 0
-        ]
-        if wrong:
-            raise UserError("\n".join(wrong))
+        check_bounds(self)
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,7 @@ class SweepConfig:
     sweep_seconds: float = 120.0  # time limit for each setting, start and compilation included
 
     def __post_init__(self):
-        if self.sweep_seconds <= 0:
-            raise UserError(f"sweep_seconds is {self.sweep_seconds}; it must be above 0")
+        check_bounds(self)
 
 
 @dataclass(frozen=True)
@@ -124,28 +128,7 @@ class PlanConfig:
     machine: str = "out/machine.json"  # file of python bench.py's figures, for --gpu=this
 
     def __post_init__(self):
-        bounds = {
-            "tp_hidden": (0, 1),
-            "availability": (0, 1),
-            "gpu_load": (0, 1),
-            "pue": (1, 10),
-            "fragmentation": (1, 10),
-        }
-        may_be_0 = {"host_share", "context_gib", "optimizer_bytes", "tp_hidden"}
-        wrong = []
-        for name, value in vars(self).items():
-            if not isinstance(value, (int, float)):
-                continue
-            least, most = bounds.get(name, (0, None))
-            if most and not least <= value <= most:
-                wrong.append(f"{name} is {value}; it must be from {least} to {most}")
-            elif name in may_be_0 and value < 0:
-                wrong.append(f"{name} is {value}; it must not be negative")
-            elif name not in may_be_0 and value <= 0:
-                wrong.append(f"{name} is {value}; it must be above 0")
-        if self.gpu == "other":
-            needed = ("gpu_tflops", "gpu_memory_gib", "gpu_memory_gbs")
-            if missing := [f"--{name}" for name in needed if getattr(self, name) is None]:
-                wrong.append(f"gpu is other, which has no data sheet here; give {', '.join(missing)}")
-        if wrong:
-            raise UserError("\n".join(wrong))
+        check_bounds(self)
+        needed = ("gpu_tflops", "gpu_memory_gib", "gpu_memory_gbs") if self.gpu == "other" else ()
+        if missing := [f"--{name}" for name in needed if getattr(self, name) is None]:
+            raise UserError(f"gpu is other, which has no data sheet here; give {', '.join(missing)}")

@@ -1,6 +1,7 @@
 """The fastest settings that fit: tries checkpointing x compile x micro-batch, each in a process of its own."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shlex
@@ -10,7 +11,9 @@ import tempfile
 from pathlib import Path
 
 from config import ROOT, UserError, as_dict, as_preset, load
-from perf.settings import SweepConfig
+from data import accumulation_steps
+from perf.settings import OutputConfig, SweepConfig
+from world import pick_device
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "MemoryError", "Cannot allocate memory")
 KEYS = ("activation_checkpointing", "compile", "micro_batch_size")
@@ -18,22 +21,24 @@ CHECKPOINTING = ("none", "selective", "full")
 ROW = "{:<14} {:<7} {:>11} {:>10} {:>11}  {}"
 
 
-def sweep(cfg, given, compiled_by_default):
-    """Tries settings, prints a row for each, and writes the fastest as a preset; returns the rows.
+def sweep(given, cfg):
+    """Tries settings, prints a row for each, and writes the fastest as a preset; returns the figures.
 
     given: the settings of the command line; cfg: the same with open ones filled in.
     """
-    step_tokens, seq_len = cfg.data.batch_tokens, cfg.data.seq_len
-    sizes = sizes_around(cfg.data.micro_batch_size, step_tokens // seq_len)
-    compiles = [True, False] if compiled_by_default and cfg.parallel.compile is None else [bool(cfg.parallel.compile)]
-    rows = []
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("sweep starts processes itself, one after the other, for one device: run it without torchrun")
+    accumulation_steps(cfg.data, cfg.data.seq_len, 1)  # raises where micro_batch_size does not fit
+    sizes = sizes_around(cfg.data.micro_batch_size, cfg.data.batch_tokens // cfg.data.seq_len)
+    compiles, rows = [bool(cfg.parallel.compile)], []
+    if cfg.parallel.compile is None and pick_device(cfg.world.device).type == "cuda":
+        compiles = [True, False]
     print(ROW.format("checkpointing", "compile", "micro-batch", "tokens/s", "memory GiB", "").rstrip())
-    for checkpointing in CHECKPOINTING:
-        for compiled in compiles:
-            only_while_faster = compiled != compiles[0]  # the first one finds the largest that fits
-            for row in climb(cfg, checkpointing, compiled, sizes, only_while_faster):
-                print(ROW.format(*cells(row)).rstrip(), flush=True)
-                rows.append(row)
+    for checkpointing, compiled in itertools.product(CHECKPOINTING, compiles):
+        only_while_faster = compiled != compiles[0]  # the first one finds the largest that fits
+        for row in climb(cfg, checkpointing, compiled, sizes, only_while_faster):
+            print(ROW.format(*cells(row)).rstrip(), flush=True)
+            rows.append(row)
     fitting = [row for row in rows if row["ended"] == "well"]
     if not fitting:
         raise UserError(f"no setting runs; the last one ended with: {rows[-1]['said']}")
@@ -60,16 +65,15 @@ def sizes_around(start, sequences):
 
 def climb(cfg, checkpointing, compiled, sizes, only_while_faster):
     """Yields rows: from the settings' micro-batch upward while it fits, or, if it does not, downward until one does."""
-    at, direction, last = sizes.index(cfg.data.micro_batch_size), None, None
+    at, direction, last = sizes.index(cfg.data.micro_batch_size), None, 0
     while 0 <= at < len(sizes):
         row = trial(cfg, dict(zip(KEYS, (checkpointing, compiled, sizes[at]))))
         yield row
-        fits = row["ended"] == "well"
+        fits, speed = row["ended"] == "well", row.get("tokens_per_s", 0)
         direction = direction or (1 if fits else -1)
-        slower = fits and last is not None and row["tokens_per_s"] < last
-        if fits != (direction == 1) or (only_while_faster and slower):
+        if fits != (direction == 1) or (only_while_faster and speed < last):
             return
-        last, at = row.get("tokens_per_s"), at + direction
+        last, at = speed, at + direction
 
 
 def trial(cfg, setting):
@@ -89,12 +93,10 @@ def trial(cfg, setting):
             return setting | {"ended": "late", "said": f"over {cfg.sweep.sweep_seconds:g} s"}
         if done.returncode == 0:
             return setting | figures_of(json.loads(figures.read_text(encoding="utf-8")), micro_steps)
-    said = done.stderr.strip().splitlines()[-1:] or [f"ended with code {done.returncode}"]
-    if done.returncode == -9 or any(
-        words in done.stderr for words in OUT_OF_MEMORY
-    ):  # killed by the kernel, or an error of its own
+    if done.returncode == -9 or any(words in done.stderr for words in OUT_OF_MEMORY):  # -9: killed by the kernel
         return setting | {"ended": "out of memory", "said": "out of memory"}
-    return setting | {"ended": "in error", "said": said[0]}
+    said = done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"]
+    return setting | {"ended": "in error", "said": said[-1]}
 
 
 def trial_settings(cfg, setting, batch_tokens):
@@ -103,7 +105,7 @@ def trial_settings(cfg, setting, batch_tokens):
     return dataclasses.replace(
         cfg,
         sweep=SweepConfig(),
-        output=type(cfg.output)(),
+        output=OutputConfig(),
         bench=dataclasses.replace(cfg.bench, bench_seconds=seconds, profile=False, picture=False),
         data=dataclasses.replace(cfg.data, batch_tokens=batch_tokens, micro_batch_size=setting["micro_batch_size"]),
         parallel=dataclasses.replace(cfg.parallel, **{key: setting[key] for key in KEYS[:2]}),
@@ -139,18 +141,16 @@ def write_preset(cfg, row):
     """Writes a row's settings as a preset; returns its path. It keeps the last preset's name, which names the run."""
     path = Path("out/sweep") / f"{Path(cfg.presets[-1]).stem if cfg.presets else 'run'}.py"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [
-        f"# The fastest that fits, by bench.py --sweep: {described(row)}",
-        *(f"{key} = {row[key]!r}" for key in KEYS),
-    ]
+    lines = [f"# The fastest that fits, by bench.py --sweep: {described(row)}"]
+    lines += [f"{key} = {row[key]!r}" for key in KEYS]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
 def train_command(cfg, path):
     """The command that trains with this command's presets and settings, and another preset after them."""
-    own, by_presets = as_dict(cfg), as_dict(load(type(cfg), cfg.presets))
-    of_bench = {f.name for part in (cfg.bench, cfg.sweep, cfg.output) for f in dataclasses.fields(part)}
-    changed = {k: v for k, v in own.items() if v != by_presets[k] and k not in (*of_bench, *KEYS)}
+    by_presets = as_dict(load(type(cfg), cfg.presets))
+    others = {*vars(cfg.bench), *vars(cfg.sweep), *vars(cfg.output), *KEYS}
+    changed = {k: v for k, v in as_dict(cfg).items() if v != by_presets[k] and k not in others}
     flags = [f"--{k}={str(v).lower() if v is None or isinstance(v, bool) else v}" for k, v in changed.items()]
     return shlex.join(["python", "train.py", *cfg.presets, os.fspath(path), *flags])

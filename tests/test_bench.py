@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import resource
 import statistics
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 import types
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from conftest import ROOT
 from data import Split, TrainOrder
 from model import ModelConfig
 from objective import IGNORE, Masked
-from perf import cost, hardware, machine, meters, rates, report_bench, sweep
+from perf import cost, hardware, machine, meters, pictures, rates, sweep
 from ranks import on_ranks, write_data
 from run.folder import run_dir_of
 from text.tokenizer import SPECIALS
@@ -155,7 +157,7 @@ def test_profile_writes_a_trace_of_the_steps_their_operators_and_their_memory(tm
     names = {event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
     assert {"aten::addmm", "aten::scaled_dot_product_attention"} <= names
     out = capsys.readouterr().out
-    shares = [float(word[:-1]) for line in out.splitlines() if "::" in line for word in line.split() if word[-1] == "%"]
+    shares = [float(line.partition("%")[0].split()[-1]) for line in out.splitlines() if "::" in line]
     assert 3 < len(shares) <= 15 and shares == sorted(shares, reverse=True) and sum(shares) <= 100.5
     assert (tmp_path / "memory.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -198,15 +200,15 @@ def test_phases_have_the_time_inside_them_and_time_between_counts_nowhere(monkey
     clock = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0, 63.0, 127.0])
     monkeypatch.setattr(meters.time, "perf_counter", lambda: next(clock))
     world, order = World(0, 1, torch.device("cpu"), "fp32"), []
-    with meters.PhaseTimer(world, before={"optimizer": lambda: order.append("before")}) as timer:
+    with meters.timed_phases(world, before={"optimizer": lambda: order.append("before")}) as seconds:
         for name in ("data", "forward", "optimizer", "forward"):
             with world.phase(name, "1 of 2"):
                 order.append(name)
-    assert timer.seconds == {"data": 1, "forward": 4 + 64, "backward": 0, "optimizer": 16}
+    assert seconds == {"data": 1, "forward": 4 + 64, "backward": 0, "optimizer": 16}
     assert order == ["data", "forward", "before", "optimizer", "forward"]
     with world.phase("data"):  # the timer is gone
         pass
-    assert timer.seconds["data"] == 1
+    assert seconds["data"] == 1
 
 
 def test_time_that_intervals_cover_counts_overlaps_once():
@@ -283,25 +285,21 @@ def test_hfu_is_printed_only_with_activation_checkpointing(tmp_path, capsys):
 
 def test_power_is_sampled_during_the_steps(tmp_path, capsys, monkeypatch):
     assert benched(tmp_path)["power_w"] is None
-    assert "power      not measured: a device of type cpu" in capsys.readouterr().out
+    assert "power      not measured: only NVIDIA's GPUs report it" in capsys.readouterr().out
     monkeypatch.setattr(meters, "power_reader", lambda device: (lambda: 250.0, None))
     f = benched(tmp_path)
     assert f["power_w"] == 250 and "250 W" in capsys.readouterr().out
     assert f["energy_per_token_mj"] == pytest.approx(250e3 / f["tokens_per_s"], rel=0.9)  # by the mean, not the median
 
 
-def test_power_is_read_from_nvml_by_the_name_of_the_device(monkeypatch):
-    class Nvml(types.SimpleNamespace):
-        NVMLError = OSError
-
-    handles = {"GPU-12-ab": 75_500}
-    nvml = Nvml(nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=handles.get, nvmlDeviceGetPowerUsage=lambda mw: mw)
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="12-ab"))
+@pytest.mark.parametrize(("answer", "watts", "reason"), [
+    (75_500, 75.5, None), (ModuleNotFoundError("pynvml"), None, "pip install nvidia-ml-py measures it"),
+    (OSError("not supported"), None, "NVML does not report it: not supported"),
+])  # fmt: skip
+def test_power_is_torchs_in_watts_or_there_is_a_reason(answer, watts, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "power_draw", mock.Mock(side_effect=itertools.repeat(answer)))
     read, why_not = meters.power_reader(torch.device("cuda"))
-    assert read() == 75.5 and why_not is None
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert meters.power_reader(torch.device("cuda")) == (None, "pip install nvidia-ml-py measures it")
+    assert (read and read(), why_not) == (watts, reason)
 
 
 # ---- prediction, comparison, pictures
@@ -388,8 +386,8 @@ def test_the_machine_is_measured_for_the_planner_and_for_predictions_beside_what
 
 
 def test_without_matplotlib_there_is_no_picture_and_one_line_says_so(capsys, monkeypatch):
-    monkeypatch.setattr(report_bench.importlib.util, "find_spec", lambda name: None)
-    report_bench.draw({"matmul_tflops": {}}, "")
+    monkeypatch.setattr(pictures.importlib.util, "find_spec", lambda name: None)
+    pictures.write_picture("bench.png", (8, 5), pictures.draw_roofline, {}, "")
     assert capsys.readouterr().out == "no bench.png: pip install matplotlib draws it\n"
 
 
@@ -397,7 +395,7 @@ def test_the_roofline_takes_what_was_measured_or_measures_the_runs_precision_alo
     small_machine, tmp_path, monkeypatch
 ):
     drawn = []
-    monkeypatch.setattr(bench, "draw", lambda figures, title: drawn.append(figures))
+    monkeypatch.setattr(bench, "write_picture", lambda path, size, draw, figures, title: drawn.append(figures))
     benched(tmp_path, "--picture=true")
     assert drawn[-1]["matmul_tflops"].keys() == {"fp32"} and list(drawn[-1]["roofs_tflops"]) == ["measured fp32 matmul"]
     bench.main(config.load(bench.Settings, ["--device=cpu", "--precision=fp32"]))
@@ -496,7 +494,8 @@ def test_a_sweep_climbs_while_settings_fit_and_compiled_or_not_while_they_get_fa
     monkeypatch.setattr(sweep, "trial", rows_of(speeds))
     cfg = config.load(bench.Settings, [*SMALL, "--sweep", "--micro_batch_size=4", "--batch_tokens=112"])
     cfg = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, compile=None))
-    found = sweep.sweep(cfg, cfg, compiled_by_default=True)
+    monkeypatch.setattr(sweep, "pick_device", lambda device: torch.device("cuda"))
+    found = sweep.sweep(cfg, cfg)
     tried = [tuple(row[key] for key in sweep.KEYS) for row in found["rows"]]
     assert [n for kind, compiled, n in tried if (kind, compiled) == ("none", True)] == [4, 2, 1]  # down to what fits
     assert [n for kind, compiled, n in tried if (kind, compiled) == ("none", False)] == [4, 2]
@@ -506,7 +505,7 @@ def test_a_sweep_climbs_while_settings_fit_and_compiled_or_not_while_they_get_fa
     assert (found["fastest"]["micro_batch_size"], found["largest"]["micro_batch_size"]) == (1, 16)
     monkeypatch.setattr(sweep, "trial", rows_of(dict.fromkeys(speeds)))
     with pytest.raises(ValueError, match="no setting runs; the last one ended with: out of memory"):
-        sweep.sweep(cfg, cfg, compiled_by_default=True)
+        sweep.sweep(cfg, cfg)
 
 
 def test_micro_batches_of_a_sweep_divide_the_step():

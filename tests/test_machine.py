@@ -196,5 +196,5 @@ def test_sizes_that_would_outlast_the_budget_are_left_out(monkeypatch):
         return size, size**3
 
     left_out = []
-    found = meters.rising((1, 2, 4, 8), measured, lambda n: n**3, world, 100.0, left_out, "size {}")
-    assert found == {1: 1, 2: 2} and left_out == ["size 4", "size 8"] and clock.now == 9
+    found = meters.rising((1, 2, 4, 8), measured, 3, world, 100.0, left_out, "size {}")
+    assert found == {"1": 1, "2": 2} and left_out == ["size 4", "size 8"] and clock.now == 9
