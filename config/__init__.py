@@ -11,8 +11,8 @@ comment is its help text. A script composes the classes it needs and reads them 
         files: tuple = ()  # optional: filled with the command's .json files
         given: frozenset = ...  # optional: filled with the names that presets or the command line set
 
-A preset is a Python file of plain assignments, run in its own namespace. Each class checks its values in combination:
-its __post_init__ raises a UserError, a line for each mistake.
+A preset is a Python file of plain assignments, run in its own namespace. Each class checks its values, alone and in
+combination: its __post_init__ raises a UserError, a line for each mistake.
 """
 
 import ast
@@ -78,12 +78,9 @@ def only(*names):
     return dataclasses.field(metadata={"only": names})
 
 
-def check_ranges(settings, *others, **names):
-    """UserError with a line for each setting out of its range, a key of RANGES, and the lines in `others`.
-
-    A setting that may be none, and is, passes.
-    """
-    types_, lines = {field.name: field.type for field in dataclasses.fields(settings)}, list(others)
+def check_ranges(settings, **names):
+    """UserError with a line for each setting out of its range; names: settings by their key in RANGES."""
+    types_, lines = {field.name: field.type for field in dataclasses.fields(settings)}, []
     for name, (rule, is_inside) in [(name, RANGES[key]) for key in names for name in names[key]]:
         value = getattr(settings, name)
         if value is not None and not is_inside(value):
