@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import os
-import secrets
 import shutil
 import socket
 import time
@@ -45,43 +44,29 @@ def writing_to(out_dir):
         raise UserError(f"out_dir {out_dir} cannot be written to ({error}); {remedy}") from error
 
 
-def check_shared(out_dir, world, patience=30):
-    """UserError, on all ranks, unless all see out_dir as one folder within `patience` seconds."""
-    if world.size == 1:
-        return
-    token = int(world.worst(secrets.randbelow(2**24) if world.is_main else 0))
-    file = Path(out_dir) / f".seen_by_all_ranks_{token}"
-    if world.is_main:
-        with writing_to(out_dir):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            for leftover in file.parent.glob(".seen_by_all_ranks_*"):  # an interrupted check left it
-                leftover.unlink()
-            file.touch()
-    world.barrier()
-    deadline = time.monotonic() + patience  # a network file system may show it late
-    while not (seen := file.exists()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    some_miss_it = world.worst(not seen)
-    if world.is_main:
-        file.unlink()
-    if some_miss_it:
-        rule = f"is not one folder for all {world.size} ranks: some do not see rank 0's files there"
-        raise UserError(f"out_dir {out_dir} {rule}; put it on a disk that all machines share")
-
-
 @contextlib.contextmanager
-def locked(out_dir, world):
-    """Locks a run's folder; UserError, on all ranks, where another run has it. The lock ends with rank 0's process."""
+def locked(out_dir, world, patience=30):
+    """Locks a run's folder until rank 0's process ends.
+
+    UserError, on all ranks, where another run has it, or where a rank does not see the lock in `patience` seconds.
+    """
+    path, holder, lock = Path(out_dir) / ".lock", None, None
     with contextlib.ExitStack() as stack:
-        holder = None
         if world.is_main:
             with writing_to(out_dir):
-                Path(out_dir).mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(open(Path(out_dir) / ".lock", "a+", encoding="utf-8"))
-            holder = _lock(file)
-        if holder := world.gather(holder)[0]:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                holder = _lock(stack.enter_context(open(path, "a+", encoding="utf-8")))
+                lock = path.read_bytes()
+        holder, lock = world.gather((holder, lock))[0]
+        if holder:
             remedy = f"stop that one (touch {out_dir}/stop), or use another --out_dir"
             raise UserError(f"out_dir {out_dir} is in use by another run, {holder}; {remedy}")
+        deadline = time.monotonic() + patience  # a network file system may show it late
+        while not (seen := path.exists() and path.read_bytes() == lock) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if world.worst(not seen):
+            rule = f"is not one folder for all {world.size} ranks: some do not see rank 0's files there"
+            raise UserError(f"out_dir {out_dir} {rule}; put it on a disk that all machines share")
         yield
 
 

@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from config import UserError, as_preset, project_files
 from perf.memory import explaining_out_of_memory
-from run.folder import check_shared, locked
+from run.folder import locked
 
 
 class Stop(enum.IntEnum):
@@ -49,7 +49,6 @@ def guarded(cfg, world):
         locked(cfg.run.out_dir, world),
         explaining_out_of_memory(cfg, world),
     ):
-        check_shared(cfg.run.out_dir, world)
         yield stop
 
 
@@ -185,7 +184,7 @@ class Watchdog:
 
 @contextlib.contextmanager
 def crash_reports(out_dir, world, settings):
-    """Reports crashes, but not users' mistakes, in files in the run's folder: place, settings (a text), versions, stack.
+    """Reports crashes, but not users' mistakes, in the run's folder: place, versions, stack, settings (a text).
 
     Where several ranks crash, the first one's error is shown; the others' errors follow from it, and end in one line.
     Yields the function that writes a report.

@@ -224,10 +224,8 @@ class Log:
         epochs = tokens / train_tokens
         print(f"run        {self.last_step:,} steps, {tokens:,} tokens, {epochs:.3g} epochs, in {self.out_dir}")
         if epochs > 20:
-            print(
-                f"warning    the run reads its {train_tokens:,} training tokens {epochs:,.0f} times; after about 4 epochs "
-                f"a model learns little more (arXiv 2305.16264): lower --max_steps, or add text"
-            )
+            often = f"the run reads its {train_tokens:,} training tokens {epochs:,.0f} times; after about 4 epochs"
+            print(f"warning    {often} a model learns little more (arXiv 2305.16264): lower --max_steps, or add text")
         peak = f"mfu relative to {self.peak / 1e12:.4g} TFLOP/s, {self.peak_name}"
         print(f"device     {world.size} x {device_name(world.device)}, {world.precision}; {peak}", flush=True)
 
@@ -275,25 +273,22 @@ def draw_curves(out_dir):
     from matplotlib.figure import Figure
 
     records = [json.loads(line) for line in (out_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-
-    def draw(axes, label, style, *names):
-        """Plots the first of the names that a record has."""
-        values = [(r["step"], next((r[name] for name in names if r.get(name) is not None), None)) for r in records]
-        if points := [point for point in values if point[1] is not None]:
-            axes.plot(*zip(*points), label=label, **style)
-
     figure = Figure(figsize=(8, 7), layout="constrained")
-    loss, lr, norm = figure.subplots(3, sharex=True, height_ratios=(3, 1, 1))
-    draw(loss, "training, mean of the interval", {"linewidth": 1}, "mean_loss", "loss")
-    draw(loss, "validation", {"marker": "o"}, "val_loss")
-    draw(lr, None, {"linewidth": 1}, "lr")
-    draw(norm, None, {"linewidth": 1}, "grad_norm")
-    loss.set(ylabel="loss, nats per token", title=out_dir.name)
-    loss.legend()
-    lr.set(ylabel="learning rate")
-    norm.set(ylabel="gradient norm", xlabel="step")
-    for axes in (loss, lr, norm):
+    loss, lr, norm = all_axes = figure.subplots(3, sharex=True, height_ratios=(3, 1, 1))
+    for axes, name, style in (
+        (loss, "mean_loss", {"linewidth": 1, "label": "training, mean of the interval"}),
+        (loss, "val_loss", {"marker": "o", "label": "validation"}),
+        (lr, "lr", {"linewidth": 1}),
+        (norm, "grad_norm", {"linewidth": 1}),
+    ):
+        if points := [(r["step"], r[name]) for r in records if r.get(name) is not None]:
+            axes.plot(*zip(*points), **style)
+    for axes, label in zip(all_axes, ("loss, nats per token", "learning rate", "gradient norm")):
+        axes.set(ylabel=label)
         axes.grid(alpha=0.3)
+    loss.set(title=out_dir.name)
+    loss.legend()
+    norm.set(xlabel="step")
     figure.savefig(out_dir / ".curves.png", dpi=120)
     os.replace(out_dir / ".curves.png", out_dir / "curves.png")
 
@@ -307,14 +302,8 @@ def start_wandb(cfg, out_dir, step):
     id_file = out_dir / "wandb_id"
     if step == 0 or not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
-    options = {
-        "project": cfg.log.wandb_project,
-        "name": cfg.log.wandb_run_name or out_dir.name,
-        "id": id_file.read_text().strip(),
-        "resume": "allow",
-        "dir": str(out_dir),
-        "config": as_dict(cfg),
-    }
+    options = {"project": cfg.log.wandb_project, "name": cfg.log.wandb_run_name or out_dir.name, "resume": "allow"}
+    options |= {"id": id_file.read_text().strip(), "dir": str(out_dir), "config": as_dict(cfg)}
     try:
         run = wandb.init(**options, settings=wandb.Settings(init_timeout=30))
     except wandb.errors.Error as error:
