@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from config import UserError
-from data import below_one, sha256
+from config import Config, Count, UserError
+from data import sha256
 from model import TRAINING_ONLY, ModelConfig
 from world import local
 
@@ -29,14 +29,10 @@ FILE_BYTES = 2**27
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
-    save_interval: int | None = 1000  # steps between checkpoints; the last step is always saved; none: no checkpoints
-    keep_checkpoints: int = 3  # newest checkpoints to keep, and the best by validation loss
-    keep_every: int | None = None  # keep for good the checkpoints whose step is a multiple of this
-
-    def __post_init__(self):
-        if wrong := below_one(self, "save_interval", "keep_checkpoints", "keep_every"):
-            raise UserError("\n".join(wrong))
+class CheckpointConfig(Config):
+    save_interval: Count | None = 1000  # steps between checkpoints; the last step is always saved; none: no checkpoints
+    keep_checkpoints: Count = 3  # newest checkpoints to keep, and the best by validation loss
+    keep_every: Count | None = None  # keep for good the checkpoints whose step is a multiple of this
 
 
 def checkpoints(out_dir):

@@ -5,6 +5,7 @@ uint32, and is memory-mapped. nanoGPT's raw train.bin, llm.c's and modded-nanogp
 """
 
 import collections
+import contextlib
 import hashlib
 import json
 import mmap
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, preset_value
+from config import Config, Count, UserError, preset_value
 from objective import OBJECTIVES
 
 HEADER = struct.Struct("<8sIIQ")  # magic, version, bytes a token, tokens
@@ -28,22 +29,12 @@ LLMC = {20240520: np.uint16, 20240801: np.uint32}  # magic of llm.c's GPT-2 and 
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Config):
     data_dir: str | None = None  # folder of token shards, made by prepare.py
-    seq_len: int | None = None  # tokens of a training sequence; none: block_size
-    batch_tokens: int = 524288  # global batch: tokens per optimizer step, over all ranks and micro-steps
-    micro_batch_size: int = 16  # sequences per forward pass on one rank; gradient accumulation follows from it
-    eval_tokens: int = 10_485_760  # tokens of the validation split to evaluate on, at most
-
-    def __post_init__(self):
-        if wrong := below_one(self, "seq_len", "batch_tokens", "micro_batch_size", "eval_tokens"):
-            raise UserError("\n".join(wrong))
-
-
-def below_one(cfg, *names):
-    """An error's line for each of these settings that is below 1."""
-    values = {name: getattr(cfg, name) for name in names}
-    return [f"{name} is {n}; it must be at least 1" for name, n in values.items() if n is not None and n < 1]
+    seq_len: Count | None = None  # tokens of a training sequence; none: block_size
+    batch_tokens: Count = 524288  # global batch: tokens per optimizer step, over all ranks and micro-steps
+    micro_batch_size: Count = 16  # sequences per forward pass on one rank; gradient accumulation follows from it
+    eval_tokens: Count = 10_485_760  # tokens of the validation split to evaluate on, at most
 
 
 def seq_len_of(cfg):

@@ -1,8 +1,8 @@
 """The network: a Transformer that is GPT-2 or BERT exactly, or a modern decoder or encoder.
 
 Tensor dimensions, here and everywhere in the project:
-    B batch   T tokens of a sequence   C width (n_embd)   H heads   D width of a head   V vocabulary   N tokens of a batch, B * T
-    K masked positions of a sequence
+    B batch   T tokens of a sequence   N tokens of a batch, B * T   C width (n_embd)   H heads   D width of a head
+    V vocabulary   K masked positions of a sequence
 """
 
 import functools

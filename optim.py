@@ -6,49 +6,33 @@ from typing import Literal
 
 import torch
 
-from config import UserError
+from config import Config, Count, NotNegative, Positive, Share, UserError, Whole
 from world import local
 
-STACK, MUON_DTYPE = 2**26, torch.bfloat16  # elements that Muon orthogonalizes at a time, 128 MiB; their dtype
+STACK, MUON_DTYPE = 2**26, torch.bfloat16  # elements that Muon orthogonalizes at a time, 128 MiB, and their dtype
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Config):
     optimizer: Literal["adamw", "muon", "adafactor", "sgd"] = "adamw"  # muon: for the blocks' matrices, else adamw
-    learning_rate: float = 6e-4  # peak learning rate, after warmup; adafactor: relative to the weights' size
-    min_lr: float = 0.0  # learning rate at the end of the schedule
+    learning_rate: NotNegative = 6e-4  # peak learning rate, after warmup; adafactor: relative to the weights' size
+    min_lr: NotNegative = 0.0  # learning rate at the end of the schedule
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"  # wsd: constant, then linear
-    max_steps: int = 19_073  # optimizer steps of the run
-    max_tokens: int | None = None  # training tokens of the run; replaces max_steps
-    warmup_steps: int = 700  # first steps, in which the learning rate rises linearly from 0
-    cooldown_steps: int = 0  # wsd: last steps, in which the learning rate falls to min_lr
-    lr_decay_steps: int | None = None  # step at which the learning rate reaches min_lr; none: the last
-    weight_decay: float = 0.1  # weight decay of matrices and embeddings; biases and norms have none
-    beta1: float = 0.9  # adamw: decay of the gradient's mean; sgd: momentum
-    beta2: float = 0.95  # adamw: decay of the squared gradient's mean
-    muon_momentum: float = 0.95  # muon: decay of the gradient's mean
-    grad_clip: float | None = 1.0  # largest gradient norm; none: no clipping
+    max_steps: Whole = 19_073  # optimizer steps of the run
+    max_tokens: Count | None = None  # training tokens of the run; replaces max_steps
+    warmup_steps: Whole = 700  # first steps, in which the learning rate rises linearly from 0
+    cooldown_steps: Whole = 0  # wsd: last steps, in which the learning rate falls to min_lr
+    lr_decay_steps: Count | None = None  # step at which the learning rate reaches min_lr; none: the last
+    weight_decay: NotNegative = 0.1  # weight decay of matrices and embeddings; biases and norms have none
+    beta1: Share = 0.9  # adamw: decay of the gradient's mean; sgd: momentum
+    beta2: Share = 0.95  # adamw: decay of the squared gradient's mean
+    muon_momentum: Share = 0.95  # muon: decay of the gradient's mean
+    grad_clip: Positive | None = 1.0  # largest gradient norm; none: no clipping
 
     def __post_init__(self):
-        wrong = [
-            f"{name} is {getattr(self, name)}; it must not be negative"
-            for name in ("learning_rate", "min_lr", "max_steps", "warmup_steps", "cooldown_steps", "weight_decay")
-            if getattr(self, name) < 0
-        ]
-        wrong += [
-            f"{name} is {getattr(self, name)}; it must be at least 0 and below 1"
-            for name in ("beta1", "beta2", "muon_momentum")
-            if not 0 <= getattr(self, name) < 1
-        ]
-        wrong += [
-            f"{name} is {getattr(self, name)}; it must be above 0, or none"
-            for name in ("max_tokens", "lr_decay_steps", "grad_clip")
-            if getattr(self, name) is not None and getattr(self, name) <= 0
-        ]
+        super().__post_init__()
         if self.min_lr > self.learning_rate:
-            wrong.append(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}; lower it")
-        if wrong:
-            raise UserError("\n".join(wrong))
+            raise UserError(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}; lower it")
 
     def last_step(self, batch_tokens):
         """Steps of the run: max_tokens / batch_tokens, rounded up, or max_steps."""
@@ -69,24 +53,18 @@ def lr_at(step, cfg, last_step):
 def build_optimizer(model, cfg, world=None):
     """The optimizer, with each parameter in exactly one group: matrices and embeddings decay, vectors do not.
 
-    The ranks of a world share the work on whole matrices.
+    The ranks of a world share Muon's work on whole matrices.
     """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    if cfg.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
-    elif cfg.optimizer == "muon":
-        optimizer = MuonAndAdamW(model, groups, cfg, world)
-    elif cfg.optimizer == "adafactor":
-        optimizer = Adafactor(groups, {"lr": cfg.learning_rate})
-    else:
-        optimizer = torch.optim.SGD(groups, lr=cfg.learning_rate, momentum=cfg.beta1)
-    grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(grouped) == sorted(id(p) for p in model.parameters()), (
-        "a parameter is in no optimizer group, or in two"
-    )
-    return optimizer
+    if cfg.optimizer == "muon":
+        return MuonAndAdamW(model, groups, cfg, world)
+    if cfg.optimizer == "adafactor":
+        return Adafactor(groups, {"lr": cfg.learning_rate})
+    if cfg.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=cfg.learning_rate, momentum=cfg.beta1)
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
 
 
 class Adafactor(torch.optim.Optimizer):
@@ -109,8 +87,7 @@ class Adafactor(torch.optim.Optimizer):
         if p.dim() > 1:
             means = {"row_var": _mean(square, dim=1), "col_var": _mean(square, dim=0)}
         if not state:
-            state["step"] = torch.zeros(())
-            state |= {name: torch.zeros_like(mean) for name, mean in means.items()}
+            state |= {"step": torch.zeros(())} | {name: torch.zeros_like(mean) for name, mean in means.items()}
         state["step"] += 1
         step = state["step"].item()
         for name, mean in means.items():
@@ -143,20 +120,16 @@ def _rms(x):
 class MuonAndAdamW(torch.optim.Optimizer):
     """Muon for the matrices of the blocks and torch's AdamW for all other parameters, as one optimizer.
 
-    It is one optimizer so that the gradient scaler skips a step in both. Muon's updates are scaled to the size of
-    AdamW's (arXiv 2502.16982, section 2.2), so that both use one learning rate. torch.optim.Muon gives the same up to
-    bf16 rounding, but works on one matrix at a time: 1.3 to 3 times as long on a CPU.
+    One, so that the gradient scaler skips a step in both. Muon's updates are scaled to the size of AdamW's (arXiv
+    2502.16982, section 2.2), so that both use one learning rate. torch.optim.Muon gives the same up to bf16 rounding,
+    but works on one matrix at a time: 1.3 to 3 times as long on a CPU.
     """
 
     def __init__(self, model, groups, cfg, world):
         self.world = world if world and world.size > 1 else None
         hidden = {id(p) for p in model.blocks.parameters() if p.dim() == 2}
-        muon = {
-            "params": [p for group in groups for p in group["params"] if id(p) in hidden],
-            "lr": cfg.learning_rate,
-            "weight_decay": cfg.weight_decay,
-            "momentum": cfg.muon_momentum,
-        }
+        muon = {"params": [p for group in groups for p in group["params"] if id(p) in hidden], "lr": cfg.learning_rate}
+        muon |= {"weight_decay": cfg.weight_decay, "momentum": cfg.muon_momentum}
         others = [group | {"params": [p for p in group["params"] if id(p) not in hidden]} for group in groups]
         self.adamw = torch.optim.AdamW(others, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
         super().__init__([muon, *self.adamw.param_groups], {})
@@ -164,11 +137,9 @@ class MuonAndAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One step of both, on this optimizer's groups and state."""
-        assert closure is None, "closures are not supported"
         self.adamw.param_groups, self.adamw.state = self.param_groups[1:], self.state
         self.adamw.step()
-        group = self.param_groups[0]
-        stacks = {}
+        group, stacks = self.param_groups[0], {}
         for p in group["params"]:
             if p.grad is not None:
                 stacks.setdefault((p.shape, getattr(p, "placements", None)), []).append(p)
@@ -185,9 +156,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
         weights, grads = [local(p) for p in params], [local(p.grad) for p in params]
         averages = [local(self.state[p]["momentum_buffer"]) for p in params]
         torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
-        updates = [
-            u.to(MUON_DTYPE) for u in torch._foreach_lerp(grads, averages, group["momentum"])
-        ]  # Nesterov momentum
+        # Nesterov momentum
+        updates = [u.to(MUON_DTYPE) for u in torch._foreach_lerp(grads, averages, group["momentum"])]
         if self.world:
             from parallel import on_whole_matrices  # here, because DTensor takes half a second to import
 

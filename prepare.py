@@ -23,37 +23,36 @@ import threading
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
-from config import UserError, as_dict, only, run_script
-from data import DataConfig, ShardWriter, below_one, is_own_shard, open_shard, read_meta, sha256
+from config import Config, Count, Fraction, Range, UserError, as_dict, only, run_script
+from data import DataConfig, ShardWriter, is_own_shard, open_shard, read_meta, sha256
 from text.corpus import DATASETS, Corpus
 from text.tokenizer import END_OF_TEXT, SMALLEST_BPE, load_tokenizer, train_bpe
 
 TASK_BYTES = 1 << 20  # text per task of a worker
 BPE_BYTES = 200 << 20  # most text to train a BPE on
+BpeSize = Annotated[int, Range(f"at least {SMALLEST_BPE} and at most 2**24", lambda n: SMALLEST_BPE <= n <= 2**24)]
 
 
 @dataclass(frozen=True)
-class PrepareConfig:
+class PrepareConfig(Config):
     dataset: Literal[*DATASETS, "fineweb10b"] | None = None  # corpus by name, in place of input
     input: str | None = None  # files, folder, glob (in quotes) or URL of text; fineweb10b: a local folder of its shards
     text_field: str = "text"  # text's field in .jsonl objects, its column in .parquet files
     doc_separator: str | None = None  # text between the documents of a .txt file; none: each file is one document
     tokenizer: str = "gpt2"  # byte, bpe (trained on the corpus), a tiktoken name, or a tokenizer.json or vocab.txt
-    bpe_vocab_size: int = 4096  # vocabulary size of tokenizer bpe, special tokens included
-    val_fraction: float = 0.01  # validation share of the documents, chosen by hash; a single document gives its tail
-    shard_tokens: int = 100_000_000  # tokens per shard file
-    max_shards: int | None = None  # training shards of fineweb10b to download; none: all 103
-    workers: int | None = None  # processes; none: one per core
+    bpe_vocab_size: BpeSize = 4096  # vocabulary size of tokenizer bpe, special tokens included
+    val_fraction: Fraction = 0.01  # validation share of the documents, chosen by hash; a single document gives its tail
+    shard_tokens: Count = 100_000_000  # tokens per shard file
+    max_shards: Count | None = None  # training shards of fineweb10b to download; none: all 103
+    workers: Count | None = None  # processes; none: one per core
 
     def __post_init__(self):
+        super().__post_init__()
         wrong = []
-        if not 0 < self.val_fraction < 1:
-            wrong.append(f"val_fraction is {self.val_fraction}; it must be above 0 and below 1")
-        wrong += below_one(self, "shard_tokens", "max_shards", "workers")
         if self.input is None and self.dataset is None:
             names = ", ".join([*DATASETS, "fineweb10b"])
             wrong.append(f"neither input nor dataset is set; give --input=FILE, or --dataset=, one of {names}")
@@ -61,8 +60,6 @@ class PrepareConfig:
             wrong.append(f"input {self.input} and dataset {self.dataset} are both set; give one")
         if self.dataset == "fineweb10b" and self.tokenizer != "gpt2":
             wrong.append(f"tokenizer is {self.tokenizer}, but dataset fineweb10b is in gpt2 tokens; leave it out")
-        if not SMALLEST_BPE <= self.bpe_vocab_size <= 2**24:
-            wrong.append(f"bpe_vocab_size is {self.bpe_vocab_size}; it must be {SMALLEST_BPE} to {2**24}")
         if wrong:
             raise UserError("\n".join(wrong))
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from config import UserError, only, run_script
+from config import Config, Count, NotNegative, UpToOne, UserError, only, run_script
 from interop.pretrained import load_model, load_tokenizer_of, model_location
 from interop.score import print_scores, read_requests
 from model import Cache
@@ -27,27 +27,14 @@ from world import DTYPES, WorldConfig, pick_device, pick_precision
 
 
 @dataclass(frozen=True)
-class SampleConfig:
-    prompt: str | None = None  # text to continue, or with [MASK]s to fill; FILE:path reads a file, - stdin
-    score: bool = False  # print the prompt's log-likelihood instead; with FILE:x.jsonl, of each line
-    num_samples: int = 1  # continuations of the prompt, in one batch
-    max_new_tokens: int = 256  # tokens per continuation; end-of-text ends it earlier
-    temperature: float = 0.8  # divides the logits; 0: always the likeliest token
-    top_k: int | None = None  # sample from the k likeliest tokens; for a [MASK], print k of them (none: 5)
-    top_p: float | None = None  # sample from the likeliest tokens whose probabilities sum to this
-
-    def __post_init__(self):
-        wrong = [
-            f"{name} is {getattr(self, name)}; it must be at least 1"
-            for name in ("num_samples", "max_new_tokens", "top_k")
-            if getattr(self, name) is not None and getattr(self, name) < 1
-        ]
-        if self.temperature < 0:
-            wrong.append(f"temperature is {self.temperature}; it must not be negative")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            wrong.append(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if wrong:
-            raise UserError("\n".join(wrong))
+class SampleConfig(Config):
+    prompt: str | None = None  # text to continue, or to fill at each [MASK]; FILE:path reads a file, - reads stdin
+    score: bool = False  # print the prompt's log-likelihood instead; with FILE:x.jsonl, each line's
+    num_samples: Count = 1  # continuations of the prompt, in one batch
+    max_new_tokens: Count = 256  # tokens per continuation, at most; an end-of-text token ends it earlier
+    temperature: NotNegative = 0.8  # divides the logits; 0: greedy
+    top_k: Count | None = None  # sample from the k likeliest tokens; for a [MASK], print k of them (none: 5)
+    top_p: UpToOne | None = None  # nucleus sampling: from the fewest tokens whose probabilities sum to at least this
 
 
 @dataclass(frozen=True)
@@ -77,32 +64,25 @@ def main(cfg):
     ids = as_batch(ids, model, device).repeat(cfg.sample.num_samples, 1)  # B T
     never = [token for token in tokenizer.specials.values() if token != tokenizer.eot]  # they are not text
     start = time.perf_counter()
-    tokens = generate(model, ids, cfg.sample, cfg.run.seed, tokenizer.vocab_size, never)
-    samples = stream(tokens, tokenizer, prompt, cfg.sample.num_samples)
+    steps = generate(model, ids, cfg.sample, cfg.run.seed, tokenizer.vocab_size, never)
+    n_tokens = sum(map(len, stream(steps, tokenizer, prompt, cfg.sample.num_samples)))
     seconds = time.perf_counter() - start
-    n_tokens = sum(len(sample) for sample in samples)
     print(f"{n_tokens} tokens in {seconds:.2f} s, {n_tokens / seconds:,.0f} tokens/s", file=sys.stderr)
 
 
 def generation_dtype(precision, device, n_params):
-    """The dtype of weights to generate with; auto is the device's fastest, but float32 for small models on a CPU.
-
-    bf16 halves the memory traffic per token, but its kernels take longer to start.
-    """
+    """The weights' dtype; auto is the device's fastest, but float32 for a small model on a CPU."""
     if precision == "auto" and device.type == "cpu" and n_params < 2**24:
-        precision = "fp32"
+        precision = "fp32"  # bf16 halves the memory traffic per token, but its kernels take longer to start
     return DTYPES[pick_precision(precision, device)]
 
 
 @torch.inference_mode()
 def print_candidates(model, tokenizer, prompt, k, device):
-    """Prints the k likeliest tokens at each [MASK] of a prompt, and the prompt with the likeliest filled in.
-
-    Nothing is drawn: num_samples, temperature and the like apply to continuations alone.
-    """
+    """Prints the k likeliest tokens at each [MASK] of a prompt, and the prompt with the likeliest filled in."""
     ids, mask = masked_ids(tokenizer, prompt), special_id(tokenizer.specials, "mask")
     if mask not in ids:
-        raise UserError('a masked model fills in what is masked; write [MASK] where, as in --prompt="import [MASK]"')
+        raise UserError('a masked model fills in each [MASK]; write at least one, as in --prompt="import [MASK]"')
     ids = as_batch(ids, model, device)  # 1 T
     positions = (ids == mask).nonzero()[:, 1][None]  # 1 K
     logits = model(ids, positions=positions)[0, :, : tokenizer.vocab_size].float()  # K V
@@ -117,8 +97,8 @@ def print_candidates(model, tokenizer, prompt, k, device):
 
 
 def masked_ids(tokenizer, prompt):
-    """Token ids of [CLS] prompt [SEP], where [MASK] or <|mask|> is the special token."""
-    parts = re.split(re.escape("[MASK]") + "|" + re.escape("<|mask|>"), prompt)
+    """Token ids of [CLS] prompt [SEP]; [MASK] or <|mask|> in the prompt becomes the mask token."""
+    parts = re.split(r"\[MASK]|<\|mask\|>", prompt)
     cls, sep, mask = (special_id(tokenizer.specials, role) for role in ("cls", "sep", "mask"))
     ids = [cls]
     for i, part in enumerate(parts):
@@ -136,7 +116,7 @@ def as_batch(ids, model, device):
 
 
 def read_prompt(prompt):
-    """The text of the prompt setting, read from a file or stdin where it says so."""
+    """The text that the prompt setting gives, or names as a file or stdin."""
     if prompt == "-":
         return sys.stdin.read()
     if prompt and prompt.startswith("FILE:"):
@@ -151,7 +131,7 @@ def read_prompt(prompt):
 def generate(model, ids, cfg, seed, vocab_size, never=()):
     """Yields the tokens (B,) that follow ids (B, T), step by step: below vocab_size, and none of `never`.
 
-    Where the sequence reaches block_size, the model continues from the last half of it, which it reads again.
+    At block_size, the cache is cleared and the model continues from the last half of the sequence.
     """
     block_size = model.cfg.block_size
     generator = torch.Generator(ids.device).manual_seed(seed)
@@ -170,7 +150,7 @@ def generate(model, ids, cfg, seed, vocab_size, never=()):
 
 
 def draw(logits, cfg, generator):
-    """Draws a token (B,) for each row of logits (B, V)."""
+    """Draws a token for each row of logits (B, V); returns them (B,)."""
     if cfg.temperature == 0:
         return logits.argmax(-1)
     logits = logits - logits.amax(-1, keepdim=True)  # a tiny temperature then overflows to -inf, not inf
@@ -193,7 +173,7 @@ def draw(logits, cfg, generator):
 def stream(steps, tokenizer, prompt, num_samples):
     """Prints the samples, the first while it is generated, the others at the end; returns the token ids of each."""
     samples, ended = [[] for _ in range(num_samples)], [False] * num_samples
-    utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # withholds a character until its last byte arrives
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # keeps back a character until its last byte arrives
     print(prompt, end="", flush=True)
     for tokens in steps:
         for i, token in enumerate(tokens.tolist()):

@@ -17,6 +17,7 @@ namespace.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -59,6 +60,7 @@ Whole = typing.Annotated[int, Range("at least 0", lambda n: n >= 0)]
 Positive = typing.Annotated[float, Range("above 0", lambda x: x > 0)]
 NotNegative = typing.Annotated[float, Range("at least 0", lambda x: x >= 0)]
 Fraction = typing.Annotated[float, Range("above 0 and below 1", lambda x: 0 < x < 1)]
+UpToOne = typing.Annotated[float, Range("above 0 and at most 1", lambda x: 0 < x <= 1)]
 Share = typing.Annotated[float, Range("at least 0 and below 1", lambda x: 0 <= x < 1)]
 
 
@@ -105,9 +107,9 @@ def load(settings_type, argv):
 
     Raises UserError that lists every mistake of the command, one a line.
     """
-    command = _Command(settings_of(settings_type))
-    command.read(argv, takes_json="files" in {field.name for field in dataclasses.fields(settings_type)})
-    cfg = command.compose(settings_type)
+    command = _Command(settings_type)
+    command.read(argv)
+    cfg = command.compose()
     if command.errors:
         raise UserError("\n".join(command.errors))
     return cfg
@@ -116,67 +118,60 @@ def load(settings_type, argv):
 class _Command:
     """The values that a command sets, read argument by argument, and its mistakes so far."""
 
-    def __init__(self, settings):
-        """settings: {name: (section, field)} of the script."""
-        self.settings, self.values, self.errors = settings, {}, []
-        self.presets, self.files = (), ()
+    def __init__(self, settings_type):
+        self.type, self.settings = settings_type, settings_of(settings_type)
+        self.fields = {field.name for field in dataclasses.fields(settings_type)}
+        self.values, self.errors, self.presets, self.files = {}, [], (), ()
         self.wrong_sections = set()  # not built, so that a wrong value is reported once
 
-    def read(self, argv, takes_json=False):
+    def read(self, argv):
         """Reads presets first, so that --key=value wins wherever it stands."""
         words = [arg for arg in argv if not arg.startswith("--")]
         self.presets = tuple(word for word in words if word.endswith(".py"))
-        self.files = tuple(word for word in words if takes_json and word.endswith(".json"))
+        self.files = tuple(word for word in words if word.endswith(".json") and "files" in self.fields)
         if others := [word for word in words if word not in self.presets + self.files]:
-            self._refuse_words(others, argv)
+            self._refuse_words(others)
         for path in self.presets:
-            self._read_preset(path)
+            for name, value in (self._attempt(_run_preset, path) or {}).items():
+                if name in self.settings:
+                    self._set(name, value, f"{path}: {name}")
+                elif name not in (everywhere := _settings_everywhere()):
+                    self.errors.append(f"{path}: {name} is not a setting{_did_you_mean(name, everywhere)}")
         for arg in argv:
             if arg.startswith("--"):
                 self._read_argument(arg[2:])
 
-    def compose(self, settings_type):
+    def compose(self):
         """The script's settings; None where values are wrong by themselves or together."""
         sections = {}
-        for section in _sections(settings_type):
+        for section in _sections(self.type):
             own = {name: value for name, value in self.values.items() if self.settings[name][0] == section.name}
             if section.name not in self.wrong_sections:
-                sections[section.name] = self._build(section.type, own)
-        if None in sections.values() or len(sections) < len(_sections(settings_type)):
+                sections[section.name] = self._attempt(section.type, **own)
+        if None in sections.values() or self.wrong_sections:
             return None
         extra = {"presets": self.presets, "files": self.files, "given": frozenset(self.values)}
-        taken = {field.name for field in dataclasses.fields(settings_type)}
-        return self._build(settings_type, sections | {name: extra[name] for name in extra.keys() & taken})
+        return self._attempt(self.type, **sections, **{name: extra[name] for name in extra.keys() & self.fields})
 
-    def _build(self, type_, values):
+    def _attempt(self, function, *args, **names):
+        """The function's result; None where it raises a UserError, which joins the command's."""
         try:
-            return type_(**values)
+            return function(*args, **names)
         except UserError as error:
             self.errors.append(str(error))
-            return None
-
-    def _read_preset(self, path):
-        for name, value in _run_preset(path, self.errors).items():
-            if name in self.settings:
-                self._set(name, value, f"{path}: {name}")
-            elif name not in (everywhere := _settings_everywhere()):
-                self.errors.append(f"{path}: {name} is not a setting{_did_you_mean(name, everywhere)}")
 
     def _read_argument(self, arg):
         name, equals, text = arg.partition("=")
         if name in self.settings:
             type_ = self.settings[name][1].type
-            if equals:
-                self._set(name, _from_text(text, type_), f"--{name}")
-            elif bool in _kinds(type_):
-                self._set(name, True, f"--{name}")  # a bare --profile switches it on
+            if equals or bool in _kinds(type_):
+                self._set(name, _from_text(text, type_) if equals else True, f"--{name}")  # a bare --profile: true
             else:
                 self.errors.append(f"--{name} has no value; settings are written --{name}=value")
-        elif name in (everywhere := _settings_everywhere()) and name not in NANOGPT_NAMES:
-            hint = _did_you_mean(name, self.settings)
-            self.errors.append(f"--{name} is a setting of {everywhere[name]}, not of this script{hint}")
         else:
-            self.errors.append(f"--{name} is not a setting{_did_you_mean(name, self.settings)}")
+            file = None if name in NANOGPT_NAMES else _settings_everywhere().get(name)
+            what = f"a setting of {file}, not of this script" if file else "not a setting"
+            self.errors.append(f"--{name} is {what}{_did_you_mean(name, self.settings)}")
 
     def _set(self, name, value, where):
         section, field = self.settings[name]
@@ -184,24 +179,22 @@ class _Command:
             self.values[name] = _checked(value, field.type)
         except (TypeError, OverflowError):  # OverflowError: an int beyond the range of floats
             self.wrong_sections.add(section)
-            hint = _nearest_choice(value, _choices(field.type)) if isinstance(value, str) else ""
+            hint = _did_you_mean(value, _choices(field.type)) if isinstance(value, str) else ""
             self.errors.append(f"{where} must be {_described(field.type)}, not {value!r}{hint}")
 
-    def _refuse_words(self, words, argv):
+    def _refuse_words(self, words):
+        hint = _did_you_mean(words[0], _known_presets())
+        if "input" in self.settings:
+            self.wrong_sections.add(self.settings["input"][0])
+            pattern = Path(words[0]).with_name(f"*{Path(words[0]).suffix}")
+            hint = f"; name your text by --input={words[0]}, or several files by a quoted glob: --input='{pattern}'"
         more = f" and {len(words) - 3} more" if len(words) > 3 else ""
-        what = f"{' '.join(words[:3])}{more}: neither a preset file (.py) nor --name=value"
-        if "input" not in self.settings:
-            return self.errors.append(what + _did_you_mean(words[0], _known_presets()))
-        self.wrong_sections.add(self.settings["input"][0])
-        if len(words) == 1 and not any(arg.startswith("--input=") for arg in argv):
-            return self.errors.append(f"{what}; name your text by --input={words[0]}")
-        pattern = Path(words[0]).with_name(f"*{Path(words[0]).suffix}")
-        self.errors.append(f"{what}; name several files by a glob in quotes, as in --input='{pattern}'")
+        self.errors.append(f"{' '.join(words[:3])}{more}: neither a preset file (.py) nor --name=value{hint}")
 
 
 def preset_value(presets, name):
     """The value that preset files give a name, the last file first; None where none sets it."""
-    return next((names[name] for path in reversed(presets) if name in (names := _run_preset(path, []))), None)
+    return next((names[name] for path in reversed(presets) if name in (names := _run_preset(path))), None)
 
 
 def settings_of(settings_type):
@@ -210,9 +203,7 @@ def settings_of(settings_type):
     for section in _sections(settings_type):
         for field in dataclasses.fields(section.type):
             if field.name in section.metadata.get("only", (field.name,)):
-                assert field.name not in found, (
-                    f"{field.name} is declared twice: in {found[field.name][0]} and {section.name}"
-                )
+                assert field.name not in found, f"two classes declare {field.name}"
                 found[field.name] = (section.name, field)
     return found
 
@@ -233,17 +224,19 @@ def help_text(settings_type, argv, doc):
 
     Values come from the presets and arguments where they are sound, else from the defaults.
     """
-    command = _Command(settings_of(settings_type))
-    command.read([arg for arg in argv if arg not in ("-h", "--help")])
+    command = _Command(settings_type)
+    command.read(argv)  # its mistakes, --help among them, are not looked at
     texts, width = comments(settings_type), min(120, shutil.get_terminal_size((120, 24)).columns)
     lines, last = [doc.strip(), "", "Settings, written --name=value or, in a preset file, name = value:"], None
     for name, (section, field) in command.settings.items():
         if section != last:
             lines.append(f"\n  {section}")
             last = section
-        head = f"    {f'--{name}={_text(command.values.get(name, field.default))}':<31} "
+        value = command.values.get(name, field.default)
+        shown = str(value).lower() if value is None or isinstance(value, bool) else str(value)
         choices = _choices(field.type) + ["none"] * (types.NoneType in _kinds(field.type))
         text = f"{texts[name]} [{', '.join(choices)}]" if _choices(field.type) else texts[name]
+        head = f"    {f'--{name}={shown}':<31} "
         lines += textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * 36, break_on_hyphens=False)
     return "\n".join(lines)
 
@@ -272,21 +265,16 @@ def run_script(main, settings_type, doc):
     except BrokenPipeError:  # the reader of our output has ended (`| head`): nothing more can be printed
         os._exit(1)
     except UserError as error:
-        _exit_with(str(error))
+        # Under torchrun every rank meets the same wrong input: rank 0 prints it and torchrun ends the others while they
+        # wait. A rank that still runs after the wait has an error that rank 0 does not have.
+        rank = int(os.environ.get("RANK", 0))
+        time.sleep(5 if rank else 0)
+        for line in str(error).splitlines():
+            print(f"error: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr)
+        _end(2)
     except Exception:
         traceback.print_exc()
         _end(1)
-
-
-def _exit_with(message):
-    # Under torchrun every rank meets the same wrong input: rank 0 prints it and torchrun ends the others while they
-    # wait. A rank that still runs after the wait has an error that rank 0 does not have.
-    rank = int(os.environ.get("RANK", 0))
-    if rank > 0:
-        time.sleep(5)
-    for line in message.splitlines():
-        print(f"error: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr)
-    _end(2)
 
 
 def _end(code):
@@ -298,18 +286,20 @@ def _end(code):
 # ---- presets
 
 
-def _run_preset(path, errors):
+def _run_preset(path):
+    """{name: value} of a preset file, without its scratch names."""
     file = next((p for p in (Path(path), ROOT / path) if p.is_file()), None)
     if file is None:
-        errors.append(f"{path}: no such preset file{_did_you_mean(path, _known_presets())}")
-        return {}
+        raise UserError(f"{path}: no such preset file{_did_you_mean(path, _known_presets())}")
     try:
         names = runpy.run_path(str(file))
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}") from error
     except Exception as error:  # a user's file may raise anything
-        where, line = _source_of(error, path)
-        what = error.msg if isinstance(error, SyntaxError) else error
-        errors.append(f"{where}, line {line}: {type(error).__name__}: {what}")
-        return {}
+        # The innermost top-level line, which may be in an imported preset; none where the file cannot be read.
+        lines = [f for f in traceback.extract_tb(error.__traceback__) if f.name == "<module>"]
+        where = f"{lines[-1].filename}, line {lines[-1].lineno}" if lines else path
+        raise UserError(f"{where}: {type(error).__name__}: {error}") from error
     scratch = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
     return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, scratch)}
 
@@ -318,24 +308,17 @@ def _known_presets():
     return [f"config/{path.name}" for path in sorted((ROOT / "config").glob("[!_]*.py"))]
 
 
-def _source_of(error, path):
-    """(file, line) of a preset's mistake: the innermost top-level line, which may be in an imported preset."""
-    if isinstance(error, SyntaxError):
-        where, line = error.filename or path, error.lineno or 1
-    else:
-        in_files = [f for f in traceback.extract_tb(error.__traceback__) if f.name == "<module>"]
-        where, line = (in_files[-1].filename, in_files[-1].lineno) if in_files else (path, 1)
-    where = Path(where).resolve()
-    return (where.relative_to(ROOT) if where.is_relative_to(ROOT) else where), line
-
-
 # ---- one value
 
 
 def _kinds(type_):
-    """The alternatives of a setting's type, float and str last: text is read as str only where nothing else fits."""
-    kinds = [kind.__origin__ if hasattr(kind, "__metadata__") else kind for kind in _alternatives(type_)]
-    return sorted(kinds, key=lambda kind: (kind is str, kind is float))
+    """The alternatives of a setting's type, numbers without their range."""
+    return [kind.__origin__ if hasattr(kind, "__metadata__") else kind for kind in _alternatives(type_)]
+
+
+def _choices(type_):
+    """The texts that a setting may have, where its type lists them."""
+    return [c for kind in _kinds(type_) if typing.get_origin(kind) is typing.Literal for c in typing.get_args(kind)]
 
 
 def _alternatives(type_):
@@ -344,63 +327,45 @@ def _alternatives(type_):
 
 def _from_text(text, type_):
     """The value of a command line's text, or the text itself where it fits no alternative of the type."""
-    for kind in _kinds(type_):
-        if kind is types.NoneType and text.lower() in (("none",) if str in _kinds(type_) else ("none", "auto")):
-            return None
-        if kind is bool and text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        if kind in (int, float):
-            try:
-                return int(text) if kind is int and re.fullmatch(r"[-+]?[\d_]+", text) else float(text)
-            except ValueError:
-                pass
+    kinds, word = _kinds(type_), text.lower()
+    if types.NoneType in kinds and word in (("none",) if str in kinds else ("none", "auto")):
+        return None
+    if bool in kinds and word in ("true", "false"):
+        return word == "true"
+    for number in (int, float) if int in kinds or float in kinds else ():
+        with contextlib.suppress(ValueError):
+            return number(text)
     return text
 
 
 def _checked(value, type_):
     """The value converted to its setting's type; TypeError where it has another."""
     for kind in _kinds(type_):
-        if typing.get_origin(kind) is typing.Literal:
-            if value in typing.get_args(kind) and not isinstance(value, bool):
-                return value
-        elif kind in (types.NoneType, bool, str):
+        if kind in (types.NoneType, bool, str):
             if isinstance(value, kind) and value != "":
                 return value
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            if kind is float or value == int(value):
+        elif kind in (int, float):
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if is_number and (kind is float or value == int(value)):
                 return kind(value)
+        elif value in typing.get_args(kind):
+            return value
     raise TypeError
 
 
 def _described(type_):
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "none"}
-    return " or ".join(
-        "one of " + ", ".join(typing.get_args(k)) if typing.get_origin(k) is typing.Literal else names[k]
-        for k in sorted(_kinds(type_), key=lambda k: k is types.NoneType)
-    )
+    return " or ".join(names.get(kind) or "one of " + ", ".join(typing.get_args(kind)) for kind in _kinds(type_))
 
 
-def _text(value):
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _choices(type_):
-    return [c for kind in _kinds(type_) if typing.get_origin(kind) is typing.Literal for c in typing.get_args(kind)]
-
-
-def _nearest_choice(text, choices):
-    """A hint with the choices that start with the text, else with the nearest one."""
-    starting = [choice for choice in choices if text and choice.lower().startswith(text.lower())]
-    close = starting or difflib.get_close_matches(text.lower(), choices, 1, cutoff=0.7)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
-
-
-def _did_you_mean(name, names):
-    hint = NANOGPT_NAMES.get(name, "")
+def _did_you_mean(text, names):
+    """A hint: our name for nanoGPT's, or the names that start with the text, or the nearest one."""
+    hint = NANOGPT_NAMES.get(text, "")
     if re.split(r"\W", hint)[0] in names:
         return f"; {hint}" if " " in hint else f"; did you mean {hint}?"
-    close = difflib.get_close_matches(name.lower(), list(names), 1, cutoff=0.7)
-    return f"; did you mean {close[0]}?" if close else ""
+    starting = [name for name in names if text and name.lower().startswith(text.lower())]
+    close = starting or difflib.get_close_matches(text.lower(), names, 1, cutoff=0.7)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 # ---- the classes
@@ -416,7 +381,7 @@ def comments(settings_type):
     for section in _sections(settings_type):
         found.update(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(section.type), re.MULTILINE))
     bare = settings_of(settings_type).keys() - found.keys()
-    assert not bare, f"the settings {', '.join(sorted(bare))} need a trailing comment, their help text"
+    assert not bare, f"settings without a trailing comment, their help text: {', '.join(sorted(bare))}"
     return found
 
 

@@ -1,33 +1,17 @@
 """Settings of the benchmark and the planner."""
 
 import json
-import math
 import os
 from dataclasses import dataclass, replace
+from typing import Annotated
 
-from config import UserError
+from config import Config, Count, NotNegative, Positive, Range, UpToOne, UserError, Whole
 from data import prepare_command
 from perf.hardware import Names
 
 GPT2_VOCAB_SIZE = 50257
-ABOVE_0 = math.ulp(0.0)
-BOUNDS = {  # of settings that may be 0, or have a largest value; every other number is above 0
-    "bench_steps": (1, math.inf), "bench_warmup": (0, math.inf), "bench_seconds": (0, math.inf),
-    "host_share": (0, math.inf), "context_gib": (0, math.inf), "optimizer_bytes": (0, math.inf), "tp_hidden": (0, 1),
-    "availability": (ABOVE_0, 1), "gpu_load": (ABOVE_0, 1), "pue": (1, 10), "fragmentation": (1, 10),
-}  # fmt: skip
-
-
-def check_bounds(cfg):
-    """Raises UserError with a line for each number among a class's settings that is out of bounds."""
-    wrong = []
-    for name, value in vars(cfg).items():
-        least, most = BOUNDS.get(name, (ABOVE_0, math.inf))
-        if type(value) in (int, float) and not least <= value <= most:
-            rule = "above 0" if least == ABOVE_0 else f"at least {least}"
-            wrong.append(f"{name} is {value}; it must be {rule}{'' if most == math.inf else f' and at most {most}'}")
-    if wrong:
-        raise UserError("\n".join(wrong))
+Overlap = Annotated[float, Range("at least 0 and at most 1", lambda x: 0 <= x <= 1)]
+Factor = Annotated[float, Range("at least 1 and at most 10", lambda x: 1 <= x <= 10)]
 
 
 @dataclass(frozen=True)
@@ -79,56 +63,50 @@ def with_default_vocab(cfg):
 
 
 @dataclass(frozen=True)
-class BenchConfig:
-    bench_steps: int = 20  # steps to time; fewer where bench_seconds runs out, but at least 3
-    bench_seconds: float = 60.0  # time limit for them
-    bench_warmup: int = 3  # steps before the clock starts; they include compilation
+class BenchConfig(Config):
+    bench_steps: Count = 20  # steps to time; fewer where bench_seconds runs out, but at least 3
+    bench_seconds: NotNegative = 60.0  # time limit for them
+    bench_warmup: Whole = 3  # steps before the clock starts; they include compilation
     real_data: bool = False  # take batches from data_dir instead of random tokens
     profile: bool = False  # trace 2 more steps: trace.json for ui.perfetto.dev, a table of operators, memory.png
     picture: bool = True  # draw bench.png, a roofline with what was measured
 
-    def __post_init__(self):
-        check_bounds(self)
-
 
 @dataclass(frozen=True)
-class SweepConfig:
+class SweepConfig(Config):
     sweep: bool = False  # try checkpointing x compile x micro-batch; write the fastest that fits as a preset
-    sweep_seconds: float = 120.0  # time limit for each setting, start and compilation included
-
-    def __post_init__(self):
-        check_bounds(self)
+    sweep_seconds: Positive = 120.0  # time limit for each setting, start and compilation included
 
 
 @dataclass(frozen=True)
-class PlanConfig:
+class PlanConfig(Config):
     gpu: Names = "h100-sxm"  # this: as python bench.py measured it; other: by the settings below
-    n_gpus: int | None = None  # number of GPUs; none: 8, or for --gpu=this as many as were measured
-    gpus_per_node: int = 8  # GPUs that gpu_link_gbs connects
-    gpu_tflops: float | None = None  # dense bf16 matmuls, or fp16 without bf16; none: the data sheet's
-    gpu_memory_gib: float | None = None  # memory of a GPU
-    gpu_memory_gbs: float | None = None  # memory bandwidth, 1e9 bytes/s
-    gpu_link_gbs: float | None = None  # bandwidth to GPUs in the same node, one way, 1e9 bytes/s
-    network_gbs: float | None = None  # bandwidth per GPU to other nodes, 1e9 bytes/s; 400 Gbit/s are 50
-    gpu_watts: float | None = None  # rated power
-    gpu_price: float | None = None  # dollars per GPU-hour, host included
-    efficiency: float = 1.0  # speed of computing relative to this project's code, to describe other code
-    gpu_load: float = 0.85  # mean power over rated power; a guess: metered runs of OLMo ranged from 15 to 85 %
-    host_share: float = 0.3  # power of CPUs, network and fans over the GPUs'; a guess: BLOOM's was 0.59 with idle hours
-    pue: float = 1.1  # a data centre's power over its computers'; LLaMA's paper, table 15
-    availability: float = 0.9  # share of hours in which the run progresses; BLOOM's was 0.9, a 7B of fms-fsdp's 0.83
-    fragmentation: float = 1.05  # reserved over allocated memory; published runs have 1.02 to 1.15
-    context_gib: float = 1.0  # memory of driver and NCCL; ml-engineering measured 0.5 to 0.9 for the driver
-    weight_bytes: float = 4  # bytes per parameter; this and the following describe other projects' code
-    gradient_bytes: float = 4  # bytes per parameter's gradient
-    optimizer_bytes: float | None = None  # bytes per parameter's optimizer state; none: the optimizer's
-    residual_bytes: float = 4  # bytes per number of the residual stream
-    logits_bytes: float | None = None  # bytes per logit where all are in memory at once; none: one chunk at a time
-    tp_hidden: float = 0.0  # share of tensor parallelism's traffic that overlaps with computing
+    n_gpus: Count | None = None  # number of GPUs; none: 8, or for --gpu=this as many as were measured
+    gpus_per_node: Count = 8  # GPUs that gpu_link_gbs connects
+    gpu_tflops: Positive | None = None  # dense bf16 matmuls, or fp16 without bf16; none: the data sheet's
+    gpu_memory_gib: Positive | None = None  # memory of a GPU
+    gpu_memory_gbs: Positive | None = None  # memory bandwidth, 1e9 bytes/s
+    gpu_link_gbs: Positive | None = None  # bandwidth to GPUs in the same node, one way, 1e9 bytes/s
+    network_gbs: Positive | None = None  # bandwidth per GPU to other nodes, 1e9 bytes/s; 400 Gbit/s are 50
+    gpu_watts: Positive | None = None  # rated power
+    gpu_price: Positive | None = None  # dollars per GPU-hour, host included
+    efficiency: Positive = 1.0  # speed of computing relative to this project's code, to describe other code
+    gpu_load: UpToOne = 0.85  # mean power over rated power; a guess: metered runs of OLMo ranged from 15 to 85 %
+    host_share: NotNegative = 0.3  # CPUs', network's and fans' power over the GPUs'; a guess: BLOOM's was 0.59 with idle hours
+    pue: Factor = 1.1  # a data centre's power over its computers'; LLaMA's paper, table 15
+    availability: UpToOne = 0.9  # share of hours in which the run progresses; BLOOM's was 0.9, a 7B of fms-fsdp's 0.83
+    fragmentation: Factor = 1.05  # reserved over allocated memory; published runs have 1.02 to 1.15
+    context_gib: NotNegative = 1.0  # memory of driver and NCCL; ml-engineering measured 0.5 to 0.9 for the driver
+    weight_bytes: Positive = 4  # bytes per parameter; this and the following describe other projects' code
+    gradient_bytes: Positive = 4  # bytes per parameter's gradient
+    optimizer_bytes: NotNegative | None = None  # bytes per parameter's optimizer state; none: the optimizer's
+    residual_bytes: Positive = 4  # bytes per number of the residual stream
+    logits_bytes: Positive | None = None  # bytes per logit where all are in memory at once; none: one chunk at a time
+    tp_hidden: Overlap = 0.0  # share of tensor parallelism's traffic that overlaps with computing
     machine: str = "out/machine.json"  # file of python bench.py's figures, for --gpu=this
 
     def __post_init__(self):
-        check_bounds(self)
+        super().__post_init__()
         needed = ("gpu_tflops", "gpu_memory_gib", "gpu_memory_gbs") if self.gpu == "other" else ()
         if missing := [f"--{name}" for name in needed if getattr(self, name) is None]:
             raise UserError(f"gpu is other, which has no data sheet here; give {', '.join(missing)}")

@@ -6,28 +6,25 @@ import itertools
 import json
 import math
 import os
-import secrets
 import shutil
 import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from config import ROOT, UserError, project_files
+from config import ROOT, Config, Range, UserError, project_files
 from data import sha256
+
+Seed = Annotated[int, Range("at least 0 and below 2**63", lambda n: 0 <= n < 2**63)]
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Config):
     out_dir: str | None = None  # folder of the run; none: out/ and the last preset's name
-    seed: int = 1337  # seed of initial weights, order of the data, and dropout
+    seed: Seed = 1337  # seed of initial weights, order of the data, and dropout
     resume: Literal["auto", "never"] = "auto"  # auto: continue from the newest checkpoint in out_dir; never: refuse to
     init_from: str | None = None  # weights to start from: a run's folder, or a Hugging Face model's folder or name
-
-    def __post_init__(self):
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed is {self.seed}; it must be at least 0 and below 2**63")
 
 
 def run_dir_of(cfg):
@@ -41,58 +38,38 @@ def writing_to(out_dir):
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"out_dir {out_dir} cannot be written to ({error}); use another --out_dir, or make room: "
-            f"then the same command continues"
-        ) from error
-
-
-def check_shared(out_dir, world, patience=30):
-    """UserError, on all ranks, unless all see out_dir as one folder within `patience` seconds."""
-    if world.size == 1:
-        return
-    token = int(world.worst(secrets.randbelow(2**24) if world.is_main else 0))
-    file = Path(out_dir) / f".seen_by_all_ranks_{token}"
-    if world.is_main:
-        with writing_to(out_dir):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            for leftover in file.parent.glob(".seen_by_all_ranks_*"):  # an interrupted check left it
-                leftover.unlink()
-            file.touch()
-    world.barrier()
-    deadline = time.monotonic() + patience  # a network file system may show it late
-    while not (seen := file.exists()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    some_miss_it = world.worst(not seen)
-    if world.is_main:
-        file.unlink()
-    if some_miss_it:
-        raise UserError(
-            f"out_dir {out_dir} is not one folder for all {world.size} ranks: rank 0's files there are not "
-            f"seen by others; put it on a disk that all machines share"
-        )
+        remedy = "use another --out_dir, or make room: then the same command continues"
+        raise UserError(f"out_dir {out_dir} cannot be written to ({error}); {remedy}") from error
 
 
 @contextlib.contextmanager
-def locked(out_dir, world):
-    """Locks a run's folder; UserError, on all ranks, where another run has it. The lock ends with rank 0's process."""
+def locked(out_dir, world, patience=30):
+    """Locks a run's folder until rank 0's process ends.
+
+    UserError, on all ranks, where another run has it, or where a rank does not see the lock in `patience` seconds.
+    """
+    path, holder, lock = Path(out_dir) / ".lock", None, None
     with contextlib.ExitStack() as stack:
-        holder = None
         if world.is_main:
             with writing_to(out_dir):
-                Path(out_dir).mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(open(Path(out_dir) / ".lock", "a+", encoding="utf-8"))
-            holder = _lock(file)
-        if holder := world.gather(holder)[0]:
-            raise UserError(
-                f"out_dir {out_dir} is in use by another run, {holder}; stop that one (touch {out_dir}/stop), "
-                f"or use another --out_dir"
-            )
+                path.parent.mkdir(parents=True, exist_ok=True)
+                holder = _lock(stack.enter_context(open(path, "a+", encoding="utf-8")))
+                lock = path.read_bytes()
+        holder, lock = world.gather((holder, lock))[0]
+        if holder:
+            remedy = f"stop that one (touch {out_dir}/stop), or use another --out_dir"
+            raise UserError(f"out_dir {out_dir} is in use by another run, {holder}; {remedy}")
+        deadline = time.monotonic() + patience  # a network file system may show it late
+        while not (seen := path.exists() and path.read_bytes() == lock) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if world.worst(not seen):
+            rule = f"is not one folder for all {world.size} ranks: some do not see rank 0's files there"
+            raise UserError(f"out_dir {out_dir} {rule}; put it on a disk that all machines share")
         yield
 
 
 def _lock(file):
-    """Locks an open file and writes this process into it; returns its text where another process holds the lock."""
+    """Locks an open file and writes this process into it; returns its text if another process holds the lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -103,20 +80,19 @@ def _lock(file):
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}\n")
     file.flush()
-    return None
 
 
 def keep_source(out_dir, step, root=ROOT):
-    """Copies the project's .py files into out_dir/source/ where some have changed; returns the names of those."""
-    files = {str(path.relative_to(root)): path for path in project_files(root)}
+    """Copies the project's .py files into out_dir/source/ unless its newest copy is the same; returns changed names."""
+    files = {str(path.relative_to(root)): path.read_bytes() for path in project_files(root)}
     kept = sorted((Path(out_dir) / "source").glob("step_*"))
-    changed = [name for name, path in files.items() if kept and not _same(path, kept[-1] / name)]
-    if changed or not kept:
-        for name, path in files.items():
+    old = {name: (kept[-1] / name).read_bytes() for name in files if kept and (kept[-1] / name).exists()}
+    if old != files:
+        for name, code in files.items():
             copy = Path(out_dir) / "source" / f"step_{step:08d}" / name
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
-    return changed
+            copy.write_bytes(code)
+    return [name for name in files if kept and files[name] != old.get(name)]
 
 
 def keep_tokenizer(data_dir, out_dir):
@@ -128,26 +104,19 @@ def keep_tokenizer(data_dir, out_dir):
 
 def tokenizer_of(run_dir):
     """The name or path of a run's tokenizer, for load_tokenizer."""
-    path = Path(run_dir) / "meta.json"
-    if not path.exists():
-        raise UserError(
-            f"{run_dir} has no meta.json, so its tokenizer is unknown, as its data came from another project; "
-            f'write one, such as {{"tokenizer": "gpt2"}}, into {path}'
-        )
+    path, remedy = Path(run_dir) / "meta.json", 'write one, as in {"tokenizer": "gpt2"}'
+    if not path.exists():  # its data came from another project
+        raise UserError(f"{run_dir} has no meta.json, so its tokenizer is unknown; {remedy}")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         name, digest = meta["tokenizer"], meta.get("tokenizer_sha256")
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} names no tokenizer ({type(error).__name__}); write one, as in {{'tokenizer': 'gpt2'}}"
-        ) from error
+        raise UserError(f"{path} names no tokenizer ({type(error).__name__}); {remedy}") from error
     if not name.endswith(".json"):
         return name
     file = path.with_name(name)
     if digest and not (file.exists() and sha256(file) == digest):
-        raise UserError(
-            f"{file} is missing or not the tokenizer that the data was made with; copy it from the data again"
-        )
+        raise UserError(f"{file} is missing or not the tokenizer of the run's data; copy it from the data again")
     return str(file)
 
 
@@ -172,7 +141,3 @@ def _step_of(line):
         return json.loads(line)["step"] if line.endswith("\n") else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def _same(path, other):
-    return other.exists() and path.read_bytes() == other.read_bytes()

@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from config import UserError, as_preset, project_files
 from perf.memory import explaining_out_of_memory
-from run.folder import check_shared, locked
+from run.folder import locked
 
 
 class Stop(enum.IntEnum):
@@ -44,12 +44,11 @@ def guarded(cfg, world):
     """Keeps the run's folder to this run, watches for hangs and reports crashes; yields the StopRequests."""
     with (
         StopRequests(cfg.run.out_dir, world) as stop,  # first, so that torchrun's SIGTERM cuts short no report
-        CrashReports(cfg.run.out_dir, world, as_preset(cfg)) as crash,
-        Watchdog(cfg.world.timeout_minutes, world, crash.write),
+        crash_reports(cfg.run.out_dir, world, as_preset(cfg)) as write_report,
+        Watchdog(cfg.world.timeout_minutes, world, write_report),
         locked(cfg.run.out_dir, world),
         explaining_out_of_memory(cfg, world),
     ):
-        check_shared(cfg.run.out_dir, world)
         yield stop
 
 
@@ -62,42 +61,34 @@ class StopRequests:
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self, out_dir, world):
-        self.file, self.world, self._looked = Path(out_dir) / "stop", world, 0.0
-        self._request, self._first_sigint = Stop.NO, None
+        self.file, self.world, self._looked, self._request = Path(out_dir) / "stop", world, 0.0, Stop.NO
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            self._read, self._write = os.pipe()
-            os.set_blocking(self._write, False)
-            self._wakeup_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-            # With a Python handler, even an empty one, a signal's number comes down the pipe at once.
-            self._handlers = {s: signal.signal(s, lambda *_: None) for s in self.SIGNALS}
-            self._thread = threading.Thread(target=self._listen, daemon=True, name="signals")
-            self._thread.start()
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._wakeup_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        # With a Python handler, even an empty one, a signal's number comes down the pipe at once.
+        self._handlers = {s: signal.signal(s, lambda *_: None) for s in self.SIGNALS}
+        self._thread = threading.Thread(target=self._listen, daemon=True, name="signals")
+        self._thread.start()
         return self
 
     def __exit__(self, *error):
-        if hasattr(self, "_thread"):
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(self._wakeup_fd)
-            os.close(self._write)  # ends the thread
-            self._thread.join()
-            os.close(self._read)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_fd)
+        os.close(self._write)  # ends the thread
+        self._thread.join()
+        os.close(self._read)
 
-    @property
-    def request(self):
-        """The request that this rank has seen."""
-        # Once a second, since a look may go over a network.
+    def agreed(self, out_of_time, save_failed):
+        """The Stop that all ranks agree on, from what each has seen."""
+        # The file once a second, since a look may go over a network.
         if self.world.is_main and not self._request and time.monotonic() - self._looked > 1:
             self._looked = time.monotonic()
             if self.file.exists():
                 self._request = Stop.FILE
-        return self._request
-
-    def agreed(self, out_of_time, save_failed):
-        """The Stop that all ranks agree on, from what each has seen."""
-        seen = Stop.SAVE_FAILED if save_failed else self.request or (Stop.OUT_OF_TIME if out_of_time else Stop.NO)
+        seen = Stop.SAVE_FAILED if save_failed else self._request or (Stop.OUT_OF_TIME if out_of_time else Stop.NO)
         return Stop(int(self.world.worst(seen)))
 
     def acknowledge(self, stop):
@@ -107,14 +98,14 @@ class StopRequests:
                 os.replace(self.file, self.file.with_name("stopped"))
 
     def _listen(self):
+        first_sigint = None
         while number := os.read(self._read, 1):
             if number[0] not in self.SIGNALS:
                 continue
             name, now = signal.Signals(number[0]).name, time.monotonic()
             if name == "SIGINT":
-                if self._first_sigint is None:
-                    self._first_sigint = now
-                elif now - self._first_sigint > 1:  # torchrun may pass on the first a moment after the terminal did
+                first_sigint = first_sigint or now
+                if now - first_sigint > 1:  # torchrun may pass on the first a moment after the terminal did
                     print("interrupted twice: stopped at once, without saving", file=sys.stderr, flush=True)
                     os._exit(130)
             if not self._request:
@@ -138,7 +129,6 @@ class Watchdog:
     def __enter__(self):
         if self.minutes:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
-        return self
 
     def __exit__(self, *error):
         self._closed.set()
@@ -149,28 +139,26 @@ class Watchdog:
         while not self._closed.wait(tick):
             if progress.n_phases != seen:
                 seen, ticks = progress.n_phases, 0
-                self._publish(seen, f"last seen at {progress.place}")
+                self._publish(f"last seen at {progress.place}")
             elif seen:  # before the first phase, torch may load and compile for as long as it takes
                 ticks += 1
             if ticks >= 20:
                 self._end(tick)
 
-    def _publish(self, n_phases, place):
+    def _publish(self, place):
         if self.world.size > 1:
             with contextlib.suppress(Exception):  # the process that keeps the store may be gone
-                self.world.store.set(f"place_{self.world.rank}", f"{n_phases} {place}")
+                self.world.store.set(f"place_{self.world.rank}", f"{self.world.progress.n_phases} {place}")
 
     def _end(self, tick):
-        progress = self.world.progress
         stack = traceback.extract_stack(sys._current_frames()[self._main])
         ours = {str(path) for path in project_files()}
         frame = next((frame for frame in reversed(stack) if frame.filename in ours), stack[-1])
-        place = f"at {progress.place}, in {frame.name}, {Path(frame.filename).name}:{frame.lineno}"
-        self._publish(progress.n_phases, place)
+        place = f"at {self.world.progress.place}, in {frame.name}, {Path(frame.filename).name}:{frame.lineno}"
+        self._publish(place)
         self.report("".join([f"no progress, {place}\n", *traceback.format_list(stack)]))
-        if self.world.size == 1:
-            culprit = f"the run hangs {place}"
-        else:
+        culprit = f"the run hangs {place}"
+        if self.world.size > 1:
             try:
                 if self.world.store.add("watchdogs", 1) > 1:  # another rank's watchdog speaks, and ends them all
                     time.sleep(60)
@@ -178,9 +166,8 @@ class Watchdog:
                 culprit = self._culprit()
             except Exception as error:
                 culprit = f"rank {self.world.rank} is {place}; the others cannot be asked ({type(error).__name__})"
-        print(
-            f"error: no progress for {self.minutes:g} minutes (timeout_minutes): {culprit}", file=sys.stderr, flush=True
-        )
+        text = f"no progress for {self.minutes:g} minutes (timeout_minutes): {culprit}"
+        print(f"error: {text}", file=sys.stderr, flush=True)
         os._exit(1)
 
     def _culprit(self):
@@ -195,59 +182,55 @@ class Watchdog:
         return behind + (f"; others wait for it {others}" if others else "; no rank is behind another")
 
 
-class CrashReports:
-    """Writes crashes, but not users' mistakes, into the run's folder: the place, settings, versions, the stack.
+@contextlib.contextmanager
+def crash_reports(out_dir, world, settings):
+    """Reports crashes, but not users' mistakes, in the run's folder: place, versions, stack, settings (a text).
 
     Where several ranks crash, the first one's error is shown; the others' errors follow from it, and end in one line.
+    Yields the function that writes a report.
     """
 
-    def __init__(self, out_dir, world, settings):
-        """settings: their text."""
-        self.out_dir, self.world, self.settings = Path(out_dir), world, settings
-
-    def write(self, text):
-        """Writes a report of this rank; returns its path, or None where the disk does not take it."""
-        name = f"crash_{time.strftime('%Y%m%d_%H%M%S', time.gmtime())}_rank_{self.world.rank}.txt"
-        where = f"rank {self.world.rank} of {self.world.size} on {platform.node()}, {self.world.progress.place}"
+    def write(text):
+        """Writes a report of this rank; returns the line's end that names it."""
+        file = Path(out_dir) / f"crash_{time.strftime('%Y%m%d_%H%M%S', time.gmtime())}_rank_{world.rank}.txt"
+        where = f"rank {world.rank} of {world.size} on {platform.node()}, {world.progress.place}"
         versions = f"Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}"
         try:
-            (self.out_dir / name).write_text(f"{where}\n{versions}\n\n{text}\n{self.settings}", encoding="utf-8")
-        except OSError:
-            return None
-        return self.out_dir / name
+            file.write_text(f"{where}\n{versions}\n\n{text}\n{settings}", encoding="utf-8")
+        except OSError as error:
+            return f"no report could be written ({error})"
+        return f"the report, with settings and versions, is {file}"
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, stack):
-        if not isinstance(error, Exception):
-            return
-        if isinstance(error, UserError):
-            self._claim_mistake()
-            return
-        if self._in_store(lambda store: store.check(["mistake"])):  # another rank reports it
-            raise SystemExit(2)
-        report = self.write("".join(traceback.format_exception(error)))
-        if self._in_store(lambda store: store.add("crashes", 1) > 1):  # errors that follow from the first only confuse
-            raise SystemExit(1)
+    try:
+        yield write
+    except UserError:
+        _claim_mistake(world)
+        raise
+    except Exception as error:
+        if _in_store(world, lambda store: store.check(["mistake"])):  # another rank reports it
+            raise SystemExit(2) from error
+        written = write("".join(traceback.format_exception(error)))
+        if _in_store(world, lambda store: store.add("crashes", 1) > 1):  # errors that follow from the first confuse
+            raise SystemExit(1) from error
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
             get_error_handler().record_exception(error)  # torchrun then shows it as the cause
-        where = f"rank {self.world.rank}, {self.world.progress.place}"
-        written = f"; the report, with settings and versions, is {report}" if report else "; no report could be written"
-        print(f"error on {where}{written}", file=sys.stderr, flush=True)
+        print(f"error on rank {world.rank}, {world.progress.place}; {written}", file=sys.stderr, flush=True)
+        raise
 
-    def _claim_mistake(self):
-        """Lets one rank report a mistake that all may have found: rank 0, if it has within five seconds."""
-        deadline = time.monotonic() + 5
-        while not self.world.is_main and time.monotonic() < deadline:
-            if self._in_store(lambda store: store.check(["mistake"]), if_lost=True):  # rank 0 reported it, and ended
-                raise SystemExit(2)
-            time.sleep(0.1)
-        self._in_store(lambda store: store.set("mistake", "reported"))
 
-    def _in_store(self, function, if_lost=False):
-        """function(store); False for one process, if_lost where the process that keeps the store has ended."""
-        try:
-            return self.world.size > 1 and function(self.world.store)
-        except RuntimeError:
-            return if_lost
+def _claim_mistake(world):
+    """Lets one rank report a mistake that all may have found: rank 0, if it has within five seconds."""
+    deadline = time.monotonic() + 5
+    while not world.is_main and time.monotonic() < deadline:
+        if _in_store(world, lambda store: store.check(["mistake"]), if_lost=True):  # rank 0 reported it, and ended
+            raise SystemExit(2)
+        time.sleep(0.1)
+    _in_store(world, lambda store: store.set("mistake", "reported"))
+
+
+def _in_store(world, function, if_lost=False):
+    """function(store); False for one process, if_lost where the process that keeps the store has ended."""
+    try:
+        return world.size > 1 and function(world.store)
+    except RuntimeError:
+        return if_lost

@@ -1,30 +1,22 @@
 """Whether a step is sound, and which tensor went bad first."""
 
+import functools
 import math
 import statistics
 from dataclasses import dataclass
 
 import torch
 
-from config import UserError
+from config import Config, Count, Positive
 from world import local
 
 WINDOW = 128  # sound steps in the baseline for spikes
 
 
 @dataclass(frozen=True)
-class HealthConfig:
-    spike_z: float | None = None  # skip steps whose loss or norm is this many standard deviations up; none: do not
-    max_bad_steps: int = 10  # consecutive bad steps before a rollback; a second rollback ends the run
-
-    def __post_init__(self):
-        wrong = []
-        if self.spike_z is not None and self.spike_z <= 0:
-            wrong.append(f"spike_z is {self.spike_z}; it must be above 0, or none")
-        if self.max_bad_steps < 1:
-            wrong.append(f"max_bad_steps is {self.max_bad_steps}; it must be at least 1")
-        if wrong:
-            raise UserError("\n".join(wrong))
+class HealthConfig(Config):
+    spike_z: Positive | None = None  # skip steps whose loss or norm is this many standard deviations up; none: do not
+    max_bad_steps: Count = 10  # consecutive bad steps before a rollback; a second rollback ends the run
 
 
 def bad_step(loss, grad_norm, cfg, recent=()):
@@ -51,30 +43,24 @@ def first_bad_tensor(model, forward_and_backward):
     hooks = []
 
     def look(name, tensor):
-        if isinstance(tensor, torch.Tensor) and not _is_finite(tensor):
+        if not _is_finite(tensor):
             bad.append(name)
 
-    def watch_weights(named):
-        for name, p in named:
-            hooks.append(p.register_hook(lambda grad, name=name: look(f"the gradient of {name}", grad)))
+    def watch_gradients(named):
+        for name, tensor in named:
+            hooks.append(tensor.register_hook(functools.partial(look, f"the gradient of {name}")))
 
-    def after(name):
-        def hook(module, inputs, output):
+    def after(name, module, inputs, output):
+        if isinstance(output, torch.Tensor):
             look(f"the output of {name or 'the model'}", output)
-            if isinstance(output, torch.Tensor) and output.requires_grad:
-                hooks.append(
-                    output.register_hook(
-                        lambda grad: look(f"the gradient of the output of {name or 'the model'}", grad)
-                    )
-                )
-            watch_weights(module.named_parameters(prefix=name, recurse=False))  # FSDP has gathered them at this moment
-
-        return hook
+            if output.requires_grad:
+                watch_gradients([(f"the output of {name or 'the model'}", output)])
+        watch_gradients(module.named_parameters(prefix=name, recurse=False))  # FSDP has gathered them at this moment
 
     for name, module in model.named_modules():
-        hooks.append(module.register_forward_hook(after(name)))
+        hooks.append(module.register_forward_hook(functools.partial(after, name)))
     # For a table whose module is never called, such as the head's.
-    hooks.append(model.register_forward_pre_hook(lambda module, inputs: watch_weights(module.named_parameters())))
+    hooks.append(model.register_forward_pre_hook(lambda module, inputs: watch_gradients(module.named_parameters())))
     try:
         with torch.compiler.set_stance("force_eager"):  # compiled code does not see new hooks
             forward_and_backward()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from config import ROOT, UserError, as_dict, as_preset
+from config import ROOT, Config, Count, UserError, as_dict, as_preset
 from objective import OBJECTIVES
 from perf import cost
 from perf.hardware import peak_flops
@@ -28,15 +28,11 @@ from world import device_name, memory_bytes, peak_memory_gib, reset_peak_memory
 
 
 @dataclass(frozen=True)
-class LogConfig:
-    log_interval: int = 10  # steps between lines of the log
+class LogConfig(Config):
+    log_interval: Count = 10  # steps between lines of the log
     wandb: bool = False  # log to Weights & Biases as well
     wandb_project: str = "flatlm"  # project there
     wandb_run_name: str | None = None  # name of the run there; none: the name of out_dir
-
-    def __post_init__(self):
-        if self.log_interval < 1:
-            raise UserError(f"log_interval is {self.log_interval}; it must be at least 1")
 
 
 class Log:
@@ -52,19 +48,17 @@ class Log:
         self.peak, self.peak_name = peak_flops(world.device, world.precision)
         reset_peak_memory(world.device)  # the matmul that measured the peak had its own
         per_rank = [world.worst(figure) for figure in params_and_bytes(optimizer)]
-        self.predicted = memory(cfg.model, setup_here(cfg, world))
-        self.n_steps, self.losses = 0, []
-        self.file = self.wandb = None
+        self.predicted = {k: n / 2**30 for k, n in memory(cfg.model, setup_here(cfg, world)).items() if n}  # GiB
+        self.n_steps, self.file, self.wandb = 0, None, None
         self.draws = world.is_main and importlib.util.find_spec("matplotlib") is not None
         if world.is_main:
             changes = changes + [f"changed source file: {name}" for name in self._open(state.step)]
-            self._print_start(model, per_rank, state, changes)
-            self._print_length(train_split.tokens)
+            self._print_start(model, per_rank, state, changes, train_split.tokens)
             self._write_start(state, changes)
             if cfg.log.wandb:
                 self.wandb = start_wandb(cfg, self.out_dir, state.step)
-        self.started = self.interval_start = time.perf_counter()
-        self.interval_step, self.waited = state.step, 0.0
+        self.started = time.perf_counter()
+        self._start_interval(state, self.started)
 
     def __enter__(self):
         return self
@@ -95,10 +89,12 @@ class Log:
         now = time.perf_counter()
         state.hours = self.hours_before + (now - self.started) / 3600
         self.waited += waited
-        if not bad:
-            self.losses.append(loss)
-        if self.n_steps == 0:
-            self._report_memory()
+        self.losses += [] if bad else [loss]
+        if self.n_steps == 0:  # the largest peak comes early
+            peak = _memory(self.world.worst(peak_memory_gib(self.world.device)))
+            process = "" if self.world.device.type == "cuda" else "; the process holds Python and torch as well"
+            predicted = _memory(sum(self.predicted.values()))
+            self._print(f"memory     {peak} peak after the first step ({predicted} predicted{process})")
         self.n_steps += 1
         if bad:
             self._print(f"{self._step_text(state)}  skipped, number {state.bad_steps} in a row: {bad}")
@@ -118,30 +114,26 @@ class Log:
             "data_wait_ms": self.world.worst(1e3 * self.waited / steps),
             "memory_gib": self.world.worst(peak_memory_gib(self.world.device)),
         }
-        self.interval_start, self.interval_step, self.waited, self.losses = now, state.step, 0.0, []
-        if bad:
-            record["skipped"] = bad
-        self._write(record)
+        self._start_interval(state, now)
+        self._write(record | ({"skipped": bad} if bad else {}))
         left = (self.last_step - state.step) * seconds / steps
         self._print(
             f"{self._step_text(state)} {_short(record['tokens']):>5} tok  loss {record['mean_loss']:7.4f}  lr {lr:.1e}"
-            f"  norm {record['grad_norm']:4.2f}  {_short(tokens_per_s):>5} tok/s  mfu {record['mfu']:.1%}"
-            f"  {record['memory_gib']:.1f} GiB  wait {record['data_wait_ms']:.0f}ms  left {_duration(left)}"
+            f"  norm {grad_norm:4.2f}  {_short(tokens_per_s):>5} tok/s  mfu {record['mfu']:.1%}"
+            f"  {_memory(record['memory_gib'], 1)}  wait {record['data_wait_ms']:.0f}ms  left {_duration(left)}"
         )
 
     def evaluation(self, state, figures):
         """Logs an evaluation and redraws the curves."""
-        record = {"step": state.step, **figures}
+        record, accuracy = {"step": state.step, **figures}, f"accuracy {figures['val_accuracy']:.1%}"
         text = f"{self._step_text(state)}  val loss {state.val_loss:.4f}"
-        if not self.cfg.model.is_causal:
-            text += f"  masked accuracy {figures['val_accuracy']:.1%}"
-            text += f" (the most frequent token alone {figures['val_accuracy_of_commonest']:.1%})"
+        if self.cfg.model.is_causal:
+            text += f"  perplexity {math.exp(min(state.val_loss, 700)):.5g}  {accuracy}"  # exp(710) overflows
+            if self.bytes_per_token:
+                record["val_bpb"] = state.val_loss / math.log(2) / self.bytes_per_token
+                text += f"  {record['val_bpb']:.4f} bits per byte"
         else:
-            text += f"  perplexity {math.exp(min(state.val_loss, 700)):.5g}"  # beyond that a float overflows
-            text += f"  accuracy {figures['val_accuracy']:.1%}"
-        if self.bytes_per_token and self.cfg.model.is_causal:
-            record["val_bpb"] = state.val_loss / math.log(2) / self.bytes_per_token
-            text += f"  {record['val_bpb']:.4f} bits per byte"
+            text += f"  masked {accuracy} (the most frequent token alone {figures['val_accuracy_of_commonest']:.1%})"
         self._write(record)
         self._print(text)
         if self.draws and state.step:  # a single point is no curve
@@ -157,7 +149,7 @@ class Log:
         tokens = state.sequences_seen * self.cfg.data.seq_len
         self._write({"went_back_to": state.step, "step": state.step, "tokens": tokens})
         self._print(f"rolled back to step {state.step}; training continues with the data after the bad steps")
-        self.interval_start, self.interval_step, self.waited, self.losses = time.perf_counter(), state.step, 0.0, []
+        self._start_interval(state, time.perf_counter())
 
     def end(self, state, stop):
         """Reports how the run ended. stop: the Stop that ended it, if any."""
@@ -166,24 +158,28 @@ class Log:
         state.hours = self.hours_before + (time.perf_counter() - self.started) / 3600
         is_finished = state.is_finished(self.cfg)
         if is_finished:
-            target = state.has_reached_target(self.cfg)
-            how = f"finished{f', target_loss {self.cfg.train.target_loss} reached' if target else ''}"
+            reached = f", target_loss {self.cfg.train.target_loss} reached"
+            how = f"finished{reached if state.has_reached_target(self.cfg) else ''}"
             with writing_to(self.out_dir):
                 (self.out_dir / "finished").write_text(f"{how}\n")
                 (self.out_dir / "stop").unlink(missing_ok=True)  # a request that came too late
         else:
-            by_file = f"by {self.out_dir / 'stop'}"
-            names = {"OUT_OF_TIME": f"after max_minutes {self.cfg.train.max_minutes}", "FILE": by_file}
+            out_of_time = f"after max_minutes {self.cfg.train.max_minutes}"
+            names = {"OUT_OF_TIME": out_of_time, "FILE": f"by {self.out_dir / 'stop'}"}
             how = f"stopped {names.get(stop.name, f'by {stop.name}')}"
         if self.wandb:  # it prints a summary of its own
             self.wandb.finish()
         loss = "" if state.val_loss is None else f", val loss {state.val_loss:.4f}"
-        print(f"{state.sequences_seen * self.cfg.data.seq_len:,} tokens in {state.hours:.3f} hours")
+        print(f"{state.sequences_seen * self.cfg.data.seq_len:,} tokens in {_time(state.hours)}")
         print(f"{how}: step {state.step} of {self.last_step}{loss}; the run is in {self.out_dir}", flush=True)
         if not is_finished:
             saved = self.cfg.checkpoint.save_interval
             more = "the same command continues" if saved else "nothing is saved (save_interval is none)"
             print(f"the model is unfinished; {more}", flush=True)
+
+    def _start_interval(self, state, now):
+        """Starts the interval that the next line of the log is about."""
+        self.interval_start, self.interval_step, self.waited, self.losses = now, state.step, 0.0, []
 
     def _open(self, step):
         """Makes the run's folder, or reopens it at a step; returns the source files that have changed since."""
@@ -196,48 +192,39 @@ class Log:
             keep_tokenizer(self.cfg.data.data_dir, self.out_dir)
             return keep_source(self.out_dir, step)
 
-    def _print_start(self, model, per_rank, state, changes):
-        """Prints the model, a step, the layout and memory. per_rank: parameters and bytes of the fullest rank."""
-        cfg, world = self.cfg, self.world
+    def _print_start(self, model, per_rank, state, changes, train_tokens):
+        """Prints what trains where, and for how long. per_rank: parameters and bytes of the fullest rank."""
+        cfg, world, data = self.cfg, self.world, self.cfg.data
         if state.step:
-            print(f"resumed from step {state.step}, after {state.hours:.3f} hours", *changes, sep="\n  ")
+            print(f"resumed from step {state.step}, after {_time(state.hours)}", *changes, sep="\n  ")
         if not self.draws:
             print("matplotlib is not installed, so there will be no curves.png")
-        causal = cost.flops_per_token(cfg.model, cfg.data.seq_len, self.head_share, causal=True)
+        flops = f"{self.flops_per_token / 1e6:,.1f} MFLOPs per token by PaLM's count"
+        if cfg.model.is_causal:
+            causal = cost.flops_per_token(cfg.model, data.seq_len, self.head_share, causal=True)
+            flops += f", {causal / 1e6:,.1f} by the causal count"
+        print(f"model      {model.num_params():,} parameters, {flops}")
+        micro_steps = data.batch_tokens // (data.micro_batch_size * data.seq_len * world.data_ranks)
         print(
-            f"model      {model.num_params():,} parameters, {self.flops_per_token / 1e6:,.1f} MFLOPs per token"
-            f" by PaLM's count" + (f", {causal / 1e6:,.1f} by the causal count" if cfg.model.is_causal else "")
-        )
-        at_once = cfg.data.micro_batch_size * cfg.data.seq_len * world.data_ranks
-        print(
-            f"step       {cfg.data.batch_tokens:,} tokens = {cfg.data.batch_tokens // at_once} micro-steps"
-            f" x {world.data_ranks} ranks x {cfg.data.micro_batch_size} sequences x {cfg.data.seq_len} tokens"
+            f"step       {data.batch_tokens:,} tokens = {micro_steps} micro-steps x {world.data_ranks} ranks"
+            f" x {data.micro_batch_size} sequences x {data.seq_len} tokens"
         )
         if world.size > 1:
             replicas, shards, tp = world.mesh_shape
             print(f"layout     {world.size} ranks = {replicas} replicas x {shards} shards x {tp} tensor parallel")
         n_params, n_bytes = per_rank
         print(f"per rank   {n_params:,.0f} parameters, {n_bytes / 2**20:,.1f} MiB with gradients and optimizer state")
-        parts = ", ".join(f"{name} {n_bytes / 2**30:.2f}" for name, n_bytes in self.predicted.items() if n_bytes)
-        predicted, there = sum(self.predicted.values()) / 2**30, memory_bytes(world.device) / 2**30
-        print(f"memory     {predicted:.2f} GiB per rank predicted, {there:.1f} available: {parts}")
-
-    def _print_length(self, train_tokens):
-        """Prints the run's length and device; warns where the training data repeats often."""
-        tokens = self.last_step * self.cfg.data.batch_tokens
+        parts = ", ".join(f"{name} {_memory(gib)}" for name, gib in self.predicted.items())
+        predicted, there = _memory(sum(self.predicted.values())), memory_bytes(world.device) / 2**30
+        print(f"memory     {predicted} per rank predicted, {there:.1f} GiB available: {parts}")
+        tokens = self.last_step * data.batch_tokens
         epochs = tokens / train_tokens
         print(f"run        {self.last_step:,} steps, {tokens:,} tokens, {epochs:.3g} epochs, in {self.out_dir}")
         if epochs > 20:
-            print(
-                f"warning    the run reads its {train_tokens:,} training tokens {epochs:,.0f} times; after "
-                f"about 4 epochs a model learns little more from the same text (arXiv 2305.16264): "
-                f"lower --max_steps, or add text"
-            )
-        print(
-            f"device     {self.world.size} x {device_name(self.world.device)}, {self.world.precision}; "
-            f"mfu relative to {self.peak / 1e12:.4g} TFLOP/s, {self.peak_name}",
-            flush=True,
-        )
+            often = f"the run reads its {train_tokens:,} training tokens {epochs:,.0f} times; after about 4 epochs"
+            print(f"warning    {often} a model learns little more (arXiv 2305.16264): lower --max_steps, or add text")
+        peak = f"mfu relative to {self.peak / 1e12:.4g} TFLOP/s, {self.peak_name}"
+        print(f"device     {world.size} x {device_name(world.device)}, {world.precision}; {peak}", flush=True)
 
     def _write_start(self, state, changes):
         self._write({
@@ -251,14 +238,8 @@ class Log:
             "precision": self.world.precision,
             "peak_flops": self.peak,
             "peak_name": self.peak_name,
-            "predicted_memory_gib": sum(self.predicted.values()) / 2**30,
+            "predicted_memory_gib": sum(self.predicted.values()),
         })  # fmt: skip
-
-    def _report_memory(self):
-        """Prints the peak of memory after the first step."""
-        seen, predicted = self.world.worst(peak_memory_gib(self.world.device)), sum(self.predicted.values()) / 2**30
-        process = "" if self.world.device.type == "cuda" else "; the process holds Python and torch as well"
-        self._print(f"memory     {seen:.2f} GiB peak after the first step ({predicted:.2f} predicted{process})")
 
     def _step_text(self, state):
         return f"step {state.step:>{len(str(self.last_step))}}/{self.last_step}"
@@ -280,10 +261,8 @@ class Log:
 def print_finished(cfg, state, world):
     """Says that a run has nothing left to do."""
     if world.is_main:
-        print(
-            f"{cfg.run.out_dir} has finished, at step {state.step} with val loss {state.val_loss:.4f}; "
-            f"raise max_steps to train on, or use another --out_dir"
-        )
+        what = f"{cfg.run.out_dir} has finished, at step {state.step} with val loss {state.val_loss:.4f}"
+        print(f"{what}; raise max_steps to train on, or use another --out_dir")
 
 
 def draw_curves(out_dir):
@@ -291,25 +270,22 @@ def draw_curves(out_dir):
     from matplotlib.figure import Figure
 
     records = [json.loads(line) for line in (out_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-
-    def draw(axes, label, style, *names):
-        """Plots the first of the names that a record has."""
-        values = [(r["step"], next((r[name] for name in names if r.get(name) is not None), None)) for r in records]
-        if points := [point for point in values if point[1] is not None]:
-            axes.plot(*zip(*points), label=label, **style)
-
     figure = Figure(figsize=(8, 7), layout="constrained")
-    loss, lr, norm = figure.subplots(3, sharex=True, height_ratios=(3, 1, 1))
-    draw(loss, "training, mean of the interval", {"linewidth": 1}, "mean_loss", "loss")
-    draw(loss, "validation", {"marker": "o"}, "val_loss")
-    draw(lr, None, {"linewidth": 1}, "lr")
-    draw(norm, None, {"linewidth": 1}, "grad_norm")
-    loss.set(ylabel="loss, nats per token", title=out_dir.name)
-    loss.legend()
-    lr.set(ylabel="learning rate")
-    norm.set(ylabel="gradient norm", xlabel="step")
-    for axes in (loss, lr, norm):
+    loss, lr, norm = all_axes = figure.subplots(3, sharex=True, height_ratios=(3, 1, 1))
+    for axes, name, style in (
+        (loss, "mean_loss", {"linewidth": 1, "label": "training, mean of the interval"}),
+        (loss, "val_loss", {"marker": "o", "label": "validation"}),
+        (lr, "lr", {"linewidth": 1}),
+        (norm, "grad_norm", {"linewidth": 1}),
+    ):
+        if points := [(r["step"], r[name]) for r in records if r.get(name) is not None]:
+            axes.plot(*zip(*points), **style)
+    for axes, label in zip(all_axes, ("loss, nats per token", "learning rate", "gradient norm")):
+        axes.set(ylabel=label)
         axes.grid(alpha=0.3)
+    loss.set(title=out_dir.name)
+    loss.legend()
+    norm.set(xlabel="step")
     figure.savefig(out_dir / ".curves.png", dpi=120)
     os.replace(out_dir / ".curves.png", out_dir / "curves.png")
 
@@ -323,22 +299,13 @@ def start_wandb(cfg, out_dir, step):
     id_file = out_dir / "wandb_id"
     if step == 0 or not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
-    options = {
-        "project": cfg.log.wandb_project,
-        "name": cfg.log.wandb_run_name or out_dir.name,
-        "id": id_file.read_text().strip(),
-        "resume": "allow",
-        "dir": str(out_dir),
-        "config": as_dict(cfg),
-    }
+    options = {"project": cfg.log.wandb_project, "name": cfg.log.wandb_run_name or out_dir.name, "resume": "allow"}
+    options |= {"id": id_file.read_text().strip(), "dir": str(out_dir), "config": as_dict(cfg)}
     try:
         run = wandb.init(**options, settings=wandb.Settings(init_timeout=30))
     except wandb.errors.Error as error:
-        print(
-            f"wandb is out of reach ({type(error).__name__}) and logs offline; "
-            f"upload later: wandb sync {out_dir}/wandb/*",
-            flush=True,
-        )
+        later = f"upload later: wandb sync {out_dir}/wandb/*"
+        print(f"wandb is out of reach ({type(error).__name__}) and logs offline; {later}", flush=True)
         run = wandb.init(**options, mode="offline")
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
@@ -359,6 +326,18 @@ def _duration(seconds):
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
+
+
+def _time(hours):
+    """A time in hours, or where shorter in minutes or seconds: 1.500 hours, 2.3 seconds."""
+    if hours >= 1:
+        return f"{hours:.3f} hours"
+    return f"{60 * hours:.1f} minutes" if hours >= 1 / 60 else f"{3600 * hours:.1f} seconds"
+
+
+def _memory(gib, digits=2):
+    """Memory in GiB, or in MiB where it is below a tenth of one."""
+    return f"{gib:.{digits}f} GiB" if gib >= 0.1 else f"{2**10 * gib:.{digits}f} MiB"
 
 
 def _short(count):

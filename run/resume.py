@@ -44,8 +44,7 @@ class State:
 
     def has_reached_target(self, cfg):
         """Whether the last evaluation is at or below target_loss."""
-        target = cfg.train.target_loss
-        return target is not None and self.val_loss is not None and self.val_loss <= target
+        return None not in (cfg.train.target_loss, self.val_loss) and self.val_loss <= cfg.train.target_loss
 
     def is_at_end(self, cfg):
         """Whether the run has taken its last step."""
@@ -75,19 +74,16 @@ class Saver:
             if not (newest := self._newest()):
                 return None
             if self.cfg.run.resume == "never":
-                raise UserError(
-                    f"resume is never, and {self.cfg.run.out_dir} has checkpoints; use another --out_dir, "
-                    f"or --resume=auto to continue"
-                )
+                remedy = "use another --out_dir, or --resume=auto to continue"
+                raise UserError(f"resume is never, and {self.cfg.run.out_dir} has checkpoints; {remedy}")
             self.changes = changed_settings(read_manifest(newest)["settings"], self.settings)
             return self._load(newest)
 
     def is_due(self, state, ending):
         """Whether to save: at the end and every save_interval steps, but not amid bad steps."""
         interval = self.cfg.checkpoint.save_interval
-        if not interval or not state.step:
-            return False
-        return bool(ending) or (state.step % interval == 0 and not state.bad_steps)
+        on_time = interval and state.step % interval == 0 and not state.bad_steps
+        return bool(interval and state.step and (ending or on_time))
 
     def save(self, state):
         """Starts to write a checkpoint."""
@@ -109,22 +105,16 @@ class Saver:
         newest = self._newest()
         if not newest or step_of(newest) == state.went_back_to:
             seed_step(self.cfg.run.seed, state.step - 1, self.world.rank)
-            tensor = first_bad_tensor(self.model, repeat_step)
-            by_rank = [f"on rank {rank} {name}" for rank, name in enumerate(self.world.gather(tensor)) if name]
+            tensors = self.world.gather(first_bad_tensor(self.model, repeat_step))
+            by_rank = [f"on rank {rank} {name}" for rank, name in enumerate(tensors) if name]
+            tried = f"again after a rollback to {newest.name}" if newest else "with no checkpoint to roll back to"
             raise UserError(
-                f"{state.bad_steps} steps in a row were skipped, the last one step {state.step} with {bad}, "
-                + (
-                    f"again after a rollback to {newest.name}"
-                    if newest
-                    else "and there is no checkpoint to roll back to"
-                )
-                + f"; first bad tensor: {by_rank[0] if by_rank else 'none when the step was repeated'}; "
-                "lower learning_rate, or look at what computes that tensor"
+                f"{state.bad_steps} steps in a row were skipped, the last one step {state.step} with {bad}, {tried}; "
+                f"first bad tensor: {by_rank[0] if by_rank else 'none when the step was repeated'}; "
+                f"lower learning_rate, or look at what computes that tensor"
             )
-        back = self._load(newest)
-        return dataclasses.replace(
-            back, sequences_seen=state.sequences_seen, hours=state.hours, went_back_to=back.step, bad_steps=0
-        )
+        back, kept = self._load(newest), {"sequences_seen": state.sequences_seen, "hours": state.hours}
+        return dataclasses.replace(back, **kept, went_back_to=back.step, bad_steps=0)
 
     def _newest(self):
         """The newest whole checkpoint, as rank 0 sees the folder: a network file system may show others less."""
@@ -147,10 +137,7 @@ def changed_settings(old, new):
     fixed = {f.name for owner in (ModelConfig, ObjectiveConfig) for f in dataclasses.fields(owner)}
     fixed |= {"seq_len", "seed", "optimizer", "data_fingerprint"}
     changes = {name: f"{name}: {old[name]} -> {new[name]}" for name in new if name in old and old[name] != new[name]}
-    refused = [line for name, line in changes.items() if name in fixed]
-    if refused:
-        raise UserError(
-            f"a run cannot continue with another model, data, objective, seed or optimizer; here {'; '.join(refused)}; "
-            f"use the old values, or a new run with --out_dir="
-        )
+    if refused := "; ".join(line for name, line in changes.items() if name in fixed):
+        rule = "a run cannot continue with another model, data, objective, seed or optimizer"
+        raise UserError(f"{rule}; here {refused}; use the old values, or a new run with --out_dir=")
     return [f"{line}, without effect now" if name == "init_from" else line for name, line in changes.items()]

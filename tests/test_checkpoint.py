@@ -334,5 +334,5 @@ def test_losses_that_are_no_numbers_and_damaged_manifests_are_never_the_best(tmp
 def test_a_tokenizer_that_is_not_the_datas_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": "tokenizer.json", "tokenizer_sha256": "0" * 64}))
-    with pytest.raises(ValueError, match="not the tokenizer that the data was made with"):
+    with pytest.raises(ValueError, match="not the tokenizer of the run's data"):
         tokenizer_of(tmp_path)

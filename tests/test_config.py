@@ -217,6 +217,7 @@ def test_hints_name_settings_that_exist():
 
 def test_start_of_several_choices_is_answered_with_all_of_them():
     assert mistake("--gpu=a100", script=plan).endswith("; did you mean a100-40 or a100-80?")
+    assert mistake("--wandb_=x").endswith("; did you mean wandb_project or wandb_run_name?")
 
 
 def test_setting_of_another_script_is_refused_on_the_command_line_and_left_alone_in_a_preset(preset):
@@ -262,19 +263,17 @@ def test_value_out_of_range_is_answered_with_name_value_and_rule(argument):
 
 # ---- words that are no settings
 
-@pytest.mark.parametrize(("argv", "expected"), [
-    (["notes.txt"], "notes.txt: neither a preset file (.py) nor --name=value; name your text by --input=notes.txt"),
-    (["a.txt", "b.txt"], "a.txt b.txt: neither a preset file (.py) nor --name=value; name several files by a glob in "
-                         "quotes, as in --input='*.txt'"),
-    (["--input=in/a.md", "in/b.md"], "in/b.md: neither a preset file (.py) nor --name=value; name several files by a "
-                                     "glob in quotes, as in --input='in/*.md'"),
-    (["a", "b", "c", "d", "e"], "a b c and 2 more: neither a preset file (.py) nor --name=value; name several files "
-                                "by a glob in quotes, as in --input='*'"),
+@pytest.mark.parametrize(("argv", "words", "first", "pattern"), [
+    (["notes.txt"], "notes.txt", "notes.txt", "*.txt"),
+    (["a.txt", "b.txt"], "a.txt b.txt", "a.txt", "*.txt"),
+    (["--input=in/a.md", "in/b.md"], "in/b.md", "in/b.md", "in/*.md"),
+    (["a", "b", "c", "d", "e"], "a b c and 2 more", "a", "*"),
 ])  # fmt: skip
-def test_file_of_text_on_prepares_command_line_is_answered_with_input(tmp_path, monkeypatch, argv, expected):
+def test_file_of_text_on_prepares_command_line_is_answered_with_input(tmp_path, monkeypatch, argv, words, first, pattern):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("raise SystemExit('ran')")
-    assert mistake(*argv, script=prepare) == expected
+    told = f"name your text by --input={first}, or several files by a quoted glob: --input='{pattern}'"
+    assert mistake(*argv, script=prepare) == f"{words}: neither a preset file (.py) nor --name=value; {told}"
 
 
 def test_file_that_is_no_preset_is_refused_and_not_run(tmp_path):

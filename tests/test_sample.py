@@ -369,7 +369,7 @@ def test_more_candidates_than_there_are_tokens_are_not_asked_for(with_mask, caps
 
 def test_a_masked_models_prompt_without_a_mask_or_too_long_is_refused_with_the_remedy(with_mask, capsys):
     for prompt in ("import os", "", "[mask] MASK"):
-        with pytest.raises(UserError, match=r"fills in what is masked; write \[MASK\] where, as in --prompt="):
+        with pytest.raises(UserError, match=r"fills in each \[MASK\]; write at least one, as in --prompt="):
             print_candidates(masked_model(with_mask), with_mask, prompt, 5, "cpu")
     print_candidates(masked_model(with_mask), with_mask, "[MASK]" * 21, 5, "cpu")
     with pytest.raises(UserError, match="prompt has 24 tokens, block_size is 23; shorten it"):
@@ -388,7 +388,7 @@ def test_a_trained_masked_run_is_sampled_from_its_folder_alone(tmp_path, capsys)
     assert shown[5] == f"ab{likeliest[0]}d{likeliest[1]}"
     assert sampled(capsys, *args, "--top_k=2", "--seed=7").count("%  ") == 4
     assert sampled(capsys, *args, "--precision=bf16").count("%  ") == 10
-    with pytest.raises(UserError, match=r"write \[MASK\] where"):
+    with pytest.raises(UserError, match=r"each \[MASK\]; write at least one"):
         sampled(capsys, f"--out_dir={run_dir}")
 
 

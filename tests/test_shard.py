@@ -24,7 +24,7 @@ from optim import OptimConfig, build_optimizer, orthogonalize
 from parallel import ParallelConfig, distribute, on_whole_matrices
 from perf.memory import params_and_bytes
 from ranks import on_ranks, step_settings
-from run.folder import check_shared
+from run.folder import locked
 from train import train_step
 from world import WorldConfig, init_world, local, seed_step
 
@@ -401,11 +401,13 @@ def test_ranks_hold_the_model_once_a_copy(others):
 
 
 def shared(folder):
-    """What check_shared says where the last rank has another disk."""
+    """What locked says where the last rank has another disk."""
     with a_model("gpt") as (world, _, _):
-        check_shared(folder, world, patience=1)
+        with locked(folder, world, patience=1):
+            pass
         try:
-            check_shared(folder if world.rank < 3 else f"{folder}/another", world, patience=1)
+            with locked(folder if world.rank < 3 else f"{folder}/another", world, patience=1):
+                raise AssertionError("not refused")
         except ValueError as error:
             return str(error), folder
 
@@ -413,7 +415,7 @@ def shared(folder):
 def test_an_out_dir_that_not_all_ranks_see_is_refused_on_all(others):
     for message, folder in others["shared"]:
         assert "not one folder for all 4 ranks" in message and "share" in message
-        assert list(Path(folder).iterdir()) == []
+        assert [path.name for path in Path(folder).iterdir()] == [".lock"]
 
 
 @pytest.fixture(scope="module")
