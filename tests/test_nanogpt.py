@@ -450,7 +450,7 @@ FC = "transformer.h.1.mlp.c_fc.weight"
     (["config", "gradient_accumulation_steps"], 0, "batch_tokens is 0; it must be at least 1"),
     (["config", "eval_interval"], 0, "save_interval is 0; it must be at least 1"),
     (["config", "log_interval"], 0, "log_interval is 0; it must be at least 1"),
-    (["config", "learning_rate"], -1.0, "learning_rate is -1.0; it must not be negative"),
+    (["config", "learning_rate"], -1.0, "learning_rate is -1.0; it must be at least 0"),
     (["config", "learning_rate"], math.nan, "config has learning_rate 'nan', where nanoGPT has a value of type float"),
     (["model", FC], torch.zeros(80, 20, device="meta"), f"{FC} by model_args is .80, 20., and there is no tensor"),
     (["model", FC], torch.zeros(80, 20).to_sparse(), f"{FC} by model_args is .80, 20., and there is no tensor"),

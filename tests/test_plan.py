@@ -219,7 +219,7 @@ def test_unknown_gpu_is_given_by_hand():
     (["--gpu=v100", "--precision=bf16"], "precision is bf16, which v100 does not compute in; use --precision=fp16"),
     (["--gpu=other", "--gpu_tflops=9"], "give --gpu_memory_gib, --gpu_memory_gbs"),
     (["--gpu=h100"], "--gpu must be one of"),
-    (["--n_gpus=0"], "n_gpus is 0; it must be above 0"),
+    (["--n_gpus=0"], "n_gpus is 0; it must be at least 1, or none"),
     (["--n_gpus=6", "--tp=4"], "6 processes are not a multiple of tp 4"),
     (["--gpu=this", "--machine=none.json"], "there is no none.json; run python bench.py first"),
     (["--pue=0"], "pue is 0.0; it must be at least 1 and at most 10"),
