@@ -159,7 +159,7 @@ def vocab_size_of(data_dir, make_command):
     """The vocabulary size of a data folder."""
     if meta := read_meta(_folder(data_dir, make_command)):
         return meta["vocab_size"]
-    raise UserError(f"{data_dir} has no meta.json with its vocab_size; set --vocab_size, or finish: {make_command}")
+    raise UserError(f"{data_dir} has no meta.json to take vocab_size from; set --vocab_size, or finish: {make_command}")
 
 
 def prepare_command(cfg):

@@ -38,7 +38,7 @@ DATASETS = {"stdlib": stdlib_files, "shakespeare": lambda folder: [download(SHAK
 
 
 class Corpus:
-    """The documents of the input. skipped counts, for the last pass, what was left out, by reason."""
+    """The documents of the input. skipped: {reason: how many were left out} by the last pass."""
 
     def __init__(self, cfg, folder):
         self.cfg, self.skipped, self.fields = cfg, collections.Counter(), {}

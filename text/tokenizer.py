@@ -21,7 +21,7 @@ BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 END_OF_TEXT = ("<|endoftext|>", "[SEP]", "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")
 SMALLEST_BPE = 256 + len(SPECIALS)  # vocabulary size of a bpe without merges
 
-# Parts of a tokenizer.json that frame, cut or fill a text's ids, left out
+# A tokenizer.json without the parts that frame, cut or pad a text's ids
 PLAIN = {"post_processor": None, "truncation": None, "padding": None}
 # GPT-2's pattern for words, within which bytes merge; `tokenizers` calls it ByteLevel.
 GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+"""
