@@ -52,7 +52,7 @@ class CheckpointWriter:
     def __init__(self, out_dir, cfg, world):
         self.out_dir, self.cfg, self.world = out_dir, cfg, world
         self.newest = 0  # step of the last checkpoint that is written or was loaded
-        self.failed = None  # this rank's error of a write, which wait() raises
+        self.failed = None  # the error of a failed write on this rank; wait() raises it
         self._stager = self._thread = None
 
     def save(self, step, model, optimizer, facts):

@@ -151,7 +151,7 @@ def vocab_size_of(data_dir, make_command):
     """The vocabulary size of a data folder."""
     if meta := read_meta(_folder(data_dir, make_command)):
         return meta["vocab_size"]
-    raise UserError(f"{data_dir} has no meta.json with its vocab_size; set --vocab_size, or finish: {make_command}")
+    raise UserError(f"{data_dir} has no meta.json to take vocab_size from; set --vocab_size, or finish: {make_command}")
 
 
 def prepare_command(cfg):
@@ -192,7 +192,7 @@ class Split:
         if fault := _fault(folder, split, self.paths, meta):
             raise UserError(f"{folder} {fault}; make the data: {make_command}")
         if meta and meta["vocab_size"] > vocab_size:
-            sizes = f"vocab_size is {vocab_size}, and {folder} has a vocabulary of {meta['vocab_size']}"
+            sizes = f"vocab_size is {vocab_size}, but {folder} was made with a vocabulary of {meta['vocab_size']}"
             raise UserError(f"{sizes}; set vocab_size to none, or prepare the data with the initial weights' tokenizer")
         self.shards = [open_shard(path) for path in self.paths]
         for path, shard in zip(self.paths, self.shards) if meta else ():

@@ -12,7 +12,6 @@ import functools
 import glob
 import itertools
 import json
-import multiprocessing
 import multiprocessing.connection
 import os
 import re
@@ -107,11 +106,10 @@ def make_tokenizer(cfg, corpus, folder):
     if cfg.tokenizer == "bpe":
         print(f"training a BPE with a vocabulary of {cfg.bpe_vocab_size}", flush=True)
         train_bpe(_training_texts(corpus), cfg.bpe_vocab_size, saved)
-        return str(saved)
-    tokenizer = load_tokenizer(cfg.tokenizer)
-    if tokenizer.saved is None:
+    elif (tokenizer := load_tokenizer(cfg.tokenizer)).saved is None:
         return cfg.tokenizer
-    tokenizer.save(saved)
+    else:
+        tokenizer.save(saved)
     return str(saved)
 
 
@@ -140,8 +138,8 @@ def tokenize(corpus, tokenizer_name, cfg, folder):
     for split, count in counts.items():
         if not count["tokens"]:
             raise UserError(f"no document fell into the {split} split; change --val_fraction={cfg.val_fraction}")
-    meta = {"vocab_size": tokenizer.vocab_size, "specials": tokenizer.specials, "tokenizer": tokenizer_name}
-    meta["notes"] = notes
+    meta = {"vocab_size": tokenizer.vocab_size, "specials": tokenizer.specials}
+    meta |= {"tokenizer": tokenizer_name, "notes": notes}
     if tokenizer_name.endswith(".json"):  # make_tokenizer has put it beside the shards
         meta |= {"tokenizer": "tokenizer.json", "tokenizer_sha256": sha256(tokenizer_name)}
     meta["splits"] = {split: {**counts[split], "shards": writers[split].finish()} for split in writers}

@@ -495,7 +495,7 @@ def test_remedy_for_huge_numbers_comes_at_once():
 
 
 def file_pages_mib():
-    """What of this process's memory is pages of files."""
+    """MiB of this process's memory that are pages of files."""
     return int(Path("/proc/self/status").read_text().split("RssFile:")[1].split()[0]) / 1024
 
 

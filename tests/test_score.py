@@ -160,7 +160,7 @@ def test_a_continuation_of_no_token_or_longer_than_the_model_is_refused(model, c
 
 def test_without_end_of_text_continuations_are_scored_and_whole_texts_refused(model):
     bare = load_tokenizer("byte")
-    bare.specials = {}
+    bare.specials, bare.eot = {}, None
     assert loglikelihood(model, bare, [("x", "a")]) == loglikelihood(model, BYTE, [("x", "a")])
     for score in (lambda: loglikelihood_rolling(model, bare, ["a"]), lambda: loglikelihood(model, bare, [("", "a")])):
         with pytest.raises(UserError, match='byte has no end-of-text, .*; score what follows a context: {"context"'):

@@ -22,8 +22,7 @@ from pathlib import Path
 from config import UserError
 
 PIECE_BYTES = 1 << 20  # long documents are read in pieces of about this size
-# Tiny Shakespeare, 1.1 MB of plays
-SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"  # 1.1 MB
 
 
 def stdlib_files(_):
@@ -39,7 +38,7 @@ DATASETS = {"stdlib": stdlib_files, "shakespeare": lambda folder: [download(SHAK
 
 
 class Corpus:
-    """The documents of the input. skipped counts, for the last pass, what was left out, by reason."""
+    """The documents of the input. skipped: {reason: how many were left out} by the last pass."""
 
     def __init__(self, cfg, folder):
         self.cfg, self.skipped, self.fields = cfg, collections.Counter(), {}
@@ -73,19 +72,16 @@ class Corpus:
         )
 
     def _tail_split(self, text):
-        size = sum(len(piece) for piece in text)
-        cut = int(size * (1 - self.cfg.val_fraction))
-        position = 0
+        cut = int(sum(map(len, text)) * (1 - self.cfg.val_fraction))  # from the current piece's start
         for piece, last in _mark_last(text):
-            here = cut - position
-            while 0 < here < len(piece) and piece[here] & 0xC0 == 0x80:  # not inside a UTF-8 character
-                here += 1
-            if 0 < here < len(piece):
-                yield "train", piece[:here], True
-                yield "val", piece[here:], last
+            while 0 < cut < len(piece) and piece[cut] & 0xC0 == 0x80:  # not inside a UTF-8 character
+                cut += 1
+            if 0 < cut < len(piece):
+                yield "train", piece[:cut], True
+                yield "val", piece[cut:], last
             else:
-                yield ("train" if here > 0 else "val"), piece, last or here == len(piece)
-            position += len(piece)
+                yield ("train" if cut > 0 else "val"), piece, last or cut == len(piece)
+            cut -= len(piece)
 
     def _documents(self):
         """Yields (key, iterable of its bytes) for each document that is not empty."""

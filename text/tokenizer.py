@@ -21,7 +21,7 @@ BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 END_OF_TEXT = ("<|endoftext|>", "[SEP]", "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")
 SMALLEST_BPE = 256 + len(SPECIALS)  # vocabulary size of a bpe without merges
 
-# Parts of a tokenizer.json that frame, cut or fill a text's ids, left out
+# A tokenizer.json without the parts that frame, cut or pad a text's ids
 PLAIN = {"post_processor": None, "truncation": None, "padding": None}
 # GPT-2's pattern for words, within which bytes merge; `tokenizers` calls it ByteLevel.
 GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+"""
@@ -102,8 +102,7 @@ class WordPieceTokenizer(Tokenizer):
         if sorted(vocab.values()) != list(range(len(vocab))):
             raise UserError("its ids are not 0, 1, 2 and so on, each once")
         # A space before each word: WordPiece does not keep the original spacing.
-        texts = {id_: token[2:] if token.startswith("##") else f" {token}" for token, id_ in vocab.items()}
-        texts = {id_: text.encode() for id_, text in texts.items()}
+        texts = {id_: (token[2:] if token.startswith("##") else f" {token}").encode() for token, id_ in vocab.items()}
         super().__init__(name, texts, {special: vocab[special] for special in BERT_SPECIALS})
         self.continuations = sorted(id_ for token, id_ in vocab.items() if token.startswith("##"))
         plain = saved | PLAIN | {"added_tokens": []}  # no special token matches in text
@@ -292,9 +291,8 @@ def _decoder_of_tokens(decoder):
         raise UserError(f"its decoder is {', '.join(kinds - known)}; supported are {', '.join(sorted(known))}")
     byte_of = byte_of_character()
     replaced = {"Metaspace": "replacement", "BPEDecoder": "suffix"}  # the option that names the text for a space
-    spaces = [step[replaced[step["type"]]] for step in steps if step["type"] in replaced]
     pairs = [(step["pattern"]["String"], step["content"]) for step in steps if step["type"] == "Replace"]
-    pairs += [(space, " ") for space in spaces]
+    pairs += [(step[replaced[step["type"]]], " ") for step in steps if step["type"] in replaced]
     prefix = next((step["prefix"] for step in steps if step["type"] == "WordPiece"), None)
 
     def decode(token):
