@@ -72,7 +72,7 @@ class Family:
     architecture: str
     base: str  # prefix of tensor names; files of the model without its head lack it
     head: str  # module that tie_word_embeddings ties to the embedding
-    names: dict
+    names: dict  # {module: our modules}
     keys: dict  # {key of config.json: our setting}
     defaults: dict  # {key: its value where it is missing}; the other keys must be there
     activations: dict  # {theirs: our mlp}
@@ -113,20 +113,18 @@ GPT2 = Family(
     fixed=CLASSIC | {"objective": "clm", "norm_position": "pre", "n_token_types": None}, filled={"bias": True},
     dropouts=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
     needs={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
-    transposed=r"\.(c_attn|c_proj|c_fc)\.weight$",
-    ignored=r"\.attn\.(masked_)?bias$",  # old files' causal mask
+    transposed=r"\.(c_attn|c_proj|c_fc)\.weight$", ignored=r"\.attn\.(masked_)?bias$",  # old files' causal mask
 )  # fmt: skip
 BERT = Family(
     name="BERT", model_type="bert", architecture="BertForMaskedLM", base="bert.", head="cls.predictions.decoder",
     names=BERT_NAMES,
     keys=COMMON_KEYS | {"type_vocab_size": "n_token_types", "layer_norm_eps": "norm_eps"},
     defaults={"layer_norm_eps": 1e-12, "type_vocab_size": 2, "tie_word_embeddings": True, "hidden_act": "gelu"},
-    activations=GELUS,
-    fixed=CLASSIC | {"objective": "mlm", "norm_position": "post"}, filled={"bias": True, "n_token_types": 2},
+    activations=GELUS, fixed=CLASSIC | {"objective": "mlm", "norm_position": "post"},
+    filled={"bias": True, "n_token_types": 2},
     dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
     needs={"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False},
-    ignored=r"\.position_ids$",
-    extra=r"^(bert\.pooler|cls\.seq_relationship)\.",
+    ignored=r"\.position_ids$", extra=r"^(bert\.pooler|cls\.seq_relationship)\.",
 )  # fmt: skip
 LLAMA = Family(
     name="Llama", model_type="llama", architecture="LlamaForCausalLM", base="model.", head="lm_head",
@@ -134,16 +132,12 @@ LLAMA = Family(
     keys=COMMON_KEYS | {"num_key_value_heads": "n_kv_head", "head_dim": "head_dim", "rms_norm_eps": "norm_eps"},
     defaults={"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
               "hidden_act": "silu"},
-    activations={"silu": "swiglu"},
-    fixed=MODERN | {"qk_norm": False}, filled={},
-    dropouts=("attention_dropout",), biases=("attention_bias", "mlp_bias"),
-    needs={},
-    ignored=r"\.rotary_emb\.inv_freq$",
+    activations={"silu": "swiglu"}, fixed=MODERN | {"qk_norm": False}, filled={}, needs={},
+    dropouts=("attention_dropout",), biases=("attention_bias", "mlp_bias"), ignored=r"\.rotary_emb\.inv_freq$",
 )  # fmt: skip
 QWEN3 = replace(
     LLAMA, name="Qwen3", model_type="qwen3", architecture="Qwen3ForCausalLM",
-    defaults=LLAMA.defaults | {"head_dim": 128},
-    fixed=MODERN | {"qk_norm": True, "bias": False},
+    defaults=LLAMA.defaults | {"head_dim": 128}, fixed=MODERN | {"qk_norm": True, "bias": False},
     biases=("attention_bias",), needs={"attention_bias": False},
 )  # fmt: skip
 FAMILIES = {"gpt2": GPT2, "bert": BERT, "llama": LLAMA, "mistral": LLAMA, "qwen3": QWEN3}
@@ -160,18 +154,14 @@ def family_of(cfg):
         family = GPT2
     else:
         family = QWEN3 if cfg.qk_norm else LLAMA
-    wanted = {name: (getattr(cfg, name), value) for name, value in family.fixed.items()}
+    ours, theirs = resolved(cfg), family.fixed
     if cfg.position == "learned":
-        wanted |= {"n_kv_head": (cfg.kv_heads, cfg.n_head), "head_dim": (cfg.head_width, cfg.n_embd / cfg.n_head)}
-    wrong = [
-        f"{name} is {ours}, where {family.name} has {theirs}"
-        for name, (ours, theirs) in wanted.items()
-        if ours != theirs
-    ]
+        theirs = theirs | {"n_kv_head": cfg.n_head, "head_dim": cfg.n_embd / cfg.n_head}
+    wrong = [f"{name} is {ours[name]}, not {value}" for name, value in theirs.items() if ours[name] != value]
     if cfg.mlp not in family.activations.values():
-        wrong.append(f"mlp is {cfg.mlp}, where {family.name} has {' or '.join(sorted({*family.activations.values()}))}")
+        wrong.append(f"mlp is {cfg.mlp}, not {' or '.join(sorted({*family.activations.values()}))}")
     if wrong:
-        raise UserError(f"no model of transformers computes this one; {family.name} is near, but {'; '.join(wrong)}")
+        raise UserError(f"transformers cannot compute this model; {family.name} is near, but {', '.join(wrong)}")
     return family
 
 
@@ -224,7 +214,7 @@ def model_config(config):
     """
     family = FAMILIES[config["model_type"]]
     settings, unsupported = _plain_settings(family, config), _unsupported(family, config)
-    own = config.get("flatlm") or {}  # what an export of ours has by other settings
+    own = config.get("flatlm") or {}  # an export's own settings, where transformers' keys have none
     settings = family.filled | settings | {name: own[name] for name in family.filled if name in own}
     longest = settings["block_size"]
     if family.fixed["position"] == "rope":
@@ -260,7 +250,7 @@ def _plain_settings(family, config):
 
 
 def _unsupported(family, config):
-    """What a config.json asks for, rope apart, that our models do not compute: each a key and its value."""
+    """Keys and values of a config.json, rope's apart, that our models do not compute."""
     found = [f"{key} {config[key]!r}" for key, value in family.needs.items() if config.get(key, value) != value]
     if config.get("quantization_config"):
         found.append("quantization_config")
@@ -280,7 +270,7 @@ def _sliding_window(config):
 
 
 def _rope_settings(config):
-    """(our settings of rope, what a config.json asks of rope that our models do not compute)."""
+    """(our settings of rope, a config.json's keys and values on rope that our models do not compute)."""
     top = {key: config[key] for key in ("rope_theta", "original_max_position_embeddings") if key in config}
     rope, unsupported = {}, []
     for entries in (top, config.get("rope_scaling") or {}, config.get("rope_parameters") or {}):  # the last is new
@@ -312,7 +302,7 @@ class TheirTensor(NamedTuple):
     ours: dict  # {name: shape} of our tensors, in the order of its rows
     shape: list
     is_transposed: bool  # (in, out), where ours are (out, in)
-    is_zero: bool  # ours lacks it
+    is_zero: bool  # our model lacks it
 
 
 def tensors_of(family, cfg):

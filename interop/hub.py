@@ -40,15 +40,11 @@ class HubModel:
         self._theirs, self.extra = self._assign(tensors, {theirs.name for theirs in expected})
         for theirs in self._tensor_of.values():
             if (found := [*self._theirs[theirs.name].shape]) != theirs.shape:
-                raise UserError(
-                    f"{folder}: {theirs.name!r} has the shape {found}, where config.json gives {theirs.shape}; "
-                    f"the files and config.json are of different models"
-                )
+                what = f"has the shape {found}, where config.json gives {theirs.shape}"
+                raise UserError(f"{folder}: {theirs.name!r} {what}; its files are not those of its config.json")
         if spoilt := [name for name, theirs in self._tensor_of.items() if theirs.is_zero and self.read(name).any()]:
-            raise UserError(
-                f'{folder}: by "flatlm" in config.json the model has no {spoilt[0]}, but its file has one that is not '
-                f'zero; remove "flatlm" from config.json to use the file\'s'
-            )
+            what = f'by "flatlm" in config.json the model has no {spoilt[0]}, but its file has one that is not zero'
+            raise UserError(f'{folder}: {what}; remove "flatlm" from config.json to use it')
 
     def load_tokenizer(self):
         """The folder's tokenizer; UserError where it has none that we can read."""
@@ -75,8 +71,7 @@ class HubModel:
     def _assign(self, tensors, known):
         """({their name: tensor} that our model consists of, the same for what it lacks), from the files' tensors."""
         family, used = self.family, {theirs.name for theirs in self._tensor_of.values()}
-        pairs = (("weight", "wte.weight"), ("bias", "head.bias")) if self.cfg.tie_embeddings else ()
-        tied_to = {f"{family.head}.{k}": self._tensor_of[ours].name for k, ours in pairs if ours in self._tensor_of}
+        tied_to = {f"{family.head}.weight": "wte.weight", f"{family.head}.bias": "head.bias"}
         found, extra, tied, strange = {}, {}, {}, []
         for key, tensor in tensors.items():
             # Old files of BERT have TensorFlow's names of norms.
@@ -90,7 +85,7 @@ class HubModel:
                 found[name] = tensor
             elif name in known or re.search(family.extra, name):
                 extra[name] = tensor
-            elif name in tied_to:  # files may hold it a second time
+            elif tied_to.get(name) in self._tensor_of:  # files may hold a tied tensor a second time
                 tied[name] = tensor
             elif not re.search(family.ignored, name):
                 strange.append(key)
@@ -101,11 +96,10 @@ class HubModel:
             what = f"has {len(strange)} tensors that no {family.architecture} has, or has twice, {strange[0]!r} for one"
             raise UserError(f"{self.folder} {what}; its files are not those of its config.json")
         for name, tensor in tied.items():
-            if not torch.equal(tensor, found[tied_to[name]]):
-                raise UserError(
-                    f"{self.folder}: {name!r} differs from {tied_to[name]!r}, to which config.json ties it; "
-                    f"set tie_word_embeddings to false there, or remove the tensor"
-                )
+            other = self._tensor_of[tied_to[name]].name
+            if not torch.equal(tensor, found[other]):
+                what = f"{name!r} differs from {other!r}, to which config.json ties it"
+                raise UserError(f"{self.folder}: {what}; set tie_word_embeddings to false, or remove the tensor")
         return found, extra
 
 
@@ -113,10 +107,7 @@ def read_config(folder):
     """(a Hugging Face folder's config.json as a dict, its model's settings, longest sequence; None: any)."""
     path = Path(folder) / "config.json"
     if not path.exists():
-        raise UserError(
-            f"{folder} holds no checkpoint of flatlm's (ckpt/step_*), and no config.json of a Hugging Face model; "
-            f"give the out_dir of a run, or another folder"
-        )
+        raise UserError(f"{folder} holds no checkpoint of flatlm's (ckpt/step_*), no config.json; name another folder")
     config = read_json(path)
     if (kind := config.get("model_type")) not in [*FAMILIES]:
         raise UserError(f"{path} has the model type {kind!r}, not supported; supported are {', '.join(FAMILIES)}")

@@ -38,12 +38,10 @@ GPT2_SIZES = (50257, 50304)  # the vocabulary of GPT-2's tokenizer, and nanoGPT'
 def import_nanogpt(path, out_dir, tokenizer=None):
     """Turns nanoGPT's ckpt.pt into a run in out_dir, to sample from or to continue; returns lines to print.
 
-    Weights and the optimizer's moments come along, so `train.py out_dir/config.py` continues where nanoGPT stopped; the
-    order of the data, which nanoGPT draws at random, is this project's. tokenizer: the data's meta.pkl or what
-    load_tokenizer takes; none: gpt2 where the vocabulary has its size. No code in the files runs. UserError where they
-    are not nanoGPT's, or out_dir holds a run. Memory holds the padded embedding, its moments and one file of the
-    checkpoint; the rest stays on disk. Checkpoints older than June 2023 may have been trained with the tanh GELU, which
-    they do not record.
+    `train.py out_dir/config.py` continues with nanoGPT's weights and moments, but in our order of the data, which
+    nanoGPT draws at random. tokenizer: the data's meta.pkl, or what load_tokenizer takes; None: gpt2 for a vocabulary
+    of its size. No code in the files runs. UserError where they are not nanoGPT's, or out_dir holds a run. Checkpoints
+    from before June 2023 may have been trained with the tanh GELU, which they do not record.
     """
     if checkpoints(out_dir) or any((Path(out_dir) / name).exists() for name in ("config.py", "log.jsonl")):
         raise UserError(f"out_dir {out_dir} holds a run already; use another --out_dir")
@@ -73,7 +71,7 @@ def import_nanogpt(path, out_dir, tokenizer=None):
 
 
 def _load(path):
-    """The checkpoint that nanoGPT's train.py saved, with types checked; tensors are read when they are used."""
+    """The checkpoint that nanoGPT's train.py saved, with its types checked and its weights by their plain names."""
     saved = _typed(load_plain(path), KEYS, path)
     if saved["iter_num"] < 1:
         raise UserError(f"{path} has iter_num {saved['iter_num']}; nanoGPT saves after step 1 at the earliest")

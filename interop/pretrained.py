@@ -72,8 +72,8 @@ def open_model(where, world=None):
 def starting_config(where, wanted, given):
     """The settings of a model that starts from weights: the weights' own, with block_size and training's as wanted.
 
-    given: the settings that the user has set. UserError where one of them differs from the weights' own, or block_size
-    exceeds their longest sequence.
+    given: names of the settings that the user has set. UserError where one of them differs from the weights' own, or
+    block_size exceeds their longest sequence.
     """
     if is_run(where):
         source = run_config(where)
@@ -169,28 +169,19 @@ def start_from(cfg, model, world):
     load_weights(source, model)
     if world.is_main:
         with writing_to(cfg.run.out_dir):
-            keep_extra_tensors(source, cfg.run.out_dir)
+            path = Path(cfg.run.out_dir) / EXTRA_FILE
+            path.unlink(missing_ok=True)  # an earlier run without a checkpoint left it
+            if source.extra:
+                save_tensors(source.extra, path)
         print(f"weights    from {source.name}")
         if line := tokenizer_mismatch(source, cfg.data.data_dir):
             print(f"warning    {line}")
 
 
-def keep_extra_tensors(source, out_dir):
-    """Writes a model's extra tensors into the folder of the run that starts from it."""
-    extra, path = source.extra, Path(out_dir) / EXTRA_FILE
-    path.unlink(missing_ok=True)  # an earlier run without a checkpoint left it
-    if extra:
-        save_tensors(extra, path)
-
-
 def tokenizer_mismatch(source, data_dir):
     """A line on data in another tokenizer's tokens than the weights'; None where both agree or one is unknown."""
-    try:
+    with contextlib.suppress(UserError):  # no tokenizer, or one of characters that lacks some
         theirs, ours = source.load_tokenizer(), load_tokenizer(tokenizer_of(data_dir))
-        if theirs.encode(SOME_TEXT).tolist() == ours.encode(SOME_TEXT).tolist():
-            return None
-    except UserError:  # no tokenizer, or one of characters that lacks some
-        return None
-    return (
-        f"{data_dir} has tokens of {ours.name}, the weights know tokens of {theirs.name}: the same ids mean other text"
-    )
+        if theirs.encode(SOME_TEXT).tolist() != ours.encode(SOME_TEXT).tolist():
+            return f"{data_dir} has tokens of {ours.name}, the weights know tokens of {theirs.name}: ids do not agree"
+    return None

@@ -61,10 +61,8 @@ def before_text(tokenizer):
     """Id of the token before a text's first one: end-of-text, or a Hugging Face model's own."""
     id_ = tokenizer.eot if tokenizer.before_text is None else tokenizer.before_text
     if id_ is None:
-        raise UserError(
-            f"the tokenizer {tokenizer.name} has no end-of-text, to precede a text's first token; "
-            f'score what follows a context: {{"context": ..., "continuation": ...}} in a .jsonl file'
-        )
+        remedy = 'score what follows a context: {"context": ..., "continuation": ...} in a .jsonl file'
+        raise UserError(f"the tokenizer {tokenizer.name} has no end-of-text, to precede a text; {remedy}")
     return id_
 
 

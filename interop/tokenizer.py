@@ -100,9 +100,7 @@ def _check_plain(tokenizer, config, folder):
     odd = [f"{key} {config[key]}" for key, value in usual.items() if config.get(key, value) not in (value, None)]
     odd += ["added_tokens.json"] if (Path(folder) / "added_tokens.json").exists() else []
     if odd:
-        raise UserError(
-            f"{folder} has no tokenizer.json, and {', '.join(odd)}, which only transformers heeds; {WRITE_ONE}"
-        )
+        raise UserError(f"{folder} has no tokenizer.json, but {', '.join(odd)}, which we do not heed; {WRITE_ONE}")
 
 
 def hub_tokenizer_file(folder):
@@ -205,7 +203,9 @@ def _byte_level_bpe(ranks, specials, pattern):
     is_gpt2s = pattern is None or pattern.startswith(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}")
     words = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=is_gpt2s)
     if not is_gpt2s:
-        cut = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_for_oniguruma(pattern)), "isolated")
+        # `tokenizers`' engine reads `{1,3}+` as `({1,3})+`, and `$` as the end of a line.
+        pattern = re.sub(r"([+*?]|\{\d+(?:,\d*)?\})\+", r"\1", pattern).replace("$", r"\z")
+        cut = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
         words = tokenizers.pre_tokenizers.Sequence([cut, words])
     merges = [(written[left], written[right]) for left, right in merges_of(ranks)]
     # ignore_merges is tiktoken's rule: a word that is a token does not go through merges.
@@ -233,8 +233,3 @@ def merges_of(ranks):
         if len(parts) == 2:
             merges.append(tuple(parts))
     return merges
-
-
-def _for_oniguruma(pattern):
-    """A pattern of tiktoken's for the engine of `tokenizers`, where `{1,3}+` repeats, and `$` is the end of a line."""
-    return re.sub(r"([+*?]|\{\d+(?:,\d*)?\})\+", r"\1", pattern).replace("$", r"\z")

@@ -22,7 +22,8 @@ from config import UserError
 from convert import export, write_weights
 from hugging_face import logits_of, saved
 from interop.families import their_tensors
-from interop.pretrained import keep_extra_tensors, load_model, model_location, open_model
+from interop.hub import save_tensors
+from interop.pretrained import EXTRA_FILE, load_model, model_location, open_model
 from model import ModelConfig, Transformer
 from text.tokenizer import load_tokenizer
 from world import World
@@ -153,7 +154,7 @@ def test_next_sentence_weights_go_out_from_a_run_that_started_with_them(exported
     theirs, folder = saved("bert whole", tmp_path / "theirs")
     source = open_model(str(folder))
     run = make_run(tmp_path / "run", source.cfg, tokenizer=None)
-    keep_extra_tensors(source, run)
+    save_tensors(source.extra, tmp_path / "run" / EXTRA_FILE)  # as train.py does
     export(open_model(run), tmp_path / "back")
     again = loaded_there(tmp_path / "back", "AutoModelForPreTraining")
     assert torch.equal(again.bert.pooler.dense.weight, theirs.bert.pooler.dense.weight)
@@ -258,13 +259,13 @@ def test_large_models_are_written_in_several_files(exported, tmp_path):
 
 
 REFUSED = {
-    "relu2": (replace(GPT2, mlp="relu2"), "mlp is relu2, where GPT-2 has gelu or gelu_tanh"),
+    "relu2": (replace(GPT2, mlp="relu2"), "GPT-2 is near, but mlp is relu2, not gelu or gelu_tanh"),
     "the modern encoder": (replace(LLAMA, objective="mlm"),
-                           "norm is rmsnorm, where BERT has layernorm; position is rope"),
-    "grouped heads": (replace(GPT2, n_head=4, n_kv_head=2), "n_kv_head is 2, where GPT-2 has 4"),
-    "norms behind": (replace(LLAMA, norm_position="post"), "norm_position is post, where Llama has pre"),
-    "biases": (replace(LLAMA, bias=True, qk_norm=True), "bias is True, where Qwen3 has False"),
-    "token types": (replace(GPT2, n_token_types=2), "n_token_types is 2, where GPT-2 has None"),
+                           "norm is rmsnorm, not layernorm, position is rope"),
+    "grouped heads": (replace(GPT2, n_head=4, n_kv_head=2), "n_kv_head is 2, not 4"),
+    "norms behind": (replace(LLAMA, norm_position="post"), "Llama is near, but norm_position is post, not pre"),
+    "biases": (replace(LLAMA, bias=True, qk_norm=True), "Qwen3 is near, but bias is True, not False"),
+    "token types": (replace(GPT2, n_token_types=2), "n_token_types is 2, not None"),
 }  # fmt: skip
 
 

@@ -359,7 +359,7 @@ def test_a_vocabulary_that_is_not_used_in_the_usual_way_is_refused(says, told, t
     if told is None:
         assert load_hub_tokenizer(tmp_path).specials.keys() == set(BERT_SPECIALS)
     else:
-        with pytest.raises(UserError, match=f"has no tokenizer.json, and {told}, which only transformers"):
+        with pytest.raises(UserError, match=f"has no tokenizer.json, but {told}, which we do not heed"):
             load_hub_tokenizer(tmp_path)
 
 
