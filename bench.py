@@ -9,6 +9,7 @@ torchrun --nproc_per_node=8 bench.py config/gpt2_124m.py
 """
 
 import dataclasses
+import itertools
 import os
 import statistics
 import time
@@ -65,20 +66,15 @@ class Settings:
 
 
 def main(cfg):
+    plain = (ModelConfig(), DataConfig(), OptimConfig(), BenchConfig(picture=cfg.bench.picture), RunConfig())
     if cfg.output.compare:
         compare(*cfg.files)
     elif cfg.sweep.sweep:
         cfg.output.write(sweep(cfg, filled_in(cfg)))
-    elif names_nothing_to_train(cfg):
+    elif not cfg.presets and (cfg.model, cfg.data, cfg.optim, cfg.bench, cfg.run) == plain:  # nothing to train
         bench_machine(cfg)
     else:
         bench_training(cfg)
-
-
-def names_nothing_to_train(cfg):
-    """Whether a command has neither presets nor settings of a model, data or training."""
-    plain = (ModelConfig(), DataConfig(), OptimConfig(), BenchConfig(picture=cfg.bench.picture), RunConfig())
-    return not cfg.presets and (cfg.model, cfg.data, cfg.optim, cfg.bench, cfg.run) == plain
 
 
 def bench_machine(cfg):
@@ -157,7 +153,7 @@ def measure(cfg, world):
 
 
 def random_batches(cfg, micro_steps, world):
-    """Yields the same micro-batches of random tokens for each step."""
+    """The same micro-batches of random tokens for each step, without end."""
     vocab_size = cfg.model.vocab_size
     specials = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[MASK]": 3}  # any ids do
     meta = {"vocab_size": vocab_size, "specials": specials, "continuations": range(4, vocab_size, 3)}
@@ -165,9 +161,7 @@ def random_batches(cfg, micro_steps, world):
     random = np.random.default_rng(world.data_rank)
     shape = (cfg.data.micro_batch_size, windows.stride + windows.extra)
     batches = [windows.batch(random.integers(vocab_size, size=shape), first=i) for i in range(micro_steps)]
-    step = [tuple(part.to(world.device) for part in batch) for batch in batches]
-    while True:
-        yield step
+    return itertools.repeat([tuple(part.to(world.device) for part in batch) for batch in batches])
 
 
 def real_batches(cfg, world):

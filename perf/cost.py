@@ -12,7 +12,7 @@ from model import Transformer
 from objective import OBJECTIVES
 from ops import BY_MATMULS
 from parallel import POWERSGD_RANK
-from perf.hardware import CONTENTION, ROUNDS, collective_s, measured_rates, nvls_share, rates_of
+from perf.hardware import CONTENTION, ROUNDS, collective_s, measured_rates, rates_of
 
 # Shares of a block's forward that backward repeats: matmuls, attention, everything else. The last three are other
 # projects': Megatron's selective recomputation, torchtitan's of every second matmul, every second block's.
@@ -269,13 +269,13 @@ def step_seconds(cfg, s, gpu, gpus_per_node=8, efficiency=1.0, rates=None):
     w = work(cfg, s)
     peak = efficiency * gpu.peak_tflops(s.precision) * gpu.sustained * 1e12
     bandwidth = efficiency * gpu.memory_gbs * 1e9
+    loss_s = 0.0 if rates.head else w.loss_bytes / bandwidth / rates.memory
     parts = {
         "matmul_s": w.matmuls / peak / rates.matmul,
         "attention_s": w.attention / peak / rates.attention,
         "memory_s": w.elementwise_bytes / bandwidth / rates.memory,
+        "head_s": w.head / peak / (rates.head or rates.matmul) + loss_s,
     }
-    loss_s = 0.0 if rates.head else w.loss_bytes / bandwidth / rates.memory
-    parts["head_s"] = w.head / peak / (rates.head or rates.matmul) + loss_s
     overhead_s = cfg.n_layer * rates.overhead_s / efficiency
     # The host runs ahead of an accelerator.
     parts["overhead_s"] = overhead_s if s.on_cpu else max(0.0, overhead_s - sum(parts.values()))
@@ -294,7 +294,7 @@ def waited_seconds(cfg, s, gpu, gpus_per_node, compute):
             continue
         if c.what == "layers":
             c = replace(c, times=c.times * (1 - s.tp_hidden))
-        once = collective_s(c.kind, c.n_bytes, c.ranks, c.local, gpu.link_gbs, gpu.network_gbs, nvls_share(gpu))
+        once = collective_s(c.kind, c.n_bytes, c.ranks, c.local, gpu.link_gbs, gpu.network_gbs, gpu.nvls)
         seconds[c.hidden_in] += c.times * once
         hidden_bytes += c.times * ROUNDS[c.kind] * c.n_bytes * (c.hidden_in != "nothing")
     each, last = seconds["micro_step"] / s.micro_steps, seconds["step"]

@@ -192,31 +192,25 @@ def loader_speed(folder, path, world, seq_len=1024, micro_batch_size=16):
 
 def table(figures):
     """The figures as lines of text."""
-
-    def cell(rates):
-        return "{:.3g} ({:.3g}-{:.3g})".format(*rates) if rates else "-"
-
-    f, sheet, rates = figures, figures["data_sheet"] or {}, figures["rates"]
+    f, sheet = figures, figures["data_sheet"] or {}
     yield f"machine    {f['ranks']} x {f['device']}, {f['memory_gib']:.1f} GiB, torch {f['torch']}"
     if "cuda" in f:
         yield f"           CUDA {f['cuda']}, driver {f['driver'] or 'unknown'}"
     yield "           each figure is the median of several runs, followed by the least and the most"
-    sizes = sorted({n for by_size in f["matmul_tflops"].values() for n in by_size}, key=int)
-    yield f"matmul     TFLOP/s {''.join(f'{n} x {n}'.rjust(25) for n in sizes)}{'data sheet':>14}"
-    for name, by_size in f["matmul_tflops"].items():
-        peak = sheet.get({"fp32": "fp32_tflops", "bf16": "tflops", "fp16": "tflops"}.get(name), "-")
-        yield f"           {name:8}{''.join(f'{cell(by_size.get(n)):>25}' for n in sizes)}{peak:>14}"
-    rows = [(f"memory     {name}", "GB/s", by, "memory_gbs") for name, by in f["bandwidth_gb_per_s"].items()]
-    for name, by_size in f["collectives_gb_per_s"].items():
-        rows += [(f"network    {name} of {int(n):,} bytes", "GB/s", by, "link_gbs") for n, by in by_size.items()]
+    peaks = {"fp32": "fp32_tflops", "bf16": "tflops", "fp16": "tflops"}
+    rows = [(f"matmul     {name}, TFLOP/s by size", by, peaks.get(name)) for name, by in f["matmul_tflops"].items()]
+    rows += [(f"memory     {name}, GB/s", {"": by}, "memory_gbs") for name, by in f["bandwidth_gb_per_s"].items()]
+    rows += [(f"network    {name}, GB/s by bytes", by, "link_gbs") for name, by in f["collectives_gb_per_s"].items()]
     for kind, by in f["disk"].get("loader_tokens_per_s", {}).items():
-        rows.append((f"loader     from a {kind} file", "M tokens/s", [n / 1e6 for n in by], None))
-    checkpoint = f"disk       a checkpoint of {f['disk']['checkpoint_gb']:.3g} GB, synced"
-    rows.append((checkpoint, "GB/s", f["disk"]["write_gb_per_s"], None))
-    for what, unit, by, in_sheet in rows:
+        rows.append((f"loader     {kind} file, M tokens/s", {"": [n / 1e6 for n in by]}, None))
+    checkpoint = f"disk       checkpoint of {f['disk']['checkpoint_gb']:.3g} GB, synced, GB/s"
+    rows.append((checkpoint, {"": f["disk"]["write_gb_per_s"]}, None))
+    for what, by_size, in_sheet in rows:
+        cells = [(f"{n}: " if n else "") + "{:.4g} ({:.4g}-{:.4g})".format(*by) for n, by in by_size.items()]
         limit = f"   data sheet {sheet[in_sheet]:g}" if in_sheet in sheet else ""
-        yield f"{what:<52}{cell(by):>24} {unit}{limit}"
+        yield f"{what:<48}{', '.join(cells)}{limit}"
     yield f"training   forward and backward in {f['precision']}, the rates of plan.py --gpu=this"
+    rates = f["rates"]
     named = {
         "matmuls, TFLOP/s by width": rates["matmul_tflops"],
         "attention, TFLOP/s by seq_len": rates["attention_tflops"],
@@ -226,6 +220,6 @@ def table(figures):
         "overhead of a block, ms": rates["overhead_ms"],
     }
     for name, by_size in named.items():
-        yield f"           {name:<32}{', '.join(f'{size}: {rate:.3g}' for size, rate in by_size.items())}"
+        yield f"           {name:<37}{', '.join(f'{size}: {rate:.3g}' for size, rate in by_size.items())}"
     if f["left_out"]:
         yield f"left out   too slow here: {', '.join(f['left_out'])}"

@@ -37,7 +37,9 @@ def sweep(given, cfg):
     for checkpointing, compiled in itertools.product(CHECKPOINTING, compiles):
         only_while_faster = compiled != compiles[0]  # the first one finds the largest that fits
         for row in climb(cfg, checkpointing, compiled, sizes, only_while_faster):
-            print(ROW.format(*cells(row)).rstrip(), flush=True)
+            cells = [f"{row['tokens_per_s']:,.0f}", f"{row['memory_gib']:.3f}"] if row["ended"] == "well" else ["", ""]
+            setting = (checkpointing, str(compiled).lower(), row["micro_batch_size"])
+            print(ROW.format(*setting, *cells, row.get("said", "")).rstrip(), flush=True)
             rows.append(row)
     fitting = [row for row in rows if row["ended"] == "well"]
     if not fitting:
@@ -121,14 +123,6 @@ def figures_of(figures, micro_steps):
         "tokens_per_s": figures["tokens_per_s"] * step_s / timed * micro_steps / whole_s,
         "memory_gib": figures["memory_gib"]["total"],
     }
-
-
-def cells(row):
-    """The cells of a row, in the table's order."""
-    names = (row["activation_checkpointing"], str(row["compile"]).lower(), row["micro_batch_size"])
-    if row["ended"] == "well":
-        return *names, f"{row['tokens_per_s']:,.0f}", f"{row['memory_gib']:.3f}", ""
-    return *names, "", "", row["said"]
 
 
 def described(row):
