@@ -29,7 +29,7 @@ from perf import cost, hardware, machine, meters
 from perf.memory import explaining_out_of_memory, memory, setup_here
 from perf.pictures import draw_memory, draw_roofline, write_picture
 from perf.report_bench import compare, errors, report
-from perf.settings import BenchConfig, OutputConfig, PlanConfig, SweepConfig, read_json, with_default_vocab, write_json
+from perf.settings import BenchConfig, OutputConfig, PlanConfig, SweepConfig, read_json, with_default_vocab
 from perf.sweep import sweep
 from run.folder import RunConfig
 from run.guard import Watchdog
@@ -83,7 +83,7 @@ def bench_machine(cfg):
         figures = machine.measure(world, os.path.dirname(cfg.plan.machine) or ".")
         if world.is_main:
             print(*machine.table(figures), sep="\n", flush=True)
-            write_json(figures, cfg.plan.machine)
+            OutputConfig(json=cfg.plan.machine).write(figures)
             print(f"written    {cfg.plan.machine}, for python plan.py --gpu=this")
             if cfg.bench.picture:
                 write_picture("bench.png", (8, 5), draw_roofline, figures, figures["device"])
@@ -139,8 +139,7 @@ def measure(cfg, world):
     figures |= energy(power_w, statistics.mean(times), figures["tokens"], world)
     n_more = max(1, min(3, int(cfg.bench.bench_seconds / 10 / max(times))))
     figures["time_share"] = meters.time_shares(lambda: step(n), world, n_more)
-    n_traced = min(max(n, 2), micro_steps)
-    checkpointing = cfg.parallel.activation_checkpointing
+    n_traced, checkpointing = min(max(n, 2), micro_steps), cfg.parallel.activation_checkpointing
     parts, traced = meters.memory_parts(lambda: step(n_traced), model, optimizer, world, checkpointing)
     figures |= memory_of_fullest(parts, traced if world.device.type == "cpu" else peak - memory_before, peak, world)
     figures["predicted"] = predicted(cfg, world, n, 1e12 * figures["peak_tflops"])
@@ -205,10 +204,7 @@ def speed(cfg, model, micro_steps, timed_micro_steps, times, matmul_flops, world
         "tokens_per_s": tokens / seconds,
         "peak_tflops": peak / 1e12, "peak_name": peak_name, "measured_tflops": measured_peak / 1e12,
     }  # fmt: skip
-    share, per_device = (
-        OBJECTIVES[cfg.model.objective].head_share(cfg.objective, seq_len),
-        tokens / seconds / world.size,
-    )
+    per_device, share = tokens / seconds / world.size, setup_here(cfg, world).head_share
     for suffix, causal in (("", False), ("_causal", True)):
         flops = cost.flops_per_token(cfg.model, seq_len, share, causal)
         figures["flops_per_token" + suffix] = flops
@@ -265,7 +261,7 @@ def predicted(cfg, world, micro_steps, peak):
     if gpu is None or (gpu.machine and world.tp > 1):
         return figures
     timed = dataclasses.replace(setup, micro_steps=micro_steps)
-    step_s = sum(cost.step_seconds(cfg.model, timed, gpu, cfg.plan.gpus_per_node, cfg.plan.efficiency).values())
+    step_s = sum(cost.step_seconds(cfg.model, timed, gpu).values())
     tokens_per_s = timed.tokens * micro_steps * world.data_ranks / step_s
     flops = cost.flops_per_token(cfg.model, setup.seq_len, setup.head_share)
     return figures | {"step_s": step_s, "tokens_per_s": tokens_per_s, "mfu": tokens_per_s * flops / peak / world.size}

@@ -70,11 +70,9 @@ def resolve(cfg):
     cfg = pretrained.resolve(cfg)
     data = nearest_batch(cfg.data, n_gpus // cfg.parallel.mesh_shape(n_gpus)[2])
     if data != cfg.data:
-        notes.append(
-            f"batch      --batch_tokens={data.batch_tokens} --micro_batch_size={data.micro_batch_size}: {n_gpus} GPUs "
-            f"do not divide {cfg.data.batch_tokens:,} tokens in micro-batches of {cfg.data.micro_batch_size} x "
-            f"{data.seq_len}"
-        )
+        flags_of_batch = flags({"batch_tokens": data.batch_tokens, "micro_batch_size": data.micro_batch_size})
+        sizes = f"{cfg.data.batch_tokens:,} tokens in micro-batches of {cfg.data.micro_batch_size} x {data.seq_len}"
+        notes.append(f"batch      {flags_of_batch}: {n_gpus} GPUs do not divide {sizes}")
     return replace(cfg, data=data), notes + ([note] if note else [])
 
 

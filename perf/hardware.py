@@ -79,8 +79,7 @@ DEVICES = (
 )
 DEVICES = {device.name: device for device in DEVICES}
 Names = Literal[(*DEVICES, "this", "other")]
-# Words in the name that torch reports, where they are not those of our name. The first device whose words all are in a
-# name is meant: a PCIe card is listed before the others of its kind.
+# Words in torch's name of a device, where they are not those of ours. The first device with all its words there is it.
 WORDS = {
     "a100-40": "A100 40GB", "a100-80": "A100", "h100-sxm": "H100",
     "rtx3090": "RTX 3090", "rtx4090": "RTX 4090", "rtx5090": "RTX 5090",
@@ -88,13 +87,11 @@ WORDS = {
 OTHER_PEAK = {"NVL", "LAPTOP", "MAX", "MIG", "TI", "D"}  # words in the names of slower or faster variants
 
 
-def known_device(device_name):
+def known_device(torchs_name):
     """The Device with the name that torch reports; None for an unknown one."""
-    words_of_name = set(device_name.upper().replace("-", " ").split())
-    if words_of_name & OTHER_PEAK:
-        return None
+    found = set(torchs_name.upper().replace("-", " ").split())
     words = {name: WORDS.get(name, name.upper().replace("-", " ")).split() for name in DEVICES}
-    return next((DEVICES[name] for name in DEVICES if words_of_name.issuperset(words[name])), None)
+    return next((DEVICES[name] for name in DEVICES if found.issuperset(words[name]) and not found & OTHER_PEAK), None)
 
 
 def peak_flops(device, precision, earlier=None):

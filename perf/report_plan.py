@@ -168,7 +168,7 @@ def _money(dollars):
 
 
 def stops_paying(rows):
-    """[GPUs beyond which doubling them is less than 1.5 times as fast, or None], for the same batch and a growing one."""
+    """[same batch, growing batch]: GPUs beyond which twice as many are less than 1.5 times as fast, or None."""
     found = []
     for column in zip(*rows):
         known = [row for row in column if row]

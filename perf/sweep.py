@@ -1,6 +1,5 @@
 """The fastest settings that fit: tries checkpointing x compile x micro-batch, each in a process of its own."""
 
-import dataclasses
 import itertools
 import json
 import os
@@ -12,7 +11,6 @@ from pathlib import Path
 
 from config import ROOT, UserError, as_dict, as_preset, load
 from data import accumulation_steps
-from perf.settings import OutputConfig, SweepConfig
 from world import pick_device
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "MemoryError", "Cannot allocate memory")
@@ -48,9 +46,8 @@ def sweep(given, cfg):
     largest = max(fitting, key=lambda row: (row["micro_batch_size"], row["tokens_per_s"]))
     path = write_preset(given, fastest)
     print(f"\nlargest    {described(largest)}\nfastest    {described(fastest)}")
-    print(
-        f"written    {path}, a preset for the end of the command:\n           {train_command(given, path)}", flush=True
-    )
+    print(f"written    {path}, a preset for the end of the command:")
+    print(f"           {train_command(given, path)}", flush=True)
     return {"rows": rows, "largest": largest, "fastest": fastest, "preset": str(path)}
 
 
@@ -85,10 +82,14 @@ def trial(cfg, setting):
     """
     micro_tokens = setting["micro_batch_size"] * cfg.data.seq_len
     micro_steps = cfg.data.batch_tokens // micro_tokens
+    seconds = min(cfg.bench.bench_seconds, cfg.sweep.sweep_seconds / 10)
+    changes = {"batch_tokens": min(2, micro_steps) * micro_tokens, "bench_seconds": seconds}
     with tempfile.TemporaryDirectory() as folder:
         preset, figures = Path(folder, "trial.py"), Path(folder, "figures.json")
-        preset.write_text(as_preset(trial_settings(cfg, setting, min(2, micro_steps) * micro_tokens)), encoding="utf-8")
-        command = [sys.executable, str(ROOT / "bench.py"), str(preset), f"--json={figures}"]
+        preset.write_text(as_preset(cfg), encoding="utf-8")
+        changes |= setting | {"sweep": False, "profile": False, "picture": False, "json": figures}
+        flags = [f"--{name}={value}" for name, value in changes.items()]
+        command = [sys.executable, str(ROOT / "bench.py"), str(preset), *flags]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=cfg.sweep.sweep_seconds)
         except subprocess.TimeoutExpired:
@@ -99,19 +100,6 @@ def trial(cfg, setting):
         return setting | {"ended": "out of memory", "said": "out of memory"}
     said = done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"]
     return setting | {"ended": "in error", "said": said[-1]}
-
-
-def trial_settings(cfg, setting, batch_tokens):
-    """Settings of one short run of bench.py."""
-    seconds = min(cfg.bench.bench_seconds, cfg.sweep.sweep_seconds / 10)
-    return dataclasses.replace(
-        cfg,
-        sweep=SweepConfig(),
-        output=OutputConfig(),
-        bench=dataclasses.replace(cfg.bench, bench_seconds=seconds, profile=False, picture=False),
-        data=dataclasses.replace(cfg.data, batch_tokens=batch_tokens, micro_batch_size=setting["micro_batch_size"]),
-        parallel=dataclasses.replace(cfg.parallel, **{key: setting[key] for key in KEYS[:2]}),
-    )
 
 
 def figures_of(figures, micro_steps):
