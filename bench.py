@@ -29,7 +29,7 @@ from perf import cost, hardware, machine, meters
 from perf.memory import explaining_out_of_memory, memory, setup_here
 from perf.pictures import draw_memory, draw_roofline, write_picture
 from perf.report_bench import compare, errors, report
-from perf.settings import BenchConfig, OutputConfig, PlanConfig, SweepConfig, read_json, with_default_vocab
+from perf.settings import BenchConfig, OutputConfig, PlanConfig, read_json, with_default_vocab
 from perf.sweep import sweep
 from run.folder import RunConfig
 from run.guard import Watchdog
@@ -43,7 +43,6 @@ class Settings:
     bench: BenchConfig
     output: OutputConfig
     plan: PlanConfig = only("machine")
-    sweep: SweepConfig
     model: ModelConfig
     objective: ObjectiveConfig
     data: DataConfig
@@ -69,7 +68,7 @@ def main(cfg):
     plain = (ModelConfig(), DataConfig(), OptimConfig(), BenchConfig(picture=cfg.bench.picture), RunConfig())
     if cfg.output.compare:
         compare(*cfg.files)
-    elif cfg.sweep.sweep:
+    elif cfg.bench.sweep:
         cfg.output.write(sweep(cfg, filled_in(cfg)))
     elif not cfg.presets and (cfg.model, cfg.data, cfg.optim, cfg.bench, cfg.run) == plain:  # nothing to train
         bench_machine(cfg)
@@ -269,9 +268,7 @@ def predicted(cfg, world, micro_steps, peak):
 
 def measured_here(path, world):
     """python bench.py's figures, if they are of this device, torch, precision and number of ranks; else None."""
-    if not os.path.exists(path):
-        return None
-    figures = read_json(path, "python bench.py")
+    figures = read_json(path, "python bench.py") if os.path.exists(path) else {}
     now = (device_name(world.device), world.size, world.precision, torch.__version__)
     then = tuple(figures.get(name) for name in ("device", "ranks", "precision", "torch"))
     return figures if now == then and "rates" in figures else None

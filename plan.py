@@ -99,8 +99,11 @@ def gpu_of(plan):
         gpu = hardware.this(measured(plan.machine))
     else:
         gpu = hardware.DEVICES.get(plan.gpu) or hardware.Device("other", "hopper", 0, 0, 0, 0)
-    names = ("tflops", "memory_gib", "memory_gbs", "link_gbs", "watts", "price")
-    given = {name: getattr(plan, f"gpu_{name}") for name in names} | {"network_gbs": plan.network_gbs}
+    given = {
+        "tflops": plan.gpu_tflops, "memory_gib": plan.gpu_memory_gib, "memory_gbs": plan.gpu_memory_gbs,
+        "link_gbs": plan.gpu_link_gbs, "network_gbs": plan.network_gbs, "watts": plan.gpu_watts,
+        "price": plan.gpu_price,
+    }  # fmt: skip
     if gpu.name == "other":
         given |= {"fp32_tflops": plan.gpu_tflops, "link_gbs": plan.gpu_link_gbs or hardware.PCIE_GBS / 2}
     return replace(gpu, **{name: value for name, value in given.items() if value is not None})

@@ -92,8 +92,8 @@ def _counted(cfg):
     """(parameters, shapes in a block, other shapes) of a model with one block, counted on the meta device."""
     with torch.device("meta"):
         model = Transformer(replace(cfg, n_layer=1))
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    block, others = ([s for name, s in shapes.items() if ("blocks." in name) == inside] for inside in (True, False))
+    block = [tuple(p.shape) for p in model.blocks.parameters()]
+    others = [tuple(p.shape) for name, p in model.named_parameters() if not name.startswith("blocks.")]
     return model.num_params(), block, others
 
 
@@ -209,7 +209,7 @@ def powersgd_numbers(cfg):
 
 
 def bytes_sent(cfg, s, gpus_per_node=8):
-    """{"weights", "gradients", "replicas", "layers": bytes that a rank sends in a step}, by rings."""
+    """{"weights", "gradients", "replicas", "layers": bytes that a rank sends in a step}, in rings."""
     sent = collections.Counter()
     for c in collectives(cfg, s, gpus_per_node):
         sent[c.what] += c.times * ROUNDS[c.kind] * (c.ranks - 1) / c.ranks * c.n_bytes

@@ -79,7 +79,7 @@ DEVICES = (
 )
 DEVICES = {device.name: device for device in DEVICES}
 Names = Literal[(*DEVICES, "this", "other")]
-# Words in torch's name of a device, where they are not those of ours. The first device with all its words there is it.
+# Words in the name that torch reports, where ours differ. The first device whose words are all in a name is meant.
 WORDS = {
     "a100-40": "A100 40GB", "a100-80": "A100", "h100-sxm": "H100",
     "rtx3090": "RTX 3090", "rtx4090": "RTX 4090", "rtx5090": "RTX 5090",

@@ -79,13 +79,6 @@ class BenchConfig:
     real_data: bool = False  # take batches from data_dir instead of random tokens
     profile: bool = False  # trace 2 more steps: trace.json for ui.perfetto.dev, a table of operators, memory.png
     picture: bool = True  # draw bench.png, a roofline with what was measured
-
-    def __post_init__(self):
-        check_bounds(self)
-
-
-@dataclass(frozen=True)
-class SweepConfig:
     sweep: bool = False  # try checkpointing x compile x micro-batch; write the fastest that fits as a preset
     sweep_seconds: float = 120.0  # time limit for each setting, start and compilation included
 

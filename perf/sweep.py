@@ -82,7 +82,7 @@ def trial(cfg, setting):
     """
     micro_tokens = setting["micro_batch_size"] * cfg.data.seq_len
     micro_steps = cfg.data.batch_tokens // micro_tokens
-    seconds = min(cfg.bench.bench_seconds, cfg.sweep.sweep_seconds / 10)
+    seconds = min(cfg.bench.bench_seconds, cfg.bench.sweep_seconds / 10)
     changes = {"batch_tokens": min(2, micro_steps) * micro_tokens, "bench_seconds": seconds}
     with tempfile.TemporaryDirectory() as folder:
         preset, figures = Path(folder, "trial.py"), Path(folder, "figures.json")
@@ -91,9 +91,9 @@ def trial(cfg, setting):
         flags = [f"--{name}={value}" for name, value in changes.items()]
         command = [sys.executable, str(ROOT / "bench.py"), str(preset), *flags]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=cfg.sweep.sweep_seconds)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=cfg.bench.sweep_seconds)
         except subprocess.TimeoutExpired:
-            return setting | {"ended": "late", "said": f"over {cfg.sweep.sweep_seconds:g} s"}
+            return setting | {"ended": "late", "said": f"over {cfg.bench.sweep_seconds:g} s"}
         if done.returncode == 0:
             return setting | figures_of(json.loads(figures.read_text(encoding="utf-8")), micro_steps)
     if done.returncode == -9 or any(words in done.stderr for words in OUT_OF_MEMORY):  # -9: killed by the kernel
@@ -132,7 +132,7 @@ def write_preset(cfg, row):
 def train_command(cfg, path):
     """The command that trains with this command's presets and settings, and another preset after them."""
     by_presets = as_dict(load(type(cfg), cfg.presets))
-    others = {*vars(cfg.bench), *vars(cfg.sweep), *vars(cfg.output), *KEYS}
+    others = {*vars(cfg.bench), *vars(cfg.output), *KEYS}
     changed = {k: v for k, v in as_dict(cfg).items() if v != by_presets[k] and k not in others}
     flags = [f"--{k}={str(v).lower() if v is None or isinstance(v, bool) else v}" for k, v in changed.items()]
     return shlex.join(["python", "train.py", *cfg.presets, os.fspath(path), *flags])
