@@ -9,6 +9,7 @@ torchrun --nproc_per_node=8 bench.py config/gpt2_124m.py
 """
 
 import dataclasses
+import itertools
 import os
 import statistics
 import time
@@ -28,7 +29,7 @@ from perf import cost, hardware, machine, meters
 from perf.memory import explaining_out_of_memory, memory, setup_here
 from perf.pictures import draw_memory, draw_roofline, write_picture
 from perf.report_bench import compare, errors, report
-from perf.settings import BenchConfig, OutputConfig, PlanConfig, SweepConfig, read_json, with_default_vocab, write_json
+from perf.settings import BenchConfig, OutputConfig, PlanConfig, read_json, with_default_vocab
 from perf.sweep import sweep
 from run.folder import RunConfig
 from run.guard import Watchdog
@@ -42,7 +43,6 @@ class Settings:
     bench: BenchConfig
     output: OutputConfig
     plan: PlanConfig = only("machine")
-    sweep: SweepConfig
     model: ModelConfig
     objective: ObjectiveConfig
     data: DataConfig
@@ -65,20 +65,15 @@ class Settings:
 
 
 def main(cfg):
+    plain = (ModelConfig(), DataConfig(), OptimConfig(), BenchConfig(picture=cfg.bench.picture), RunConfig())
     if cfg.output.compare:
         compare(*cfg.files)
-    elif cfg.sweep.sweep:
+    elif cfg.bench.sweep:
         cfg.output.write(sweep(cfg, filled_in(cfg)))
-    elif names_nothing_to_train(cfg):
+    elif not cfg.presets and (cfg.model, cfg.data, cfg.optim, cfg.bench, cfg.run) == plain:  # nothing to train
         bench_machine(cfg)
     else:
         bench_training(cfg)
-
-
-def names_nothing_to_train(cfg):
-    """Whether a command has neither presets nor settings of a model, data or training."""
-    plain = (ModelConfig(), DataConfig(), OptimConfig(), BenchConfig(picture=cfg.bench.picture), RunConfig())
-    return not cfg.presets and (cfg.model, cfg.data, cfg.optim, cfg.bench, cfg.run) == plain
 
 
 def bench_machine(cfg):
@@ -87,7 +82,7 @@ def bench_machine(cfg):
         figures = machine.measure(world, os.path.dirname(cfg.plan.machine) or ".")
         if world.is_main:
             print(*machine.table(figures), sep="\n", flush=True)
-            write_json(figures, cfg.plan.machine)
+            OutputConfig(json=cfg.plan.machine).write(figures)
             print(f"written    {cfg.plan.machine}, for python plan.py --gpu=this")
             if cfg.bench.picture:
                 write_picture("bench.png", (8, 5), draw_roofline, figures, figures["device"])
@@ -143,8 +138,7 @@ def measure(cfg, world):
     figures |= energy(power_w, statistics.mean(times), figures["tokens"], world)
     n_more = max(1, min(3, int(cfg.bench.bench_seconds / 10 / max(times))))
     figures["time_share"] = meters.time_shares(lambda: step(n), world, n_more)
-    n_traced = min(max(n, 2), micro_steps)
-    checkpointing = cfg.parallel.activation_checkpointing
+    n_traced, checkpointing = min(max(n, 2), micro_steps), cfg.parallel.activation_checkpointing
     parts, traced = meters.memory_parts(lambda: step(n_traced), model, optimizer, world, checkpointing)
     figures |= memory_of_fullest(parts, traced if world.device.type == "cpu" else peak - memory_before, peak, world)
     figures["predicted"] = predicted(cfg, world, n, 1e12 * figures["peak_tflops"])
@@ -157,7 +151,7 @@ def measure(cfg, world):
 
 
 def random_batches(cfg, micro_steps, world):
-    """Yields the same micro-batches of random tokens for each step."""
+    """The same micro-batches of random tokens for each step, without end."""
     vocab_size = cfg.model.vocab_size
     specials = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[MASK]": 3}  # any ids do
     meta = {"vocab_size": vocab_size, "specials": specials, "continuations": range(4, vocab_size, 3)}
@@ -165,9 +159,7 @@ def random_batches(cfg, micro_steps, world):
     random = np.random.default_rng(world.data_rank)
     shape = (cfg.data.micro_batch_size, windows.stride + windows.extra)
     batches = [windows.batch(random.integers(vocab_size, size=shape), first=i) for i in range(micro_steps)]
-    step = [tuple(part.to(world.device) for part in batch) for batch in batches]
-    while True:
-        yield step
+    return itertools.repeat([tuple(part.to(world.device) for part in batch) for batch in batches])
 
 
 def real_batches(cfg, world):
@@ -211,10 +203,7 @@ def speed(cfg, model, micro_steps, timed_micro_steps, times, matmul_flops, world
         "tokens_per_s": tokens / seconds,
         "peak_tflops": peak / 1e12, "peak_name": peak_name, "measured_tflops": measured_peak / 1e12,
     }  # fmt: skip
-    share, per_device = (
-        OBJECTIVES[cfg.model.objective].head_share(cfg.objective, seq_len),
-        tokens / seconds / world.size,
-    )
+    per_device, share = tokens / seconds / world.size, setup_here(cfg, world).head_share
     for suffix, causal in (("", False), ("_causal", True)):
         flops = cost.flops_per_token(cfg.model, seq_len, share, causal)
         figures["flops_per_token" + suffix] = flops
@@ -271,7 +260,7 @@ def predicted(cfg, world, micro_steps, peak):
     if gpu is None or (gpu.machine and world.tp > 1):
         return figures
     timed = dataclasses.replace(setup, micro_steps=micro_steps)
-    step_s = sum(cost.step_seconds(cfg.model, timed, gpu, cfg.plan.gpus_per_node, cfg.plan.efficiency).values())
+    step_s = sum(cost.step_seconds(cfg.model, timed, gpu).values())
     tokens_per_s = timed.tokens * micro_steps * world.data_ranks / step_s
     flops = cost.flops_per_token(cfg.model, setup.seq_len, setup.head_share)
     return figures | {"step_s": step_s, "tokens_per_s": tokens_per_s, "mfu": tokens_per_s * flops / peak / world.size}
@@ -279,9 +268,7 @@ def predicted(cfg, world, micro_steps, peak):
 
 def measured_here(path, world):
     """python bench.py's figures, if they are of this device, torch, precision and number of ranks; else None."""
-    if not os.path.exists(path):
-        return None
-    figures = read_json(path, "python bench.py")
+    figures = read_json(path, "python bench.py") if os.path.exists(path) else {}
     now = (device_name(world.device), world.size, world.precision, torch.__version__)
     then = tuple(figures.get(name) for name in ("device", "ranks", "precision", "torch"))
     return figures if now == then and "rates" in figures else None

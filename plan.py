@@ -7,6 +7,7 @@ GPUs: v100 t4 rtx3090 rtx4090 rtx5090 a10 a10g a100-40 a100-80 l4 l40s h100-pcie
 this (this machine, as python bench.py measured it), other (given by the settings gpu_tflops and the like).
 """
 
+import bisect
 import dataclasses
 from dataclasses import dataclass, replace
 
@@ -69,11 +70,9 @@ def resolve(cfg):
     cfg = pretrained.resolve(cfg)
     data = nearest_batch(cfg.data, n_gpus // cfg.parallel.mesh_shape(n_gpus)[2])
     if data != cfg.data:
-        notes.append(
-            f"batch      --batch_tokens={data.batch_tokens} --micro_batch_size={data.micro_batch_size}: {n_gpus} GPUs "
-            f"do not divide {cfg.data.batch_tokens:,} tokens in micro-batches of {cfg.data.micro_batch_size} x "
-            f"{data.seq_len}"
-        )
+        flags_of_batch = flags({"batch_tokens": data.batch_tokens, "micro_batch_size": data.micro_batch_size})
+        sizes = f"{cfg.data.batch_tokens:,} tokens in micro-batches of {cfg.data.micro_batch_size} x {data.seq_len}"
+        notes.append(f"batch      {flags_of_batch}: {n_gpus} GPUs do not divide {sizes}")
     return replace(cfg, data=data), notes + ([note] if note else [])
 
 
@@ -112,15 +111,14 @@ def gpu_of(plan):
 
 def setup_on(gpu, cfg):
     """The Setup of a run on n_gpus of a GPU; UserError where it is impossible."""
-    precision, n_gpus, p = cfg.world.precision, cfg.plan.n_gpus, cfg.plan
+    p, precision = cfg.plan, cfg.world.precision
     if precision == "auto":
         precision = gpu.machine["precision"] if gpu.machine else "bf16" if gpu.has_bf16 else "fp16"
     if precision == "bf16" and not gpu.has_bf16:
         raise UserError(f"precision is bf16, which {gpu.name} does not compute in; use --precision=fp16")
-    mesh_shape = cfg.parallel.mesh_shape(n_gpus)
-    micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, n_gpus // cfg.parallel.tp)
-    names = ("weight_bytes", "gradient_bytes", "optimizer_bytes", "residual_bytes", "logits_bytes", "tp_hidden")
-    others = {name: getattr(p, name) for name in names}
+    mesh_shape = cfg.parallel.mesh_shape(p.n_gpus)
+    micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, p.n_gpus // cfg.parallel.tp)
+    others = {field.name: getattr(p, field.name) for field in dataclasses.fields(cost.Setup) if hasattr(p, field.name)}
     return cost.setup_of(cfg, mesh_shape, micro_steps, precision, gpu.device_type, **others)
 
 
@@ -160,16 +158,10 @@ def predict(cfg, gpu, s):
 def largest_micro_batch(m, s, available):
     """Sequences of the largest micro-batch that fits into the available bytes; 0 where none does."""
 
-    def fits(n):
-        return sum(memory(m, replace(s, micro_batch_size=n)).values()) <= available
+    def is_too_large(n):
+        return sum(memory(m, replace(s, micro_batch_size=n)).values()) > available
 
-    fitting, too_large = 0, 1
-    while fits(too_large):
-        fitting, too_large = too_large, 2 * too_large
-    while too_large - fitting > 1:
-        middle = (fitting + too_large) // 2
-        fitting, too_large = (middle, too_large) if fits(middle) else (fitting, middle)
-    return fitting
+    return bisect.bisect_left(range(1, 2**40), True, key=is_too_large)
 
 
 def to_fit(cfg, gpu, setup):
@@ -192,9 +184,7 @@ def scaling(cfg, gpu, setup):
 
     The same batch is divided into the largest micro-batches up to the Setup's; None where the GPUs do not divide it.
     """
-    most = (
-        gpu.machine["ranks"] if gpu.machine and not gpu.link_gbs else 16_384
-    )  # without a link's bandwidth no more can be predicted
+    most = gpu.machine["ranks"] if gpu.machine and not gpu.link_gbs else 16_384  # no link: no figures for more
     counts = {setup.ranks} | {setup.tp * 2**k for k in range(15)}
     is_whole = setup.strategy == "fsdp" and setup.replicas == 1 and cfg.parallel.shard_size is None
     rows = []
@@ -209,8 +199,7 @@ def scaling(cfg, gpu, setup):
         same = None
         if sizes and not rest:
             same = replace(grown, micro_batch_size=sizes[-1], micro_steps=sequences // sizes[-1])
-            same = predict(cfg, gpu, same)
-        rows.append((same, predict(cfg, gpu, grown)))
+        rows.append((same and predict(cfg, gpu, same), predict(cfg, gpu, grown)))
     return rows
 
 

@@ -12,7 +12,7 @@ from model import Transformer
 from objective import OBJECTIVES
 from ops import BY_MATMULS
 from parallel import POWERSGD_RANK
-from perf.hardware import CONTENTION, ROUNDS, collective_s, measured_rates, nvls_share, rates_of
+from perf.hardware import CONTENTION, ROUNDS, collective_s, measured_rates, rates_of
 
 # Shares of a block's forward that backward repeats: matmuls, attention, everything else. The last three are other
 # projects': Megatron's selective recomputation, torchtitan's of every second matmul, every second block's.
@@ -92,9 +92,9 @@ def _counted(cfg):
     """(parameters, shapes in a block, other shapes) of a model with one block, counted on the meta device."""
     with torch.device("meta"):
         model = Transformer(replace(cfg, n_layer=1))
-    block, params = [tuple(p.shape) for p in model.blocks.parameters()], list(model.parameters())
-    in_block = {id(p) for p in model.blocks.parameters()}
-    return model.num_params(), block, [tuple(p.shape) for p in params if id(p) not in in_block]
+    block = [tuple(p.shape) for p in model.blocks.parameters()]
+    others = [tuple(p.shape) for name, p in model.named_parameters() if not name.startswith("blocks.")]
+    return model.num_params(), block, others
 
 
 def numbers(shapes):
@@ -126,8 +126,7 @@ def flops_per_token(cfg, seq_len, head_share=1.0, causal=False):
     model. Activation checkpointing never adds to the count.
     """
     head = cfg.vocab_size * cfg.n_embd + (cfg.n_embd**2 if not cfg.is_causal else 0)
-    attention = 6 if causal and cfg.is_causal else 12
-    attention *= cfg.n_layer * cfg.n_head * cfg.head_width * seq_len
+    attention = (6 if causal and cfg.is_causal else 12) * cfg.n_layer * cfg.n_head * cfg.head_width * seq_len
     return round(6 * (cfg.n_layer * block_weights(cfg) + head_share * head) + attention)
 
 
@@ -149,17 +148,9 @@ class Collective:
     times: float
     hidden_in: str = "nothing"
 
-    @property
-    def bytes_sent(self):
-        """Bytes that one rank sends in a ring."""
-        return self.times * ROUNDS[self.kind] * (self.ranks - 1) / self.ranks * self.n_bytes
-
 
 def collectives(cfg, s, gpus_per_node=8):
-    """The large collectives of a step, including those with no bytes or one rank.
-
-    Those of vectors, losses and counts are left out: they cost time, but hardly bytes.
-    """
+    """The collectives of a step, including those with no bytes or one rank, but not those of vectors and counts."""
     data_ranks, data_local = s.replicas * s.shards, max(1, min(gpus_per_node, s.ranks) // s.tp)
     block = block_params(cfg) / s.tp
     rest = num_params(cfg, padded=True) / s.tp - cfg.n_layer * block
@@ -218,10 +209,10 @@ def powersgd_numbers(cfg):
 
 
 def bytes_sent(cfg, s, gpus_per_node=8):
-    """{"weights", "gradients", "replicas", "layers": bytes that a rank sends in a step}."""
+    """{"weights", "gradients", "replicas", "layers": bytes that a rank sends in a step}, in rings."""
     sent = collections.Counter()
     for c in collectives(cfg, s, gpus_per_node):
-        sent[c.what] += c.bytes_sent
+        sent[c.what] += c.times * ROUNDS[c.kind] * (c.ranks - 1) / c.ranks * c.n_bytes
     return sent
 
 
@@ -269,13 +260,13 @@ def step_seconds(cfg, s, gpu, gpus_per_node=8, efficiency=1.0, rates=None):
     w = work(cfg, s)
     peak = efficiency * gpu.peak_tflops(s.precision) * gpu.sustained * 1e12
     bandwidth = efficiency * gpu.memory_gbs * 1e9
+    loss_s = 0.0 if rates.head else w.loss_bytes / bandwidth / rates.memory
     parts = {
         "matmul_s": w.matmuls / peak / rates.matmul,
         "attention_s": w.attention / peak / rates.attention,
         "memory_s": w.elementwise_bytes / bandwidth / rates.memory,
+        "head_s": w.head / peak / (rates.head or rates.matmul) + loss_s,
     }
-    loss_s = 0.0 if rates.head else w.loss_bytes / bandwidth / rates.memory
-    parts["head_s"] = w.head / peak / (rates.head or rates.matmul) + loss_s
     overhead_s = cfg.n_layer * rates.overhead_s / efficiency
     # The host runs ahead of an accelerator.
     parts["overhead_s"] = overhead_s if s.on_cpu else max(0.0, overhead_s - sum(parts.values()))
@@ -292,10 +283,8 @@ def waited_seconds(cfg, s, gpu, gpus_per_node, compute):
     for c in collectives(cfg, s, gpus_per_node):
         if c.ranks == 1 or not c.times:
             continue
-        if c.what == "layers":
-            c = replace(c, times=c.times * (1 - s.tp_hidden))
-        once = collective_s(c.kind, c.n_bytes, c.ranks, c.local, gpu.link_gbs, gpu.network_gbs, nvls_share(gpu))
-        seconds[c.hidden_in] += c.times * once
+        once = collective_s(c.kind, c.n_bytes, c.ranks, c.local, gpu.link_gbs, gpu.network_gbs, gpu.nvls)
+        seconds[c.hidden_in] += c.times * (1 - s.tp_hidden if c.what == "layers" else 1) * once
         hidden_bytes += c.times * ROUNDS[c.kind] * c.n_bytes * (c.hidden_in != "nothing")
     each, last = seconds["micro_step"] / s.micro_steps, seconds["step"]
     waited = seconds["nothing"] + (s.micro_steps - 1) * max(0.0, each - compute)

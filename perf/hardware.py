@@ -40,6 +40,11 @@ class Device:
         return self.fp32_tflops if precision == "fp32" else self.tflops
 
     @property
+    def nvls(self):
+        """Share of its links that reductions in NVSwitches use; 0 without NVSwitches."""
+        return NVLS.get(self.family, 0) if self.link_gbs > PCIE_GBS else 0
+
+    @property
     def usable_memory_gib(self):
         """GiB that torch reports: 79.1 for an H100's 80, 39.4 for an A100's 40."""
         return self.memory_gib * (1 if self.machine else 0.985)
@@ -74,22 +79,19 @@ DEVICES = (
 )
 DEVICES = {device.name: device for device in DEVICES}
 Names = Literal[(*DEVICES, "this", "other")]
-# Words in the name that torch reports; the first entry whose words are all in it is the device.
+# Words in the name that torch reports, where ours differ. The first device whose words are all in a name is meant.
 WORDS = {
-    "GB200": "gb200", "B200": "b200", "H200": "h200", "H100 PCIE": "h100-pcie", "H100": "h100-sxm", "A10": "a10",
-    "A10G": "a10g", "A100 40GB": "a100-40", "A100": "a100-80", "L40S": "l40s", "L4": "l4", "V100": "v100",
-    "T4": "t4", "RTX 5090": "rtx5090", "RTX 4090": "rtx4090", "RTX 3090": "rtx3090", "MI300X": "mi300x",
-    "MI250X": "mi250x",
+    "a100-40": "A100 40GB", "a100-80": "A100", "h100-sxm": "H100",
+    "rtx3090": "RTX 3090", "rtx4090": "RTX 4090", "rtx5090": "RTX 5090",
 }  # fmt: skip
 OTHER_PEAK = {"NVL", "LAPTOP", "MAX", "MIG", "TI", "D"}  # words in the names of slower or faster variants
 
 
-def known_device(device_name):
+def known_device(torchs_name):
     """The Device with the name that torch reports; None for an unknown one."""
-    words_of_name = set(device_name.upper().replace("-", " ").split())
-    if words_of_name & OTHER_PEAK:
-        return None
-    return next((DEVICES[name] for words, name in WORDS.items() if set(words.split()) <= words_of_name), None)
+    found = set(torchs_name.upper().replace("-", " ").split())
+    words = {name: WORDS.get(name, name.upper().replace("-", " ")).split() for name in DEVICES}
+    return next((DEVICES[name] for name in DEVICES if found.issuperset(words[name]) and not found & OTHER_PEAK), None)
 
 
 def peak_flops(device, precision, earlier=None):
@@ -168,11 +170,6 @@ def rates_of(gpu, compiled):
     if not compiled:
         return rates
     return Rates(rates.matmul, COMPILED_ATTENTION * rates.attention, COMPILED_MEMORY * rates.memory)
-
-
-def nvls_share(gpu):
-    """Share of a GPU's links that reductions in NVSwitches use; 0 without NVSwitches."""
-    return NVLS.get(gpu.family, 0) if gpu.link_gbs > PCIE_GBS else 0
 
 
 # ---- collectives

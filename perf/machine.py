@@ -17,7 +17,7 @@ from torch.utils import collect_env
 from data import Loader, Split, TrainOrder
 from objective import NextToken
 from perf.hardware import known_device
-from perf.meters import of_device, rising, timed
+from perf.meters import rising, timed
 from perf.rates import training_rates
 from world import DTYPES, device_name, memory_bytes
 
@@ -92,7 +92,8 @@ def matmuls(world, names, left_out):
 
     for name in names:
         torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-        sizes, what = of_device(SIZES, world)["matmuls"], f"{name} matmuls of {{0}} x {{0}}"
+        sizes = SIZES["cpu" if world.device.type == "cpu" else "cuda"]["matmuls"]
+        what = f"{name} matmuls of {{0}} x {{0}}"
         found[name] = rising(sizes, measured, 3, world, SECONDS["matmuls"], left_out, what)
     torch.set_float32_matmul_precision(before)
     return found
@@ -125,7 +126,7 @@ def collectives(world, left_out):
         return rate(factor * (n - 1) / n * 4 * len(whole) / 1e9, seconds), 3 * seconds[0]
 
     for name, factor in (("all-reduce", 2), ("all-gather", 1), ("reduce-scatter", 1)):
-        sizes, what = of_device(SIZES, world)["messages"], f"{name} of {{:,}} bytes"
+        sizes, what = SIZES["cpu" if world.device.type == "cpu" else "cuda"]["messages"], f"{name} of {{:,}} bytes"
         found[name] = rising(sizes, measured, 1, world, SECONDS["collectives"], left_out, what)
     return found
 
@@ -145,10 +146,7 @@ def disk(world, out_dir):
             os.fsync(file.fileno())
 
     with tempfile.TemporaryDirectory(dir=out_dir, prefix="machine_") as folder:
-        path, n_bytes = (
-            Path(folder, "checkpoint"),
-            min(2**24, free // 4),
-        )  # shows whether the disk is fast enough for more
+        path, n_bytes = Path(folder, "checkpoint"), min(2**24, free // 4)  # bytes; more on a fast disk
         small_s = timed(lambda: write(path, random.bytes(n_bytes)), world, repeats=1)[0]
         is_fast = small_s * CHECKPOINT_BYTES / n_bytes < SECONDS["disk"] / 4
         if is_fast:
@@ -191,41 +189,34 @@ def loader_speed(folder, path, world, seq_len=1024, micro_batch_size=16):
 
 
 def table(figures):
-    """The figures as lines of text."""
-
-    def cell(rates):
-        return "{:.3g} ({:.3g}-{:.3g})".format(*rates) if rates else "-"
-
-    f, sheet, rates = figures, figures["data_sheet"] or {}, figures["rates"]
+    """The figures as lines of text, named as in JSON."""
+    f, sheet = figures, figures["data_sheet"] or {}
     yield f"machine    {f['ranks']} x {f['device']}, {f['memory_gib']:.1f} GiB, torch {f['torch']}"
     if "cuda" in f:
         yield f"           CUDA {f['cuda']}, driver {f['driver'] or 'unknown'}"
-    yield "           each figure is the median of several runs, followed by the least and the most"
-    sizes = sorted({n for by_size in f["matmul_tflops"].values() for n in by_size}, key=int)
-    yield f"matmul     TFLOP/s {''.join(f'{n} x {n}'.rjust(25) for n in sizes)}{'data sheet':>14}"
-    for name, by_size in f["matmul_tflops"].items():
-        peak = sheet.get({"fp32": "fp32_tflops", "bf16": "tflops", "fp16": "tflops"}.get(name), "-")
-        yield f"           {name:8}{''.join(f'{cell(by_size.get(n)):>25}' for n in sizes)}{peak:>14}"
-    rows = [(f"memory     {name}", "GB/s", by, "memory_gbs") for name, by in f["bandwidth_gb_per_s"].items()]
-    for name, by_size in f["collectives_gb_per_s"].items():
-        rows += [(f"network    {name} of {int(n):,} bytes", "GB/s", by, "link_gbs") for n, by in by_size.items()]
-    for kind, by in f["disk"].get("loader_tokens_per_s", {}).items():
-        rows.append((f"loader     from a {kind} file", "M tokens/s", [n / 1e6 for n in by], None))
-    checkpoint = f"disk       a checkpoint of {f['disk']['checkpoint_gb']:.3g} GB, synced"
-    rows.append((checkpoint, "GB/s", f["disk"]["write_gb_per_s"], None))
-    for what, unit, by, in_sheet in rows:
-        limit = f"   data sheet {sheet[in_sheet]:g}" if in_sheet in sheet else ""
-        yield f"{what:<52}{cell(by):>24} {unit}{limit}"
-    yield f"training   forward and backward in {f['precision']}, the rates of plan.py --gpu=this"
-    named = {
-        "matmuls, TFLOP/s by width": rates["matmul_tflops"],
-        "attention, TFLOP/s by seq_len": rates["attention_tflops"],
-        **{f"{kind} block, GB/s by width": by_width for kind, by_width in rates["memory_gb_per_s"].items()},
-        "head and loss, TFLOP/s by width": rates["head_tflops"],
-        "Muon, TFLOP/s by width": rates["muon_tflops"],
-        "overhead of a block, ms": rates["overhead_ms"],
-    }
-    for name, by_size in named.items():
-        yield f"           {name:<32}{', '.join(f'{size}: {rate:.3g}' for size, rate in by_size.items())}"
+    yield "           each figure is the median of several runs, with the least and the most; rates are --gpu=this's"
+    sheets = {
+        "matmul_tflops fp32": "fp32_tflops", "matmul_tflops bf16": "tflops", "matmul_tflops fp16": "tflops",
+        "bandwidth_gb_per_s": "memory_gbs", "collectives_gb_per_s": "link_gbs",
+    }  # fmt: skip
+    for section in ("matmul_tflops", "bandwidth_gb_per_s", "collectives_gb_per_s", "disk", "rates"):
+        for name, text in rows(section, f[section]):
+            peak = sheet.get(sheets.get(name) or sheets.get(section))
+            limit = f"   data sheet {peak:g}" if peak else ""
+            yield f"{name:<33}{text}{limit}"
     if f["left_out"]:
         yield f"left out   too slow here: {', '.join(f['left_out'])}"
+
+
+def rows(name, figures):
+    """(name, text) of nested figures, a row for each dictionary that has numbers."""
+    cells = []
+    for key, value in figures.items():
+        if isinstance(value, dict):
+            yield from rows(f"{name} {key}", value)
+        elif isinstance(value, list):
+            cells.append("{}: {:.4g} ({:.4g}-{:.4g})".format(key, *value))
+        else:
+            cells.append(f"{key}: {value:.4g}")
+    if cells:
+        yield name, ", ".join(cells)

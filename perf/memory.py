@@ -20,11 +20,10 @@ OPTIMIZER_BYTES = {"adamw": 8, "muon": 8, "sgd": 4, "adafactor": 0}  # state per
 
 
 def memory(cfg, s):
-    """Peak bytes allocated on one rank, by category, for a model in a Setup.
+    """{category: bytes allocated on one rank at the peak}; a category may be empty at that moment.
 
-    {weights, gradients, optimizer, activations, logits, other}: weights with gathered and cast copies, logits with all
-    buffers of the loss; other is the working memory of backward and of the optimizer. The peak may be at a moment when
-    some category is empty.
+    weights: with gathered and cast copies; logits: all buffers of the loss; other: working memory of backward and of
+    the optimizer.
     """
     d, V = cfg.n_embd, cfg.padded_vocab_size / s.tp
     blocks, n = cfg.n_layer * block_params(cfg) / s.tp, num_params(cfg, padded=True) / s.tp
@@ -56,14 +55,8 @@ def memory(cfg, s):
     copies, gradients, activations, logits, other = max(moments, key=sum)
     state = OPTIMIZER_BYTES[s.optimizer] if s.optimizer_bytes is None else s.optimizer_bytes
     unused = 4 * cfg.n_layer * block_weights(cfg) / s.tp if s.optimizer == "muon" else 0  # a matrix has one state
-    return {
-        "weights": weights + copies,
-        "gradients": gradients,
-        "optimizer": (n * state - unused) / s.shards,
-        "activations": activations,
-        "logits": logits,
-        "other": other + error_feedback,
-    }
+    optimizer = (n * state - unused) / s.shards
+    return dict(zip(CATEGORIES, (weights + copies, gradients, optimizer, activations, logits, other + error_feedback)))
 
 
 def activation_bytes(cfg, s):
@@ -191,14 +184,11 @@ def with_settings(setup, change):
     """The Setup after one of the changes that changes_that_save returns."""
     n, shards = change.get("micro_batch_size", setup.micro_batch_size), change.get("shard_size", setup.shards)
     return dataclasses.replace(
-        setup,
-        micro_batch_size=n,
-        micro_steps=setup.micro_steps * setup.micro_batch_size // n,
-        shards=shards,
-        replicas=setup.replicas * setup.shards // shards,
+        setup, micro_batch_size=n, micro_steps=setup.micro_steps * setup.micro_batch_size // n,
+        shards=shards, replicas=setup.replicas * setup.shards // shards,
         strategy="fsdp" if shards > 1 else setup.strategy,
         checkpointing=change.get("activation_checkpointing", setup.checkpointing),
-    )
+    )  # fmt: skip
 
 
 def flags(change):

@@ -17,7 +17,6 @@ from perf.memory import CATEGORIES
 from world import local
 
 PHASES = ("forward", "backward", "optimizer", "data")  # the phases of a step, as train_step names them
-GIB = 2**30
 
 
 @contextlib.contextmanager
@@ -94,11 +93,6 @@ def rising(sizes, measured, power, world, seconds, left_out, name):
                 break
         found[str(size)], one_run = measured(size)
     return found
-
-
-def of_device(table, world):
-    """The entry of a table for this device: "cpu", or "cuda" for every accelerator."""
-    return table["cpu" if world.device.type == "cpu" else "cuda"]
 
 
 # ---- traces
@@ -193,9 +187,8 @@ def communication_shares(step, world):
 def memory_parts(step, model, optimizer, world, checkpointing):
     """({category: GiB} on this rank, peak GiB), from the trace of a step.
 
-    step() runs a train_step. checkpointing: the setting activation_checkpointing. Activations are what the first
-    forward leaves for backward, without the weights that autocast has cast, which count as weights. logits is the peak
-    of the loss, a chunk of logits and gradients.
+    step() runs a train_step. checkpointing: the setting activation_checkpointing. Activations are those that the first
+    forward leaves for backward; weights include autocast's copies; logits is the peak of the loss.
     """
     found = {}
 
@@ -215,7 +208,7 @@ def memory_parts(step, model, optimizer, world, checkpointing):
         found["activations"] -= cast
     levels = itertools.accumulate(change for _, change, _ in allocations(events, world.device))
     peak = before + max(levels, default=0)
-    return {name: found[name] / GIB for name in CATEGORIES if name in found}, peak / GIB
+    return {name: found[name] / 2**30 for name in CATEGORIES if name in found}, peak / 2**30
 
 
 def saved_by_forward(events, device):

@@ -9,7 +9,7 @@ from ops import Linear, Vocabulary, attend, linear_cross_entropy, rope_table
 from optim import OptimConfig, build_optimizer
 from perf import cost
 from perf.hardware import between
-from perf.meters import of_device, rising, timed, timed_in_turn
+from perf.meters import rising, timed, timed_in_turn
 
 # Sizes by device type: widths of blocks, lengths of sequences for attention, rows (tokens), vocabulary.
 SIZES = {
@@ -26,13 +26,12 @@ KINDS = {  # blocks whose element-wise work differs; the first one's matmuls are
 
 
 def training_rates(world, left_out):
-    """Rates in the run's precision; sizes too slow to measure are added to left_out.
+    """Rates in the run's precision, by width, sequence length or kind; left_out gets sizes too slow to measure.
 
-    {matmul_tflops: {width}, attention_tflops: {seq_len}, memory_gb_per_s: {kind: {width}}, head_tflops: {width},
-    muon_tflops: {width}, overhead_ms: {kind}}. Matmuls are the linear layers of a block. Memory is the time of a whole
-    block minus its matmuls, attention and overhead, relative to the bytes that cost.work counts.
+    Matmuls are the linear layers of a block. Memory is the time of a whole block minus its matmuls, attention and
+    overhead, relative to the bytes that cost.work counts.
     """
-    widths, lengths, rows, vocab_size = of_device(SIZES, world)
+    widths, lengths, rows, vocab_size = SIZES["cpu" if world.device.type == "cpu" else "cuda"]
 
     def rising_rates(what, sizes, measured, power):
         measured = functools.partial(measured, world, rows)
@@ -81,7 +80,7 @@ def random(world, *shape, dtype=torch.float32):
 def forward_backward(function, world, *inputs):
     """A function of no arguments: function(*inputs) and its gradients."""
     params = function.parameters() if isinstance(function, torch.nn.Module) else ()
-    wanted = [x for x in (*inputs, *params) if torch.is_tensor(x)]
+    wanted = [x for x in (*inputs, *params) if torch.is_tensor(x) and x.requires_grad]
 
     def work():
         with world.autocast():
@@ -120,13 +119,9 @@ def attention_tflops(world, rows, seq_len, n_heads=8):
 
 def head_tflops(vocab_size, world, rows, width):
     """TFLOP/s of the head with its loss, by the FLOPs of its matmuls."""
-    ids = torch.randint(vocab_size, (rows,), device=world.device)
+    ids, vocabulary = torch.randint(vocab_size, (rows,), device=world.device), Vocabulary(vocab_size)
     hidden, weight = random(world, rows, width), random(world, vocab_size, width)
-
-    def head(hidden, weight):
-        return linear_cross_entropy(hidden, weight, ids, Vocabulary(vocab_size))
-
-    seconds = timed(forward_backward(head, world, hidden, weight), world)[0]
+    seconds = timed(forward_backward(linear_cross_entropy, world, hidden, weight, ids, vocabulary), world)[0]
     return 6e-12 * rows * vocab_size * width / seconds, seconds
 
 

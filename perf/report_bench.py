@@ -29,8 +29,8 @@ def report(f):
     in_part = "" if timed == whole else f" (a training step has {whole}: too long to time here)"
     print(f"runs on    {f['ranks']} x {f['device']}, {f['precision']}, torch {f['torch']}")
     print(f"model      {f['n_params']:,} parameters")
-    of = f"median of {f['steps']} (min {f['step_ms_min']:,.1f}, max {f['step_ms_max']:,.1f})"
-    print(f"step       {f['step_ms']:,.1f} ms, {of}; {timed} micro-steps{in_part}")
+    spread = f"median of {f['steps']} (min {f['step_ms_min']:,.1f}, max {f['step_ms_max']:,.1f})"
+    print(f"step       {f['step_ms']:,.1f} ms, {spread}; {timed} micro-steps{in_part}")
     print(f"           x {f['data_ranks']} ranks x {f['micro_batch_size']} sequences x {f['seq_len']} tokens")
     print(f"speed      {f['tokens_per_s']:,.0f} tokens/s")
     report_utilization(f)

@@ -123,7 +123,7 @@ def report_scaling(cfg, rows):
         text = f"{'  -  the GPUs do not divide the batch':<56}"
         if same:
             text = f"{same['micro_batch_size']:13}{_days(same['days']):>13}{same['gpu_hours']:11,.0f}"
-            text += f"{_money(same['cost']):>13}{_yes(same['fits']):>6}"
+            text += f"{_money(same['cost']):>13}{'yes' if same['fits'] else 'no':>6}"
         larger = f"{grown['batch_tokens']:19,}{grown['tokens_per_s_per_gpu']:18,.0f}"
         yield f"{grown['n_gpus']:16,}{text}{larger}{'  <' if grown['n_gpus'] == cfg.plan.n_gpus else ''}"
     for count, what in zip(stops_paying(rows), ("the same batch", "a larger batch")):
@@ -140,7 +140,7 @@ def report_compared(cfg, rows, notes):
         need = row["memory_gib"]
         kwh = "-" if row["kwh"] is None else f"{row['kwh']:,.0f}"
         yield (
-            f"{row['gpu']:<10}  {_yes(row['fits']):<4} {need['reserved']:8.1f}{need['available']:6.0f}  "
+            f"{row['gpu']:<10}  {'yes' if row['fits'] else 'no':<4} {need['reserved']:8.1f}{need['available']:6.0f}  "
             f"{_seconds(row['step_s']):>8}{row['mfu']:7.1%}{_days(row['days']):>14}{_money(row['cost']):>12}{kwh:>11}  "
             f"{row['change']}"
         )
@@ -167,15 +167,8 @@ def _money(dollars):
     return "-" if dollars is None else f"${dollars:,.0f}" if dollars >= 10 else f"${dollars:.2f}"
 
 
-def _yes(true):
-    return "yes" if true else "no"
-
-
 def stops_paying(rows):
-    """The numbers of GPUs beyond which doubling them is less than 1.5 times as fast: [same batch, growing batch].
-
-    None where doubling always pays.
-    """
+    """[same batch, growing batch]: GPUs beyond which twice as many are less than 1.5 times as fast, or None."""
     found = []
     for column in zip(*rows):
         known = [row for row in column if row]

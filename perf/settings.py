@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
 from config import Config, Count, NotNegative, Positive, Range, UpToOne, UserError, Whole
@@ -27,23 +28,15 @@ class OutputConfig:
     def write(self, figures):
         """Writes figures as one JSON object, where the settings ask for it."""
         if isinstance(self.json, str):
-            write_json(figures, self.json)
+            Path(self.json).write_text(json.dumps(figures, indent=1), encoding="utf-8")
         elif self.json:
             print(json.dumps(figures), flush=True)
-
-
-def write_json(figures, path):
-    """Writes figures to a file as one JSON object; creates its folder."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(figures, file, indent=1)
 
 
 def read_json(path, made_by):
     """The JSON object in a file; UserError, which names the command that makes such files, where there is none."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return dict(json.load(file))
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(f"there is no {path}; run {made_by} first, which writes it") from None
     except (OSError, ValueError, TypeError) as error:
@@ -70,10 +63,6 @@ class BenchConfig(Config):
     real_data: bool = False  # take batches from data_dir instead of random tokens
     profile: bool = False  # trace 2 more steps: trace.json for ui.perfetto.dev, a table of operators, memory.png
     picture: bool = True  # draw bench.png, a roofline with what was measured
-
-
-@dataclass(frozen=True)
-class SweepConfig(Config):
     sweep: bool = False  # try checkpointing x compile x micro-batch; write the fastest that fits as a preset
     sweep_seconds: Positive = 120.0  # time limit for each setting, start and compilation included
 

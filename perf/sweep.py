@@ -1,6 +1,5 @@
 """The fastest settings that fit: tries checkpointing x compile x micro-batch, each in a process of its own."""
 
-import dataclasses
 import itertools
 import json
 import os
@@ -12,7 +11,6 @@ from pathlib import Path
 
 from config import ROOT, UserError, as_dict, as_preset, load
 from data import accumulation_steps
-from perf.settings import OutputConfig, SweepConfig
 from world import pick_device
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "MemoryError", "Cannot allocate memory")
@@ -37,7 +35,9 @@ def sweep(given, cfg):
     for checkpointing, compiled in itertools.product(CHECKPOINTING, compiles):
         only_while_faster = compiled != compiles[0]  # the first one finds the largest that fits
         for row in climb(cfg, checkpointing, compiled, sizes, only_while_faster):
-            print(ROW.format(*cells(row)).rstrip(), flush=True)
+            cells = [f"{row['tokens_per_s']:,.0f}", f"{row['memory_gib']:.3f}"] if row["ended"] == "well" else ["", ""]
+            setting = (checkpointing, str(compiled).lower(), row["micro_batch_size"])
+            print(ROW.format(*setting, *cells, row.get("said", "")).rstrip(), flush=True)
             rows.append(row)
     fitting = [row for row in rows if row["ended"] == "well"]
     if not fitting:
@@ -46,9 +46,8 @@ def sweep(given, cfg):
     largest = max(fitting, key=lambda row: (row["micro_batch_size"], row["tokens_per_s"]))
     path = write_preset(given, fastest)
     print(f"\nlargest    {described(largest)}\nfastest    {described(fastest)}")
-    print(
-        f"written    {path}, a preset for the end of the command:\n           {train_command(given, path)}", flush=True
-    )
+    print(f"written    {path}, a preset for the end of the command:")
+    print(f"           {train_command(given, path)}", flush=True)
     return {"rows": rows, "largest": largest, "fastest": fastest, "preset": str(path)}
 
 
@@ -83,33 +82,24 @@ def trial(cfg, setting):
     """
     micro_tokens = setting["micro_batch_size"] * cfg.data.seq_len
     micro_steps = cfg.data.batch_tokens // micro_tokens
+    seconds = min(cfg.bench.bench_seconds, cfg.bench.sweep_seconds / 10)
+    changes = {"batch_tokens": min(2, micro_steps) * micro_tokens, "bench_seconds": seconds}
     with tempfile.TemporaryDirectory() as folder:
         preset, figures = Path(folder, "trial.py"), Path(folder, "figures.json")
-        preset.write_text(as_preset(trial_settings(cfg, setting, min(2, micro_steps) * micro_tokens)), encoding="utf-8")
-        command = [sys.executable, str(ROOT / "bench.py"), str(preset), f"--json={figures}"]
+        preset.write_text(as_preset(cfg), encoding="utf-8")
+        changes |= setting | {"sweep": False, "profile": False, "picture": False, "json": figures}
+        flags = [f"--{name}={value}" for name, value in changes.items()]
+        command = [sys.executable, str(ROOT / "bench.py"), str(preset), *flags]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=cfg.sweep.sweep_seconds)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=cfg.bench.sweep_seconds)
         except subprocess.TimeoutExpired:
-            return setting | {"ended": "late", "said": f"over {cfg.sweep.sweep_seconds:g} s"}
+            return setting | {"ended": "late", "said": f"over {cfg.bench.sweep_seconds:g} s"}
         if done.returncode == 0:
             return setting | figures_of(json.loads(figures.read_text(encoding="utf-8")), micro_steps)
     if done.returncode == -9 or any(words in done.stderr for words in OUT_OF_MEMORY):  # -9: killed by the kernel
         return setting | {"ended": "out of memory", "said": "out of memory"}
     said = done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"]
     return setting | {"ended": "in error", "said": said[-1]}
-
-
-def trial_settings(cfg, setting, batch_tokens):
-    """Settings of one short run of bench.py."""
-    seconds = min(cfg.bench.bench_seconds, cfg.sweep.sweep_seconds / 10)
-    return dataclasses.replace(
-        cfg,
-        sweep=SweepConfig(),
-        output=OutputConfig(),
-        bench=dataclasses.replace(cfg.bench, bench_seconds=seconds, profile=False, picture=False),
-        data=dataclasses.replace(cfg.data, batch_tokens=batch_tokens, micro_batch_size=setting["micro_batch_size"]),
-        parallel=dataclasses.replace(cfg.parallel, **{key: setting[key] for key in KEYS[:2]}),
-    )
 
 
 def figures_of(figures, micro_steps):
@@ -121,14 +111,6 @@ def figures_of(figures, micro_steps):
         "tokens_per_s": figures["tokens_per_s"] * step_s / timed * micro_steps / whole_s,
         "memory_gib": figures["memory_gib"]["total"],
     }
-
-
-def cells(row):
-    """The cells of a row, in the table's order."""
-    names = (row["activation_checkpointing"], str(row["compile"]).lower(), row["micro_batch_size"])
-    if row["ended"] == "well":
-        return *names, f"{row['tokens_per_s']:,.0f}", f"{row['memory_gib']:.3f}", ""
-    return *names, "", "", row["said"]
 
 
 def described(row):
@@ -150,7 +132,7 @@ def write_preset(cfg, row):
 def train_command(cfg, path):
     """The command that trains with this command's presets and settings, and another preset after them."""
     by_presets = as_dict(load(type(cfg), cfg.presets))
-    others = {*vars(cfg.bench), *vars(cfg.sweep), *vars(cfg.output), *KEYS}
+    others = {*vars(cfg.bench), *vars(cfg.output), *KEYS}
     changed = {k: v for k, v in as_dict(cfg).items() if v != by_presets[k] and k not in others}
     flags = [f"--{k}={str(v).lower() if v is None or isinstance(v, bool) else v}" for k, v in changed.items()]
     return shlex.join(["python", "train.py", *cfg.presets, os.fspath(path), *flags])

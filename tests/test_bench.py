@@ -353,7 +353,7 @@ def test_the_machine_is_measured_for_the_planner_and_for_predictions_beside_what
     out = capsys.readouterr().out
     figures = json.loads(out.splitlines()[-1])
     assert figures == json.loads((tmp_path / "out/machine.json").read_text())
-    assert "matmul     TFLOP/s" in out and "overhead of a block, ms" in out and (tmp_path / "bench.png").exists()
+    assert "matmul_tflops fp32" in out and "overhead_ms" in out and (tmp_path / "bench.png").exists()
 
     cfg, _ = plan.resolve(config.load(plan.Settings, [*GPT, "--gpu=this", "--precision=fp32"]))
     gpu = plan.gpu_of(cfg.plan)
