@@ -26,6 +26,8 @@ from perf.memory import memory, params_and_bytes, setup_here
 from run.folder import keep_source, keep_tokenizer, open_log, writing_to
 from world import device_name, memory_bytes, peak_memory_gib, reset_peak_memory
 
+LEAST_GIB = 0.1  # memory below it prints in MiB
+
 
 @dataclass(frozen=True)
 class LogConfig:
@@ -217,9 +219,10 @@ class Log:
             print(f"layout     {world.size} ranks = {replicas} replicas x {shards} shards x {tp} tensor parallel")
         n_params, n_bytes = per_rank
         print(f"per rank   {n_params:,.0f} parameters, {n_bytes / 2**20:,.1f} MiB with gradients and optimizer state")
-        parts = ", ".join(f"{name} {_memory(gib)}" for name, gib in self.predicted.items())
-        predicted, there = _memory(sum(self.predicted.values())), memory_bytes(world.device) / 2**30
-        print(f"memory     {predicted} per rank predicted, {there:.1f} GiB available: {parts}")
+        predicted, there = sum(self.predicted.values()), memory_bytes(world.device) / 2**30
+        in_unit = 1 if predicted >= LEAST_GIB else 2**10  # the sum's unit serves its parts
+        parts = ", ".join(f"{name} {in_unit * gib:.2f}" for name, gib in self.predicted.items())
+        print(f"memory     {_memory(predicted)} per rank predicted, {there:.1f} GiB available: {parts}")
         tokens = self.last_step * data.batch_tokens
         epochs = tokens / train_tokens
         print(f"run        {self.last_step:,} steps, {tokens:,} tokens, {epochs:.3g} epochs, in {self.out_dir}")
@@ -339,8 +342,8 @@ def _time(hours):
 
 
 def _memory(gib, digits=2):
-    """Memory in GiB, or in MiB where it is below a tenth of one."""
-    return f"{gib:.{digits}f} GiB" if gib >= 0.1 else f"{2**10 * gib:.{digits}f} MiB"
+    """Memory in GiB, or in MiB where it is little."""
+    return f"{gib:.{digits}f} GiB" if gib >= LEAST_GIB else f"{2**10 * gib:.{digits}f} MiB"
 
 
 def _short(count):
