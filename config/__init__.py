@@ -40,10 +40,7 @@ FOLDERS = ("text", "run", "perf", "interop", "config")  # source folders below R
 
 
 class UserError(ValueError):
-    """A user's mistake; its message has the value, the rule and the remedy. It ends a command with exit code 2.
-
-    Every other exception is a bug and keeps its traceback.
-    """
+    """A user's mistake: value, rule and remedy. A command ends with exit code 2; other exceptions are bugs."""
 
 
 # nanoGPT's names that are not near ours: our name, or where the meaning differs, a sentence that begins with it.
@@ -87,10 +84,7 @@ def check_ranges(settings, **names):
 
 
 def load(settings_type, argv):
-    """Settings from a command's arguments: preset files, --key=value, and .json files where the script reads them.
-
-    Raises UserError that lists every mistake of the command, one a line.
-    """
+    """A script's settings from a command's arguments; UserError with a line for each mistake."""
     command = _Command(settings_type, argv)
     cfg = command.compose()
     if command.errors:
@@ -199,10 +193,7 @@ def as_preset(cfg):
 
 
 def help_text(settings_type, argv, doc):
-    """A script's docstring and its settings: value, comment, choices.
-
-    Values come from the presets and arguments where they are sound, else from the defaults.
-    """
+    """A script's docstring and settings, each with its value under these arguments, comment and choices."""
     command = _Command(settings_type, argv)  # its mistakes, --help among them, are not looked at
     texts, width = comments(settings_type), min(120, shutil.get_terminal_size((120, 24)).columns)
     lines, last = [doc.strip(), "", "Settings, written --name=value or, in a preset file, name = value:"], None
@@ -225,10 +216,7 @@ def project_files(root=ROOT):
 
 
 def run_script(main, settings_type, doc):
-    """Runs main(cfg) with the settings of the command line, or prints the help and does nothing else.
-
-    A UserError ends the process with a line for each mistake and exit code 2, any other error with its traceback and 1.
-    """
+    """Runs main(cfg) with the command line's settings, or prints the help; ends the process after an error."""
     argv = sys.argv[1:]
     try:
         if "-h" in argv or "--help" in argv:

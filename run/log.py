@@ -1,7 +1,6 @@
 """The log of a run: the console, log.jsonl, curves.png and, if asked, wandb."""
 
 import contextlib
-import datetime
 import importlib.util
 import json
 import math
@@ -59,7 +58,19 @@ class Log:
         if world.is_main:
             changes = changes + [f"changed source file: {name}" for name in self._open(state.step)]
             self._print_start(model, per_rank, state, changes, train_split.tokens)
-            self._write_start(state, changes)
+            self._write({
+                "start": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+                "step": state.step,
+                "command": shlex.join(sys.argv),
+                "changes": changes,
+                "git_commit": git_commit(),
+                "versions": {"python": platform.python_version(), "torch": torch.__version__},
+                "devices": f"{world.size} x {device_name(world.device)}",
+                "precision": world.precision,
+                "peak_flops": self.peak,
+                "peak_name": self.peak_name,
+                "predicted_memory_gib": sum(self.predicted.values()),
+            })  # fmt: skip
             if cfg.log.wandb:
                 self.wandb = start_wandb(cfg, self.out_dir, state.step)
         self.started = time.perf_counter()
@@ -231,21 +242,6 @@ class Log:
             print(f"warning    {often} a model learns little more (arXiv 2305.16264): lower --max_steps, or add text")
         peak = f"mfu relative to {self.peak / 1e12:.4g} TFLOP/s, {self.peak_name}"
         print(f"device     {world.size} x {device_name(world.device)}, {world.precision}; {peak}", flush=True)
-
-    def _write_start(self, state, changes):
-        self._write({
-            "start": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "step": state.step,
-            "command": shlex.join(sys.argv),
-            "changes": changes,
-            "git_commit": git_commit(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "devices": f"{self.world.size} x {device_name(self.world.device)}",
-            "precision": self.world.precision,
-            "peak_flops": self.peak,
-            "peak_name": self.peak_name,
-            "predicted_memory_gib": sum(self.predicted.values()),
-        })  # fmt: skip
 
     def _step_text(self, state):
         return f"step {state.step:>{len(str(self.last_step))}}/{self.last_step}"
