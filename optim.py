@@ -51,10 +51,7 @@ def lr_at(step, cfg, last_step):
 
 
 def build_optimizer(model, cfg, world=None):
-    """The optimizer, with each parameter in exactly one group: matrices and embeddings decay, vectors do not.
-
-    The ranks of a world share Muon's work on whole matrices.
-    """
+    """The optimizer; matrices and embeddings decay, vectors do not. A world's ranks share Muon's work."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -170,14 +167,11 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 
 def orthogonalize(x):
-    """Matrices x (n, rows, columns) with their singular values replaced by about 1.
-
-    Takes five Newton-Schulz steps of Keller Jordan's quintic, https://kellerjordan.github.io/posts/muon/.
-    """
+    """Matrices x (n, rows, columns) with their singular values replaced by about 1, in five Newton-Schulz steps."""
     if x.shape[1] > x.shape[2]:
         return orthogonalize(x.mT).mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
+    for _ in range(5):  # Keller Jordan's quintic, https://kellerjordan.github.io/posts/muon/
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x

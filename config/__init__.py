@@ -41,10 +41,7 @@ FOLDERS = ("text", "run", "perf", "interop", "config")  # source folders below R
 
 
 class UserError(ValueError):
-    """A user's mistake; its message has the value, the rule and the remedy. It ends a command with exit code 2.
-
-    Every other exception is a bug and keeps its traceback.
-    """
+    """A user's mistake: value, rule and remedy. A command ends with exit code 2; other exceptions are bugs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,18 +75,15 @@ class Config:
             raise UserError("\n".join(wrong))
 
 
-# nanoGPT's name for a setting: ours, or where the meaning differs, a sentence that begins with ours.
+# nanoGPT's names that are not near ours: our name, or where the meaning differs, a sentence that begins with it.
 NANOGPT_NAMES = {
     "max_iters": "max_steps",
-    "lr_decay_iters": "lr_decay_steps",
-    "warmup_iters": "warmup_steps",
     "batch_size": "micro_batch_size is the sequences of one forward pass; batch_tokens sets the size of a step",
     "gradient_accumulation_steps": "batch_tokens sets the size of a step; gradient accumulation is derived from it",
     "eval_iters": "eval_tokens is the number of tokens to evaluate on",
     "eval_only": "max_steps=0 evaluates and stops",
     "dataset": "data_dir is the folder that prepare.py wrote, as in --data_dir=data/shakespeare",
     "dtype": "precision is auto, fp32, bf16 or fp16",
-    "wandb_log": "wandb",
     "decay_lr": "schedule=constant keeps the learning rate",
     "start": "prompt",
     "always_save_checkpoint": "save_interval is the number of steps between checkpoints",
@@ -103,12 +97,8 @@ def only(*names):
 
 
 def load(settings_type, argv):
-    """Settings from a command's arguments: preset files, --key=value, and .json files where the script reads them.
-
-    Raises UserError that lists every mistake of the command, one a line.
-    """
-    command = _Command(settings_type)
-    command.read(argv)
+    """A script's settings from a command's arguments; UserError with a line for each mistake."""
+    command = _Command(settings_type, argv)
     cfg = command.compose()
     if command.errors:
         raise UserError("\n".join(command.errors))
@@ -118,20 +108,16 @@ def load(settings_type, argv):
 class _Command:
     """The values that a command sets, read argument by argument, and its mistakes so far."""
 
-    def __init__(self, settings_type):
-        self.type, self.settings = settings_type, settings_of(settings_type)
+    def __init__(self, settings_type, argv):
+        self.type, self.settings, self.values, self.errors = settings_type, settings_of(settings_type), {}, []
         self.fields = {field.name for field in dataclasses.fields(settings_type)}
-        self.values, self.errors, self.presets, self.files = {}, [], (), ()
         self.wrong_sections = set()  # not built, so that a wrong value is reported once
-
-    def read(self, argv):
-        """Reads presets first, so that --key=value wins wherever it stands."""
         words = [arg for arg in argv if not arg.startswith("--")]
         self.presets = tuple(word for word in words if word.endswith(".py"))
         self.files = tuple(word for word in words if word.endswith(".json") and "files" in self.fields)
         if others := [word for word in words if word not in self.presets + self.files]:
             self._refuse_words(others)
-        for path in self.presets:
+        for path in self.presets:  # first, so that --key=value wins wherever it stands
             for name, value in (self._attempt(_run_preset, path) or {}).items():
                 if name in self.settings:
                     self._set(name, value, f"{path}: {name}")
@@ -220,12 +206,8 @@ def as_preset(cfg):
 
 
 def help_text(settings_type, argv, doc):
-    """A script's docstring and its settings: value, comment, choices.
-
-    Values come from the presets and arguments where they are sound, else from the defaults.
-    """
-    command = _Command(settings_type)
-    command.read(argv)  # its mistakes, --help among them, are not looked at
+    """A script's docstring and settings, each with its value under these arguments, comment and choices."""
+    command = _Command(settings_type, argv)  # its mistakes, --help among them, are not looked at
     texts, width = comments(settings_type), min(120, shutil.get_terminal_size((120, 24)).columns)
     lines, last = [doc.strip(), "", "Settings, written --name=value or, in a preset file, name = value:"], None
     for name, (section, field) in command.settings.items():
@@ -247,10 +229,7 @@ def project_files(root=ROOT):
 
 
 def run_script(main, settings_type, doc):
-    """Runs main(cfg) with the settings of the command line, or prints the help and does nothing else.
-
-    A UserError ends the process with a line for each mistake and exit code 2, any other error with its traceback and 1.
-    """
+    """Runs main(cfg) with the command line's settings, or prints the help; ends the process after an error."""
     argv = sys.argv[1:]
     try:
         if "-h" in argv or "--help" in argv:
@@ -388,10 +367,11 @@ def comments(settings_type):
 @functools.cache
 def _settings_everywhere():
     """{name: file} of all settings that the project declares, read without importing its files."""
-    found = {}
-    for path in project_files():
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
-                names = [line.target.id for line in node.body if isinstance(line, ast.AnnAssign)]
-                found |= dict.fromkeys(names, path.relative_to(ROOT).as_posix())
-    return found
+    return {
+        line.target.id: path.relative_to(ROOT).as_posix()
+        for path in project_files()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Config")
+        for line in node.body
+        if isinstance(line, ast.AnnAssign)
+    }

@@ -53,10 +53,7 @@ def guarded(cfg, world):
 
 
 class StopRequests:
-    """SIGTERM, SIGINT, SIGUSR1, or a file named stop in the run's folder, ask a run to stop after the step.
-
-    A second SIGINT ends this process at once.
-    """
+    """SIGTERM, SIGINT, SIGUSR1 or a file named stop end a run after its step; a second SIGINT ends it at once."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -118,12 +115,11 @@ class StopRequests:
 class Watchdog:
     """Ends the process when the main thread enters no new phase for too long, and names the rank that hangs.
 
-    All ranks pass the same phases, so the rank that has entered fewest is the one that others wait for.
+    All ranks pass the same phases, so the others wait for the rank that has entered fewest.
     """
 
     def __init__(self, minutes, world, report=lambda text: None):
-        """report: writes a text into the run's folder."""
-        self.minutes, self.world, self.report = minutes, world, report
+        self.minutes, self.world, self.report = minutes, world, report  # report(text) writes into the run's folder
         self._closed, self._main = threading.Event(), threading.get_ident()
 
     def __enter__(self):
@@ -201,36 +197,30 @@ def crash_reports(out_dir, world, settings):
             return f"no report could be written ({error})"
         return f"the report, with settings and versions, is {file}"
 
+    def in_store(function, if_lost=False):
+        """function(store); False for one process, if_lost where the process that keeps the store has ended."""
+        try:
+            return world.size > 1 and function(world.store)
+        except RuntimeError:
+            return if_lost
+
     try:
         yield write
-    except UserError:
-        _claim_mistake(world)
+    except UserError:  # all ranks may have found it: rank 0 reports it, or this one if rank 0 has not in five seconds
+        deadline = time.monotonic() + 5
+        while not world.is_main and time.monotonic() < deadline:
+            if in_store(lambda store: store.check(["mistake"]), if_lost=True):  # rank 0 reported it, and ended
+                raise SystemExit(2)
+            time.sleep(0.1)
+        in_store(lambda store: store.set("mistake", "reported"))
         raise
     except Exception as error:
-        if _in_store(world, lambda store: store.check(["mistake"])):  # another rank reports it
+        if in_store(lambda store: store.check(["mistake"])):  # another rank reports it
             raise SystemExit(2) from error
         written = write("".join(traceback.format_exception(error)))
-        if _in_store(world, lambda store: store.add("crashes", 1) > 1):  # errors that follow from the first confuse
+        if in_store(lambda store: store.add("crashes", 1) > 1):  # errors that follow from the first only confuse
             raise SystemExit(1) from error
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
             get_error_handler().record_exception(error)  # torchrun then shows it as the cause
         print(f"error on rank {world.rank}, {world.progress.place}; {written}", file=sys.stderr, flush=True)
         raise
-
-
-def _claim_mistake(world):
-    """Lets one rank report a mistake that all may have found: rank 0, if it has within five seconds."""
-    deadline = time.monotonic() + 5
-    while not world.is_main and time.monotonic() < deadline:
-        if _in_store(world, lambda store: store.check(["mistake"]), if_lost=True):  # rank 0 reported it, and ended
-            raise SystemExit(2)
-        time.sleep(0.1)
-    _in_store(world, lambda store: store.set("mistake", "reported"))
-
-
-def _in_store(world, function, if_lost=False):
-    """function(store); False for one process, if_lost where the process that keeps the store has ended."""
-    try:
-        return world.size > 1 and function(world.store)
-    except RuntimeError:
-        return if_lost

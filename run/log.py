@@ -1,7 +1,6 @@
 """The log of a run: the console, log.jsonl, curves.png and, if asked, wandb."""
 
 import contextlib
-import datetime
 import importlib.util
 import json
 import math
@@ -25,6 +24,8 @@ from perf.hardware import peak_flops
 from perf.memory import memory, params_and_bytes, setup_here
 from run.folder import keep_source, keep_tokenizer, open_log, writing_to
 from world import device_name, memory_bytes, peak_memory_gib, reset_peak_memory
+
+LEAST_GIB = 0.1  # memory below it prints in MiB
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,19 @@ class Log:
         if world.is_main:
             changes = changes + [f"changed source file: {name}" for name in self._open(state.step)]
             self._print_start(model, per_rank, state, changes, train_split.tokens)
-            self._write_start(state, changes)
+            self._write({
+                "start": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+                "step": state.step,
+                "command": shlex.join(sys.argv),
+                "changes": changes,
+                "git_commit": git_commit(),
+                "versions": {"python": platform.python_version(), "torch": torch.__version__},
+                "devices": f"{world.size} x {device_name(world.device)}",
+                "precision": world.precision,
+                "peak_flops": self.peak,
+                "peak_name": self.peak_name,
+                "predicted_memory_gib": sum(self.predicted.values()),
+            })  # fmt: skip
             if cfg.log.wandb:
                 self.wandb = start_wandb(cfg, self.out_dir, state.step)
         self.started = time.perf_counter()
@@ -214,9 +227,10 @@ class Log:
             print(f"layout     {world.size} ranks = {replicas} replicas x {shards} shards x {tp} tensor parallel")
         n_params, n_bytes = per_rank
         print(f"per rank   {n_params:,.0f} parameters, {n_bytes / 2**20:,.1f} MiB with gradients and optimizer state")
-        parts = ", ".join(f"{name} {_memory(gib)}" for name, gib in self.predicted.items())
-        predicted, there = _memory(sum(self.predicted.values())), memory_bytes(world.device) / 2**30
-        print(f"memory     {predicted} per rank predicted, {there:.1f} GiB available: {parts}")
+        predicted, there = sum(self.predicted.values()), memory_bytes(world.device) / 2**30
+        in_unit = 1 if predicted >= LEAST_GIB else 2**10  # the sum's unit serves its parts
+        parts = ", ".join(f"{name} {in_unit * gib:.2f}" for name, gib in self.predicted.items())
+        print(f"memory     {_memory(predicted)} per rank predicted, {there:.1f} GiB available: {parts}")
         tokens = self.last_step * data.batch_tokens
         epochs = tokens / train_tokens
         print(f"run        {self.last_step:,} steps, {tokens:,} tokens, {epochs:.3g} epochs, in {self.out_dir}")
@@ -225,21 +239,6 @@ class Log:
             print(f"warning    {often} a model learns little more (arXiv 2305.16264): lower --max_steps, or add text")
         peak = f"mfu relative to {self.peak / 1e12:.4g} TFLOP/s, {self.peak_name}"
         print(f"device     {world.size} x {device_name(world.device)}, {world.precision}; {peak}", flush=True)
-
-    def _write_start(self, state, changes):
-        self._write({
-            "start": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "step": state.step,
-            "command": shlex.join(sys.argv),
-            "changes": changes,
-            "git_commit": git_commit(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "devices": f"{self.world.size} x {device_name(self.world.device)}",
-            "precision": self.world.precision,
-            "peak_flops": self.peak,
-            "peak_name": self.peak_name,
-            "predicted_memory_gib": sum(self.predicted.values()),
-        })  # fmt: skip
 
     def _step_text(self, state):
         return f"step {state.step:>{len(str(self.last_step))}}/{self.last_step}"
@@ -336,8 +335,8 @@ def _time(hours):
 
 
 def _memory(gib, digits=2):
-    """Memory in GiB, or in MiB where it is below a tenth of one."""
-    return f"{gib:.{digits}f} GiB" if gib >= 0.1 else f"{2**10 * gib:.{digits}f} MiB"
+    """Memory in GiB, or in MiB where it is little."""
+    return f"{gib:.{digits}f} GiB" if gib >= LEAST_GIB else f"{2**10 * gib:.{digits}f} MiB"
 
 
 def _short(count):

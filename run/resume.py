@@ -56,17 +56,14 @@ class State:
 
 
 class Saver:
-    """Saves a run and brings it back: its tensors and its State, on all ranks together.
-
-    `changes` lists what differs from the run that was resumed, as lines `name: old -> new`.
-    """
+    """Saves a run and brings it back: its tensors and its State, on all ranks together."""
 
     def __init__(self, cfg, world, model, optimizer, scaler, data_fingerprint):
         self.cfg, self.world = cfg, world
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.settings = as_dict(cfg) | {"data_fingerprint": data_fingerprint}
         self.writer = CheckpointWriter(cfg.run.out_dir, cfg.checkpoint, world)
-        self.changes = []
+        self.changes = []  # lines `name: old -> new` of the settings that differ from the resumed run's
 
     def resume(self):
         """The State of the run's newest whole checkpoint, whose tensors are loaded; None where there is none."""

@@ -39,6 +39,7 @@ from ranks import (
     without_matplotlib,
     write_data,
 )  # fmt: skip
+from run import log
 from text.tokenizer import SPECIALS
 from world import World
 
@@ -153,6 +154,15 @@ def test_a_run_prints_its_epochs_and_warns_where_they_are_many(data_dir, tmp_pat
     told = capsys.readouterr().out
     assert "1,000 steps, 42,000 tokens, 21 epochs, in " in told
     assert "warning    the run reads its 2,000 training tokens 21 times; " in told and "lower --max_steps" in told
+
+
+def test_a_small_run_prints_its_time_in_seconds_and_its_memory_in_mib(data_dir, tmp_path, capsys, no_curves):
+    run(data_dir, tmp_path, max_steps=1)
+    told = capsys.readouterr().out
+    assert re.search(r"^memory     0\.36 MiB per rank predicted, [\d.]+ GiB available: weights 0.06, ", told, re.M)
+    assert re.search(r"^42 tokens in \d+\.\d seconds$", told, re.M), told
+    assert [log._time(hours) for hours in (1 / 60, 0.5, 1)] == ["1.0 minutes", "30.0 minutes", "1.000 hours"]
+    assert [log._memory(gib) for gib in (0.05, 0.1, 12.375)] == ["51.20 MiB", "0.10 GiB", "12.38 GiB"]
 
 
 def test_training_learns_what_can_be_learned(data_dir, tmp_path, no_curves):
