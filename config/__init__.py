@@ -11,9 +11,9 @@ comment is its help text. A script composes the classes it needs and reads them 
         files: tuple = ()  # optional: filled with the command's .json files
         given: frozenset = ...  # optional: filled with the names that presets or the command line set
 
-A number's type may name its range: `n_layer: Count = 12`. A class that checks values in combination extends __post_init__,
-which raises a UserError, a line for each mistake. A preset is a Python file of plain assignments, run in its own
-namespace.
+A number's type may name its range, as in `n_layer: Count = 12`. A class that checks values in combination extends
+__post_init__, which raises a UserError, a line for each mistake. A preset is a Python file of plain assignments, run in
+its own namespace.
 """
 
 import ast

@@ -81,9 +81,7 @@ class PlanConfig(Config):
     gpu_price: Positive | None = None  # dollars per GPU-hour, host included
     efficiency: Positive = 1.0  # speed of computing relative to this project's code, to describe other code
     gpu_load: UpToOne = 0.85  # mean power over rated power; a guess: metered runs of OLMo ranged from 15 to 85 %
-    host_share: NotNegative = (
-        0.3  # CPUs', network's and fans' power over the GPUs'; a guess: BLOOM's was 0.59 with idle hours
-    )
+    host_share: NotNegative = 0.3  # power of CPUs, network and fans over the GPUs'; a guess: BLOOM's was 0.59
     pue: Factor = 1.1  # a data centre's power over its computers'; LLaMA's paper, table 15
     availability: UpToOne = 0.9  # share of hours in which the run progresses; BLOOM's was 0.9, a 7B of fms-fsdp's 0.83
     fragmentation: Factor = 1.05  # reserved over allocated memory; published runs have 1.02 to 1.15
