@@ -1,4 +1,4 @@
-"""Text out of a trained model.
+"""Continues a prompt with a trained model, fills in its [MASK]s, or scores it.
 
 python sample.py --out_dir=out/quickstart --prompt="def main(" --num_samples=3
 python sample.py --out_dir=out/quickstart_bert --prompt="for i in [MASK](10):"
@@ -62,7 +62,7 @@ def main(cfg):
     if ids == [None]:
         raise UserError(f"the tokenizer {tokenizer.name} has no end-of-text token to start from; give a --prompt=")
     ids = as_batch(ids, model, device).repeat(cfg.sample.num_samples, 1)  # B T
-    never = [token for token in tokenizer.specials.values() if token != tokenizer.eot]  # they are not text
+    never = [token for token in tokenizer.specials.values() if token != tokenizer.eot]  # special tokens are not text
     start = time.perf_counter()
     steps = generate(model, ids, cfg.sample, cfg.run.seed, tokenizer.vocab_size, never)
     n_tokens = sum(map(len, stream(steps, tokenizer, prompt, cfg.sample.num_samples)))
@@ -86,7 +86,7 @@ def print_candidates(model, tokenizer, prompt, k, device):
     ids = as_batch(ids, model, device)  # 1 T
     positions = (ids == mask).nonzero()[:, 1][None]  # 1 K
     logits = model(ids, positions=positions)[0, :, : tokenizer.vocab_size].float()  # K V
-    logits[:, list(tokenizer.specials.values())] = -math.inf  # never a target in training
+    logits[:, list(tokenizer.specials.values())] = -math.inf  # special tokens are never targets in training
     k = min(k, tokenizer.vocab_size - len(tokenizer.specials))
     for number, top in enumerate(zip(*logits.softmax(-1).topk(k)), start=1):
         print(f"[MASK] {number}" if len(logits) > 1 else "[MASK]")
@@ -116,7 +116,7 @@ def as_batch(ids, model, device):
 
 
 def read_prompt(prompt):
-    """The text that the prompt setting gives, or names as a file or stdin."""
+    """The prompt's text: the setting's own, or read from the file or stdin that it names."""
     if prompt == "-":
         return sys.stdin.read()
     if prompt and prompt.startswith("FILE:"):
@@ -156,13 +156,13 @@ def draw(logits, cfg, generator):
     logits = logits - logits.amax(-1, keepdim=True)  # a tiny temperature then overflows to -inf, not inf
     probs = torch.softmax(logits / cfg.temperature, dim=-1)
     if cfg.top_k is not None and cfg.top_k < probs.shape[-1]:
-        top = probs.topk(cfg.top_k)  # by index: exactly k, even of equally likely tokens
+        top = probs.topk(cfg.top_k)  # exactly k tokens, even where some are equally likely
         probs = torch.zeros_like(probs).scatter(-1, top.indices, top.values)
     if cfg.top_p is not None:
         ordered, order = (probs / probs.sum(-1, keepdim=True)).sort(-1, descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= cfg.top_p  # the likelier tokens already have top_p
+        beyond = ordered.cumsum(-1) - ordered >= cfg.top_p  # likelier tokens already sum to top_p
         probs = torch.zeros_like(probs).scatter(-1, order, ordered.where(~beyond, 0.0))
-    # Inverse transform sampling: one uniform number per row, where multinomial draws one for each token.
+    # Inverse transform sampling: one uniform number per row; multinomial would draw one per token of the vocabulary.
     sums = probs.cumsum(-1)
     if not sums[:, -1].isfinite().all():
         raise UserError("the model's logits are not finite; take an earlier checkpoint, or train at a lower rate")

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import itertools
 import json
-import math
 import os
 import shutil
 import socket
@@ -44,7 +43,7 @@ def writing_to(out_dir):
 
 @contextlib.contextmanager
 def locked(out_dir, world, patience=30):
-    """Locks a run's folder until rank 0's process ends.
+    """Locks a run's folder; the lock ends with rank 0's process, too.
 
     UserError, on all ranks, where another run has it, or where a rank does not see the lock in `patience` seconds.
     """
@@ -130,14 +129,11 @@ def open_log(out_dir, step):
         os.replace(path, next(p for i in itertools.count(1) if not (p := path.with_name(f"log_{i}.jsonl")).exists()))
     elif path.exists():
         partial = path.with_name(f".{path.name}")
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        partial.write_text("".join(line for line in lines if _step_of(line) <= step), encoding="utf-8")
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                    kept.append(line)
+        partial.write_text("".join(kept), encoding="utf-8")
         os.replace(partial, path)
     return open(path, "a", encoding="utf-8")
-
-
-def _step_of(line):
-    try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf

@@ -39,11 +39,10 @@ def first_bad_tensor(model, forward_and_backward):
 
     Weights come first, then the outputs of modules in forward, then gradients in the order of backward.
     """
-    bad = [name for name, p in model.named_parameters() if not _is_finite(p)]
-    hooks = []
+    bad, hooks = [], []
 
     def look(name, tensor):
-        if not _is_finite(tensor):
+        if not torch.isfinite(local(tensor)).all():
             bad.append(name)
 
     def watch_gradients(named):
@@ -57,6 +56,8 @@ def first_bad_tensor(model, forward_and_backward):
                 watch_gradients([(f"the output of {name or 'the model'}", output)])
         watch_gradients(module.named_parameters(prefix=name, recurse=False))  # FSDP has gathered them at this moment
 
+    for name, p in model.named_parameters():
+        look(name, p)
     for name, module in model.named_modules():
         hooks.append(module.register_forward_hook(functools.partial(after, name)))
     # For a table whose module is never called, such as the head's.
@@ -68,7 +69,3 @@ def first_bad_tensor(model, forward_and_backward):
         for hook in hooks:
             hook.remove()
     return bad[0] if bad else None
-
-
-def _is_finite(tensor):
-    return bool(torch.isfinite(local(tensor)).all())

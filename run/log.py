@@ -102,7 +102,8 @@ class Log:
         now = time.perf_counter()
         state.hours = self.hours_before + (now - self.started) / 3600
         self.waited += waited
-        self.losses += [] if bad else [loss]
+        if not bad:
+            self.losses.append(loss)
         if self.n_steps == 0:  # the largest peak comes early
             peak = _memory(self.world.worst(peak_memory_gib(self.world.device)))
             process = "" if self.world.device.type == "cuda" else "; the process holds Python and torch as well"

@@ -309,7 +309,8 @@ train.end_process()
 """)
     process = torchrun(2, script, settings(data_dir, tmp_path / "run", **LONG), tmp_path / "told")
     assert process.wait(600) == 1
-    text, reports = (tmp_path / "told").read_text(), sorted((tmp_path / "run").glob("crash_*.txt"))
+    text, reports = (tmp_path / "told").read_text(), list((tmp_path / "run").glob("crash_*.txt"))
+    reports.sort(key=lambda report: report.name[-10:])  # the time comes first in a name
     assert [report.name[-10:] for report in reports] == ["rank_0.txt", "rank_1.txt"]
     first = reports[1].read_text()
     assert "rank 1 of 2 on " in first and "step 3, data" in first and "torch 2." in first
