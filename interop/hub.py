@@ -135,7 +135,9 @@ def tensors_in(folder):
                 opened = {file: open_tensors(file) for file in set(files.values())}
                 return {name: opened[file][name] for name, file in files.items()}
             except (KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{index} lacks {error}, or its files do; copy them again") from error
+                raise UserError(
+                    f"{index} does not fit its files ({type(error).__name__}: {error}); copy it again"
+                ) from error
     raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin; copy its weights there")
 
 
@@ -148,7 +150,7 @@ def open_tensors(path):
 
 
 def load_plain(path):
-    """The content of a safetensors file, or of a pickle of torch's, a dict; tensors are read when they are used.
+    """The dict in a safetensors file or in a pickle of torch's; its tensors are read from disk when they are used.
 
     No code in a pickle runs: torch's loader for plain weights reads it.
     """
@@ -207,7 +209,5 @@ def folder_of(where):
             huggingface_hub.snapshot_download(where, allow_patterns=PICKLES)
         return folder
     except Exception as error:  # network and hub raise a dozen kinds
-        raise UserError(
-            f"{where} is no folder here, and the Hugging Face hub did not give a model of that name "
-            f"({type(error).__name__}); check the name and the network, or fetch it elsewhere and name its folder"
-        ) from error
+        what = f"{where} is no folder here, and the Hugging Face hub did not give it ({type(error).__name__})"
+        raise UserError(f"{what}; check the name and network, or fetch it elsewhere and name its folder") from error

@@ -203,10 +203,8 @@ def _groups(optimizer, sizes):
     if not are_sound:
         raise UserError("its optimizer is not nanoGPT's AdamW: eps 1e-8, no amsgrad, weight_decay of matrices alone")
     if found != sizes:
-        raise UserError(
-            f"its optimizer's groups have {found} parameters, where nanoGPT has {sizes}; checkpoints from before May "
-            f"2023, with another GELU, are not supported"
-        )
+        what = f"its optimizer's groups have {found} parameters, where nanoGPT has {sizes}"
+        raise UserError(f"{what}; checkpoints from before May 2023, with another GELU, are not supported")
     return groups, state
 
 

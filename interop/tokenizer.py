@@ -173,10 +173,8 @@ def _framing(saved, tokenizer, specials):
     from tokenizers.processors import TemplateProcessing
 
     if lacking := [role for role in ("mask", "cls", "sep", "pad") if role not in specials]:
-        raise UserError(
-            f"the tokenizer {tokenizer.name} has no {', '.join(lacking)} token, which masked models need; "
-            f"its special tokens are {', '.join(tokenizer.specials) or 'none'}"
-        )
+        what = f"the tokenizer {tokenizer.name} has no {', '.join(lacking)} token, which masked models need"
+        raise UserError(f"{what}; its special tokens are {', '.join(tokenizer.specials) or 'none'}")
     cls, sep = specials["cls"], specials["sep"]
     ids = [(name, tokenizer.specials[name]) for name in (cls, sep)]
     frame = TemplateProcessing(f"{cls} $A {sep}", f"{cls} $A {sep} $B:1 {sep}:1", ids)  # :1 is the token type

@@ -393,6 +393,16 @@ def test_an_index_leads_nowhere_but_into_its_folder(copy, folders):
         load_model(str(folder), "cpu")
 
 
+@pytest.mark.parametrize("weight_map", [{"lm_head.weight": "elsewhere.safetensors"}, {"x": 3}, ["x"], None])
+def test_an_index_that_does_not_fit_its_files_is_refused_in_one_line(weight_map, copy):
+    folder = copy("gpt2")
+    (folder / "model.safetensors").rename(folder / "elsewhere.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match="index.json does not fit its files .*; copy it again") as error:
+        load_model(str(folder), "cpu")
+    assert "\n" not in str(error.value)
+
+
 # ---- by name
 
 def test_a_name_is_read_from_hugging_faces_cache_and_one_that_is_not_there_is_refused(folders, tmp_path, monkeypatch):
