@@ -80,10 +80,8 @@ DEVICES = (
 DEVICES = {device.name: device for device in DEVICES}
 Names = Literal[(*DEVICES, "this", "other")]
 # Words in the name that torch reports, where ours differ. The first device whose words are all in a name is meant.
-WORDS = {
-    "a100-40": "A100 40GB", "a100-80": "A100", "h100-sxm": "H100",
-    "rtx3090": "RTX 3090", "rtx4090": "RTX 4090", "rtx5090": "RTX 5090",
-}  # fmt: skip
+WORDS = {"a100-40": "A100 40GB", "a100-80": "A100", "h100-sxm": "H100"}
+WORDS |= {f"rtx{number}": f"RTX {number}" for number in (3090, 4090, 5090)}
 OTHER_PEAK = {"NVL", "LAPTOP", "MAX", "MIG", "TI", "D"}  # words in the names of slower or faster variants
 
 

@@ -176,10 +176,9 @@ def loader_speed(folder, path, world, seq_len=1024, micro_batch_size=16):
             path.read_bytes()
         start, steps = time.perf_counter(), 0
         loader = Loader(TrainOrder(split, seq_len, 0), NextToken(seq_len), 0, 1, micro_batch_size, alone)
-        while time.perf_counter() - start < LOADER_SECONDS:
+        while (elapsed := time.perf_counter() - start) < LOADER_SECONDS:
             loader.next()
             steps += 1
-        elapsed = time.perf_counter() - start
         loader.close()
         found[kind].append(steps * micro_batch_size * seq_len / elapsed)
     return {kind: [statistics.median(rates), min(rates), max(rates)] for kind, rates in found.items()}

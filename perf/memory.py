@@ -40,7 +40,10 @@ def memory(cfg, s):
     gradients = s.gradient_bytes * n / (s.shards if is_sharded and s.accumulate == "sharded" else 1)
     kept_between = s.micro_steps > 1 or (s.ranks > 1 and not is_sharded)  # DDP keeps its buckets
     before = gradients if kept_between else 0
-    activations, recomputed = activation_bytes(cfg, s)
+    masks = (s.residual_bytes if s.on_cpu else 1) * d if cfg.dropout else 0
+    outside = s.residual_bytes * d + 8 + masks  # the first or last norm, and dropout after the embedding
+    activations = s.tokens * (cfg.n_layer * block_activation_bytes(cfg, s, s.checkpointing) + outside)
+    recomputed = 0 if s.checkpointing == "none" else s.tokens * block_activation_bytes(cfg, s)
     head, head_left = head_bytes(cfg, s)
     # Gradients that flow through a block: two of the residual stream, two of the MLP's width.
     flowing = s.tokens * (2 * s.residual_bytes * d + 2 * s.width * cfg.inner_width) / s.tp
@@ -57,15 +60,6 @@ def memory(cfg, s):
     unused = 4 * cfg.n_layer * block_weights(cfg) / s.tp if s.optimizer == "muon" else 0  # a matrix has one state
     optimizer = (n * state - unused) / s.shards
     return dict(zip(CATEGORIES, (weights + copies, gradients, optimizer, activations, logits, other + error_feedback)))
-
-
-def activation_bytes(cfg, s):
-    """(bytes that a micro-step saves for backward, bytes of one block that backward recomputes)."""
-    saved = block_activation_bytes(cfg, s, s.checkpointing)
-    recomputed = 0 if s.checkpointing == "none" else block_activation_bytes(cfg, s)
-    masks = (s.residual_bytes if s.on_cpu else 1) * cfg.n_embd if cfg.dropout else 0
-    outside = s.residual_bytes * cfg.n_embd + 8 + masks  # the first or last norm, and dropout after the embedding
-    return s.tokens * (cfg.n_layer * saved + outside), s.tokens * recomputed
 
 
 def block_activation_bytes(cfg, s, checkpointing="none"):
