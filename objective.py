@@ -57,11 +57,9 @@ class Masked:
         if not meta:
             raise UserError("mlm needs to know the special tokens of its data, which has no meta.json; use prepare.py")
         if cfg.whole_word_masking and not meta.get("continuations"):
-            raise UserError(
-                f"whole_word_masking is on, but the data's tokenizer, {meta.get('tokenizer')}, does not mark where "
-                f"words start, as only WordPiece does; leave it off, or prepare the data with --tokenizer=vocab.txt, "
-                f"BERT's"
-            )
+            rule = f"the data's tokenizer, {meta.get('tokenizer')}, does not mark where words start, as WordPiece does"
+            remedy = "leave it off, or prepare the data with --tokenizer=vocab.txt, BERT's"
+            raise UserError(f"whole_word_masking is on, but {rule}; {remedy}")
         continuations = meta["continuations"] if cfg.whole_word_masking else ()
         return cls(seq_len, cfg.mask_prob, seed, meta["vocab_size"], meta.get("specials", {}), continuations)
 
@@ -75,10 +73,8 @@ class Masked:
         if seq_len < 3:
             raise UserError(f"seq_len is {seq_len}; masked training needs at least 3: [CLS], a token and [SEP]")
         if (count := n_masked(seq_len, mask_prob)) > seq_len - 2:
-            raise UserError(
-                f"mask_prob {mask_prob} of seq_len {seq_len} is {count} tokens, and between [CLS] and [SEP] are only "
-                f"{seq_len - 2}; lower mask_prob"
-            )
+            what = f"mask_prob {mask_prob} of seq_len {seq_len} is {count} tokens"
+            raise UserError(f"{what}, and between [CLS] and [SEP] are only {seq_len - 2}; lower mask_prob")
         self.stride, self.mask_prob = seq_len - 2, mask_prob
         self.mask, self.cls, self.sep, self.pad = (special_id(specials, role) for role in ("mask", "cls", "sep", "pad"))
         self.eot = specials.get("<|endoftext|>", self.sep)
@@ -86,9 +82,7 @@ class Masked:
         self.continues = np.isin(np.arange(vocab_size), continuations)
         self.replacements = np.flatnonzero(~self.is_special)
         if not len(self.replacements):
-            raise UserError(
-                f"vocab_size is {vocab_size}, special tokens alone; masked training needs others to predict"
-            )
+            raise UserError(f"vocab_size is {vocab_size}, special tokens alone; masked training needs others")
         self.key = np.random.SeedSequence((seed, 2)).generate_state(2, np.uint64)
 
     def batch(self, rows, first, lengths=None):
@@ -139,10 +133,8 @@ def special_id(specials, role):
     for name in (f"<|{role}|>", f"[{role.upper()}]"):
         if name in specials:
             return specials[name]
-    raise UserError(
-        f"masked models need a {role} token, and the data's tokenizer has only {', '.join(specials) or 'none'}; "
-        f"make the data with --tokenizer=bpe, byte or BERT's vocab.txt"
-    )
+    has = f"the data's tokenizer has only {', '.join(specials) or 'none'}"
+    raise UserError(f"masked models need a {role} token, and {has}; use --tokenizer=bpe, byte or BERT's vocab.txt")
 
 
 # The objectives by name. A new one is a class and its line here; `causal` tells the model which tokens it may see.

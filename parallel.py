@@ -42,27 +42,23 @@ class ParallelConfig(Config):
             if getattr(self, name) != default and self.strategy == "ddp"
         ]
         if self.grad_compression and (self.strategy == "fsdp" or self.tp > 1):
-            wrong.append(
-                f"grad_compression is {self.grad_compression}, which needs ddp without tensor parallelism, but "
+            here = (
                 f"strategy is {self.strategy} and tp is {self.tp}; use --strategy=ddp --tp=1 or --grad_compression=none"
             )
+            wrong.append(f"grad_compression {self.grad_compression} needs ddp without tensor parallelism, but {here}")
         if wrong:
             raise UserError("\n".join(wrong))
 
     def mesh_shape(self, size):
         """(replicas, shards of a replica, tensor parallel ranks) for `size` processes; UserError if they do not fit."""
         if size % self.tp:
-            raise UserError(
-                f"{size} processes are not a multiple of tp {self.tp}; start them with torchrun "
-                f"--nproc_per_node={self.tp}, or a multiple of it"
-            )
+            remedy = f"start them with torchrun --nproc_per_node={self.tp}, or a multiple of it"
+            raise UserError(f"{size} processes are not a multiple of tp {self.tp}; {remedy}")
         data_ranks = size // self.tp
         shard = 1 if self.strategy == "ddp" else self.shard_size or data_ranks
         if data_ranks % shard:
-            raise UserError(
-                f"shard_size {shard} does not divide the {data_ranks} ranks that read different data ({size} processes "
-                f"/ tp {self.tp}); lower it, or set it to none for all"
-            )
+            ranks = f"the {data_ranks} ranks that read different data ({size} processes / tp {self.tp})"
+            raise UserError(f"shard_size {shard} does not divide {ranks}; lower it, or set it to none for all")
         return data_ranks // shard, shard, self.tp
 
     def check_tensor_parallel(self, model, seq_len):

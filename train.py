@@ -178,10 +178,8 @@ def evaluate(model, split, objective, cfg, world):
     loss, n_correct = world.sum_over_data(sums).tolist()
     n_targets = world.sum_over_data(frequencies).sum().item()
     if n_targets == 0:
-        raise UserError(
-            f"the first eval_tokens {cfg.eval_tokens} of the {split.name} split hold nothing to predict, only special "
-            f"tokens; raise eval_tokens, or the text's share by --val_fraction of prepare.py"
-        )
+        what = f"the first eval_tokens {cfg.eval_tokens} of the {split.name} split are special tokens alone"
+        raise UserError(f"{what}; raise eval_tokens, or the split's share of the text by --val_fraction of prepare.py")
     return {
         "val_loss": loss / n_targets,
         "val_accuracy": n_correct / n_targets,

@@ -167,7 +167,7 @@ def init_world(cfg, layout=None):
     device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if device.type == "cpu":
+    elif device.type == "cpu":
         keep_freed_memory()
     precision = pick_precision(cfg.precision, device)
     if cfg.deterministic:
@@ -243,10 +243,8 @@ def pick_device(name, local_rank=0):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and torch.cuda.device_count() <= local_rank:
-        raise UserError(
-            f"device is cuda, but process {local_rank} of this machine finds {torch.cuda.device_count()} "
-            f"CUDA devices; start fewer processes or use --device=cpu"
-        )
+        found = f"process {local_rank} of this machine finds {torch.cuda.device_count()} CUDA devices"
+        raise UserError(f"device is cuda, but {found}; start fewer processes or use --device=cpu")
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("device is mps, but this torch finds none; use --device=cpu")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
@@ -254,15 +252,14 @@ def pick_device(name, local_rank=0):
 
 def pick_precision(name, device):
     """The precision of a name; auto is bf16 where the hardware computes in it, else fp16 on CUDA, else fp32."""
-    if device.type == "cuda":
-        fastest = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif device.type == "cpu":
-        fastest = "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
-    else:
-        fastest = "fp32"
     if name == "fp16" and device.type == "cpu":
         raise UserError("precision is fp16, which CPUs do not train in; use bf16 or fp32")
-    return fastest if name == "auto" else name
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    cpu_has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if device.type == "cpu" and cpu_has_bf16 else "fp32"
 
 
 def device_name(device):
