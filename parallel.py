@@ -42,10 +42,8 @@ class ParallelConfig(Config):
             if getattr(self, name) != default and self.strategy == "ddp"
         ]
         if self.grad_compression and (self.strategy == "fsdp" or self.tp > 1):
-            here = (
-                f"strategy is {self.strategy} and tp is {self.tp}; use --strategy=ddp --tp=1 or --grad_compression=none"
-            )
-            wrong.append(f"grad_compression {self.grad_compression} needs ddp without tensor parallelism, but {here}")
+            here = f"grad_compression {self.grad_compression} with strategy {self.strategy} and tp {self.tp}"
+            wrong.append(f"{here}: it needs ddp without tp; use --strategy=ddp --tp=1, or --grad_compression=none")
         if wrong:
             raise UserError("\n".join(wrong))
 
@@ -226,10 +224,8 @@ def tensor_parallel_plan(n_layer):
     Megatron's plan with sequence parallelism (arXiv 2205.05198): norms and residual stream are sharded by sequence, an
     all-gather precedes attention and MLP, a reduce-scatter follows them.
     """
-    part, heads = (
-        styles.SequenceParallel(use_local_output=True),
-        styles.SequenceParallel(sequence_dim=2, use_local_output=True),
-    )
+    part = styles.SequenceParallel(use_local_output=True)
+    heads = styles.SequenceParallel(sequence_dim=2, use_local_output=True)
     return {
         "wte": styles.RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
         "wpe": Replicated(dim=0),

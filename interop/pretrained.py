@@ -48,7 +48,7 @@ def model_location(cfg):
     The run comes first where a preset names init_from, since the run starts there, and the run has a checkpoint.
     """
     run_dir = run_dir_of(cfg)
-    has_begun = run_dir is not None and is_run(run_dir)
+    has_begun = run_dir is not None and bool(checkpoints(run_dir))
     if cfg.run.init_from and not (has_begun and preset_value(cfg.presets, "init_from") == cfg.run.init_from):
         return cfg.run.init_from
     if run_dir is None:
@@ -59,14 +59,9 @@ def model_location(cfg):
     return run_dir
 
 
-def is_run(where):
-    """Whether a place is the folder of a run that has a checkpoint."""
-    return bool(checkpoints(where))
-
-
 def open_model(where, world=None):
-    """The model of a run's folder, or of a Hugging Face folder or name."""
-    return RunModel(where, world) if is_run(where) else HubModel(folder_of(where))
+    """The model of a run's folder, which has checkpoints, or of a Hugging Face folder or name."""
+    return RunModel(where, world) if checkpoints(where) else HubModel(folder_of(where))
 
 
 def starting_config(where, wanted, given):
@@ -75,7 +70,7 @@ def starting_config(where, wanted, given):
     given: names of the settings that the user has set. UserError where one of them differs from the weights' own, or
     block_size exceeds their longest sequence.
     """
-    if is_run(where):
+    if checkpoints(where):
         source = run_config(where)
         longest = source.block_size if source.position == "learned" else None
     else:
@@ -95,7 +90,7 @@ def starting_config(where, wanted, given):
 def resolve(cfg):
     """A script's settings, with the model's and seq_len filled in where they are left open."""
     if cfg.run.init_from:
-        has_begun = cfg.run.out_dir and is_run(cfg.run.out_dir)
+        has_begun = cfg.run.out_dir and checkpoints(cfg.run.out_dir)
         model = starting_config(cfg.run.out_dir if has_begun else cfg.run.init_from, cfg.model, cfg.given)
     else:
         vocab_size = cfg.model.vocab_size or vocab_size_of(cfg.data.data_dir, prepare_command(cfg))
@@ -154,10 +149,9 @@ def load_tokenizer_of(source, may_lack=False):
         print(f"the tokenizer is unknown: {error}")
         return None
     if tokenizer.vocab_size > source.cfg.vocab_size:
-        raise UserError(
-            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model a vocab_size of "
-            f"{source.cfg.vocab_size}; let {source.folder} name or hold the tokenizer that the model was trained with"
-        )
+        sizes = f"has {tokenizer.vocab_size} ids, the model a vocab_size of {source.cfg.vocab_size}"
+        remedy = f"let {source.folder} name or hold the tokenizer that the model was trained with"
+        raise UserError(f"the tokenizer {tokenizer.name} {sizes}; {remedy}")
     return tokenizer
 
 

@@ -193,7 +193,7 @@ def table(figures):
     yield f"machine    {f['ranks']} x {f['device']}, {f['memory_gib']:.1f} GiB, torch {f['torch']}"
     if "cuda" in f:
         yield f"           CUDA {f['cuda']}, driver {f['driver'] or 'unknown'}"
-    yield "           each figure is the median of several runs, with the least and the most; rates are --gpu=this's"
+    yield "           each figure: median (least-most) of several runs; by the rates, plan.py --gpu=this predicts"
     sheets = {
         "matmul_tflops fp32": "fp32_tflops", "matmul_tflops bf16": "tflops", "matmul_tflops fp16": "tflops",
         "bandwidth_gb_per_s": "memory_gbs", "collectives_gb_per_s": "link_gbs",
@@ -214,7 +214,8 @@ def rows(name, figures):
         if isinstance(value, dict):
             yield from rows(f"{name} {key}", value)
         elif isinstance(value, list):
-            cells.append("{}: {:.4g} ({:.4g}-{:.4g})".format(key, *value))
+            median, least, most = (f"{v:,.0f}" if v >= 1e4 else f"{v:.4g}" for v in value)
+            cells.append(f"{key}: {median} ({least}-{most})")
         else:
             cells.append(f"{key}: {value:.4g}")
     if cells:

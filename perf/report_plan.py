@@ -46,12 +46,10 @@ def answer(f):
 
 def report_run(cfg, gpu, s, f):
     """Model, length, GPUs and layout."""
-    m, batch_tokens = cfg.model, cfg.data.batch_tokens
+    m, p, batch_tokens = cfg.model, cfg.plan, cfg.data.batch_tokens
     counts = [f[name] / 1e6 for name in ("flops_per_token", "flops_per_token_causal")]
-    yield (
-        f"model      {f['n_params']:,} parameters: {m.n_layer} layers, width {m.n_embd}; "
-        f"{counts[0]:,.1f} MFLOP a token (PaLM's count), {counts[1]:,.1f} causal"
-    )
+    flops = f"{counts[0]:,.1f} MFLOP a token (PaLM's count), {counts[1]:,.1f} causal"
+    yield f"model      {f['n_params']:,} parameters: {m.n_layer} layers, width {m.n_embd}; {flops}"
     yield f"length     {f['tokens'] // batch_tokens:,} steps of {batch_tokens:,} tokens: {f['tokens']:,} tokens"
     price = ", price unknown, give --gpu_price" if gpu.price is None else f", ${gpu.price:.2f} an hour"
     watts = "" if gpu.watts is None else f", {gpu.watts:g} W"
@@ -62,18 +60,13 @@ def report_run(cfg, gpu, s, f):
     if gpu.machine:
         yield f"           {gpu.machine['device']}, as python bench.py measured it"
     if f["n_gpus"] > 1:
-        yield (
-            f"           each sends {f['sent_gb_per_step']:.3g} GB a step: {gpu.link_gbs:g} GB/s within a node of "
-            f"{cfg.plan.gpus_per_node}, {gpu.network_gbs:g} GB/s between nodes"
-        )
-    yield (
-        f"a step     {s.micro_steps} micro-steps x {s.replicas * s.shards} ranks x {s.micro_batch_size} sequences x "
-        f"{s.seq_len} tokens; {s.replicas} replicas x {s.shards} shards x {s.tp} tensor parallel"
-    )
-    yield (
-        f"           {s.precision}, weights in {8 * s.weight_bytes:g} bits, {'compiled' if s.compiled else 'eager'}, "
-        f"activation checkpointing {s.checkpointing}, {s.optimizer}"
-    )
+        links = f"{gpu.link_gbs:g} GB/s within a node of {p.gpus_per_node}, {gpu.network_gbs:g} GB/s between nodes"
+        yield f"           each sends {f['sent_gb_per_step']:.3g} GB a step: {links}"
+    ranks, layout = s.replicas * s.shards, f"{s.replicas} replicas x {s.shards} shards x {s.tp} tensor parallel"
+    batch = f"{s.micro_steps} micro-steps x {ranks} ranks x {s.micro_batch_size} sequences x {s.seq_len} tokens"
+    yield f"a step     {batch}; {layout}"
+    how = f"{'compiled' if s.compiled else 'eager'}, activation checkpointing {s.checkpointing}, {s.optimizer}"
+    yield f"           {s.precision}, weights in {8 * s.weight_bytes:g} bits, {how}"
 
 
 def report_memory(cfg, f):
@@ -103,10 +96,8 @@ def report_time(cfg, gpu, f):
             money = f"{_money(share * f['cost']):>12}" if has_price else ""
             yield f"           {PARTS[name][0]:<25}{share:6.1%}{money}  {'#' * round(40 * share)}".rstrip()
     yield "           bottleneck: {}; what helps: {}".format(*PARTS[parts[0][0]])
-    yield (
-        f"speed      {f['tokens_per_s']:,.0f} tokens/s, {f['tokens_per_s_per_gpu']:,.0f} per GPU; mfu {f['mfu']:.1%} "
-        f"(PaLM's count), {f['mfu_causal']:.1%} causal"
-    )
+    mfu = f"mfu {f['mfu']:.1%} (PaLM's count), {f['mfu_causal']:.1%} causal"
+    yield f"speed      {f['tokens_per_s']:,.0f} tokens/s, {f['tokens_per_s_per_gpu']:,.0f} per GPU; {mfu}"
     yield f"total      {_totals(f)}: {_days(f['days'] * p.availability)} of computing / availability {p.availability:g}"
     if f["kwh"] is not None:
         factors = f"load {p.gpu_load:g} x (1 + host {p.host_share:g}) x PUE {p.pue:g}"

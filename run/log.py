@@ -227,9 +227,8 @@ class Log:
             replicas, shards, tp = world.mesh_shape
             print(f"layout     {world.size} ranks = {replicas} replicas x {shards} shards x {tp} tensor parallel")
         n_params, n_bytes = per_rank
-        print(
-            f"per rank   {n_params:,.0f} parameters, padding included, {n_bytes / 2**20:,.1f} MiB with gradients and optimizer state"
-        )
+        mib = f"{n_bytes / 2**20:,.1f} MiB with gradients and optimizer state"
+        print(f"per rank   {n_params:,.0f} parameters, padding included, {mib}")
         predicted, there = sum(self.predicted.values()), memory_bytes(world.device) / 2**30
         in_unit = 1 if predicted >= LEAST_GIB else 2**10  # the sum's unit serves its parts
         parts = ", ".join(f"{name} {in_unit * gib:.2f}" for name, gib in self.predicted.items())
