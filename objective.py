@@ -133,8 +133,8 @@ def special_id(specials, role):
     for name in (f"<|{role}|>", f"[{role.upper()}]"):
         if name in specials:
             return specials[name]
-    has = f"the data's tokenizer has only {', '.join(specials) or 'none'}"
-    raise UserError(f"masked models need a {role} token, and {has}; use --tokenizer=bpe, byte or BERT's vocab.txt")
+    has = f"need a {role} token, and the data's tokenizer has only {', '.join(specials) or 'none'}"
+    raise UserError(f"masked models {has}; make the data with --tokenizer=bpe, byte or BERT's vocab.txt")
 
 
 # The objectives by name. A new one is a class and its line here; `causal` tells the model which tokens it may see.

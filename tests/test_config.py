@@ -430,8 +430,15 @@ def test_help_is_printed_whatever_else_is_on_the_command_line(monkeypatch, capsy
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_alone_ends_with_code_0(script):
-    done = subprocess.run([sys.executable, f"{script}.py", "-h"], cwd=ROOT, capture_output=True, text=True)
+def test_every_script_prints_its_help(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "-h"])
+    config.run_script(lambda cfg: pytest.fail("ran"), sys.modules[script].Settings, sys.modules[script].__doc__)
+    printed = capsys.readouterr()
+    assert "Settings, written --name=value" in printed.out and printed.err == ""
+
+
+def test_help_alone_ends_with_code_0():
+    done = subprocess.run([sys.executable, "prepare.py", "-h"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and "Settings, written --name=value" in done.stdout
 
 
