@@ -184,7 +184,7 @@ class Log:
         if self.wandb:  # it prints a summary of its own
             self.wandb.finish()
         loss = "" if state.val_loss is None else f", val loss {state.val_loss:.4f}"
-        print(f"{state.sequences_seen * self.cfg.data.seq_len:,} tokens in {_time(state.hours)}")
+        print(f"{state.sequences_seen * self.cfg.data.seq_len:,} tokens in {_duration(3600 * state.hours)}")
         print(f"{how}: step {state.step} of {self.last_step}{loss}; the run is in {self.out_dir}", flush=True)
         if not is_finished:
             saved = self.cfg.checkpoint.save_interval
@@ -210,7 +210,7 @@ class Log:
         """Prints what trains where, and for how long. per_rank: parameters and bytes of the fullest rank."""
         cfg, world, data = self.cfg, self.world, self.cfg.data
         if state.step:
-            print(f"resumed from step {state.step}, after {_time(state.hours)}", *changes, sep="\n  ")
+            print(f"resumed from step {state.step}, after {_duration(3600 * state.hours)}", *changes, sep="\n  ")
         if not self.draws:
             print("matplotlib is not installed, so there will be no curves.png")
         flops = f"{self.flops_per_token / 1e6:,.1f} MFLOPs per token by PaLM's count"
@@ -327,13 +327,6 @@ def _duration(seconds):
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
-
-
-def _time(hours):
-    """A time in hours, or where shorter in minutes or seconds: 1.500 hours, 2.3 seconds."""
-    if hours >= 1:
-        return f"{hours:.3f} hours"
-    return f"{60 * hours:.1f} minutes" if hours >= 1 / 60 else f"{3600 * hours:.1f} seconds"
 
 
 def _memory(gib, digits=2):
