@@ -65,12 +65,12 @@ class Settings:
 
 
 def main(cfg):
-    plain = (ModelConfig(), DataConfig(), OptimConfig(), BenchConfig(picture=cfg.bench.picture), RunConfig())
+    defaults = (ModelConfig(), DataConfig(), OptimConfig(), BenchConfig(picture=cfg.bench.picture), RunConfig())
     if cfg.output.compare:
         compare(*cfg.files)
     elif cfg.bench.sweep:
         cfg.output.write(sweep(cfg, filled_in(cfg)))
-    elif not cfg.presets and (cfg.model, cfg.data, cfg.optim, cfg.bench, cfg.run) == plain:  # nothing to train
+    elif not cfg.presets and (cfg.model, cfg.data, cfg.optim, cfg.bench, cfg.run) == defaults:  # names nothing to train
         bench_machine(cfg)
     else:
         bench_training(cfg)
@@ -79,10 +79,13 @@ def main(cfg):
 def bench_machine(cfg):
     """Measures this machine, for people, for plan.py --gpu=this, and for predictions of later benchmarks."""
     with init_world(cfg.world, cfg.parallel) as world, Watchdog(cfg.world.timeout_minutes, world):
-        figures = machine.measure(world, os.path.dirname(cfg.plan.machine) or ".")
+        folder = os.path.dirname(cfg.plan.machine) or "."
+        os.makedirs(folder, exist_ok=True)
+        file = OutputConfig(json=cfg.plan.machine)  # raises before the minute of measuring
+        figures = machine.measure(world, folder)
         if world.is_main:
             print(*machine.table(figures), sep="\n", flush=True)
-            OutputConfig(json=cfg.plan.machine).write(figures)
+            file.write(figures)
             print(f"written    {cfg.plan.machine}, for python plan.py --gpu=this")
             if cfg.bench.picture:
                 write_picture("bench.png", (8, 5), draw_roofline, figures, figures["device"])
@@ -299,7 +302,8 @@ def profile(step, world):
     name = "trace.json" if world.is_main else f"trace_rank{world.rank}.json"
     profiler, events = meters.trace(lambda: (step(), step()), name)
     if world.is_main:
-        print(profiler.key_averages().table(f"self_{world.device.type}_time_total", row_limit=15), flush=True)
+        clock = "cuda" if world.device.type == "cuda" else "cpu"
+        print(profiler.key_averages().table(f"self_{clock}_time_total", row_limit=20), flush=True)
         if changes := meters.allocations(events, world.device):
             write_picture("memory.png", (10, 4.5), draw_memory, changes, world.device)
     print(f"trace      {os.path.abspath(name)}; open it at ui.perfetto.dev", flush=True)

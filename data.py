@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 
 from config import Config, Count, UserError, preset_value
-from objective import OBJECTIVES
 
 HEADER = struct.Struct("<8sIIQ")  # magic, version, bytes a token, tokens
 MAGIC, VERSION = b"flatlm\0\0", 1
@@ -84,14 +83,14 @@ class ShardWriter:
     def write(self, tokens):
         """Appends an array of tokens."""
         while len(tokens):
-            name, count = next(reversed(self.counts.items()), (None, self.shard_tokens))
-            if count == self.shard_tokens:
-                name, count = f"{self.split}_{len(self.counts):06d}.bin", 0
-            part, tokens = np.split(tokens, [self.shard_tokens - count])
-            with open(self.folder / f"{name}.part", "ab" if count else "wb") as file:
-                file.write(b"" if count else bytes(HEADER.size))
+            if not self.counts or self.counts[self.name] == self.shard_tokens:
+                self.name = f"{self.split}_{len(self.counts):06d}.bin"
+                self.counts[self.name] = 0
+                (self.folder / f"{self.name}.part").write_bytes(bytes(HEADER.size))
+            part, tokens = np.split(tokens, [self.shard_tokens - self.counts[self.name]])
+            with open(self.folder / f"{self.name}.part", "ab") as file:
                 file.write(part.astype(self.dtype).tobytes())
-            self.counts[name] = count + len(part)
+            self.counts[self.name] += len(part)
 
     def finish(self):
         """Writes the headers and renames the shards; returns {name: tokens}."""
@@ -349,6 +348,8 @@ def open_data(cfg, world):
 
 def objective_for(cfg, seed):
     """The objective of a run; the seed draws the masks, if any."""
+    from objective import OBJECTIVES  # here, since it imports torch, which prepare.py does without
+
     objective = OBJECTIVES[cfg.model.objective]
     return objective.build(cfg.objective, cfg.data.seq_len, seed, read_meta(cfg.data.data_dir))
 

@@ -167,8 +167,8 @@ def evaluate(model, split, objective, cfg, world):
     """
     model.eval()
     sums, frequencies = torch.zeros(2, dtype=torch.float64), torch.zeros(model.cfg.vocab_size, dtype=torch.int64)
-    part = cfg.eval_tokens, cfg.micro_batch_size, world.data_rank, world.data_ranks
-    for batch in eval_batches(split, objective, *part):
+    share = cfg.eval_tokens, cfg.micro_batch_size, world.data_rank, world.data_ranks
+    for batch in eval_batches(split, objective, *share):
         with world.phase("evaluation"), world.autocast():
             loss_and_correct = model(*(part.to(world.device) for part in batch), count_correct=True)
         sums += torch.stack(loss_and_correct).cpu()

@@ -172,7 +172,7 @@ class _Command:
         hint = _did_you_mean(words[0], _known_presets())
         if "input" in self.settings:
             self.wrong_sections.add(self.settings["input"][0])
-            pattern = Path(words[0]).with_name(f"*{Path(words[0]).suffix}")
+            pattern = Path(words[0]).parent / f"*{Path(words[0]).suffix}"
             hint = f"; name your text by --input={words[0]}, or several files by a quoted glob: --input='{pattern}'"
         more = f" and {len(words) - 3} more" if len(words) > 3 else ""
         self.errors.append(f"{' '.join(words[:3])}{more}: neither a preset file (.py) nor --name=value{hint}")
@@ -273,7 +273,8 @@ def _run_preset(path):
     try:
         names = runpy.run_path(str(file))
     except SyntaxError as error:
-        raise UserError(f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}") from error
+        where = f"{error.filename or path}, line {error.lineno or 1}"
+        raise UserError(f"{where}: {type(error).__name__}: {error.msg}") from error
     except Exception as error:  # a user's file may raise anything
         # The innermost top-level line, which may be in an imported preset; none where the file cannot be read.
         lines = [f for f in traceback.extract_tb(error.__traceback__) if f.name == "<module>"]
@@ -343,7 +344,7 @@ def _did_you_mean(text, names):
     if re.split(r"\W", hint)[0] in names:
         return f"; {hint}" if " " in hint else f"; did you mean {hint}?"
     starting = [name for name in names if text and name.lower().startswith(text.lower())]
-    close = starting or difflib.get_close_matches(text.lower(), names, 1, cutoff=0.7)
+    close = starting[:3] or difflib.get_close_matches(text.lower(), names, 1, cutoff=0.7)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 

@@ -202,7 +202,7 @@ def table(figures):
         for name, text in rows(section, f[section]):
             peak = sheet.get(sheets.get(name) or sheets.get(section))
             limit = f"   data sheet {peak:g}" if peak else ""
-            yield f"{name:<33}{text}{limit}"
+            yield f"{name:<36}{text}{limit}"
     if f["left_out"]:
         yield f"left out   too slow here: {', '.join(f['left_out'])}"
 

@@ -242,18 +242,20 @@ def power_samples(device, interval_s=0.05):
     watts, ended = [], threading.Event()
 
     def sample():
-        while read_watts:
+        while True:
             watts.append(read_watts())
             if ended.wait(interval_s):
                 return
 
     thread = threading.Thread(target=sample, daemon=True, name="power")
-    thread.start()
+    if read_watts:
+        thread.start()
     try:
         yield watts, why_not
     finally:
         ended.set()
-        thread.join()
+        if read_watts:
+            thread.join()
 
 
 def power_reader(device):

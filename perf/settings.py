@@ -36,7 +36,7 @@ class OutputConfig:
 def read_json(path, made_by):
     """The JSON object in a file; UserError, which names the command that makes such files, where there is none."""
     try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        return {**json.loads(Path(path).read_text(encoding="utf-8"))}
     except FileNotFoundError:
         raise UserError(f"there is no {path}; run {made_by} first, which writes it") from None
     except (OSError, ValueError, TypeError) as error:

@@ -232,7 +232,7 @@ class Log:
         predicted, there = sum(self.predicted.values()), memory_bytes(world.device) / 2**30
         in_unit = 1 if predicted >= LEAST_GIB else 2**10  # the sum's unit serves its parts
         parts = ", ".join(f"{name} {in_unit * gib:.2f}" for name, gib in self.predicted.items())
-        print(f"memory     {_memory(predicted)} per rank predicted, {there:.1f} GiB available: {parts}")
+        print(f"memory     {_memory(predicted)} per rank predicted ({parts}), {there:.1f} GiB available")
         tokens = self.last_step * data.batch_tokens
         epochs = tokens / train_tokens
         print(f"run        {self.last_step:,} steps, {tokens:,} tokens, {epochs:.3g} epochs, in {self.out_dir}")

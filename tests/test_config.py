@@ -437,6 +437,11 @@ def test_every_script_prints_its_help(script, monkeypatch, capsys):
     assert "Settings, written --name=value" in printed.out and printed.err == ""
 
 
+def test_preparing_data_imports_no_torch():
+    code = "import prepare, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_help_alone_ends_with_code_0():
     done = subprocess.run([sys.executable, "prepare.py", "-h"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and "Settings, written --name=value" in done.stdout
