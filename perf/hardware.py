@@ -108,12 +108,12 @@ def peak_flops(device, precision, earlier=None):
 
 
 def measured_matmul_flops(device, precision):
-    """FLOP/s of a square matmul on this device, the best of five; smaller where a large one would take a second."""
+    """FLOP/s of a square matmul on this device, the best of three; smaller where a large one would take a second."""
     sizes = (256, 512, 1536) if device.type == "cpu" else (1024, 8192)
     for n, larger in zip(sizes, (*sizes[1:], math.inf)):
         a = torch.randn(n, n, device=device).to(DTYPES[precision])
         times = []
-        for _ in range(6):
+        for _ in range(4):
             start = time.perf_counter()
             (a @ a)[0, 0].item()  # item waits for the device
             times.append(time.perf_counter() - start)

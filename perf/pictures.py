@@ -47,7 +47,7 @@ def draw_roofline(figure, figures, title):
     axes.set(xscale="log", yscale="log", title=title, xlabel="FLOP per byte of memory moved", ylabel="TFLOP/s")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
-    axes.legend(title=f"memory {memory_gbs:,.3g} GB/s")
+    figure.legend(title=f"memory {memory_gbs:,.3g} GB/s", loc="outside lower center", ncols=2)
 
 
 def draw_memory(figure, changes, device):

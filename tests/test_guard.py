@@ -269,13 +269,13 @@ def test_a_frozen_rank_is_named_by_the_others(data_dir, tmp_path):
 
 def dawdle(rank):
     take = Loader.next
-    Loader.next = lambda self: [time.sleep(1.2), take(self)][1]
+    Loader.next = lambda self: [time.sleep(2.4), take(self)][1]
 
 
 @pytest.mark.slow
 def test_slow_steps_that_take_less_than_the_timeout_are_no_hang(data_dir, tmp_path):
     """Each takes more than a third of it, all of them more than the whole."""
-    cfg = settings(data_dir, tmp_path / "run", max_steps=4, timeout_minutes=0.05)
+    cfg = settings(data_dir, tmp_path / "run", max_steps=4, timeout_minutes=0.1)
     assert codes(launch(1, cfg, tmp_path / "told", (dawdle,))) == [0] and (tmp_path / "run" / "finished").exists()
 
 

@@ -332,6 +332,7 @@ def test_in_bf16_sharding_changes_rounding_alone(layout, others):
 
 
 TERMS = {"label_smoothing": 0.1, "z_loss": 0.01}
+TERMS_IN = [("gpt", "bf16"), ("bert", "fp32")]
 
 
 def with_terms(name, precision, layout):
@@ -339,8 +340,7 @@ def with_terms(name, precision, layout):
     return trained(name, optimizer="sgd", precision=precision, changes=TERMS, **MORE_LAYOUTS[layout])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["gpt", "bert"])
+@pytest.mark.parametrize(("name", "precision"), TERMS_IN)
 def test_each_term_of_the_loss_is_the_same_over_a_sharded_vocabulary(name, precision, others):
     """In the loss and in the gradient; bert's head has a bias."""
     wanted, answers = with_terms(name, precision, "ddp"), others["terms", name, precision]
@@ -427,8 +427,7 @@ def others(tmp_path_factory):
     kept_in = itertools.product(("sharded", "whole"), ("fsdp", "hsdp"))
     cases |= {("counted", *args): (counted, *args) for args in kept_in}
     cases |= {("bf16", layout): (in_bf16, layout) for layout in ("fsdp", "fsdp tp")}
-    cases |= {("terms", name, precision): (with_terms, name, precision, "ddp tp")
-              for name, precision in itertools.product(("gpt", "bert"), ("fp32", "bf16"))}  # fmt: skip
+    cases |= {("terms", *kind): (with_terms, *kind, "ddp tp") for kind in TERMS_IN}
     cases |= {("dropped", kind): (dropped, kind) for kind in ("none", "full")}
     cases |= {("compressed", kind): (compressed, kind) for kind in (None, "bf16", "powersgd")}
     cases |= {("held", layout): (held, layout) for layout in ("ddp", "fsdp", "hsdp", "fsdp tp")}
