@@ -270,7 +270,7 @@ def predicted(cfg, world, micro_steps, peak):
 
 
 def measured_here(path, world):
-    """python bench.py's figures, if they are of this device, torch, precision and number of ranks; else None."""
+    """python bench.py's figures for this device, torch, precision and number of ranks; None where there are none."""
     figures = read_json(path, "python bench.py") if os.path.exists(path) else {}
     now = (device_name(world.device), world.size, world.precision, torch.__version__)
     then = tuple(figures.get(name) for name in ("device", "ranks", "precision", "torch"))

@@ -1,4 +1,4 @@
-"""What a run needs before the hardware is bought: memory, days, kilowatt-hours, money, by formulas alone.
+"""Predicts a run's memory, days, kilowatt-hours and money by formulas alone, before any hardware is bought.
 
 python plan.py config/gpt2_124m.py --gpu=h100-sxm --n_gpus=8 --max_tokens=10e9
 python plan.py config/gpt2_1558m.py --n_gpus=64 --strategy=fsdp --compare

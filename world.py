@@ -25,7 +25,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class WorldConfig(Config):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # dtype of matmuls; auto: the device's fastest
-    deterministic: bool = False  # use only algorithms that repeat bitwise on CUDA; those of a CPU do anyway
+    deterministic: bool = False  # use only algorithms that repeat bitwise on CUDA; a CPU's do anyway
     timeout_minutes: Positive | None = 30.0  # minutes without progress on any rank before the run ends; none: never
 
 

@@ -1,5 +1,5 @@
 # Fine-tunes OpenAI's GPT-2 124M, downloaded from the Hugging Face hub, on Shakespeare's plays: 0.3 M tokens of GPT-2's.
-# Batch size, learning rate and steps are those of nanoGPT's finetune_shakespeare.py.
+# Batch size, learning rate and steps as in nanoGPT's finetune_shakespeare.py.
 #
 #   python prepare.py config/finetune_gpt2.py
 #   python train.py config/finetune_gpt2.py

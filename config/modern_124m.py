@@ -1,5 +1,5 @@
 # A modern decoder of GPT-2 124M's size: RMSNorm, rope, SwiGLU, grouped-query attention, QK-norm, no biases. Hugging
-# Face loads it as Qwen3, and without qk_norm as Llama. Data and batch size are those of gpt2_124m.py.
+# Face loads it as Qwen3, and without qk_norm as Llama. Data and batch size as in gpt2_124m.py.
 #
 #   python prepare.py config/modern_124m.py
 #   torchrun --nproc_per_node=8 train.py config/modern_124m.py

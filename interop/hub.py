@@ -41,7 +41,7 @@ class HubModel:
         for theirs in self._tensor_of.values():
             if (found := [*self._theirs[theirs.name].shape]) != theirs.shape:
                 what = f"has the shape {found}, where config.json gives {theirs.shape}"
-                raise UserError(f"{folder}: {theirs.name!r} {what}; its files are not those of its config.json")
+                raise UserError(f"{folder}: {theirs.name!r} {what}; its files do not belong to its config.json")
         if spoilt := [name for name, theirs in self._tensor_of.items() if theirs.is_zero and self.read(name).any()]:
             what = f'by "flatlm" in config.json the model has no {spoilt[0]}, but its file has one that is not zero'
             raise UserError(f'{folder}: {what}; remove "flatlm" from config.json to use it')
@@ -91,10 +91,10 @@ class HubModel:
                 strange.append(key)
         if missing := sorted(used - found.keys()):
             what = f"lacks {len(missing)} tensors of a {family.architecture}, {missing[0]} for one"
-            raise UserError(f"{self.folder} {what}; its files are incomplete, or not those of its config.json")
+            raise UserError(f"{self.folder} {what}; its files are incomplete, or do not belong to its config.json")
         if strange:
             what = f"has {len(strange)} tensors that no {family.architecture} has, or has twice, {strange[0]!r} for one"
-            raise UserError(f"{self.folder} {what}; its files are not those of its config.json")
+            raise UserError(f"{self.folder} {what}; its files do not belong to its config.json")
         for name, tensor in tied.items():
             other = self._tensor_of[tied_to[name]].name
             if not torch.equal(tensor, found[other]):

@@ -1,6 +1,6 @@
 """Log-likelihoods of given texts under a causal model, in the model's precision.
 
-They equal those of EleutherAI's evaluation harness (lm-eval), unless the text spells a special token: the harness's
+EleutherAI's evaluation harness (lm-eval) gives the same, unless the text spells a special token: the harness's
 tokenizer, unlike ours, makes it one (see its split_special_tokens).
 """
 

@@ -14,8 +14,8 @@ from ops import BY_MATMULS
 from parallel import POWERSGD_RANK
 from perf.hardware import CONTENTION, ROUNDS, collective_s, measured_rates, rates_of
 
-# Shares of a block's forward that backward repeats: matmuls, attention, everything else. The last three are other
-# projects': Megatron's selective recomputation, torchtitan's of every second matmul, every second block's.
+# Shares of a block's forward that backward repeats: matmuls, attention, everything else. The last three kinds are
+# other projects': Megatron's selective one, torchtitan's of every second matmul, and full for every second block.
 REPEATED = {
     "none": (0, 0, 0), "selective": (0, 0, 1), "full": (1, 1, 1),
     "attention": (0, 1, 0), "op": (0.5, 0, 1), "half": (0.5, 0.5, 0.5),
@@ -150,7 +150,7 @@ class Collective:
 
 
 def collectives(cfg, s, gpus_per_node=8):
-    """The collectives of a step, including those with no bytes or one rank, but not those of vectors and counts."""
+    """The large collectives of a step, even with no bytes or one rank; vectors and counts are left out."""
     data_ranks, data_local = s.replicas * s.shards, max(1, min(gpus_per_node, s.ranks) // s.tp)
     block = block_params(cfg) / s.tp
     rest = num_params(cfg, padded=True) / s.tp - cfg.n_layer * block

@@ -103,7 +103,7 @@ def trial(cfg, setting):
 
 
 def figures_of(figures, micro_steps):
-    """A row's figures, from those of a trial; tokens/s are of a whole step, with one optimizer step."""
+    """A row's figures from a trial's; tokens/s count a whole step, with one optimizer step."""
     step_s, timed, share = figures["step_ms"] / 1e3, figures["micro_steps"], figures["time_share"]
     whole_s = step_s * (share["optimizer"] + (1 - share["optimizer"]) * micro_steps / timed)
     return {
