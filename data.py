@@ -257,7 +257,7 @@ class TrainOrder:
 
     def __init__(self, split, stride, seed):
         self.split, self.stride, self.seed = split, stride, seed
-        # One window fewer than fits, so that each offset leaves the same number.
+        # An offset may push the last window out of its shard: without it, all epochs have equally many.
         self.ends = np.cumsum([max(0, len(shard) // stride - 1) for shard in split.shards])
         self.per_epoch = int(self.ends[-1])
         if self.per_epoch == 0:
@@ -281,7 +281,7 @@ class TrainOrder:
 class Loader:
     """Batches of a run from sequence number `seen` on, read ahead by a thread.
 
-    Micro-step m of rank r takes micro_batch_size of a step's sequences, from (m * ranks + r) * micro_batch_size on.
+    Of a step's sequences, micro-step m of rank r takes micro_batch_size, from (m * ranks + r) * micro_batch_size on.
     """
 
     def __init__(self, order, objective, seen, micro_steps, micro_batch_size, world, ahead=3):

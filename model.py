@@ -29,7 +29,7 @@ ACTIVATIONS = {
     "relu2": lambda x: F.relu(x).square(),
 }
 GATED = {"swiglu"}
-TRAINING_ONLY = {"dropout", "label_smoothing", "z_loss"}  # settings that weights do not depend on
+TRAINING_ONLY = {"dropout", "label_smoothing", "z_loss"}  # settings that change nothing in evaluation
 
 
 @dataclass(frozen=True)

@@ -110,44 +110,44 @@ class Vocabulary:
 
 
 def chunk_loss(logits, targets, vocabulary, options, with_gradients):
-    """The loss of a few tokens, its gradient and the correct predictions: a term of the loss is added here alone.
+    """The loss of a few tokens, its gradient and the correct predictions: the one place to add a term of the loss.
 
     logits (N, V), float32, cover one shard of the vocabulary and are overwritten. targets (N, 1) are IGNORE for tokens
     without loss. A value that depends on a token's logits of all shards must go through vocabulary.reduce. Returns the
     sum of losses, the number of correct predictions (0 with gradients) and d loss / d logits (N, V), or None without.
     """
-    reduce, n_tokens = vocabulary.reduce, max(0, min(logits.shape[1], vocabulary.size - vocabulary.first))
+    reduce, n_ids = vocabulary.reduce, max(0, min(logits.shape[1], vocabulary.size - vocabulary.first))
     valid, column = targets != IGNORE, targets - vocabulary.first
     here = valid & (0 <= column) & (column < logits.shape[1])  # this shard has the target
     column = column.where(here, 0)
-    logits[:, n_tokens:] = -math.inf
+    logits[:, n_ids:] = -math.inf
     largest = reduce(logits.amax(1, keepdim=True), "max")
-    logits -= largest
+    logits -= largest  # from here on, logits are relative to the token's largest
     wanted = reduce(logits.gather(1, column).where(here, 0), "sum")
     if options.label_smoothing:
-        mean = reduce(logits[:, :n_tokens].sum(1, keepdim=True), "sum") / vocabulary.size
+        mean = reduce(logits[:, :n_ids].sum(1, keepdim=True), "sum") / vocabulary.size
         wanted = wanted.lerp(mean, options.label_smoothing)
     n_correct = torch.zeros((), device=logits.device)
     if not with_gradients:
         likeliest = logits.argmax(1, keepdim=True)  # the first of several
-        is_largest = logits.gather(1, likeliest) == 0
-        likeliest = reduce((likeliest + vocabulary.first).where(is_largest, vocabulary.size), "min")
+        has_largest = logits.gather(1, likeliest) == 0
+        likeliest = reduce((likeliest + vocabulary.first).where(has_largest, vocabulary.size), "min")
         n_correct = ((likeliest == targets) & valid).sum()
     exp = logits.exp_()
-    Z = reduce(exp.sum(1, keepdim=True), "sum")  # after the largest logit is subtracted
-    loss, d_log_Z = Z.log() - wanted, valid
+    sum_exp = reduce(exp.sum(1, keepdim=True), "sum")
+    loss, d_log_Z = sum_exp.log() - wanted, valid  # d_log_Z: d loss / d log Z
     if options.z_loss:
-        log_Z = Z.log() + largest
+        log_Z = sum_exp.log() + largest
         loss = loss + options.z_loss * log_Z.square()
         d_log_Z = valid * (1 + 2 * options.z_loss * log_Z)
     loss = (loss * valid).sum()
     if not with_gradients:
         return loss, n_correct, None
     # d log(Z) / d logits is the softmax; the target has -1, or what label smoothing leaves of it.
-    d_logits = exp.mul_(d_log_Z / Z)
+    d_logits = exp.mul_(d_log_Z / sum_exp)
     d_logits.scatter_add_(1, column, here * (options.label_smoothing - 1.0))
     if options.label_smoothing:
-        d_logits[:, :n_tokens] -= valid * (options.label_smoothing / vocabulary.size)
+        d_logits[:, :n_ids] -= valid * (options.label_smoothing / vocabulary.size)
     return loss, n_correct, d_logits
 
 

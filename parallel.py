@@ -86,7 +86,7 @@ def distribute(model, cfg, world, seed):
         compile_blocks(model, world)
     if cfg.activation_checkpointing == "full":  # after compile: compiled with the block, it fails under tp
         recompute_blocks(model, "full")
-    if is_sharded:  # tensor parallelism with ddp, too, with shards of one rank: DDP itself takes no DTensors
+    if is_sharded:  # also tensor parallelism with ddp, as shards of one rank: DDP takes no DTensors
         fully_shard_model(model, cfg, world)
     model.to_empty(device=world.device)
     model.tie_weights()
@@ -178,7 +178,7 @@ def sync_gradients(model, last):
         model.set_requires_all_reduce(last)
     elif hasattr(model, "set_requires_gradient_sync"):  # DDP
         model.set_requires_gradient_sync(last)
-        if next(model.parameters()).grad is None:  # DDP takes gradients that exist in the first forward into buckets
+        if next(model.parameters()).grad is None:  # those of the first forward, DDP takes into its buckets
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)
 
@@ -311,7 +311,8 @@ def on_whole_matrices(function, parts, params, mesh):
 
     function takes and returns a stack (n, rows, columns). parts: this rank's shards, laid out as params, which all have
     one layout: DTensors, or plain tensors that are equal on all ranks. Along each dimension of the mesh (replicate,
-    shard, tp) in turn, ranks exchange shards of all matrices for larger shards of fewer; afterwards the other way.
+    shard, tp) in turn, a rank gives its shards of most matrices and gets larger shards of the others, until it has
+    whole ones; afterwards the other way.
     """
     param, stack, exchanges = params[0], torch.stack(parts), []
     placements = dict(zip(param.device_mesh.mesh_dim_names, param.placements)) if isinstance(param, DTensor) else {}

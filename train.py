@@ -140,12 +140,12 @@ def train_step(model, optimizer, scaler, batches, cfg, world, recent=()):
             micro_loss = model(*batch) / n_targets
         loss += micro_loss.detach()
         with world.phase("backward", f"{i} of {len(batches)}"):
-            # Gradients are averaged over ranks, but the loss is the sum of the ranks' losses.
+            # DDP and FSDP average gradients over ranks, and the loss is the ranks' sum: so multiply by the ranks.
             scaler.scale(micro_loss * world.data_ranks).backward()
     with world.phase("optimizer"):
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.grad_clip or math.inf)
-        grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm  # a sharded model's
+        grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm  # of shards
         # One exchange for both: tp ranks have the same loss, all ranks the same norm.
         loss, grad_norm = world.sum_over_all(loss / world.tp, grad_norm / world.size)
         bad = bad_step(loss, grad_norm, cfg.health, recent)

@@ -158,7 +158,7 @@ def test_profile_writes_a_trace_of_the_steps_their_operators_and_their_memory(tm
     assert {"aten::addmm", "aten::scaled_dot_product_attention"} <= names
     out = capsys.readouterr().out
     shares = [float(line.partition("%")[0].split()[-1]) for line in out.splitlines() if "::" in line]
-    assert 3 < len(shares) <= 15 and shares == sorted(shares, reverse=True) and sum(shares) <= 100.5
+    assert 3 < len(shares) <= 20 and shares == sorted(shares, reverse=True) and sum(shares) <= 100.5
     assert (tmp_path / "memory.png").read_bytes()[:4] == b"\x89PNG"
 
 

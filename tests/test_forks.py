@@ -50,11 +50,11 @@ def trained(folder, data, out, n_ranks=1, **changes):
 # ---- a term of the loss: 0.01 times the square of the largest logit
 
 LARGEST_LOGIT = [
-    ("ops.py", "    exp = logits.exp_()\n", "    is_largest = logits == 0\n    exp = logits.exp_()\n"),
+    ("ops.py", "    exp = logits.exp_()\n", "    at_largest = logits == 0\n    exp = logits.exp_()\n"),
     ("ops.py", "    loss = (loss * valid).sum()\n",
      "    loss = loss + 0.01 * largest.square()\n    loss = (loss * valid).sum()\n"),
     ("ops.py", "    return loss, n_correct, d_logits\n",
-     "    d_logits += 0.02 * valid * largest * is_largest\n    return loss, n_correct, d_logits\n"),
+     "    d_logits += 0.02 * valid * largest * at_largest\n    return loss, n_correct, d_logits\n"),
 ]  # fmt: skip
 AGAINST_AUTOGRAD = """
 import torch

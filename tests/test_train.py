@@ -161,7 +161,7 @@ def test_a_small_run_prints_its_time_in_seconds_and_its_memory_in_mib(data_dir, 
     told = capsys.readouterr().out
     assert re.search(r"^memory     0\.36 MiB per rank predicted \(weights 0.06, .*\), [\d.]+ GiB available$", told, re.M)
     assert re.search(r"^42 tokens in 0m\d\ds$", told, re.M), told
-    assert [log._time(hours) for hours in (1 / 60, 0.5, 1)] == ["1.0 minutes", "30.0 minutes", "1.000 hours"]
+    assert [log._duration(s) for s in (59, 60, 5400)] == ["0m59s", "1m00s", "1h30m"]
     assert [log._memory(gib) for gib in (0.05, 0.1, 12.375)] == ["51.20 MiB", "0.10 GiB", "12.38 GiB"]
 
 
