@@ -29,7 +29,7 @@ from perf import cost, hardware, machine, meters, pictures, rates, sweep
 from ranks import on_ranks, write_data
 from run.folder import run_dir_of
 from text.tokenizer import SPECIALS
-from world import World, init_world
+from world import World, WorldConfig, init_world
 
 SMALL = [
     "--vocab_size=37", "--block_size=11", "--n_layer=3", "--n_head=5", "--n_embd=20", "--seq_len=7",
@@ -437,38 +437,47 @@ PRESETS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", PRESETS)
-def test_steps_take_the_predicted_time(preset, tmp_path, monkeypatch):
+def test_steps_take_the_predicted_time(monkeypatch):
     """Within 20 %, with one thread, as the median of rates and steps measured in turn by the time of this process.
 
     Other processes take no part in that time, but share the caches: a machine that is busy is given more rounds.
     """
     monkeypatch.setattr(meters, "time", types.SimpleNamespace(perf_counter=time.process_time))
-    cfg = config.load(bench.Settings, [f"config/{preset}.py", *PRESETS[preset], "--device=cpu"])
-    cfg = train.resolve(cfg)
-    n_threads = torch.get_num_threads()
+    n_threads, ratios = torch.get_num_threads(), {preset: [] for preset in PRESETS}
     torch.set_num_threads(1)
-    ratios = []
-    with init_world(cfg.world, cfg.parallel) as world:
-        micro_steps = cfg.data.batch_tokens // cfg.data.micro_batch_size // cfg.data.seq_len
-        batches = bench.random_batches(cfg, micro_steps, world)
-        model, optimizer, scaler = train.build(cfg, world, 1)
 
-        def step():
-            train.train_step(model, optimizer, scaler, next(batches), cfg, world)
+    def off():
+        """The presets whose median is not within 20 %."""
+        return [preset for preset, found in ratios.items() if len(found) < 3 or abs(statistics.median(found) - 1) >= 0.2]
 
-        while len(ratios) < 3 or (len(ratios) < 15 and abs(statistics.median(ratios) - 1) >= 0.2):
+    with init_world(WorldConfig(device="cpu")) as world:
+        trained = {preset: small_step(preset, world) for preset in PRESETS}
+        for _ in range(15):
             figures = {
                 "matmul_tflops": machine.matmuls(world, ["fp32", world.precision], []), "device": "cpu", "memory_gib": 1,
                 "bandwidth_gb_per_s": machine.bandwidths(world), "collectives_gb_per_s": {}, "device_type": "cpu",
                 "precision": world.precision, "rates": rates.training_rates(world, []),
             }  # fmt: skip
-            setup = cost.setup_of(cfg, (1, 1, 1), micro_steps, world.precision, "cpu")
-            predicted = sum(cost.step_seconds(cfg.model, setup, hardware.this(figures)).values())
-            ratios.append(predicted / meters.timed(step, world, seconds=2)[0])
+            for preset in off():
+                cfg, micro_steps, step = trained[preset]
+                setup = cost.setup_of(cfg, (1, 1, 1), micro_steps, world.precision, "cpu")
+                predicted = sum(cost.step_seconds(cfg.model, setup, hardware.this(figures)).values())
+                ratios[preset].append(predicted / meters.timed(step, world, seconds=2)[0])
+            if not off():
+                break
     torch.set_num_threads(n_threads)
-    print(f"{preset}: predicted / measured {statistics.median(ratios):.2f}, {len(ratios)} rounds")
-    assert abs(statistics.median(ratios) - 1) < 0.2, ratios
+    for preset, found in ratios.items():
+        print(f"{preset}: predicted / measured {statistics.median(found):.2f}, {len(found)} rounds")
+    assert not off(), ratios
+
+
+def small_step(preset, world):
+    """(settings, micro-steps of a step, a function that takes one) of a preset at the size that PRESETS gives."""
+    cfg = train.resolve(config.load(bench.Settings, [f"config/{preset}.py", *PRESETS[preset], "--device=cpu"]))
+    micro_steps = cfg.data.batch_tokens // cfg.data.micro_batch_size // cfg.data.seq_len
+    batches = bench.random_batches(cfg, micro_steps, world)
+    model, optimizer, scaler = train.build(cfg, world, 1)
+    return cfg, micro_steps, lambda: train.train_step(model, optimizer, scaler, next(batches), cfg, world)
 
 
 # ---- the sweep

@@ -30,7 +30,7 @@ def figures(*args):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(tmp_path, monkeypatch, capsys, no_curves):
     """Runs the planner's main in an empty folder; gives what it prints."""
     monkeypatch.chdir(tmp_path)
 
