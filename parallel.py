@@ -178,7 +178,7 @@ def sync_gradients(model, last):
         model.set_requires_all_reduce(last)
     elif hasattr(model, "set_requires_gradient_sync"):  # DDP
         model.set_requires_gradient_sync(last)
-        if next(model.parameters()).grad is None:  # those of the first forward, DDP takes into its buckets
+        if next(model.parameters()).grad is None:  # DDP takes the first forward's gradients into its buckets
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)
 

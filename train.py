@@ -145,7 +145,7 @@ def train_step(model, optimizer, scaler, batches, cfg, world, recent=()):
     with world.phase("optimizer"):
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.grad_clip or math.inf)
-        grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm  # of shards
+        grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm  # FSDP's is a DTensor
         # One exchange for both: tp ranks have the same loss, all ranks the same norm.
         loss, grad_norm = world.sum_over_all(loss / world.tp, grad_norm / world.size)
         bad = bad_step(loss, grad_norm, cfg.health, recent)

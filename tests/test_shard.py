@@ -401,7 +401,7 @@ def test_ranks_hold_the_model_once_a_copy(others):
 
 
 def shared(folder):
-    """What locked says where the last rank has another disk."""
+    """(the error of locked where the last rank has another disk, the folder)."""
     with a_model("gpt") as (world, _, _):
         with locked(folder, world, patience=1):
             pass
