@@ -193,7 +193,7 @@ def table(figures):
     yield f"machine    {f['ranks']} x {f['device']}, {f['memory_gib']:.1f} GiB, torch {f['torch']}"
     if "cuda" in f:
         yield f"           CUDA {f['cuda']}, driver {f['driver'] or 'unknown'}"
-    yield "           each figure: median (least-most) of several runs; by the rates, plan.py --gpu=this predicts"
+    yield "           size: median (least-most); a size is a width, attention's tokens or a collective's bytes"
     sheets = {
         "matmul_tflops fp32": "fp32_tflops", "matmul_tflops bf16": "tflops", "matmul_tflops fp16": "tflops",
         "bandwidth_gb_per_s": "memory_gbs", "collectives_gb_per_s": "link_gbs",
