@@ -137,6 +137,7 @@ def measure(cfg, world):
     if n < min(2, micro_steps):
         step(2)  # for the memory peak: only a second micro-step has gradients and activations at once
     peak = peak_memory_gib(world.device)  # before profiling
+    model.graphs = None  # phases, traces and parts of memory are those of kernels launched one by one
     figures = speed(cfg, model, micro_steps, n, times, matmul_flops, world)
     figures |= energy(power_w, statistics.mean(times), figures["tokens"], world)
     n_more = max(1, min(3, int(cfg.bench.bench_seconds / 10 / max(times))))

@@ -305,7 +305,11 @@ def _tensors(model, optimizer):
         for of_param in optimizer.state.values() if is_new else ():
             if "step" in of_param:
                 of_param["step"].zero_()
-        tensors |= {f"optimizer.{name}": value for name, value in state.items() if isinstance(value, torch.Tensor)}
+        tensors |= {
+            f"optimizer.{name}": value
+            for name, value in state.items()
+            if isinstance(value, torch.Tensor) and name.startswith("state.")  # a learning rate may be a tensor too
+        }
     return tensors
 
 

@@ -11,8 +11,9 @@ class Captured:
     """A function of tensors, replayed as a CUDA graph from its first call on.
 
     Inputs keep their shapes; outputs are overwritten by the next call. The first call runs the function WARM_UPS times
-    to warm up, then calls undo(), which takes back what that changed, and records it, which changes nothing. Where
-    recording fails, calls run the function itself, with one warning.
+    to warm up, then calls undo(), which takes back what that changed, and records it, which changes nothing; random
+    numbers then come as if there had been no warm-up. Where recording fails, calls run the function itself, with one
+    warning.
     """
 
     def __init__(self, function, undo=lambda: None, warm_ups=WARM_UPS):
@@ -31,12 +32,14 @@ class Captured:
 
     def _record(self, inputs):
         self.inputs = [x.clone() for x in inputs]
+        random_state = torch.cuda.get_rng_state()
         side = torch.cuda.Stream()  # torch's documentation asks for another stream than the default one
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(self.warm_ups):
                 self.function(*self.inputs)
         torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.set_rng_state(random_state)
         self.undo()
         graph = torch.cuda.CUDAGraph()
         try:
@@ -49,3 +52,15 @@ class Captured:
             self.graph = False
             reason = next(iter(str(error).strip().splitlines()), "")
             warnings.warn(f"CUDA graphs do not work here, kernels are launched one by one: {reason}", stacklevel=3)
+
+
+def replay(graphs, name, function, *inputs, **options):
+    """function(*inputs), by the graph of that name, which the first call records; directly where graphs is None.
+
+    options: Captured's, for the first call.
+    """
+    if graphs is None:
+        return function(*inputs)
+    if name not in graphs:
+        graphs[name] = Captured(function, **options)
+    return graphs[name](*inputs)

@@ -18,7 +18,10 @@ from torch import nn
 from config import Config, Count, NotNegative, Positive, Share, UserError
 from data import near_divisors
 from objective import OBJECTIVES
-from ops import LayerNorm, Linear, LossOptions, RMSNorm, Vocabulary, attend, linear_cross_entropy, rope_table, rotate
+from ops import (
+    LayerNorm, Linear, LossOptions, RMSNorm, Vocabulary, attend, linear_cross_entropy, linear_together, loss_pass,
+    residual_dtype, rope_table, rotate,
+)  # fmt: skip
 
 # The MLP's activation functions: GPT-2's GELU is the tanh approximation, BERT's and nanoGPT's the exact one. With those
 # in GATED, activation(gate(x)) * up(x) takes the place of activation(up(x)).
@@ -132,13 +135,13 @@ class Attention(nn.Module):
     def forward(self, x, rope=None, mask=None, cache=None):
         B, T, _ = x.shape
         # -1 stands for the heads, fewer than cfg.n_head under tensor parallelism.
-        q, k, v = (linear(x).view(B, T, -1, self.head_width) for linear in (self.q, self.k, self.v))  # B T H D
+        q, k, v = (y.view(B, T, -1, self.head_width) for y in linear_together(x, self.q, self.k, self.v))  # B T H D
         if self.q_norm is not None:
-            q, k = self.q_norm(q.type_as(x)), self.k_norm(k.type_as(x))  # a norm of bf16 with float32 weights is slow
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # B H T D
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        q, k = q.type_as(v), k.type_as(v)  # autocast norms return float32
+        q, k = q.type_as(v), k.type_as(v)  # rope's table is float32
         if cache is not None:
             k, v = cache.append(k, v)  # B H S D, S tokens so far
         # After the prompt, tokens come one at a time and see everything in the cache.
@@ -158,9 +161,10 @@ class MLP(nn.Module):
         self.down = Linear(cfg.inner_width, cfg.n_embd, bias=cfg.bias)
 
     def forward(self, x):
-        if self.gate is not None:
-            return self.down(self.activation(self.gate(x)) * self.up(x))
-        return self.down(self.activation(self.up(x)))
+        if self.gate is None:
+            return self.down(self.activation(self.up(x)))
+        gate, up = linear_together(x, self.gate, self.up)
+        return self.down(self.activation(gate) * up)
 
 
 class Block(nn.Module):
@@ -193,7 +197,7 @@ class Transform(nn.Module):
         self.norm = _norm(cfg, cfg.n_embd)
 
     def forward(self, x):
-        return self.norm(self.activation(self.dense(x)).type_as(x))  # autocast: the norm, too, in float32
+        return self.norm(self.activation(self.dense(x)))
 
 
 class Transformer(nn.Module):
@@ -213,6 +217,9 @@ class Transformer(nn.Module):
         self.norm_f = nn.Identity() if post else _norm(cfg, cfg.n_embd)
         self.transform = Transform(cfg) if masked else nn.Identity()
         self.head = Linear(cfg.n_embd, cfg.padded_vocab_size, bias=masked and cfg.bias)
+        self.loss_pass = loss_pass  # parallel.py compiles this, and run_blocks
+        self.copies = None  # bf16 copies of the blocks' matrices, and these: parallel.keep_copies
+        self.graphs = None  # CUDA graphs of training by name; None: kernels are launched one by one
         self.tie_weights()
 
     def tie_weights(self):
@@ -242,8 +249,7 @@ class Transformer(nn.Module):
         if attention_mask is not None:
             mask = attention_mask.bool()[:, None, None, :]  # B 1 1 T
             mask = mask & (place <= place[:, None]) if cfg.is_causal else mask
-        for i, block in enumerate(self.blocks):
-            x = block(x, rope, mask, None if cache is None else cache.layers[i])
+        x = self.run_blocks(x, rope, mask, cache)
         if positions is not None:
             x = x.take_along_dim(positions[..., None], dim=1)  # B K C
         elif cache is not None:
@@ -254,7 +260,7 @@ class Transformer(nn.Module):
         options = LossOptions.of(cfg) if self.training else LossOptions()
         weight, bias, vocabulary = self.head_of_vocabulary()
         x, targets = x.flatten(0, 1), targets.flatten()
-        return linear_cross_entropy(x, weight, targets, vocabulary, bias, options, count_correct)
+        return linear_cross_entropy(x, weight, targets, vocabulary, bias, options, count_correct, self.loss_pass)
 
     def head_of_vocabulary(self):
         """Weight and bias of the head, and their Vocabulary; tensor parallelism replaces it by a shard's."""
@@ -267,7 +273,13 @@ class Transformer(nn.Module):
             x = x + self.wpe(place)
         if self.wtt is not None:
             x = x + self.wtt(torch.zeros_like(ids) if token_types is None else token_types)
-        return self.dropout(self.norm_e(x))
+        return self.dropout(self.norm_e(x).to(residual_dtype(x)))
+
+    def run_blocks(self, x, rope=None, mask=None, cache=None):
+        """The last block's output (B, T, C) for the first one's input."""
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, mask, None if cache is None else cache.layers[i])
+        return x
 
     @torch.no_grad()
     def init_weights(self, seed, fill=torch.Tensor.copy_):

@@ -15,23 +15,50 @@ IGNORE = -100  # target that takes no part in the loss
 BY_MATMULS = 512  # tokens up to which a CPU in bf16 trains attention by matmuls
 
 
+def residual_dtype(x):
+    """The dtype of the residual stream, in which norms and sublayers add up: bf16 under its autocast, else x's own.
+
+    fp16's range is too small for a sum over all layers.
+    """
+    device = x.device.type
+    autocast_to_bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+    return torch.bfloat16 if autocast_to_bf16 else x.dtype
+
+
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm that casts its weights to x's dtype, which autocast on CPUs does not (torch 2.13)."""
+    """nn.LayerNorm in x's dtype with float32 statistics: on CUDA by autocast's float32, on a CPU by its kernel.
+
+    That kernel is slow with weights of another dtype than x's (torch 2.13).
+    """
 
     def forward(self, x):
-        bias = None if self.bias is None else self.bias.type_as(x)
-        return F.layer_norm(x, self.normalized_shape, self.weight.type_as(x), bias, self.eps)
+        weight, bias = _norm_weights(self, x)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).type_as(x)
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm with the same cast."""
+    """nn.RMSNorm with the same dtypes."""
 
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
+        return F.rms_norm(x, self.normalized_shape, _norm_weights(self, x)[0], self.eps).type_as(x)
+
+
+def _norm_weights(norm, x):
+    weights = norm.weight, getattr(norm, "bias", None)
+    return weights if x.is_cuda else tuple(w if w is None else w.type_as(x) for w in weights)
 
 
 class Linear(nn.Linear):
-    """nn.Linear; in bf16 on a CPU it multiplies generation's few rows transposed, twice as fast (torch 2.13)."""
+    """nn.Linear; in bf16 on a CPU it multiplies generation's few rows transposed, twice as fast (torch 2.13).
+
+    Training multiplies by a copy of the weight, where parallel.keep_copies has made one.
+    """
+
+    copy = None
+
+    def matrix(self):
+        """The weight, or its copy in training."""
+        return self.copy if self.copy is not None and torch.is_grad_enabled() else self.weight
 
     def forward(self, x):
         few_rows = 0 < x.numel() <= 16 * x.shape[-1]
@@ -40,7 +67,22 @@ class Linear(nn.Linear):
             y = self.weight @ rows[0] if len(rows) == 1 else (self.weight @ rows.T).T
             y = y.view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
-        return super().forward(x)
+        return F.linear(x, self.matrix(), self.bias)
+
+
+def linear_together(x, *layers, stacked=None):
+    """The outputs of linear layers with one input, by one matmul with their stacked weights or by one each.
+
+    stacked None: for training on CUDA; on a CPU it takes up to 1.1 times as long (torch 2.13).
+    """
+    if stacked is None:
+        are_whole = all(type(layer.weight) is nn.Parameter for layer in layers)  # tensor parallelism has DTensors
+        stacked = x.is_cuda and torch.is_grad_enabled() and are_whole
+    if not stacked:
+        return [layer(x) for layer in layers]
+    weights = [layer.matrix() for layer in layers]
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    return F.linear(x, torch.cat(weights), bias).split([len(w) for w in weights], dim=-1)
 
 
 def rope_table(positions, head_dim, theta, scale=1.0, context=None):
@@ -145,18 +187,40 @@ def chunk_loss(logits, targets, vocabulary, options, with_gradients):
         return loss, n_correct, None
     # d log(Z) / d logits is the softmax; the target has -1, or what label smoothing leaves of it.
     d_logits = exp.mul_(d_log_Z / sum_exp)
-    d_logits.scatter_add_(1, column, here * (options.label_smoothing - 1.0))
+    d_logits = _add_at(d_logits, column, here * (options.label_smoothing - 1.0))
     if options.label_smoothing:
         d_logits[:, :n_ids] -= valid * (options.label_smoothing / vocabulary.size)
     return loss, n_correct, d_logits
 
 
-def linear_cross_entropy(hidden, weight, targets, vocabulary, bias=None, options=LossOptions(), count_correct=False):
+def _add_at(x, column, value):
+    """x (N, V) with value (N, 1) added in each row's column (N, 1)."""
+    if torch.compiler.is_compiling():  # a scatter would not be fused with what computes x
+        return x + value.where(torch.arange(x.shape[1], device=x.device) == column, 0.0)
+    return x.scatter_add_(1, column, value)
+
+
+def loss_pass(logits, bias, targets, vocabulary, options, with_gradients):
+    """chunk_loss of logits (N, V) in the dtype of matmuls, without their bias; the gradients overwrite the logits.
+
+    Returns the sum of losses and the number of correct predictions. Compiled, it keeps float32 values in registers.
+    """
+    x = logits.float() if bias is None else logits.float() + bias
+    loss, n_correct, d_logits = chunk_loss(x, targets, vocabulary, options, with_gradients)
+    if with_gradients:
+        logits.copy_(d_logits)
+    return loss, n_correct
+
+
+def linear_cross_entropy(
+    hidden, weight, targets, vocabulary, bias=None, options=LossOptions(), count_correct=False, loss_pass=loss_pass
+):
     """Sum over tokens of the loss of logits hidden @ weight.T + bias, without ever holding all logits.
 
     hidden (N, C), weight (V, C) and bias (V,), of the padded vocabulary or a shard of it; targets (N,) with IGNORE for
     tokens that do not count. Returns a float32 scalar; with count_correct, which has no gradients, also the number of
     tokens whose target has the largest logit. Matmuls run in autocast's dtype where it is on, sums in float32.
+    loss_pass: the function of that name, or what torch.compile made of it.
 
     Logits, loss and gradients are computed for a chunk of tokens at a time, so that memory is one chunk's and the
     gradients'. torch 2.13's function of this name ignores autocast and is 3.6 times slower than plain cross-entropy on
@@ -165,7 +229,7 @@ def linear_cross_entropy(hidden, weight, targets, vocabulary, bias=None, options
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        args = hidden, weight, bias, targets, vocabulary, options, dtype
+        args = hidden, weight, bias, targets, vocabulary, options, dtype, loss_pass
         if torch.is_grad_enabled():
             assert not count_correct, "targets are counted in evaluation, without gradients"
             return _LinearCrossEntropy.apply(*args)
@@ -184,12 +248,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale):
-        return *(g if g is None else g.mul_(scale) for g in ctx.saved_tensors), None, None, None, None
+        return *(g if g is None else g.mul_(scale) for g in ctx.saved_tensors), *[None] * 5
 
 
-def _sum_of_chunks(hidden, weight, bias, targets, vocabulary, options, dtype, with_gradients):
+def _sum_of_chunks(hidden, weight, bias, targets, vocabulary, options, dtype, loss_pass, with_gradients):
     """(loss, correct predictions, d_hidden, d_weight, d_bias) of all tokens; gradients are None where not wanted."""
-    h, w = hidden.detach().to(dtype), weight.detach().to(dtype)
+    h, w, b = hidden.detach().to(dtype), weight.detach().to(dtype), None if bias is None else bias.detach()
     chunk, few, columns = loss_chunks(len(w), h.device.type)
     loss, n_correct = torch.zeros((), device=h.device), torch.zeros((), device=h.device)
     d_hidden = torch.empty_like(hidden) if with_gradients else None
@@ -200,20 +264,15 @@ def _sum_of_chunks(hidden, weight, bias, targets, vocabulary, options, dtype, wi
         h_chunk, target = h[start : start + chunk], targets[start : start + chunk, None]
         logits = torch.mm(h_chunk, w.T, out=buffer[: len(h_chunk)])  # N V
         for few_logits, few_targets in zip(logits.split(few), target.split(few)):
-            x = few_logits.float()
-            if bias is not None:
-                x += bias.detach()
-            few_loss, few_correct, d_logits = chunk_loss(x, few_targets, vocabulary, options, with_gradients)
+            few_loss, few_correct = loss_pass(few_logits, b, few_targets, vocabulary, options, with_gradients)
             # Not in place: compiled by torch 2.11, the gradients would be zero (pytorch/pytorch#180642).
             loss, n_correct = loss + few_loss, n_correct + few_correct
-            if with_gradients:
-                few_logits.copy_(d_logits)
-                if bias is not None:
-                    d_bias += d_logits.sum(0)
         if with_gradients:
             d_hidden[start : start + chunk] = logits @ w  # the buffer now holds the logits' gradients
             for d_part, part in zip(d_weight.split(columns), logits.split(columns, dim=1)):
                 d_part += part.T @ h_chunk
+            if bias is not None:
+                d_bias += logits.sum(0, dtype=d_bias.dtype)
     if with_gradients:
         d_hidden = vocabulary.reduce(d_hidden, "sum")
     return loss, n_correct, d_hidden, d_weight, d_bias

@@ -61,7 +61,15 @@ def build_optimizer(model, cfg, world=None):
         return Adafactor(groups, {"lr": cfg.learning_rate})
     if cfg.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=cfg.learning_rate, momentum=cfg.beta1)
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
+    lr, captured = cfg.learning_rate, model.graphs is not None
+    if captured:  # a CUDA graph reads the learning rate from the GPU's memory
+        lr = torch.tensor(lr, device=matrices[0].device)
+    return torch.optim.AdamW(groups, lr=lr, betas=(cfg.beta1, cfg.beta2), fused=True, capturable=captured)
+
+
+def can_capture(optimizer):
+    """Whether a CUDA graph can hold the next step: of an optimizer built for it, after the step that makes its state."""
+    return optimizer.defaults.get("capturable", False) and len(optimizer.state) > 0
 
 
 class Adafactor(torch.optim.Optimizer):
@@ -180,4 +188,7 @@ def orthogonalize(x):
 def set_lr(optimizer, learning_rate):
     """Sets the learning rate of every group."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(learning_rate)
+        else:
+            group["lr"] = learning_rate

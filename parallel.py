@@ -16,9 +16,10 @@ from torch.distributed.tensor import parallel as styles
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from config import Config, Count, UserError
-from ops import Vocabulary
+from ops import Linear, Vocabulary
 from world import local
 
+DDP_SEGMENTS = 4  # graphs of the blocks: 3/4 of the gradients are sent while backward computes
 POWERSGD_RANK, POWERSGD_START = 32, 10  # rank of the approximation; initial steps with plain all-reduce
 Checkpointing = Literal["none", "full", "selective"]
 
@@ -32,7 +33,8 @@ class ParallelConfig(Config):
     tp: Count = 1  # tensor parallel ranks, which split heads, MLP columns and vocabulary rows
     grad_compression: Literal["bf16", "powersgd"] | None = None  # ddp: compression of sent gradients; none: float32
     activation_checkpointing: Checkpointing = "none"  # full: recompute blocks in backward; selective: all but matmuls
-    compile: bool | None = None  # torch.compile of the blocks; none: on cuda only
+    compile: bool | None = None  # torch.compile of blocks and loss; none: on cuda only
+    cuda_graphs: bool | None = None  # launch a micro-step's kernels at once; none: with one compiled GPU
 
     def __post_init__(self):
         super().__post_init__()
@@ -46,6 +48,39 @@ class ParallelConfig(Config):
             wrong.append(f"{here}: it needs ddp without tp; use --strategy=ddp --tp=1, or --grad_compression=none")
         if wrong:
             raise UserError("\n".join(wrong))
+
+    def is_sharded(self, size):
+        """Whether parameters are shards over `size` processes."""
+        return size > 1 and (self.strategy == "fsdp" or self.tp > 1)
+
+    def compiles(self, device_type):
+        """Whether torch.compile is on."""
+        return device_type == "cuda" if self.compile is None else self.compile
+
+    def segments(self, size, n_layer):
+        """Graphs that torch.compile makes of the blocks.
+
+        One is fastest; but DDP sends gradients while backward computes only after a segment has ended, and FSDP, tensor
+        parallelism and full activation checkpointing act between two blocks.
+        """
+        if self.is_sharded(size) or self.activation_checkpointing == "full":
+            return n_layer
+        return min(DDP_SEGMENTS, n_layer) if size > 1 else 1
+
+    def captures(self, world):
+        """Whether CUDA graphs launch the micro-steps.
+
+        They cannot hold a collective of DDP's, a gradient scaler's decisions, or the random state that activation
+        checkpointing saves.
+        """
+        could = world.device.type == "cuda" and world.size == 1 and world.precision != "fp16"
+        could = could and self.activation_checkpointing == "none"
+        return could and (self.compiles("cuda") if self.cuda_graphs is None else self.cuda_graphs)
+
+    def keeps_copies(self, world):
+        """Whether the blocks' matrices have bf16 copies for a step; on a CPU they gain nothing (torch 2.13)."""
+        is_alone = world.device.type == "cuda" and world.size == 1
+        return is_alone and world.precision == "bf16" and self.activation_checkpointing == "none"
 
     def mesh_shape(self, size):
         """(replicas, shards of a replica, tensor parallel ranks) for `size` processes; UserError if they do not fit."""
@@ -77,13 +112,14 @@ def distribute(model, cfg, world, seed):
     if cfg.grad_compression == "powersgd" and world.precision == "fp16":
         rule = "whose error feedback would keep every overflow of precision fp16"
         raise UserError(f"grad_compression is powersgd, {rule}; use --precision=bf16 or --grad_compression=bf16")
-    is_sharded = world.size > 1 and (cfg.strategy == "fsdp" or cfg.tp > 1)
+    is_sharded = cfg.is_sharded(world.size)
     if cfg.tp > 1:
         shard_tensors(model, world.mesh["tp"])
     if cfg.activation_checkpointing == "selective":  # before compile: the compiler must see what is saved
         recompute_blocks(model, "selective")
-    if cfg.compile or (cfg.compile is None and world.device.type == "cuda"):
-        compile_blocks(model, world)
+    if cfg.compiles(world.device.type):
+        compile_model(model, cfg.segments(world.size, len(model.blocks)), world)
+    model.graphs = {} if cfg.captures(world) else None
     if cfg.activation_checkpointing == "full":  # after compile: compiled with the block, it fails under tp
         recompute_blocks(model, "full")
     if is_sharded:  # also tensor parallelism with ddp, as shards of one rank: DDP takes no DTensors
@@ -93,6 +129,8 @@ def distribute(model, cfg, world, seed):
     model.init_weights(seed, fill_shard) if is_sharded else model.init_weights(seed)
     if world.size > 1 and not is_sharded:
         replicate_model(model, cfg.grad_compression)
+    if cfg.keeps_copies(world):
+        keep_copies(model)
     return model
 
 
@@ -151,8 +189,12 @@ def recompute_blocks(model, kind):
         block.forward = checkpointed(block.forward)
 
 
-def compile_blocks(model, world):
-    """Compiles each block by itself: fast to compile, and bitwise repeatable, which the whole model is not."""
+def compile_model(model, n_segments, world):
+    """Compiles the blocks, as one graph for each of n_segments, and the loss's passes over logits.
+
+    The embedding stays out: compiled, its gradient would not repeat bitwise. Evaluation compiles one block for all,
+    since its last batch has another shape.
+    """
     try:
         torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(8, device=world.device))
     except Exception as error:  # no compiler, no Triton, a Python too new: torch raises many classes
@@ -160,9 +202,60 @@ def compile_blocks(model, world):
             reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
             warnings.warn(f"torch.compile does not work here, training continues without it: {reason}", stacklevel=2)
         return
-    torch._dynamo.config.suppress_errors = True  # a block that fails to compile runs eagerly, with torch's warning
-    for block in model.blocks:
-        block.forward = torch.compile(block.forward)
+    torch._dynamo.config.suppress_errors = True  # what fails to compile runs eagerly, with torch's warning
+    model.loss_pass = torch.compile(model.loss_pass)
+    forwards, one_by_one = [block.forward for block in model.blocks], model.run_blocks
+    for block, forward in zip(model.blocks, forwards):
+        block.forward = torch.compile(forward)
+    if n_segments == len(forwards):
+        return
+
+    @torch.compile
+    def run_segment(forwards, x, rope, mask):
+        for forward in forwards:
+            x = forward(x, rope, mask)
+        return x
+
+    size = -(-len(forwards) // n_segments)
+
+    def run_blocks(x, rope=None, mask=None, cache=None):
+        if not torch.is_grad_enabled():
+            return one_by_one(x, rope, mask, cache)
+        for first in range(0, len(forwards), size):
+            x = run_segment(forwards[first : first + size], x, rope, mask)
+        return x
+
+    model.run_blocks = run_blocks
+
+
+# ---- copies of weights
+
+def keep_copies(model):
+    """Gives the blocks' matrices copies in bf16, which one process casts once a step, by refresh_copies.
+
+    Autocast would cast at each micro-step, and save the same copies for backward. The copies' gradients are added to
+    the weights' as soon as they are there. FSDP has such copies of its own; DDP's buckets do not allow them.
+    """
+    linears = [module for module in model.blocks.modules() if isinstance(module, Linear)]
+    for linear in linears:
+        linear.copy = linear.weight.detach().bfloat16().requires_grad_()
+        linear.copy.register_post_accumulate_grad_hook(functools.partial(_add_gradient, linear.weight))
+    model.copies = [linear.copy for linear in linears], [linear.weight for linear in linears]
+
+
+def _add_gradient(weight, copy):
+    if weight.grad is None:
+        weight.grad = copy.grad.to(weight.dtype)
+    else:
+        weight.grad += copy.grad
+    copy.grad = None
+
+
+@torch.no_grad()
+def refresh_copies(model):
+    """Casts the weights into their copies, where there are some."""
+    if model.copies:
+        torch._foreach_copy_(*model.copies)
 
 
 # ---- during a step

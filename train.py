@@ -12,16 +12,18 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from checkpoint import CheckpointConfig
 from config import Config, Count, Positive, UserError, run_script
+from cuda_graphs import replay
 from data import DataConfig, eval_batches, objective_for, open_data, seq_len_of
 from interop.pretrained import resolve, start_from
 from model import ModelConfig, Transformer
 from objective import ObjectiveConfig
 from ops import IGNORE
-from optim import OptimConfig, build_optimizer, lr_at, set_lr
-from parallel import ParallelConfig, distribute, has_gradient_buckets, reshard, sync_gradients
+from optim import OptimConfig, build_optimizer, can_capture, lr_at, set_lr
+from parallel import ParallelConfig, distribute, has_gradient_buckets, refresh_copies, reshard, sync_gradients
 from run.folder import RunConfig, run_dir_of
 from run.guard import Stop, guarded
 from run.health import HealthConfig, bad_step
@@ -133,19 +135,18 @@ def train_step(model, optimizer, scaler, batches, cfg, world, recent=()):
     with world.phase("forward", "counting targets"):
         n_targets = world.sum_over_data(sum((targets != IGNORE).sum() for _, targets, *_ in batches))
         n_targets = n_targets.clamp(min=1)  # a batch of special tokens alone has nothing to predict
+    refresh_copies(model)
+    keep_gradients = has_gradient_buckets(model) or model.graphs is not None
+    clear = functools.partial(optimizer.zero_grad, set_to_none=not keep_gradients)
     loss = torch.zeros((), device=world.device)
     for i, batch in enumerate(batches, start=1):
         sync_gradients(model, last=i == len(batches))
-        with world.phase("forward", f"{i} of {len(batches)}"), world.autocast():
-            micro_loss = model(*batch) / n_targets
-        loss += micro_loss.detach()
-        with world.phase("backward", f"{i} of {len(batches)}"):
-            # DDP and FSDP average gradients over ranks, and the loss is the ranks' sum: so multiply by the ranks.
-            scaler.scale(micro_loss * world.data_ranks).backward()
+        forward_backward = functools.partial(micro_step, model, scaler, world, f"{i} of {len(batches)}")
+        loss += replay(model.graphs, "micro-step", forward_backward, n_targets, *batch, undo=clear)
     with world.phase("optimizer"):
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.grad_clip or math.inf)
-        grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm  # FSDP's is a DTensor
+        norm = get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+        grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's is a DTensor
         # One exchange for both: tp ranks have the same loss, all ranks the same norm.
         loss, grad_norm = world.sum_over_all(loss / world.tp, grad_norm / world.size)
         bad = bad_step(loss, grad_norm, cfg.health, recent)
@@ -153,10 +154,29 @@ def train_step(model, optimizer, scaler, batches, cfg, world, recent=()):
         if overflow and scaler.get_scale() > 1:
             bad = None  # fp16 overflow: GradScaler skips the step and lowers its scale
         if not bad:
-            scaler.step(optimizer)
+            clip_and_step = functools.partial(update, model, optimizer, scaler, cfg)
+            graphs = model.graphs if can_capture(optimizer) else None
+            replay(graphs, "update", clip_and_step, norm, warm_ups=0)
         scaler.update()
-        optimizer.zero_grad(set_to_none=not has_gradient_buckets(model))
+        clear()
     return loss, grad_norm, bad
+
+
+def micro_step(model, scaler, world, place, n_targets, *batch):
+    """Adds a micro-batch's gradients; returns its part of the step's mean loss, which n_targets divide."""
+    with world.phase("forward", place), world.autocast():
+        loss = model(*batch) / n_targets
+    with world.phase("backward", place):
+        # DDP and FSDP average gradients over ranks, and the loss is the ranks' sum: so multiply by the ranks.
+        scaler.scale(loss * world.data_ranks).backward()
+    return loss.detach()
+
+
+def update(model, optimizer, scaler, cfg, norm):
+    """Clips the gradients, whose norm is given, and steps the optimizer."""
+    if cfg.optim.grad_clip:
+        clip_grads_with_norm_(model.parameters(), cfg.optim.grad_clip, norm)
+    scaler.step(optimizer)
 
 
 @torch.no_grad()

@@ -99,7 +99,8 @@ class World:
 
     def autocast(self):
         """A context in which matmuls run in the run's precision."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.precision != "fp32")
+        # Without its cache, which CUDA graphs do not allow: forward casts each weight once anyway.
+        return torch.autocast(self.device.type, self.dtype, enabled=self.precision != "fp32", cache_enabled=False)
 
     def synchronize(self):
         """Waits until the device has finished its work."""

@@ -46,7 +46,7 @@ class Setup:
     weight_bytes: float = 4  # bytes per parameter; this and the following differ in other projects
     gradient_bytes: float = 4
     optimizer_bytes: float | None = None  # bytes per parameter; None: the optimizer's
-    residual_bytes: float = 4  # bytes per number of the residual stream
+    residual_bytes: float | None = None  # bytes per number of the residual stream; None: 2 in bf16, else 4
     logits_bytes: float | None = None  # bytes per logit where all are in memory at once; None: one chunk at a time
     tp_hidden: float = 0.0  # share of tensor parallelism's traffic that overlaps with matmuls
 
@@ -64,6 +64,11 @@ class Setup:
     def attends_by_matmuls(self):
         """Whether attention runs as plain matmuls instead of torch's kernel."""
         return self.on_cpu and self.precision == "bf16" and self.seq_len <= BY_MATMULS
+
+    @property
+    def stream(self):
+        """Bytes of a number in the residual stream."""
+        return self.residual_bytes or (2 if self.precision == "bf16" else 4)
 
     @property
     def width(self):
@@ -160,17 +165,19 @@ def collectives(cfg, s, gpus_per_node=8):
         # Forward gathers each norm's output for attention and MLP, and reduces and scatters their outputs; backward
         # does the reverse. Full checkpointing repeats forward except for its last reduction, which nothing needs.
         layers, again = cfg.n_layer * s.micro_steps, s.checkpointing == "full"
-        wide, narrow = s.tokens * cfg.n_embd * s.residual_bytes, s.tokens * cfg.n_embd * s.width
+        hidden = s.tokens * cfg.n_embd
+        embedded, normalized, narrow = hidden * s.weight_bytes, hidden * s.stream, hidden * s.width
         of_tp = (s.tp, min(s.tp, gpus_per_node))
         found += [
-            Collective("layers", "all_gather", wide, *of_tp, (2 + 2 * again) * layers),
+            Collective("layers", "all_gather", normalized, *of_tp, (2 + 2 * again) * layers),
             Collective("layers", "reduce_scatter", narrow, *of_tp, (2 + again) * layers),
             Collective("layers", "all_gather", narrow, *of_tp, 2 * layers),
-            Collective("layers", "reduce_scatter", wide, *of_tp, 2 * layers),
+            Collective("layers", "reduce_scatter", normalized, *of_tp, 2 * layers),
             # Embeddings: scattered, their gradient gathered. The last layer: gathered, its gradient reduced.
-            Collective("layers", "reduce_scatter", wide, *of_tp, s.micro_steps),
-            Collective("layers", "all_gather", wide, *of_tp, 2 * s.micro_steps),
-            Collective("layers", "all_reduce", wide, *of_tp, s.micro_steps),
+            Collective("layers", "reduce_scatter", embedded, *of_tp, s.micro_steps),
+            Collective("layers", "all_gather", embedded, *of_tp, s.micro_steps),
+            Collective("layers", "all_gather", normalized, *of_tp, s.micro_steps),
+            Collective("layers", "all_reduce", normalized, *of_tp, s.micro_steps),
         ]
     if s.strategy == "ddp" and s.tp == 1:  # in buckets; the last one overlaps with nothing
         sent = powersgd_numbers(cfg) if s.grad_compression == "powersgd" else cfg.n_layer * block + rest
@@ -185,7 +192,7 @@ def collectives(cfg, s, gpus_per_node=8):
     return found + [
         # The first block and the layers outside the blocks are waited for; other blocks are gathered during computing.
         Collective("weights", "all_gather", s.width * block, *of_shards, s.micro_steps),
-        Collective("weights", "all_gather", s.residual_bytes * rest, *of_shards, s.micro_steps),
+        Collective("weights", "all_gather", s.weight_bytes * rest, *of_shards, s.micro_steps),
         Collective("weights", "all_gather", s.width * block, *of_shards, (gathers - 1) * s.micro_steps, "micro_step"),
         Collective("gradients", "reduce_scatter", gradient * rest, *of_shards, sums),
         Collective("gradients", "reduce_scatter", gradient * block, *of_shards, sums * cfg.n_layer, hidden_in),

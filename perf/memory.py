@@ -40,13 +40,13 @@ def memory(cfg, s):
     gradients = s.gradient_bytes * n / (s.shards if is_sharded and s.accumulate == "sharded" else 1)
     kept_between = s.micro_steps > 1 or (s.ranks > 1 and not is_sharded)  # DDP keeps its buckets
     before = gradients if kept_between else 0
-    masks = (s.residual_bytes if s.on_cpu else 1) * d if cfg.dropout else 0
-    outside = s.residual_bytes * d + 8 + masks  # the first or last norm, and dropout after the embedding
+    masks = (s.stream if s.on_cpu else 1) * d if cfg.dropout else 0
+    outside = s.stream * d + 8 + masks  # the first or last norm, and dropout after the embedding
     activations = s.tokens * (cfg.n_layer * block_activation_bytes(cfg, s, s.checkpointing) + outside)
     recomputed = 0 if s.checkpointing == "none" else s.tokens * block_activation_bytes(cfg, s)
     head, head_left = head_bytes(cfg, s)
     # Gradients that flow through a block: two of the residual stream, two of the MLP's width.
-    flowing = s.tokens * (2 * s.residual_bytes * d + 2 * s.width * cfg.inner_width) / s.tp
+    flowing = s.tokens * (2 * s.stream * d + 2 * s.width * cfg.inner_width) / s.tp
     embedding_gradient = s.gradient_bytes * V * d * (cfg.tie_embeddings + kept_between)
     working = {"muon": 8 * min(STACK, cfg.n_layer * cfg.inner_width * d), "adafactor": 16 * d * max(V, cfg.inner_width)}
     moments = [  # (copies of weights, gradients, activations, logits, other)
@@ -69,7 +69,7 @@ def block_activation_bytes(cfg, s, checkpointing="none"):
     rank, everything else is split.
     """
     d, q, kv, f = cfg.n_embd, cfg.n_head * cfg.head_width, cfg.kv_heads * cfg.head_width, cfg.inner_width
-    w, stream = s.width, s.residual_bytes * cfg.n_embd
+    w, stream = s.width, s.stream * cfg.n_embd
     up = 2 if cfg.is_gated else 1  # matrices that lead up to the MLP's width
     row = 4 if cfg.norm == "rmsnorm" else 8  # statistics of a normalised row
     unfused = 2 if cfg.norm == "rmsnorm" and s.on_cpu else 1  # a CPU's RMSNorm also saves its normalised input
@@ -90,7 +90,7 @@ def block_activation_bytes(cfg, s, checkpointing="none"):
         qk_norms = w * (q + kv) + row * head_rows if cfg.qk_norm else 0
         return 2 * w * d + (stream + 2 * row + qk_norms + attention + w * d + w * f * (up + 1)) / s.tp
     # An eager matmul in a narrower dtype saves its own cast of the norm's output: q, k, v and the MLP's one or two.
-    inputs = w * d * (2 if s.residual_bytes == w else 3 + up)
+    inputs = w * d * (2 if s.stream == w else 3 + up)
     norms = 2 * (unfused * stream + row)
     qk_norms = unfused * 4 * (q + kv) + row * head_rows if cfg.qk_norm else 0
     mlp = w * f * 2 * up  # inputs and output of the activation function, and of the gate's product
@@ -101,12 +101,13 @@ def block_activation_bytes(cfg, s, checkpointing="none"):
 def head_bytes(cfg, s):
     """(peak bytes in the loss, bytes of it left when backward starts)."""
     n, d, V, w = s.tokens * s.head_share, cfg.n_embd, cfg.padded_vocab_size // s.tp, s.width
-    hidden, gradient = 4 * n * d, s.gradient_bytes * V * d
+    hidden, gradient = s.stream * n * d, s.gradient_bytes * V * d
     if s.logits_bytes is not None:
         return s.logits_bytes * n * V * s.tp + hidden, gradient
     chunk, few, columns = loss_chunks(V, "cpu" if s.on_cpu else "cuda")
-    casts = 2 * (n * d + V * d) if w == 2 else 0
-    logits = min(n, chunk) * V * w + (min(n, chunk, few) * V * 4 if w == 2 else 0)
+    casts = 2 * (n * d * (s.stream != w) + V * d) if w == 2 else 0
+    in_float32 = w == 2 and not s.compiled  # compiled, a pass keeps them in registers
+    logits = min(n, chunk) * V * w + (min(n, chunk, few) * V * 4 if in_float32 else 0)
     return hidden + casts + logits + (hidden + gradient) + w * d * min(V, columns), hidden + gradient
 
 

@@ -89,7 +89,7 @@ class PlanConfig(Config):
     weight_bytes: Positive = 4  # bytes per parameter; this and the following describe other projects' code
     gradient_bytes: Positive = 4  # bytes per parameter's gradient
     optimizer_bytes: NotNegative | None = None  # bytes per parameter's optimizer state; none: the optimizer's
-    residual_bytes: Positive = 4  # bytes per number of the residual stream
+    residual_bytes: Positive | None = None  # bytes per number of the residual stream; none: 2 in bf16, else 4
     logits_bytes: Positive | None = None  # bytes per logit where all are in memory at once; none: one chunk at a time
     tp_hidden: Overlap = 0.0  # share of tensor parallelism's traffic that overlaps with computing
     machine: str = "out/machine.json"  # file of python bench.py's figures, for --gpu=this

@@ -40,6 +40,7 @@ def first_bad_tensor(model, forward_and_backward):
     Weights come first, then the outputs of modules in forward, then gradients in the order of backward.
     """
     bad, hooks = [], []
+    model.graphs = None  # a replay calls no hooks
 
     def look(name, tensor):
         if not torch.isfinite(local(tensor)).all():

@@ -16,7 +16,7 @@ from data import accumulation_steps
 from model import ModelConfig, Transformer
 from objective import n_masked
 from optim import OptimConfig, build_optimizer
-from parallel import compile_blocks, recompute_blocks
+from parallel import compile_model, recompute_blocks
 from perf import cost, memory
 from world import World, init_world
 
@@ -49,7 +49,7 @@ def saved_bytes(cfg, precision, checkpointing, compiled=False):
     if checkpointing != "none":
         recompute_blocks(model, checkpointing)
     if compiled:
-        compile_blocks(model, World(0, 1, torch.device("cpu"), precision))
+        compile_model(model, cfg.n_layer, World(0, 1, torch.device("cpu"), precision))
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             model(*batch_of(cfg)).backward()
     weights, sizes, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, []

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import MLP, Cache, ModelConfig, Transformer
-from ops import IGNORE, Linear, LossOptions, Vocabulary, attend, linear_cross_entropy, rope_table, rotate
+from model import MLP, Block, Cache, ModelConfig, Transformer
+from ops import (
+    IGNORE, LayerNorm, Linear, LossOptions, RMSNorm, Vocabulary, attend, linear_cross_entropy, rope_table, rotate,
+)  # fmt: skip
 from optim import OptimConfig, build_optimizer
 
 B, T, V = 3, 7, 37
@@ -1137,16 +1139,29 @@ def test_bf16_logits_are_close(cfg):
 
 # ---- precision
 
-@pytest.mark.parametrize("cfg", [BERT, replace(MODERN, objective="mlm")], ids=["bert", "modern"])
-def test_norms_see_float32_under_autocast(cfg):
-    """bf16 by float32 weights would leave torch's fused kernel, and round what goes on."""
+@pytest.mark.parametrize("cfg", [SMALL, BERT, replace(MODERN, objective="mlm")], ids=["gpt2", "bert", "modern"])
+@pytest.mark.parametrize("dtype, stream", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
+def test_the_residual_stream_is_bf16_under_its_autocast_and_float32_under_fp16s(cfg, dtype, stream):
+    """fp16's range is too small for the sum over all layers."""
     model, seen = random_model(cfg), {}
     for name, module in model.named_modules():
-        if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
-            module.register_forward_hook(lambda _, args, out, name=name: seen.update({name: args[0].dtype}))
-    with torch.autocast("cpu", torch.bfloat16):
+        if isinstance(module, Block):
+            module.register_forward_hook(lambda _, args, out, name=name: seen.update({name: (args[0].dtype, out.dtype)}))
+    with torch.autocast("cpu", dtype):
         model(random_ids(), random_ids()).backward()
-    assert len(seen) > 6 and set(seen.values()) == {torch.float32}, seen
+    assert len(seen) == cfg.n_layer and set(seen.values()) == {(stream, stream)}, seen
+
+
+@pytest.mark.parametrize("norm", [LayerNorm, RMSNorm])
+def test_norms_of_bf16_have_float32_statistics(norm):
+    """A row of 4,097 numbers near 100: in bf16, its mean and mean square would be off by percents of its spread."""
+    torch.manual_seed(0)
+    x = (100 + torch.randn(3, 4097)).bfloat16()
+    exact = norm(4097, eps=1e-5)(x.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(4097, eps=1e-5)(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), exact, rtol=2**-8, atol=1e-4)  # rounded once
 
 
 @pytest.mark.parametrize("mlp, approximate", [("gelu", "none"), ("gelu_tanh", "tanh"), ("swiglu", "none")])
