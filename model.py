@@ -19,8 +19,18 @@ from config import Config, Count, NotNegative, Positive, Share, UserError
 from data import near_divisors
 from objective import OBJECTIVES
 from ops import (
-    LayerNorm, Linear, LossOptions, RMSNorm, Vocabulary, attend, linear_cross_entropy, linear_together, loss_pass,
-    residual_dtype, rope_table, rotate,
+    LayerNorm,
+    Linear,
+    LossOptions,
+    RMSNorm,
+    Vocabulary,
+    attend,
+    linear_cross_entropy,
+    linear_together,
+    loss_pass,
+    residual_dtype,
+    rope_table,
+    rotate,
 )  # fmt: skip
 
 # The MLP's activation functions: GPT-2's GELU is the tanh approximation, BERT's and nanoGPT's the exact one. With those
@@ -217,8 +227,8 @@ class Transformer(nn.Module):
         self.norm_f = nn.Identity() if post else _norm(cfg, cfg.n_embd)
         self.transform = Transform(cfg) if masked else nn.Identity()
         self.head = Linear(cfg.n_embd, cfg.padded_vocab_size, bias=masked and cfg.bias)
-        self.loss_pass = loss_pass  # parallel.py compiles this, and run_blocks
-        self.copies = None  # bf16 copies of the blocks' matrices, and these: parallel.keep_copies
+        self.loss_pass = loss_pass  # kernels.py compiles this, and run_blocks
+        self.copies = None  # bf16 copies of the blocks' matrices, and these: kernels.keep_copies
         self.graphs = None  # CUDA graphs of training by name; None: kernels are launched one by one
         self.tie_weights()
 

@@ -26,32 +26,23 @@ def residual_dtype(x):
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm in x's dtype with float32 statistics: on CUDA by autocast's float32, on a CPU by its kernel.
-
-    That kernel is slow with weights of another dtype than x's (torch 2.13).
-    """
+    """nn.LayerNorm that returns x's dtype, where autocast on CUDA returns float32; statistics are float32 in any case."""
 
     def forward(self, x):
-        weight, bias = _norm_weights(self, x)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).type_as(x)
+        return super().forward(x).type_as(x)
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm with the same dtypes."""
+    """nn.RMSNorm that computes in its weight's dtype, as torch wants it, and returns x's."""
 
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, _norm_weights(self, x)[0], self.eps).type_as(x)
-
-
-def _norm_weights(norm, x):
-    weights = norm.weight, getattr(norm, "bias", None)
-    return weights if x.is_cuda else tuple(w if w is None else w.type_as(x) for w in weights)
+        return super().forward(x.type_as(self.weight)).type_as(x)
 
 
 class Linear(nn.Linear):
     """nn.Linear; in bf16 on a CPU it multiplies generation's few rows transposed, twice as fast (torch 2.13).
 
-    Training multiplies by a copy of the weight, where parallel.keep_copies has made one.
+    Training multiplies by a copy of the weight, where kernels.keep_copies has made one.
     """
 
     copy = None

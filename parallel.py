@@ -16,7 +16,8 @@ from torch.distributed.tensor import parallel as styles
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from config import Config, Count, UserError
-from ops import Linear, Vocabulary
+from kernels import compile_model, keep_copies
+from ops import Vocabulary
 from world import local
 
 DDP_SEGMENTS = 4  # graphs of the blocks: 3/4 of the gradients are sent while backward computes
@@ -73,13 +74,22 @@ class ParallelConfig(Config):
         They cannot hold a collective of DDP's, a gradient scaler's decisions, or the random state that activation
         checkpointing saves.
         """
-        could = world.device.type == "cuda" and world.size == 1 and world.precision != "fp16"
+        could = world.device.type == "cuda" and world.mesh is None and world.precision != "fp16"
         could = could and self.activation_checkpointing == "none"
         return could and (self.compiles("cuda") if self.cuda_graphs is None else self.cuda_graphs)
 
+    def how_kernels_start(self, world, n_layer):
+        """What compile and cuda_graphs come to, as text for a log."""
+        if not self.compiles(world.device.type):
+            compiled = "eager"
+        else:
+            n = self.segments(world.size, n_layer)
+            compiled = f"blocks compiled as {n} graph{'s' * (n > 1)}" if n < n_layer else "blocks compiled one by one"
+        return compiled + ", launched by CUDA graphs" * self.captures(world)
+
     def keeps_copies(self, world):
         """Whether the blocks' matrices have bf16 copies for a step; on a CPU they gain nothing (torch 2.13)."""
-        is_alone = world.device.type == "cuda" and world.size == 1
+        is_alone = world.device.type == "cuda" and world.mesh is None
         return is_alone and world.precision == "bf16" and self.activation_checkpointing == "none"
 
     def mesh_shape(self, size):
@@ -160,7 +170,7 @@ def replicate_model(model, compression):
         model.register_comm_hook(state, one_by_one)
 
 
-# ---- activation checkpointing and compile
+# ---- activation checkpointing
 
 
 def recompute_blocks(model, kind):
@@ -187,75 +197,6 @@ def recompute_blocks(model, kind):
 
     for block in model.blocks:
         block.forward = checkpointed(block.forward)
-
-
-def compile_model(model, n_segments, world):
-    """Compiles the blocks, as one graph for each of n_segments, and the loss's passes over logits.
-
-    The embedding stays out: compiled, its gradient would not repeat bitwise. Evaluation compiles one block for all,
-    since its last batch has another shape.
-    """
-    try:
-        torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(8, device=world.device))
-    except Exception as error:  # no compiler, no Triton, a Python too new: torch raises many classes
-        if world.is_main:
-            reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
-            warnings.warn(f"torch.compile does not work here, training continues without it: {reason}", stacklevel=2)
-        return
-    torch._dynamo.config.suppress_errors = True  # what fails to compile runs eagerly, with torch's warning
-    model.loss_pass = torch.compile(model.loss_pass)
-    forwards, one_by_one = [block.forward for block in model.blocks], model.run_blocks
-    for block, forward in zip(model.blocks, forwards):
-        block.forward = torch.compile(forward)
-    if n_segments == len(forwards):
-        return
-
-    @torch.compile
-    def run_segment(forwards, x, rope, mask):
-        for forward in forwards:
-            x = forward(x, rope, mask)
-        return x
-
-    size = -(-len(forwards) // n_segments)
-
-    def run_blocks(x, rope=None, mask=None, cache=None):
-        if not torch.is_grad_enabled():
-            return one_by_one(x, rope, mask, cache)
-        for first in range(0, len(forwards), size):
-            x = run_segment(forwards[first : first + size], x, rope, mask)
-        return x
-
-    model.run_blocks = run_blocks
-
-
-# ---- copies of weights
-
-def keep_copies(model):
-    """Gives the blocks' matrices copies in bf16, which one process casts once a step, by refresh_copies.
-
-    Autocast would cast at each micro-step, and save the same copies for backward. The copies' gradients are added to
-    the weights' as soon as they are there. FSDP has such copies of its own; DDP's buckets do not allow them.
-    """
-    linears = [module for module in model.blocks.modules() if isinstance(module, Linear)]
-    for linear in linears:
-        linear.copy = linear.weight.detach().bfloat16().requires_grad_()
-        linear.copy.register_post_accumulate_grad_hook(functools.partial(_add_gradient, linear.weight))
-    model.copies = [linear.copy for linear in linears], [linear.weight for linear in linears]
-
-
-def _add_gradient(weight, copy):
-    if weight.grad is None:
-        weight.grad = copy.grad.to(weight.dtype)
-    else:
-        weight.grad += copy.grad
-    copy.grad = None
-
-
-@torch.no_grad()
-def refresh_copies(model):
-    """Casts the weights into their copies, where there are some."""
-    if model.copies:
-        torch._foreach_copy_(*model.copies)
 
 
 # ---- during a step

@@ -16,14 +16,14 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from checkpoint import CheckpointConfig
 from config import Config, Count, Positive, UserError, run_script
-from cuda_graphs import replay
 from data import DataConfig, eval_batches, objective_for, open_data, seq_len_of
 from interop.pretrained import resolve, start_from
+from kernels import refresh_copies, replay
 from model import ModelConfig, Transformer
 from objective import ObjectiveConfig
 from ops import IGNORE
 from optim import OptimConfig, build_optimizer, can_capture, lr_at, set_lr
-from parallel import ParallelConfig, distribute, has_gradient_buckets, refresh_copies, reshard, sync_gradients
+from parallel import ParallelConfig, distribute, has_gradient_buckets, reshard, sync_gradients
 from run.folder import RunConfig, run_dir_of
 from run.guard import Stop, guarded
 from run.health import HealthConfig, bad_step

@@ -72,7 +72,8 @@ def block_activation_bytes(cfg, s, checkpointing="none"):
     w, stream = s.width, s.stream * cfg.n_embd
     up = 2 if cfg.is_gated else 1  # matrices that lead up to the MLP's width
     row = 4 if cfg.norm == "rmsnorm" else 8  # statistics of a normalised row
-    unfused = 2 if cfg.norm == "rmsnorm" and s.on_cpu else 1  # a CPU's RMSNorm also saves its normalised input
+    # What an eager norm saves of a number: float32 on CUDA; a CPU's RMSNorm saves its normalised input, too.
+    normed = 8 if cfg.norm == "rmsnorm" and s.on_cpu else s.stream if s.on_cpu else 4
     head_rows, softmax_sums = cfg.n_head + cfg.kv_heads, 4 * cfg.n_head
     if checkpointing == "full":
         return stream / s.tp
@@ -91,8 +92,8 @@ def block_activation_bytes(cfg, s, checkpointing="none"):
         return 2 * w * d + (stream + 2 * row + qk_norms + attention + w * d + w * f * (up + 1)) / s.tp
     # An eager matmul in a narrower dtype saves its own cast of the norm's output: q, k, v and the MLP's one or two.
     inputs = w * d * (2 if s.stream == w else 3 + up)
-    norms = 2 * (unfused * stream + row)
-    qk_norms = unfused * 4 * (q + kv) + row * head_rows if cfg.qk_norm else 0
+    norms = 2 * (normed * d + row)
+    qk_norms = normed * (q + kv) + row * head_rows if cfg.qk_norm else 0
     mlp = w * f * 2 * up  # inputs and output of the activation function, and of the gate's product
     masks = (w if s.on_cpu else 1) * 2 * d if cfg.dropout else 0
     return inputs + (norms + qk_norms + attention + mlp + masks) / s.tp

@@ -197,12 +197,13 @@ def memory_parts(step, model, optimizer, world, checkpointing):
 
     with timed_phases(world, before={"optimizer": measure_gradients}):
         _, events = trace(step)
-    found["weights"] = n_bytes(model.parameters())
+    found["weights"] = n_bytes(model.parameters()) + n_bytes(model.copies[0] if model.copies else ())
     found["optimizer"] = n_bytes(v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
     found |= saved_by_forward(events, world.device)
     before = found["weights"] + found["optimizer"] + (found["gradients"] if has_gradient_buckets(model) else 0)
     is_sharded = hasattr(model, "set_requires_all_reduce")  # FSDP gathers weights in the matmuls' precision
-    if not is_sharded and world.precision != "fp32" and checkpointing == "none" and "activations" in found:
+    casts = not is_sharded and not model.copies and world.precision != "fp32" and checkpointing == "none"
+    if casts and "activations" in found:
         cast = sum(2 * p.numel() for p in model.blocks.parameters() if p.dim() == 2)
         found["weights"] += cast
         found["activations"] -= cast

@@ -240,7 +240,8 @@ class Log:
             often = f"the run reads its {train_tokens:,} training tokens {epochs:,.0f} times; after about 4 epochs"
             print(f"warning    {often} a model learns little more (arXiv 2305.16264): lower --max_steps, or add text")
         peak = f"mfu relative to {self.peak / 1e12:.4g} TFLOP/s, {self.peak_name}"
-        print(f"device     {world.size} x {device_name(world.device)}, {world.precision}; {peak}", flush=True)
+        kernels = cfg.parallel.how_kernels_start(world, cfg.model.n_layer)
+        print(f"device     {world.size} x {device_name(world.device)}, {world.precision}, {kernels}; {peak}", flush=True)
 
     def _step_text(self, state):
         return f"step {state.step:>{len(str(self.last_step))}}/{self.last_step}"

@@ -13,10 +13,11 @@ import bench
 import config
 import train
 from data import accumulation_steps
+from kernels import compile_model
 from model import ModelConfig, Transformer
 from objective import n_masked
 from optim import OptimConfig, build_optimizer
-from parallel import compile_model, recompute_blocks
+from parallel import recompute_blocks
 from perf import cost, memory
 from world import World, init_world
 

@@ -13,7 +13,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import MLP, Block, Cache, ModelConfig, Transformer
 from ops import (
-    IGNORE, LayerNorm, Linear, LossOptions, RMSNorm, Vocabulary, attend, linear_cross_entropy, rope_table, rotate,
+    IGNORE,
+    LayerNorm,
+    Linear,
+    LossOptions,
+    RMSNorm,
+    Vocabulary,
+    attend,
+    linear_cross_entropy,
+    linear_together,
+    loss_pass,
+    rope_table,
+    rotate,
 )  # fmt: skip
 from optim import OptimConfig, build_optimizer
 
@@ -413,6 +424,36 @@ def test_z_loss_is_the_weighted_square_of_log_z_in_loss_and_gradients(rows, voca
     for our_gradient, their_gradient in zip(our_gradients, torch.autograd.grad(theirs / 7, wanted)):
         assert worst_error(our_gradient, their_gradient) < gradient_bound
     assert our_gradients[0][targets == IGNORE].eq(0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [LossOptions(), LossOptions(0.1, 0.01)], ids=["plain", "smoothed and z-loss"])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_pass_over_logits_is_the_plain_one(dtype, biased, options):
+    torch._dynamo.reset()
+    logits, targets = torch.randn(B * T, V + 27).to(dtype), loss_inputs(B * T, V)[2][:, None]
+    bias = torch.randn(V + 27) if biased else None
+    for with_gradients in (True, False):
+        plain, compiled = logits.clone(), logits.clone()
+        sums = loss_pass(plain, bias, targets, Vocabulary(V), options, with_gradients)
+        theirs = torch.compile(loss_pass)(compiled, bias, targets, Vocabulary(V), options, with_gradients)
+        assert [x.item() for x in theirs] == pytest.approx([x.item() for x in sums], rel=1e-5)
+        if with_gradients:
+            assert worst_error(compiled.float(), plain.float()) < (1e-5 if dtype == torch.float32 else 2**-8)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_stacked_into_one_matmul_give_each_ones_outputs_and_gradients(bias):
+    layers, x = [Linear(20, n, bias=bias) for n in (15, 5, 10)], torch.randn(B, T, 20, requires_grad=True)
+    params = [x, *(p for layer in layers for p in layer.parameters())]
+    found = []
+    for stacked in (False, True):
+        outputs = linear_together(x, *layers, stacked=stacked)
+        loss = sum((i + 1) * y.square().sum() for i, y in enumerate(outputs))
+        found.append([*outputs, *torch.autograd.grad(loss, params)])
+    for apart, stacked in zip(*found):
+        torch.testing.assert_close(apart, stacked, rtol=1e-5, atol=1e-5)
 
 
 def test_z_loss_is_for_training_alone():

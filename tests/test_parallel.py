@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data import DataConfig, Split
+from kernels import compile_model, keep_copies
 from model import ModelConfig, Transformer
 from objective import IGNORE, Masked, NextToken
 from optim import OptimConfig, build_optimizer
@@ -414,18 +415,55 @@ def test_compile_that_fails_gives_one_warning_and_trains(data_dir, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same_loss_and_gradients():
+@pytest.mark.parametrize(("n_segments", "n_graphs"), [(1, 1), (2, 2), (3, 1)])  # of 3 blocks; segments of one size share
+def test_compiled_segments_give_the_same_loss_and_gradients(n_segments, n_graphs):
     ids, targets = uneven_batch()
     torch._dynamo.reset()
     counts = torch._dynamo.utils.counters
     counts.clear()
     with init_world(WorldConfig(device="cpu", precision="fp32")) as world, warnings.catch_warnings():
         warnings.filterwarnings("error", "torch.compile does not work")
-        model = build(world, compile=True)
+        model = build(world)
+        with torch.no_grad():
+            eager = model.eval()(ids, targets, count_correct=True)
+        compile_model(model.train(), n_segments, world)
         loss = model(ids, targets) / (targets != IGNORE).sum()
         loss.backward()
-    assert counts["stats"]["unique_graphs"] == 2 and not counts["graph_break"]  # distribute's trial, and the blocks'
+        assert counts["stats"]["unique_graphs"] == n_graphs + 2  # with the trial's and the loss's
+        with torch.no_grad():
+            assert [x.item() for x in model.eval()(ids, targets, count_correct=True)] == pytest.approx(eager, rel=1e-5)
+        model(ids, targets)  # nothing is compiled again
+    assert counts["stats"]["unique_graphs"] <= n_graphs + 4 and not counts["graph_break"]
     check_step(loss.item(), {name: p.grad for name, p in model.named_parameters()}, plain("gpt"))
+
+
+@pytest.mark.parametrize("settings, size, graphs", [
+    ({}, 1, 1), ({}, 8, 4), ({"strategy": "fsdp"}, 8, 12), ({"tp": 2}, 8, 12), ({"strategy": "fsdp"}, 1, 1),
+    ({"activation_checkpointing": "full"}, 1, 12), ({"activation_checkpointing": "selective"}, 1, 1),
+])  # fmt: skip
+def test_blocks_are_compiled_as_one_graph_where_nothing_happens_between_them(settings, size, graphs):
+    assert ParallelConfig(**settings).segments(size, 12) == graphs
+
+
+# ---- copies of weights
+
+def test_copies_of_weights_change_no_bit():
+    """The copies are cast once a step instead of in each forward, and their gradients are added up in float32."""
+    trained = []
+    for copies in (False, True):
+        with init_world(WorldConfig(device="cpu", precision="bf16")) as world:
+            model = build(world, MODELS["modern"])
+            if copies:
+                keep_copies(model)
+            optimizer = build_optimizer(model, OptimConfig(learning_rate=1e-2))
+            batches = list(zip(*(part.split(2) for part in uneven_batch("modern"))))
+            assert len(batches) > 1
+            scaler = torch.amp.GradScaler("cpu", enabled=False)
+            figures = [train_step(model, optimizer, scaler, batches, step_settings(1.0), world) for _ in range(3)]
+            trained.append((figures, list(model.parameters())))
+    (figures, weights), (with_copies, their_weights) = trained
+    assert figures == with_copies and figures[0] != figures[2]
+    assert all(map(torch.equal, weights, their_weights))
 
 
 @pytest.mark.slow
