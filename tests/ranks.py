@@ -36,10 +36,12 @@ SMALL = {
     "precision": "fp32",
 }  # fmt: skip
 
-# What processes of the tests import, torch._dynamo with the first step of an optimizer.
-PRELOADED = ["torch", "torch.distributed.checkpoint", "torch.distributed._composable.replicate",
-             "torch.distributed.tensor.parallel", "torch.distributed.fsdp", "torch._dynamo", "pytest", "train",
-             "bench"]  # fmt: skip
+# What the tests' processes import; torch._dynamo comes with an optimizer's first step.
+PRELOADED = [
+    "torch", "torch.distributed.checkpoint", "torch.distributed._composable.replicate", "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel", "torch._dynamo", "safetensors.torch", "matplotlib.figure",
+    "matplotlib.backends.backend_agg", "tiktoken", "pytest", "train", "bench", "sample", "plan",
+]  # fmt: skip
 
 
 def write_data(
@@ -102,6 +104,7 @@ def without_matplotlib():
 
 
 # ---- other processes
+
 
 def on_ranks(n, *cases, patience=1200):
     """Runs cases (function, *args), one after the other, each on n new-born ranks; returns [a list by rank] by case.
