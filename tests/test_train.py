@@ -34,6 +34,7 @@ from ranks import (
     on_ranks,
     records,
     run,
+    run_script,
     settings,
     step_settings,
     without_matplotlib,
@@ -234,7 +235,7 @@ def test_without_matplotlib_a_run_trains_says_so_and_draws_nothing(data_dir, tmp
 
 
 def test_console_lines_are_aligned_and_fit_120_columns_even_of_a_long_run(data_dir, tmp_path, capsys, no_curves):
-    run(data_dir, tmp_path, max_steps=19_073, max_minutes=0.1)
+    run(data_dir, tmp_path, max_steps=19_073, eval_interval=12, target_loss=3.4)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     steps = [line for line in lines if " tok/s" in line]
     assert len(steps) > 10 and max(map(len, lines)) <= 120, max(lines, key=len)
@@ -703,8 +704,7 @@ def test_foreign_data_needs_a_vocabulary_and_then_trains(data_dir, tmp_path, no_
 
 def test_wrong_input_ends_the_command_with_code_2_and_one_line(tmp_path):
     folders = [f"--data_dir={tmp_path / 'gone'}", f"--out_dir={tmp_path / 'run'}"]
-    command = [sys.executable, str(ROOT / "train.py"), "--device=cpu", *folders]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = run_script(ROOT / "train.py", ["--device=cpu", *folders], tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "prepare.py" in done.stderr
     assert not (tmp_path / "run").exists()
