@@ -438,18 +438,36 @@ def test_a_run_goes_on_on_another_number_of_ranks(data_dir, four, nine, tmp_path
     assert steps_kept(two_two) == [4, 9] and (two_two / "finished").exists()
 
 
+@pytest.fixture(scope="module")
+def wanderers(data_dir, tmp_path_factory):
+    """{optimizer: folders of runs that went on in one layout and in another, and of the same on one process}.
+
+    Launched once for all optimizers: torch derives how each operator is sharded once a process, in 0.2 s.
+    """
+    sizes = {"n_head": 4, "n_embd": 20, "n_inner": 36, "seq_len": 8, "batch_tokens": 96}
+    folders, four, two, one = {}, [], [], []
+    for optimizer in ("adamw", "muon"):
+        names, folder = ("straight", "stopped", "wandering", "alone"), tmp_path_factory.mktemp(optimizer)
+        straight, stopped, wandering, alone = folders[optimizer] = [folder / name for name in names]
+        small = sizes | {"optimizer": optimizer}
+        sharded = small | {"strategy": "fsdp", "tp": 2}
+        four += [(train.main, settings(data_dir, out_dir, max_steps=max_steps, **sharded))
+                 for out_dir, max_steps in ((straight, 9), (stopped, 4), (stopped, 9), (wandering, 3))]  # fmt: skip
+        one += [settings(data_dir, wandering, max_steps=6, **small), settings(data_dir, alone, **small)]
+        two += [(train.main, settings(data_dir, wandering, **small))]
+    on_ranks(4, *four)
+    with without_matplotlib():
+        for cfg in one:
+            train.main(cfg)
+    on_ranks(2, *two)
+    return folders
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_goes_on_in_another_layout(optimizer, data_dir, tmp_path, no_curves):
+def test_a_run_goes_on_in_another_layout(optimizer, wanderers):
     """On 4 ranks, fsdp x tp, then on one, then on 2, ddp, it is a run never stopped; in one layout to the bit."""
-    small = {"n_head": 4, "n_embd": 20, "n_inner": 36, "seq_len": 8, "batch_tokens": 96, "optimizer": optimizer}
-    sharded = small | {"strategy": "fsdp", "tp": 2}
-    straight, stopped, wandering, alone = (tmp_path / name for name in ("straight", "stopped", "wandering", "alone"))
-    on_ranks(4, *((train.main, settings(data_dir, out_dir, max_steps=max_steps, **sharded))
-                  for out_dir, max_steps in ((straight, 9), (stopped, 4), (stopped, 9), (wandering, 3))))
-    run(data_dir, wandering, max_steps=6, **small)
-    on_ranks(2, (train.main, settings(data_dir, wandering, **small)))
-    run(data_dir, alone, **small)
+    straight, stopped, wandering, alone = wanderers[optimizer]
     assert_same_run(straight, stopped)
     expected = records(alone)
     assert expected[9] < expected[1]
