@@ -427,9 +427,9 @@ PRESETS = {
     "quickstart_bert": ["--vocab_size=4096"],
     "shakespeare_char": ["--vocab_size=256"],
     "speedrun_cpu": ["--vocab_size=256"],
-    "gpt2_124m": ["--micro_batch_size=4", "--batch_tokens=4096"],
-    "bert_base": ["--batch_tokens=4096"],
-    "modern_124m": ["--micro_batch_size=4", "--batch_tokens=4096"],
+    "gpt2_124m": ["--micro_batch_size=2", "--batch_tokens=2048"],
+    "bert_base": ["--micro_batch_size=16", "--batch_tokens=2048"],
+    "modern_124m": ["--micro_batch_size=2", "--batch_tokens=2048"],
 }
 
 
