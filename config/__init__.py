@@ -16,7 +16,6 @@ __post_init__, which raises a UserError, a line for each mistake. A preset is a 
 its own namespace.
 """
 
-import ast
 import contextlib
 import dataclasses
 import difflib
@@ -355,6 +354,7 @@ def _sections(settings_type):
     return [f for f in dataclasses.fields(settings_type) if dataclasses.is_dataclass(f.type)]
 
 
+@functools.cache
 def comments(settings_type):
     """{name: trailing comment} for every setting of a script."""
     found = {}
@@ -369,10 +369,10 @@ def comments(settings_type):
 def _settings_everywhere():
     """{name: file} of all settings that the project declares, read without importing its files."""
     return {
-        line.target.id: path.relative_to(ROOT).as_posix()
+        name: path.relative_to(ROOT).as_posix()
         for path in project_files()
-        for node in ast.parse(path.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ClassDef) and node.name.endswith("Config")
-        for line in node.body
-        if isinstance(line, ast.AnnAssign)
+        for body in re.findall(
+            r"^class \w+Config\b.*\n((?:\n|    .*\n)*)", path.read_text(encoding="utf-8"), re.MULTILINE
+        )
+        for name in re.findall(r"^    (\w+): .*  # ", body, re.MULTILINE)
     }

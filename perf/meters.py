@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import threading
 import time
+import warnings
 
 import torch
 from torch.autograd import DeviceType
@@ -105,8 +106,11 @@ def trace(function, path=None):
     """
     with tempfile.TemporaryDirectory() as folder:
         path = path or os.path.join(folder, "trace.json")
-        with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:  # without it 2.11 warns
-            function()
+        with warnings.catch_warnings():
+            # The remedy it names, acc_events, spends a second on the events of every 10,000 operators.
+            warnings.filterwarnings("ignore", "Warning: Profiler clears events")
+            with torch.profiler.profile(profile_memory=True) as profiler:
+                function()
         profiler.export_chrome_trace(path)
         with open(path, encoding="utf-8") as file:
             return profiler, json.load(file)["traceEvents"]

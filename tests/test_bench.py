@@ -7,7 +7,6 @@ import json
 import resource
 import statistics
 import subprocess
-import sys
 import time
 import types
 from unittest import mock
@@ -21,12 +20,11 @@ import bench
 import config
 import plan
 import train
-from conftest import ROOT
 from data import Split, TrainOrder
 from model import ModelConfig
 from objective import IGNORE, Masked
 from perf import cost, hardware, machine, meters, pictures, rates, sweep
-from ranks import on_ranks, write_data
+from ranks import on_ranks, run_script, write_data
 from run.folder import run_dir_of
 from text.tokenizer import SPECIALS
 from world import World, WorldConfig, init_world
@@ -414,15 +412,14 @@ def test_mfu_relative_to_a_peak_of_a_busy_machine_says_so(rates, warning, tmp_pa
 
 
 def test_a_benchmark_that_hangs_is_ended(tmp_path):
-    code = f"""if True:
-        import time, bench, config
-        bench.train_step = lambda *args: time.sleep(60)
-        bench.main(config.load(bench.Settings, {[*SMALL, "--timeout_minutes=0.05"]!r}))
-    """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert (
-        done.returncode == 1 and "error: no progress for 0.05 minutes (timeout_minutes): the run hangs" in done.stderr
-    )
+    (tmp_path / "hangs.py").write_text(f"""
+import time, bench, config
+bench.train_step = lambda *args: time.sleep(60)
+bench.main(config.load(bench.Settings, {[*SMALL, "--timeout_minutes=0.05"]!r}))
+""")
+    done = run_script(tmp_path / "hangs.py", [], tmp_path)
+    told = "error: no progress for 0.05 minutes (timeout_minutes): the run hangs"
+    assert done.returncode == 1 and told in done.stderr
 
 
 PRESETS = {
@@ -430,9 +427,9 @@ PRESETS = {
     "quickstart_bert": ["--vocab_size=4096"],
     "shakespeare_char": ["--vocab_size=256"],
     "speedrun_cpu": ["--vocab_size=256"],
-    "gpt2_124m": ["--micro_batch_size=4", "--batch_tokens=4096"],
-    "bert_base": ["--batch_tokens=4096"],
-    "modern_124m": ["--micro_batch_size=4", "--batch_tokens=4096"],
+    "gpt2_124m": ["--micro_batch_size=2", "--batch_tokens=2048"],
+    "bert_base": ["--micro_batch_size=16", "--batch_tokens=2048"],
+    "modern_124m": ["--micro_batch_size=2", "--batch_tokens=2048"],
 }
 
 

@@ -31,6 +31,7 @@ def small_sizes():
     with contextlib.ExitStack() as stack:
         for module, values in SMALL.items():
             stack.enter_context(mock.patch.multiple(module, **values))
+        stack.enter_context(mock.patch.object(meters.timed, "__defaults__", (0.01, None)))  # seconds, repeats
         yield
 
 

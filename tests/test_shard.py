@@ -157,14 +157,9 @@ FULL = matrix(MODELS, ["adamw", "muon"], ["none"], [3], MORE_LAYOUTS)
 FULL += matrix(MODELS, ["adamw", "muon"], ["full"], [1], MORE_LAYOUTS)
 
 
-@pytest.fixture(scope="module")
-def quick():
-    return dict(zip(map(id_of, QUICK), on_ranks(4, *((run_case, case) for case in QUICK))))
-
-
 @pytest.mark.parametrize("case", QUICK, ids=id_of)
-def test_four_ranks_train_as_one_process(case, quick):
-    check_equal(case["name"], case["optimizer"], quick[id_of(case)])
+def test_four_ranks_train_as_one_process(case, four_ranks):
+    check_equal(case["name"], case["optimizer"], four_ranks[id_of(case)])
 
 
 @pytest.fixture(scope="module")
@@ -234,10 +229,22 @@ def orthogonalised(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_muons_work_is_shared_out_and_its_result_to_the_bit_that_of_whole_matrices(layout, others):
-    for (_, n), *by_rank in zip(MATRICES, *others["orthogonalised", layout]):
+def test_muons_work_is_shared_out_and_its_result_to_the_bit_that_of_whole_matrices(layout, four_ranks):
+    for (_, n), *by_rank in zip(MATRICES, *four_ranks["orthogonalised", layout]):
         assert all(equal for equal, _ in by_rank)
         assert sum(worked_on for _, worked_on in by_rank) == n and max(worked_on for _, worked_on in by_rank) == 1
+
+
+class Collectives(TorchDispatchMode):
+    """Counts operators of torch.distributed, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function.name()] += 1
+        return function(*args, **kwargs or {})
 
 
 class Logits(TorchDispatchMode):
@@ -262,9 +269,9 @@ def logits(name, **layout):
 
 
 @pytest.mark.parametrize("name", ["gpt", "bert"])
-def test_no_rank_holds_full_logits_under_tensor_parallelism(name, others):
+def test_no_rank_holds_full_logits_under_tensor_parallelism(name, four_ranks):
     assert logits(name), "one process has logits as wide as the vocabulary"
-    assert others["logits", name] == [[]] * 4
+    assert four_ranks["logits", name] == [[]] * 4
 
 
 def scaled(layout):
@@ -291,8 +298,8 @@ def scaled(layout):
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "fsdp tp"])
-def test_an_infinity_on_one_rank_makes_all_skip_the_step(layout, others):
-    answers, one_process = others["scaled", layout], alone("gpt", "adamw")[1]
+def test_an_infinity_on_one_rank_makes_all_skip_the_step(layout, four_ranks):
+    answers, one_process = four_ranks["scaled", layout], alone("gpt", "adamw")[1]
     for told in answers:
         assert [step[2:] for step in told] == [(1024.0, True), (512.0, False), (512.0, True)]
         assert told[0][:2] == pytest.approx(one_process[0], rel=1e-5)
@@ -304,16 +311,15 @@ def counted(accumulate, layout):
     """(reductions of gradients over a copy's ranks, over copies) in a step of three micro-steps, and its figures."""
     with a_model("gpt", accumulate=accumulate, **LAYOUTS[layout]) as (world, model, optimizer):
         step_of(world, model, optimizer, "gpt", 0, micro_steps=3)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        with Collectives() as mode:
             figures = step_of(world, model, optimizer, "gpt", 1, micro_steps=3)
-        counts = collections.Counter({event.key: event.count for event in profiler.key_averages()})
-        return counts["c10d::_reduce_scatter_base_"], counts["c10d::allreduce_"], figures
+        return mode.counts["c10d::_reduce_scatter_base_"], mode.counts["c10d::allreduce_"], figures
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "hsdp"])
-def test_gradients_are_summed_at_every_micro_step_or_kept_whole_and_summed_once(layout, others):
+def test_gradients_are_summed_at_every_micro_step_or_kept_whole_and_summed_once(layout, four_ranks):
     """By groups of parameters: three blocks, and the rest. Over copies always once."""
-    sharded, kept_whole = others["counted", "sharded", layout][0], others["counted", "whole", layout][0]
+    sharded, kept_whole = four_ranks["counted", "sharded", layout][0], four_ranks["counted", "whole", layout][0]
     assert (sharded[0], kept_whole[0]) == (3 * 4, 4)
     assert sharded[1] == kept_whole[1]
     assert sharded[2] == pytest.approx(kept_whole[2], rel=1e-5)
@@ -321,9 +327,9 @@ def test_gradients_are_summed_at_every_micro_step_or_kept_whole_and_summed_once(
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "fsdp tp"])
-def test_in_bf16_sharding_changes_rounding_alone(layout, others):
+def test_in_bf16_sharding_changes_rounding_alone(layout, four_ranks):
     """Blocks' weights arrive in bf16, as autocast has them on one process; the residual stream stays in float32."""
-    wanted, found = alone("gpt", "adamw", "bf16")[1], others["bf16", layout][0][1]
+    wanted, found = alone("gpt", "adamw", "bf16")[1], four_ranks["bf16", layout][0][1]
     in_fp32 = alone("gpt", "adamw")[1]
     assert abs(wanted[0][0] - in_fp32[0][0]) > 1e-6 * in_fp32[0][0], "bf16 rounds"
     assert found[0][0] == pytest.approx(wanted[0][0], rel=2e-5 if "tp" in layout else 1e-6)
@@ -340,10 +346,15 @@ def with_terms(name, precision, layout):
     return trained(name, optimizer="sgd", precision=precision, changes=TERMS, **MORE_LAYOUTS[layout])
 
 
+@pytest.fixture(scope="module")
+def terms_on_two_ranks():
+    return dict(zip(TERMS_IN, on_ranks(2, *((with_terms, *kind, "tp") for kind in TERMS_IN))))
+
+
 @pytest.mark.parametrize(("name", "precision"), TERMS_IN)
-def test_each_term_of_the_loss_is_the_same_over_a_sharded_vocabulary(name, precision, others):
+def test_each_term_of_the_loss_is_the_same_over_a_sharded_vocabulary(name, precision, terms_on_two_ranks):
     """In the loss and in the gradient; bert's head has a bias."""
-    wanted, answers = with_terms(name, precision, "ddp"), others["terms", name, precision]
+    wanted, answers = with_terms(name, precision, "ddp"), terms_on_two_ranks[name, precision]
     plain = trained(name, optimizer="sgd", precision=precision)
     assert wanted[1][0][0] > 1.02 * plain[1][0][0], "the terms change the loss"
     assert all(answer[1] == answers[0][1] for answer in answers), "ranks disagree"
@@ -363,8 +374,8 @@ def dropped(kind):
         return step_of(world, model, optimizer, "gpt", 0)
 
 
-def test_activation_checkpointing_replays_dropout_under_tensor_parallelism(others):
-    none, full = (others["dropped", kind] for kind in ("none", "full"))
+def test_activation_checkpointing_replays_dropout_under_tensor_parallelism(four_ranks):
+    none, full = (four_ranks["dropped", kind] for kind in ("none", "full"))
     assert none == full
     assert none[0][0] != pytest.approx(alone("gpt", "adamw")[1][0][0], rel=1e-3), "nothing was dropped"
 
@@ -376,8 +387,8 @@ def compressed(kind):
         return [step_of(world, model, optimizer, "gpt", 0)[0] for _ in range(30)]
 
 
-def test_compressed_gradients_train_nearly_as_whole_ones(others):
-    none, bf16, powersgd = (others["compressed", kind][0] for kind in (None, "bf16", "powersgd"))
+def test_compressed_gradients_train_nearly_as_whole_ones(four_ranks):
+    none, bf16, powersgd = (four_ranks["compressed", kind][0] for kind in (None, "bf16", "powersgd"))
     assert bf16 == pytest.approx(none, rel=0.02) and bf16 != none
     assert powersgd[:10] == pytest.approx(none[:10], rel=1e-5), "its first steps are not compressed"
     assert powersgd[-1] != pytest.approx(none[-1], rel=1e-4)
@@ -390,14 +401,16 @@ def held(layout):
         return params_and_bytes(optimizer)
 
 
-def test_ranks_hold_the_model_once_a_copy(others):
+def test_ranks_hold_the_model_once_a_copy(four_ranks):
     with a_model("gpt") as (_, model, _):
         n = sum(p.numel() for p in model.parameters())
     for layout, copies in ("ddp", 4), ("fsdp", 1), ("hsdp", 2):
-        numbers, n_bytes = zip(*others["held", layout])
+        numbers, n_bytes = zip(*four_ranks["held", layout])
         assert sum(numbers) == copies * n and n_bytes == tuple(16 * number for number in numbers)
         assert max(numbers) <= 1.15 * copies * n / 4  # tables and biases do not divide evenly
-    assert n < sum(numbers for numbers, _ in others["held", "fsdp tp"]) < 1.15 * n  # both of two neighbours have norms
+    assert (
+        n < sum(numbers for numbers, _ in four_ranks["held", "fsdp tp"]) < 1.15 * n
+    )  # both of two neighbours have norms
 
 
 def shared(folder):
@@ -412,27 +425,35 @@ def shared(folder):
             return str(error), folder
 
 
-def test_an_out_dir_that_not_all_ranks_see_is_refused_on_all(others):
-    for message, folder in others["shared"]:
+def test_an_out_dir_that_not_all_ranks_see_is_refused_on_all(four_ranks):
+    for message, folder in four_ranks["shared"]:
         assert "not one folder for all 4 ranks" in message and "share" in message
         assert [path.name for path in Path(folder).iterdir()] == [".lock"]
 
 
 @pytest.fixture(scope="module")
-def others(tmp_path_factory):
-    """What four ranks answer, in one launch."""
-    cases = {("orthogonalised", layout): (orthogonalised, layout) for layout in LAYOUTS}
+def round_folder(tmp_path_factory):
+    """Where the checkpoints of ROUND lie."""
+    return tmp_path_factory.mktemp("round")
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory, round_folder):
+    """What four ranks answer, in one launch: torch derives how each operator is sharded once a process, in 0.2 s."""
+    cases = {id_of(case): (run_case, case) for case in QUICK}
+    cases |= {("orthogonalised", layout): (orthogonalised, layout) for layout in LAYOUTS}
     cases |= {("logits", name): (logits_of_a_layout, name) for name in ("gpt", "bert")}
     cases |= {("scaled", layout): (scaled, layout) for layout in ("fsdp", "fsdp tp")}
     kept_in = itertools.product(("sharded", "whole"), ("fsdp", "hsdp"))
     cases |= {("counted", *args): (counted, *args) for args in kept_in}
     cases |= {("bf16", layout): (in_bf16, layout) for layout in ("fsdp", "fsdp tp")}
-    cases |= {("terms", *kind): (with_terms, *kind, "ddp tp") for kind in TERMS_IN}
     cases |= {("dropped", kind): (dropped, kind) for kind in ("none", "full")}
     cases |= {("compressed", kind): (compressed, kind) for kind in (None, "bf16", "powersgd")}
     cases |= {("held", layout): (held, layout) for layout in ("ddp", "fsdp", "hsdp", "fsdp tp")}
     cases["shared"] = shared, str(tmp_path_factory.mktemp("out"))
-    return dict(zip(cases, on_ranks(4, *cases.values())))
+    saves, loads = saves_and_loads(round_folder, ROUND, 4)
+    by_one = launched(1, saves_and_loads(round_folder, ROUND, 1)[0])
+    return by_one | launched(4, cases | saves | loads)
 
 
 def logits_of_a_layout(name):
@@ -476,32 +497,32 @@ def loaded(folder, layout, name, optimizer):
         return tensors if world.is_main else None, step_of(world, model, optimizer, name, 2)
 
 
-def in_each_layout(function, arguments):
-    """{key: [answer by rank]} of function(*args) for {key: (layout, args)}: a launch for each number of ranks."""
-    answers = {}
-    for n in (1, 2, 4):
-        of_n = {key: args for key, (layout, args) in arguments.items() if SAVED[layout][0] == n}
-        if n == 1:
-            answers |= {key: [function(*args)] for key, args in of_n.items()}
-        else:
-            answers |= dict(zip(of_n, on_ranks(n, *((function, *args) for args in of_n.values()))))
-    return answers
+def launched(n, cases):
+    """{key: [answer by rank]} of {key: (function, *args)} on n new ranks, or in this process for n = 1."""
+    if n == 1:
+        return {key: [function(*args)] for key, (function, *args) in cases.items()}
+    return dict(zip(cases, on_ranks(n, *cases.values())))
 
 
-def travels(folder, pairs):
-    """{(model, saved in, loaded in): (what was saved, what was loaded)}."""
+def saves_and_loads(folder, pairs, n):
+    """({key: (function, *args)} of what n ranks save, the same of what they load) for checkpoints to make the journeys."""
     places = {(stored, there): str(folder / f"{stored[0]} {there}") for stored, there, _ in pairs}
-    written = in_each_layout(saved, {
-        (stored, there): (there, (place, SAVED[there][1], *stored)) for (stored, there), place in places.items()
-    })  # fmt: skip
-    read = in_each_layout(loaded, {
-        (stored, there, here): (here, (places[stored, there], SAVED[here][1], *stored)) for stored, there, here in pairs
-    })  # fmt: skip
-    return {pair: (written[pair[:2]], read[pair]) for pair in pairs}
+    saves = {
+        (stored, there): (saved, place, SAVED[there][1], *stored)
+        for (stored, there), place in places.items()
+        if SAVED[there][0] == n
+    }
+    loads = {
+        (stored, there, here): (loaded, places[stored, there], SAVED[here][1], *stored)
+        for stored, there, here in pairs
+        if SAVED[here][0] == n
+    }
+    return saves, loads
 
 
-def check_travel(written, read):
-    (tensors, figures), (its_tensors, its_figures) = written[0], read[0]
+def check_travel(pair, answers):
+    """What was loaded is what had been saved, by {key: [answer by rank]} of both."""
+    (tensors, figures), (its_tensors, its_figures) = answers[pair[:2]][0], answers[pair][0]
     assert tensors.keys() == its_tensors.keys() and any(name.startswith("optimizer.") for name in tensors)
     assert all(torch.equal(tensors[name], its_tensors[name]) for name in tensors)
     assert its_figures == pytest.approx(figures, rel=1e-5)
@@ -518,24 +539,31 @@ EVERYWHERE = [  # of the first model from each layout to each, of the others by 
 
 
 @pytest.fixture(scope="module")
-def some_travels(tmp_path_factory):
-    return travels(tmp_path_factory.mktemp("some"), ROUND)
+def some_travels(four_ranks, round_folder):
+    """What one process saved before the four ranks came, two ranks after them, and one process at last."""
+    saves, loads = saves_and_loads(round_folder, ROUND, 2)
+    answers = four_ranks | launched(2, saves | loads)
+    return answers | launched(1, saves_and_loads(round_folder, ROUND, 1)[1])
 
 
 @pytest.mark.parametrize("pair", ROUND, ids=str)
 def test_a_checkpoint_goes_on_in_another_layout(pair, some_travels):
-    check_travel(*some_travels[pair])
+    check_travel(pair, some_travels)
 
 
 @pytest.fixture(scope="module")
 def all_travels(tmp_path_factory):
-    return travels(tmp_path_factory.mktemp("all"), EVERYWHERE)
+    answers, folder = {}, tmp_path_factory.mktemp("all")
+    (save_1, load_1), (save_2, load_2), (save_4, load_4) = (saves_and_loads(folder, EVERYWHERE, n) for n in (1, 2, 4))
+    for n, cases in (1, save_1), (4, save_4), (2, save_2 | load_2), (4, load_4), (1, load_1):
+        answers |= launched(n, cases)
+    return answers
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", EVERYWHERE, ids=str)
 def test_a_checkpoint_goes_on_in_every_layout(pair, all_travels):
-    check_travel(*all_travels[pair])
+    check_travel(pair, all_travels)
 
 
 # ---- memory
@@ -584,6 +612,7 @@ def test_fsdp_on_four_ranks_holds_a_quarter_of_the_memory():
 
 
 # ---- layouts that cannot be
+
 
 @pytest.mark.parametrize(("settings", "size", "said"), [
     ({"tp": 3}, 4, "4 processes are not a multiple of tp 3"),

@@ -34,6 +34,7 @@ from ranks import (
     on_ranks,
     records,
     run,
+    run_script,
     settings,
     step_settings,
     without_matplotlib,
@@ -234,7 +235,7 @@ def test_without_matplotlib_a_run_trains_says_so_and_draws_nothing(data_dir, tmp
 
 
 def test_console_lines_are_aligned_and_fit_120_columns_even_of_a_long_run(data_dir, tmp_path, capsys, no_curves):
-    run(data_dir, tmp_path, max_steps=19_073, max_minutes=0.1)
+    run(data_dir, tmp_path, max_steps=19_073, eval_interval=12, target_loss=3.4)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     steps = [line for line in lines if " tok/s" in line]
     assert len(steps) > 10 and max(map(len, lines)) <= 120, max(lines, key=len)
@@ -437,18 +438,36 @@ def test_a_run_goes_on_on_another_number_of_ranks(data_dir, four, nine, tmp_path
     assert steps_kept(two_two) == [4, 9] and (two_two / "finished").exists()
 
 
+@pytest.fixture(scope="module")
+def wanderers(data_dir, tmp_path_factory):
+    """{optimizer: folders of runs that went on in one layout and in another, and of the same on one process}.
+
+    Launched once for all optimizers: torch derives how each operator is sharded once a process, in 0.2 s.
+    """
+    sizes = {"n_head": 4, "n_embd": 20, "n_inner": 36, "seq_len": 8, "batch_tokens": 96}
+    folders, four, two, one = {}, [], [], []
+    for optimizer in ("adamw", "muon"):
+        names, folder = ("straight", "stopped", "wandering", "alone"), tmp_path_factory.mktemp(optimizer)
+        straight, stopped, wandering, alone = folders[optimizer] = [folder / name for name in names]
+        small = sizes | {"optimizer": optimizer}
+        sharded = small | {"strategy": "fsdp", "tp": 2}
+        four += [(train.main, settings(data_dir, out_dir, max_steps=max_steps, **sharded))
+                 for out_dir, max_steps in ((straight, 9), (stopped, 4), (stopped, 9), (wandering, 3))]  # fmt: skip
+        one += [settings(data_dir, wandering, max_steps=6, **small), settings(data_dir, alone, **small)]
+        two += [(train.main, settings(data_dir, wandering, **small))]
+    on_ranks(4, *four)
+    with without_matplotlib():
+        for cfg in one:
+            train.main(cfg)
+    on_ranks(2, *two)
+    return folders
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_goes_on_in_another_layout(optimizer, data_dir, tmp_path, no_curves):
+def test_a_run_goes_on_in_another_layout(optimizer, wanderers):
     """On 4 ranks, fsdp x tp, then on one, then on 2, ddp, it is a run never stopped; in one layout to the bit."""
-    small = {"n_head": 4, "n_embd": 20, "n_inner": 36, "seq_len": 8, "batch_tokens": 96, "optimizer": optimizer}
-    sharded = small | {"strategy": "fsdp", "tp": 2}
-    straight, stopped, wandering, alone = (tmp_path / name for name in ("straight", "stopped", "wandering", "alone"))
-    on_ranks(4, *((train.main, settings(data_dir, out_dir, max_steps=max_steps, **sharded))
-                  for out_dir, max_steps in ((straight, 9), (stopped, 4), (stopped, 9), (wandering, 3))))
-    run(data_dir, wandering, max_steps=6, **small)
-    on_ranks(2, (train.main, settings(data_dir, wandering, **small)))
-    run(data_dir, alone, **small)
+    straight, stopped, wandering, alone = wanderers[optimizer]
     assert_same_run(straight, stopped)
     expected = records(alone)
     assert expected[9] < expected[1]
@@ -703,8 +722,7 @@ def test_foreign_data_needs_a_vocabulary_and_then_trains(data_dir, tmp_path, no_
 
 def test_wrong_input_ends_the_command_with_code_2_and_one_line(tmp_path):
     folders = [f"--data_dir={tmp_path / 'gone'}", f"--out_dir={tmp_path / 'run'}"]
-    command = [sys.executable, str(ROOT / "train.py"), "--device=cpu", *folders]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = run_script(ROOT / "train.py", ["--device=cpu", *folders], tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "prepare.py" in done.stderr
     assert not (tmp_path / "run").exists()
