@@ -59,17 +59,20 @@ def training_rates(world, left_out):
 def one_block(kind, width, world, micro_batch_size, seq_len=BLOCK_LENGTH):
     """(a block of a kind, its forward and backward of a micro-batch as a function, its Work)."""
     cfg = ModelConfig(vocab_size=64, n_embd=width, n_head=max(1, width // HEAD_WIDTH), n_layer=1, **KINDS[kind])
+    stream = torch.float32 if cost.stream_bytes(world.precision) == 4 else world.dtype
     with world.device:
         block = Block(cfg)
         rope = rope_table(torch.arange(seq_len), cfg.head_width, 1e4) if cfg.position == "rope" else None
-    run = forward_backward(block, world, random(world, micro_batch_size, seq_len, width), rope)
+    run = forward_backward(block, world, random(world, micro_batch_size, seq_len, width, dtype=stream), rope)
     return block, run, work_of(cfg, world, micro_batch_size, seq_len)
 
 
 def work_of(cfg, world, micro_batch_size, seq_len):
     """The Work of a micro-batch on this device."""
-    on_cpu = world.device.type == "cpu"
-    return cost.work(cfg, cost.Setup(seq_len, micro_batch_size, precision=world.precision, on_cpu=on_cpu))
+    precision, on_cpu = world.precision, world.device.type == "cpu"
+    stream = cost.stream_bytes(precision)
+    setup = cost.Setup(seq_len, micro_batch_size, precision=precision, on_cpu=on_cpu, residual_bytes=stream)
+    return cost.work(cfg, setup)
 
 
 def random(world, *shape, dtype=torch.float32):

@@ -80,6 +80,7 @@ class PlanConfig(Config):
     gpu_watts: Positive | None = None  # rated power
     gpu_price: Positive | None = None  # dollars per GPU-hour, host included
     efficiency: Positive = 1.0  # speed of computing relative to this project's code, to describe other code
+    host_speed: Positive = 1.0  # speed of launching kernels relative to one H100's host; hosts differ by up to ten times
     gpu_load: UpToOne = 0.85  # mean power over rated power; a guess: metered runs of OLMo ranged from 15 to 85 %
     host_share: NotNegative = 0.3  # power of CPUs, network and fans over the GPUs'; a guess: BLOOM's was 0.59
     pue: Factor = 1.1  # a data centre's power over its computers'; LLaMA's paper, table 15
@@ -89,7 +90,7 @@ class PlanConfig(Config):
     weight_bytes: Positive = 4  # bytes per parameter; this and the following describe other projects' code
     gradient_bytes: Positive = 4  # bytes per parameter's gradient
     optimizer_bytes: NotNegative | None = None  # bytes per parameter's optimizer state; none: the optimizer's
-    residual_bytes: Positive = 4  # bytes per number of the residual stream
+    residual_bytes: Positive | None = None  # bytes per number of the residual stream; none: this project's
     logits_bytes: Positive | None = None  # bytes per logit where all are in memory at once; none: one chunk at a time
     tp_hidden: Overlap = 0.0  # share of tensor parallelism's traffic that overlaps with computing
     machine: str = "out/machine.json"  # file of python bench.py's figures, for --gpu=this
