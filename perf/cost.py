@@ -41,7 +41,7 @@ class Setup:
     grad_compression: str | None = None
     checkpointing: str = "none"  # activation_checkpointing
     compiled: bool = False
-    cuda_graphs: bool = False
+    cuda_graphs: bool = False  # allowed: one compiled process on CUDA captures its steps
     on_cpu: bool = False
     head_share: float = 1.0  # share of tokens that go through the head
     host_speed: float = 1.0  # relative to the host that LAUNCH_S describes
@@ -61,6 +61,11 @@ class Setup:
     def tokens(self):
         """Tokens of a micro-step per data rank; tp ranks share them."""
         return self.micro_batch_size * self.seq_len
+
+    @property
+    def is_captured(self):
+        """Whether steps are replayed as CUDA graphs."""
+        return self.cuda_graphs and self.compiled and self.ranks == 1 and not self.on_cpu
 
     @property
     def launched(self):
@@ -86,14 +91,13 @@ def stream_bytes(precision):
 
 def setup_of(cfg, mesh_shape, micro_steps, precision, device_type, **others):
     """The Setup of a run with these settings on a mesh (replicas, shards, tp); others: fields of other projects."""
-    p, on_cuda = cfg.parallel, device_type == "cuda"
-    compiled = on_cuda if p.compile is None else p.compile
+    p = cfg.parallel
     given = {name: value for name, value in others.items() if value is not None}
     return Setup(
         cfg.data.seq_len, cfg.data.micro_batch_size, micro_steps, *mesh_shape, precision, cfg.optim.optimizer,
         p.strategy, p.reshard, p.accumulate, p.grad_compression, p.activation_checkpointing,
-        compiled=compiled,
-        cuda_graphs=on_cuda and compiled and math.prod(mesh_shape) == 1 and p.cuda_graphs is not False,
+        compiled=device_type == "cuda" if p.compile is None else p.compile,
+        cuda_graphs=p.cuda_graphs is not False,
         on_cpu=device_type == "cpu",
         head_share=OBJECTIVES[cfg.model.objective].head_share(cfg.objective, cfg.data.seq_len),
         **{"residual_bytes": stream_bytes(precision)} | given,
@@ -297,7 +301,7 @@ def step_seconds(cfg, s, gpu, gpus_per_node=8, efficiency=1.0, rates=None):
 
 def launch_seconds(cfg, s, rates):
     """Seconds of a step in which the host launches kernels: of each layer in each micro-step, or CUDA graphs."""
-    if s.cuda_graphs:
+    if s.is_captured:
         return (s.micro_steps + 1) * GRAPH_LAUNCH_S / s.host_speed
     return (s.micro_steps * cfg.n_layer * rates.overhead_s + rates.step_overhead_s) / s.host_speed
 

@@ -157,8 +157,8 @@ LAUNCHED = (
 )  # fmt: skip
 
 
-def measured_here():
-    """Lines' (name, measured milliseconds, predicted / measured - 1), of PROTOTYPES and of LAUNCHED."""
+def timings_of_one_h100():
+    """[(name, measured milliseconds, predicted / measured - 1)] of PROTOTYPES, and of LAUNCHED."""
     tables = []
     for table in (PROTOTYPES, LAUNCHED):
         tables.append([])
@@ -237,10 +237,13 @@ def main():
     kept = hardware.LAYER_S
     for ms in (0.2, 0.25, 0.29, 0.35, 0.4):
         hardware.LAYER_S = ms / 1e3
-        print(f"  {ms:4.2f} {100 * max(abs(error) for _, _, error in measured_here()[0]):5.1f}")
+        print(f"  {ms:4.2f} {100 * max(abs(error) for _, _, error in timings_of_one_h100()[0]):5.1f}")
     hardware.LAYER_S = kept
-    print("one H100: milliseconds, error in %", *(f"  {name:34} {ms:6.1f} {100 * error:+5.1f}"
-          for table in measured_here() for name, ms, error in table), sep="\n")
+    print(
+        "one H100: milliseconds, error in %",
+        *(f"  {name:34} {ms:6.1f} {100 * error:+5.1f}" for table in timings_of_one_h100() for name, ms, error in table),
+        sep="\n",
+    )
     print(*table_of_groups(rows), sep="\n")
     print("GPU-hours of whole trainings: million hours, predicted with efficiency 1 and no time lost, error in %")
     for row, seconds in rows:

@@ -431,7 +431,7 @@ PRESETS = {
     "shakespeare_char": ["--vocab_size=256"],
     "speedrun_cpu": ["--vocab_size=256"],
     "gpt2_124m": ["--micro_batch_size=4", "--batch_tokens=4096"],
-    "bert_base": ["--batch_tokens=4096"],
+    "bert_base": ["--micro_batch_size=32", "--batch_tokens=4096"],
     "modern_124m": ["--micro_batch_size=4", "--batch_tokens=4096"],
 }
 
