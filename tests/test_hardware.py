@@ -1,6 +1,8 @@
 """Devices are known by their names; collectives' times are NCCL's by its model, and those that were published."""
 
 import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -173,3 +175,16 @@ def test_peak_of_an_unknown_device_is_measured_and_says_so():
     peak, name = peak_flops(torch.device("cpu"), "fp32")
     assert 1e9 < peak < 1e14
     assert "measured" in name and "fp32" in name
+
+
+@pytest.mark.slow
+def test_the_script_that_measures_a_gpu_runs_tiny_on_a_cpu():
+    """Without nanoGPT: each work and part gives its figures."""
+    command = [sys.executable, Path(__file__).parent / "measure_gpu.py", "--tiny", "--rounds=1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert [row.count("|") for row in rows[:10]] == 10 * [10] and len(rows) == 22
+    for row in rows[2:10]:
+        assert float(row.split("|")[3].replace(",", "")) > 0
+    assert "command to first step" in done.stdout and "ms checkpoint" in done.stdout
