@@ -264,7 +264,7 @@ def work(cfg, s):
         attention=attention * (0.5 if cfg.is_causal and not s.attends_by_matmuls else 1),
         elementwise_bytes=tokens * cfg.n_layer * elementwise * (1 + repeat_rest / 3),  # forward is a third of it
         head=6 * tokens * s.head_share * cfg.n_embd * (cfg.vocab_size + (cfg.n_embd if not cfg.is_causal else 0)),
-        # Eager cross-entropy is mostly in float32; compiled, it reads bf16 logits three times and writes their gradients.
+        # Eager cross-entropy is mostly in float32; compiled, it reads bf16 logits three times and writes gradients.
         loss_bytes=(8 if s.compiled else 24) * tokens * s.head_share * cfg.vocab_size,
     )
 

@@ -4,8 +4,8 @@
     python tests/measure_gpu.py nanoGPT
     python tests/measure_gpu.py --tiny              # tiny shapes on a CPU, to see that this script works
 
-Both projects train the same shape at the same batch, compiled, in bf16, with clipping and fused AdamW, in turn, each run
-in a process of its own; a figure is the median over rounds, a ratio the median of the rounds' ratios.
+Both projects train the same shape at the same batch, compiled, in bf16, with clipping and fused AdamW. They take turns,
+each in a process of its own; a figure is the median over rounds, a ratio the median of the rounds' ratios.
 """
 
 import argparse

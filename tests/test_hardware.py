@@ -116,50 +116,22 @@ def test_times_are_those_that_were_published():
 
 # ---- devices
 
-
-@pytest.mark.parametrize(
-    "name, tflops",
-    [
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H200", 989),
-        ("NVIDIA B200", 2250),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA A100-SXM4-40GB", 312),
-        ("NVIDIA A100 80GB PCIe", 312),
-        ("NVIDIA A10G", 70),
-        ("NVIDIA A10", 125),
-        ("NVIDIA L4", 121),
-        ("NVIDIA L40S", 362),
-        ("Tesla V100-SXM2-16GB", 125),
-        ("Tesla T4", 65),
-        ("NVIDIA GeForce RTX 4090", 165.2),
-        ("NVIDIA GeForce RTX 3090", 71),
-        ("AMD Instinct MI300X", 1307),
-    ],
-)
+@pytest.mark.parametrize("name, tflops", [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("NVIDIA B200", 2250),
+    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA A10G", 70),
+    ("NVIDIA A10", 125), ("NVIDIA L4", 121), ("NVIDIA L40S", 362), ("Tesla V100-SXM2-16GB", 125), ("Tesla T4", 65),
+    ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA GeForce RTX 3090", 71), ("AMD Instinct MI300X", 1307),
+])
 def test_peaks_of_known_devices_are_the_data_sheets(name, tflops):
     assert known_device(name).tflops == tflops
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "NVIDIA GeForce GTX 1080",
-        "NVIDIA L40",
-        "NVIDIA A1000",
-        "NVIDIA T400",
-        "NVIDIA H20",
-        "cpu",
-        "",
-        # Relatives of known devices, with other peaks.
-        "NVIDIA H100 NVL",
-        "NVIDIA GeForce RTX 4090 Laptop GPU",
-        "NVIDIA GeForce RTX 4090 D",
-        "NVIDIA GeForce RTX 3090 Ti",
-        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
-    ],
-)
+@pytest.mark.parametrize("name", [
+    "NVIDIA GeForce GTX 1080", "NVIDIA L40", "NVIDIA A1000", "NVIDIA T400", "NVIDIA H20", "cpu", "",
+    # Relatives of known devices, with other peaks.
+    "NVIDIA H100 NVL", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 3090 Ti",
+    "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+])
 def test_unknown_devices_have_no_data_sheet(name):
     assert known_device(name) is None
 
