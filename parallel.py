@@ -35,7 +35,7 @@ class ParallelConfig(Config):
     grad_compression: Literal["bf16", "powersgd"] | None = None  # ddp: compression of sent gradients; none: float32
     activation_checkpointing: Checkpointing = "none"  # full: recompute blocks in backward; selective: all but matmuls
     compile: bool | None = None  # torch.compile of blocks and loss; none: on cuda only
-    cuda_graphs: bool | None = None  # launch a micro-step's kernels at once; none: with one compiled GPU
+    cuda_graphs: bool | None = None  # replay a micro-step as one CUDA graph; none: in one compiled process on cuda
 
     def __post_init__(self):
         super().__post_init__()

@@ -144,7 +144,8 @@ def predict(cfg, gpu, s):
     kwh = s.ranks * gpu.watts / 1e3 * p.gpu_load * (1 + p.host_share) * p.pue * hours if gpu.watts else None
     return {
         "gpu": gpu.name, "n_gpus": s.ranks, "batch_tokens": batch_tokens, "micro_batch_size": s.micro_batch_size,
-        "micro_steps": s.micro_steps, "activation_checkpointing": s.checkpointing, "n_params": cost.num_params(m),
+        "micro_steps": s.micro_steps, "activation_checkpointing": s.checkpointing, "cuda_graphs": s.is_captured,
+        "n_params": cost.num_params(m),
         "flops_per_token": flops, "flops_per_token_causal": causal,
         "memory_gib": need, "fits": need["reserved"] <= need["available"],
         "step_s": step_s, "step_parts_s": parts, "sent_gb_per_step": sent / 1e9,

@@ -6,10 +6,13 @@
 # BERT trained on sequences of 128 tokens for the first 90 % of its steps, then of 512, 256 sequences per step. This
 # preset is phase 1. Phase 2 starts from its weights, at the learning rate where BERT's linear decay has arrived:
 #
-#   torchrun --nproc_per_node=8 train.py config/bert_base.py
-#   torchrun --nproc_per_node=8 train.py config/bert_base.py --seq_len=512 --batch_tokens=131072 \
-#       --micro_batch_size=8 --init_from=out/bert_base --out_dir=out/bert_base_512 \
+#   python train.py config/bert_base.py
+#   python train.py config/bert_base.py --seq_len=512 --batch_tokens=131072 \
+#       --micro_batch_size=32 --init_from=out/bert_base --out_dir=out/bert_base_512 \
 #       --max_steps=100000 --lr_decay_steps=none --learning_rate=1e-5 --warmup_steps=1000
+#
+# The batch is small for a modern GPU, so one is enough: 8 of them (torchrun --nproc_per_node=8, --micro_batch_size=32)
+# get 4,096 tokens each and wait for their hosts, as `python plan.py config/bert_base.py --micro_batch_size=32` says.
 #
 # Differences from Google's code:
 # - no next-sentence task; sequences cross documents, with [SEP] between
@@ -38,7 +41,7 @@ data_dir = "data/bert"
 seq_len = 128
 mask_prob = 0.15
 batch_tokens = 256 * 128
-micro_batch_size = 32
+micro_batch_size = 128  # 2 micro-steps on one GPU, 5 GiB of activations
 eval_tokens = 1_048_576
 
 max_steps = 900_000

@@ -2,7 +2,7 @@
 #
 #   torchrun --nproc_per_node=8 train.py config/bert_large.py
 #   torchrun --nproc_per_node=8 train.py config/bert_large.py --seq_len=512 --batch_tokens=131072 \
-#       --micro_batch_size=4 --init_from=out/bert_large --out_dir=out/bert_large_512 \
+#       --micro_batch_size=16 --init_from=out/bert_large --out_dir=out/bert_large_512 \
 #       --max_steps=100000 --lr_decay_steps=none --learning_rate=1e-5 --warmup_steps=1000
 
 from config.bert_base import *
@@ -11,4 +11,4 @@ n_layer = 24
 n_head = 16
 n_embd = 1024
 n_inner = 4096
-micro_batch_size = 16
+micro_batch_size = 32

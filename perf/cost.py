@@ -11,8 +11,8 @@ import torch
 from model import Transformer
 from objective import OBJECTIVES
 from ops import BY_MATMULS
-from parallel import POWERSGD_RANK
-from perf.hardware import CONTENTION, ROUNDS, collective_s, measured_rates, rates_of
+from parallel import DDP_SEGMENTS, POWERSGD_RANK
+from perf.hardware import CONTENTION, GRAPH_LAUNCH_S, ROUNDS, collective_s, measured_rates, rates_of
 
 # Shares of a block's forward that backward repeats: matmuls, attention, everything else. The last three kinds are
 # other projects': Megatron's selective one, torchtitan's of every second matmul, and full for every second block.
@@ -41,8 +41,10 @@ class Setup:
     grad_compression: str | None = None
     checkpointing: str = "none"  # activation_checkpointing
     compiled: bool = False
+    cuda_graphs: bool = False  # allowed: one compiled process on CUDA captures its steps
     on_cpu: bool = False
     head_share: float = 1.0  # share of tokens that go through the head
+    host_speed: float = 1.0  # relative to the host that LAUNCH_S describes
     weight_bytes: float = 4  # bytes per parameter; this and the following differ in other projects
     gradient_bytes: float = 4
     optimizer_bytes: float | None = None  # bytes per parameter; None: the optimizer's
@@ -59,6 +61,22 @@ class Setup:
     def tokens(self):
         """Tokens of a micro-step per data rank; tp ranks share them."""
         return self.micro_batch_size * self.seq_len
+
+    @property
+    def is_captured(self):
+        """Whether steps are replayed as CUDA graphs."""
+        return self.cuda_graphs and self.compiled and self.precision != "fp16" and self.is_alone
+
+    @property
+    def is_alone(self):
+        """Whether one GPU trains without activation checkpointing: it keeps bf16 copies of weights from step to step."""
+        return self.ranks == 1 and not self.on_cpu and self.checkpointing == "none"
+
+    @property
+    def launched(self):
+        """How kernels are launched: eager, or compiled, as blocks one by one or as segments of several."""
+        by_blocks = self.ranks > 1 and (self.strategy == "fsdp" or self.tp > 1) or self.checkpointing == "full"
+        return "eager" if not self.compiled else "blocks" if by_blocks else "segments"
 
     @property
     def attends_by_matmuls(self):
@@ -82,7 +100,8 @@ def setup_of(cfg, mesh_shape, micro_steps, precision, device_type, **others):
     return Setup(
         cfg.data.seq_len, cfg.data.micro_batch_size, micro_steps, *mesh_shape, precision, cfg.optim.optimizer,
         p.strategy, p.reshard, p.accumulate, p.grad_compression, p.activation_checkpointing,
-        compiled=device_type == "cuda" if p.compile is None else p.compile,
+        compiled=p.compiles(device_type),
+        cuda_graphs=p.cuda_graphs is not False,
         on_cpu=device_type == "cpu",
         head_share=OBJECTIVES[cfg.model.objective].head_share(cfg.objective, cfg.data.seq_len),
         **others,
@@ -179,12 +198,13 @@ def collectives(cfg, s, gpus_per_node=8):
             Collective("layers", "all_gather", normalized, *of_tp, s.micro_steps),
             Collective("layers", "all_reduce", normalized, *of_tp, s.micro_steps),
         ]
-    if s.strategy == "ddp" and s.tp == 1:  # in buckets; the last one overlaps with nothing
+    if s.strategy == "ddp" and s.tp == 1:  # in buckets; those of the first blocks and the embedding overlap with nothing
         sent = powersgd_numbers(cfg) if s.grad_compression == "powersgd" else cfg.n_layer * block + rest
-        n_bytes = gradient * sent
+        n_bytes, last = gradient * sent, cfg.n_layer * block / DDP_SEGMENTS * s.compiled + rest
         n_buckets = max(1, round(n_bytes / BUCKET))
+        waited = max(1, round(n_buckets * last / (cfg.n_layer * block + rest)))
         bucket = ("gradients", "all_reduce", n_bytes / n_buckets, data_ranks, data_local)
-        return found + [Collective(*bucket, 1), Collective(*bucket, n_buckets - 1, "step")]
+        return found + [Collective(*bucket, waited), Collective(*bucket, n_buckets - waited, "step")]
     gathers = (2 if s.reshard else 1) * cfg.n_layer
     sums, hidden_in = (1, "step") if s.accumulate == "whole" else (s.micro_steps, "micro_step")
     of_shards = (s.shards, min(data_local, s.shards))
@@ -243,15 +263,16 @@ def work(cfg, s):
     tokens = s.tokens / s.tp
     # Fused attention is 2 matmuls forward and, as it keeps no scores, 5 backward; causal, it needs half of each.
     attention = 2 * tokens * cfg.n_layer * q * s.seq_len * (7 + 2 * repeat_attention)
-    # Numbers read and written: norms 2 * 5 d, residual sums 2 * 6 d, the activation function, inputs and outputs of
-    # attention. The matmuls' own traffic is in their rate.
-    elementwise = 22 * d + (13 if cfg.is_gated else 5) * f + 8 * (q + kv)
+    # Bytes read and written: norms 2 * 5 d, residual sums 2 * 6 d, half of both in the residual stream's precision; the
+    # activation function, inputs and outputs of attention. The matmuls' own traffic is in their rate.
+    elementwise = 11 * d * (2 + s.stream) + 2 * ((13 if cfg.is_gated else 5) * f + 8 * (q + kv))
     return Work(
         matmuls=2 * tokens * cfg.n_layer * block_weights(cfg) * (3 + repeat_matmuls),
         attention=attention * (0.5 if cfg.is_causal and not s.attends_by_matmuls else 1),
-        elementwise_bytes=2 * tokens * cfg.n_layer * elementwise * (1 + repeat_rest / 3),  # forward is a third of it
+        elementwise_bytes=tokens * cfg.n_layer * elementwise * (1 + repeat_rest / 3),  # forward is a third of it
         head=6 * tokens * s.head_share * cfg.n_embd * (cfg.vocab_size + (cfg.n_embd if not cfg.is_causal else 0)),
-        loss_bytes=24 * tokens * s.head_share * cfg.vocab_size,  # cross-entropy, mostly in float32
+        # Eager cross-entropy is mostly in float32; compiled, it reads bf16 logits three times and writes gradients.
+        loss_bytes=(8 if s.compiled else 24) * tokens * s.head_share * cfg.vocab_size,
     )
 
 
@@ -263,7 +284,7 @@ def step_seconds(cfg, s, gpu, gpus_per_node=8, efficiency=1.0, rates=None):
     """
     if rates is None:
         # Ten published rows of compiled code with tensor parallelism are no faster than eager ones.
-        rates = measured_rates(gpu, cfg, s) if gpu.machine else rates_of(gpu, s.compiled and s.tp == 1)
+        rates = measured_rates(gpu, cfg, s) if gpu.machine else rates_of(gpu, s.compiled and s.tp == 1, s.launched)
     w = work(cfg, s)
     peak = efficiency * gpu.peak_tflops(s.precision) * gpu.sustained * 1e12
     bandwidth = efficiency * gpu.memory_gbs * 1e9
@@ -271,17 +292,25 @@ def step_seconds(cfg, s, gpu, gpus_per_node=8, efficiency=1.0, rates=None):
     parts = {
         "matmul_s": w.matmuls / peak / rates.matmul,
         "attention_s": w.attention / peak / rates.attention,
-        "memory_s": w.elementwise_bytes / bandwidth / rates.memory,
+        "memory_s": w.elementwise_bytes / bandwidth / rates.memory + cfg.n_layer * rates.layer_s / efficiency,
         "head_s": w.head / peak / (rates.head or rates.matmul) + loss_s,
     }
-    overhead_s = cfg.n_layer * rates.overhead_s / efficiency
-    # The host runs ahead of an accelerator.
-    parts["overhead_s"] = overhead_s if s.on_cpu else max(0.0, overhead_s - sum(parts.values()))
+    optimizer_s, launch_s = optimizer_seconds(cfg, s, gpu, rates), launch_seconds(cfg, s, rates) / efficiency
+    # The host runs ahead of an accelerator, and costs time where launching takes longer than all that is launched.
+    hidden_s = 0.0 if s.on_cpu else sum(parts.values()) + optimizer_s / s.micro_steps
+    parts["overhead_s"] = max(0.0, launch_s / s.micro_steps - hidden_s)
     compute = sum(parts.values())
     return {name: s.micro_steps * seconds for name, seconds in parts.items()} | {
         "communication_s": waited_seconds(cfg, s, gpu, gpus_per_node, compute),
-        "optimizer_s": optimizer_seconds(cfg, s, gpu, rates),
+        "optimizer_s": optimizer_s,
     }
+
+
+def launch_seconds(cfg, s, rates):
+    """Seconds of a step in which the host launches kernels: of each layer in each micro-step, or CUDA graphs."""
+    if s.is_captured:
+        return (s.micro_steps + 1) * GRAPH_LAUNCH_S / s.host_speed
+    return (s.micro_steps * cfg.n_layer * rates.overhead_s + rates.step_overhead_s) / s.host_speed
 
 
 def waited_seconds(cfg, s, gpu, gpus_per_node, compute):

@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -141,7 +141,9 @@ class Rates:
     head: float | None = None  # share of peak FLOP/s in the head with its loss; None: by matmul and memory
     muon: float | None = None  # share of peak FLOP/s in Muon's matmuls; None: matmul's
     optimizer: float = 0.77  # share of memory bandwidth in the optimizer: A100 1580 of 2039 GB/s, H100 2520 of 3350
-    overhead_s: float = 0.0  # seconds of a block's forward and backward on next to no data
+    layer_s: float = 0.0  # seconds of the device in a layer's forward and backward on next to no data
+    overhead_s: float = 0.0  # seconds of the host to launch a layer's forward and backward
+    step_overhead_s: float = 0.0  # seconds of the host in the rest of a step: clipping, the optimizer, the log
 
 
 # Fitted by tests/fit_rates.py to llm-foundry's table (8c8dd48): 68 rows of H100, 138 of A100, eager, from 2023, with
@@ -155,22 +157,36 @@ EAGER = {
     "volta": AMPERE, "turing": AMPERE, "ampere": AMPERE, "ada": AMPERE, "hopper": HOPPER,
     "blackwell": Rates(0.698, 0.176, 0.294), "cdna2": CDNA, "cdna3": CDNA,
 }  # fmt: skip
-# Compiled code moves fewer bytes, and is as recent as flash attention 2 (arXiv 2307.08691: A100 about 180 TFLOP/s, H100
-# 335, forward and backward, 1.8 times the rates above). The second factor is tests/fit_rates.py's, from compiled rows
-# without tensor parallelism.
-COMPILED_ATTENTION, COMPILED_MEMORY = 1.8, 1.5
+# Compiled code's rates as multiples of these (matmul, attention, memory): it moves fewer bytes, and has a recent
+# attention kernel. Ampere's: flash attention 2 (arXiv 2307.08691, about 180 TFLOP/s forward and backward), and
+# tests/fit_rates.py's, from published compiled rows. Hopper's: one H100's (torch 2.11), where GPT-2 1558M's matmuls
+# reach 695 TFLOP/s and its attention 225, and a copy 2960 of 3350 GB/s. Other families gain what their eager rates
+# follow. LAYER_S, for what is left, is fitted to timings of a prototype of this code on that H100 (fit_rates.py).
+COMPILED_AMPERE, COMPILED_HOPPER = (1, 1.8, 1.5), (0.703 / 0.730, 0.228 / 0.182, 0.884 / 0.302)
+LAYER_S = 0.29e-3
+# Seconds in which that H100's host launches a layer's kernels, forward and backward: compiled block by block, and as a
+# few segments; then the rest of a step's. They put nine timings (fit_rates.py) within 15 %. Eager code, which was not
+# timed, launches more kernels than blocks: taken as theirs. A CUDA graph's time is a guess.
+LAUNCH_S = {"eager": 2.9e-3, "blocks": 2.9e-3, "segments": 2.25e-3}
+STEP_LAUNCH_S, GRAPH_LAUNCH_S = 7e-3, 1e-4
 # Cost of overlapped collectives, as a multiple of their bytes at the link's data-sheet speed: they take memory
 # bandwidth and multiprocessors. From tests/fit_rates.py, H100 and A100 alike.
 CONTENTION = 1.0
 NVLS = {"hopper": 0.85, "blackwell": 0.74}  # share of links that reductions in switches use (NCCL, src/graph/tuning.cc)
 
 
-def rates_of(gpu, compiled):
-    """The Rates of torch code on a GPU with a data sheet."""
+def compiled_gains(family):
+    """Compiled code's rates as multiples of eager code's: (matmul, attention, memory)."""
+    return COMPILED_AMPERE if EAGER[family] is AMPERE else COMPILED_HOPPER
+
+
+def rates_of(gpu, compiled, launched):
+    """The Rates of torch code on a GPU with a data sheet; launched: a key of LAUNCH_S."""
     rates = EAGER[gpu.family]
-    if not compiled:
-        return rates
-    return Rates(rates.matmul, COMPILED_ATTENTION * rates.attention, COMPILED_MEMORY * rates.memory)
+    if compiled:
+        matmul, attention, memory = compiled_gains(gpu.family)
+        rates = Rates(matmul * rates.matmul, attention * rates.attention, memory * rates.memory, layer_s=LAYER_S)
+    return replace(rates, overhead_s=LAUNCH_S[launched], step_overhead_s=STEP_LAUNCH_S)
 
 
 # ---- collectives
@@ -262,11 +278,11 @@ def measured_rates(gpu, cfg, s):
     return Rates(
         between(rates["matmul_tflops"], width) / peak,
         between(rates["attention_tflops"], s.seq_len) / peak,
-        between(rates["memory_gb_per_s"][kind], width) / bandwidth * (COMPILED_MEMORY if is_fused else 1),
+        between(rates["memory_gb_per_s"][kind], width) / bandwidth * (compiled_gains(gpu.family)[2] if is_fused else 1),
         between(rates["head_tflops"], width) / peak,
         between(rates["muon_tflops"], width) / gpu.tflops,
         1.0,  # the measured bandwidth is what a copy reaches
-        rates["overhead_ms"][kind] / 1e3,
+        overhead_s=rates["overhead_ms"][kind] / 1e3,
     )
 
 

@@ -35,10 +35,12 @@ def memory(cfg, s):
         sent = (s.width + 2 * s.gradient_bytes) * one_block  # gradients before and after reduction, two blocks' at once
     elif s.width < s.weight_bytes:
         copies = 2 * cfg.n_layer * block_weights(cfg)
+    copies_kept = copies if s.is_alone else 0
     copies_later = copies if is_sharded or s.checkpointing == "none" else copies / cfg.n_layer
     error_feedback = 4 * n if s.grad_compression == "powersgd" else 0  # PowerSGD keeps what it has not sent
     gradients = s.gradient_bytes * n / (s.shards if is_sharded and s.accumulate == "sharded" else 1)
-    kept_between = s.micro_steps > 1 or (s.ranks > 1 and not is_sharded)  # DDP keeps its buckets
+    # DDP keeps its buckets, CUDA graphs write to the same tensors.
+    kept_between = s.micro_steps > 1 or s.is_captured or (s.ranks > 1 and not is_sharded)
     before = gradients if kept_between else 0
     masks = (s.stream if s.on_cpu else 1) * d if cfg.dropout else 0
     outside = s.stream * d + 8 + masks  # the first or last norm, and dropout after the embedding
@@ -52,8 +54,8 @@ def memory(cfg, s):
     moments = [  # (copies of weights, gradients, activations, logits, other)
         (copies, before, activations, head, 0),  # the loss
         (copies_later, before, activations, head_left, recomputed + sent + flowing),  # the last block
-        (0, gradients, 0, 0, embedding_gradient),  # the end of backward
-        (0, gradients, 0, 0, working.get(s.optimizer, 0)),  # the optimizer
+        (copies_kept, gradients, 0, 0, embedding_gradient),  # the end of backward
+        (copies_kept, gradients, 0, 0, working.get(s.optimizer, 0)),  # the optimizer
     ]
     copies, gradients, activations, logits, other = max(moments, key=sum)
     state = OPTIMIZER_BYTES[s.optimizer] if s.optimizer_bytes is None else s.optimizer_bytes

@@ -5,7 +5,7 @@ import functools
 import torch
 
 from model import Block, ModelConfig
-from ops import Linear, Vocabulary, attend, linear_cross_entropy, rope_table
+from ops import Linear, Vocabulary, attend, linear_cross_entropy, loss_pass, rope_table
 from optim import OptimConfig, build_optimizer
 from perf import cost
 from perf.hardware import between
@@ -62,7 +62,7 @@ def one_block(kind, width, world, micro_batch_size, seq_len=BLOCK_LENGTH):
     with world.device:
         block = Block(cfg)
         rope = rope_table(torch.arange(seq_len), cfg.head_width, 1e4) if cfg.position == "rope" else None
-    run = forward_backward(block, world, random(world, micro_batch_size, seq_len, width), rope)
+    run = forward_backward(block, world, residual(world, micro_batch_size, seq_len, width), rope)
     return block, run, work_of(cfg, world, micro_batch_size, seq_len)
 
 
@@ -75,6 +75,11 @@ def work_of(cfg, world, micro_batch_size, seq_len):
 def random(world, *shape, dtype=torch.float32):
     """A tensor of small random numbers that requires gradients."""
     return torch.randn(shape, device=world.device, dtype=dtype).mul_(0.02).requires_grad_()
+
+
+def residual(world, *shape):
+    """The same in the dtype of the residual stream."""
+    return random(world, *shape, dtype=torch.bfloat16 if world.precision == "bf16" else torch.float32)
 
 
 def forward_backward(function, world, *inputs):
@@ -120,8 +125,10 @@ def attention_tflops(world, rows, seq_len, n_heads=8):
 def head_tflops(vocab_size, world, rows, width):
     """TFLOP/s of the head with its loss, by the FLOPs of its matmuls."""
     ids, vocabulary = torch.randint(vocab_size, (rows,), device=world.device), Vocabulary(vocab_size)
-    hidden, weight = random(world, rows, width), random(world, vocab_size, width)
-    seconds = timed(forward_backward(linear_cross_entropy, world, hidden, weight, ids, vocabulary), world)[0]
+    hidden, weight = residual(world, rows, width), random(world, vocab_size, width)
+    one_pass = torch.compile(loss_pass) if world.device.type == "cuda" else loss_pass  # as parallel.py has it by default
+    loss = functools.partial(linear_cross_entropy, loss_pass=one_pass)
+    seconds = timed(forward_backward(loss, world, hidden, weight, ids, vocabulary), world)[0]
     return 6e-12 * rows * vocab_size * width / seconds, seconds
 
 

@@ -3,7 +3,7 @@
 from config import as_dict
 from perf.memory import CATEGORIES
 
-ASSUMED = ("efficiency", "availability", "fragmentation", "context_gib", "gpu_load", "host_share", "pue")
+ASSUMED = ("efficiency", "host_speed", "availability", "fragmentation", "context_gib", "gpu_load", "host_share", "pue")
 PARTS = {  # parts of a step: name, remedy
     "matmul_s": ("matrix multiplications", "faster or more GPUs"),
     "attention_s": ("attention", "a shorter --seq_len"),
@@ -65,7 +65,8 @@ def report_run(cfg, gpu, s, f):
     ranks, layout = s.replicas * s.shards, f"{s.replicas} replicas x {s.shards} shards x {s.tp} tensor parallel"
     batch = f"{s.micro_steps} micro-steps x {ranks} ranks x {s.micro_batch_size} sequences x {s.seq_len} tokens"
     yield f"a step     {batch}; {layout}"
-    how = f"{'compiled' if s.compiled else 'eager'}, activation checkpointing {s.checkpointing}, {s.optimizer}"
+    how = "compiled, CUDA graphs" if s.is_captured else "compiled" if s.compiled else "eager"
+    how += f", activation checkpointing {s.checkpointing}, {s.optimizer}"
     yield f"           {s.precision}, weights in {8 * s.weight_bytes:g} bits, {how}"
 
 
@@ -95,13 +96,28 @@ def report_time(cfg, gpu, f):
         if share >= 0.0005:
             money = f"{_money(share * f['cost']):>12}" if has_price else ""
             yield f"           {PARTS[name][0]:<25}{share:6.1%}{money}  {'#' * round(40 * share)}".rstrip()
-    yield "           bottleneck: {}; what helps: {}".format(*PARTS[parts[0][0]])
+    is_waiting = gpu.device_type == "cuda" and f["step_parts_s"]["overhead_s"] > 0
+    if not is_waiting or parts[0][0] != "overhead_s":
+        yield "           bottleneck: {}; what helps: {}".format(*PARTS[parts[0][0]])
+    if is_waiting:
+        yield f"           {bound_by_host(f)}"
     mfu = f"mfu {f['mfu']:.1%} (PaLM's count), {f['mfu_causal']:.1%} causal"
     yield f"speed      {f['tokens_per_s']:,.0f} tokens/s, {f['tokens_per_s_per_gpu']:,.0f} per GPU; {mfu}"
     yield f"total      {_totals(f)}: {_days(f['days'] * p.availability)} of computing / availability {p.availability:g}"
     if f["kwh"] is not None:
         factors = f"load {p.gpu_load:g} x (1 + host {p.host_share:g}) x PUE {p.pue:g}"
         yield f"           kWh = GPU-hours x {gpu.watts:g} W x {factors}"
+
+
+def bound_by_host(f):
+    """Text for a step in which the GPU waits for the host: both times, and what helps."""
+    launching = f["step_s"] - f["step_parts_s"]["communication_s"]
+    computing = launching - f["step_parts_s"]["overhead_s"]
+    ways = ["a larger --micro_batch_size" if f["micro_steps"] > 1 else "a larger --batch_tokens"]
+    if not f["cuda_graphs"]:
+        ways.append("CUDA graphs (one process, --compile)" if f["n_gpus"] == 1 else "one GPU, with CUDA graphs")
+    times = f"launching takes {_seconds(launching)}, what is launched {_seconds(computing)}"
+    return f"bound by the host: {times}; what helps: {', '.join(ways)}, a faster host"
 
 
 def report_scaling(cfg, rows):

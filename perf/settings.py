@@ -80,6 +80,7 @@ class PlanConfig(Config):
     gpu_watts: Positive | None = None  # rated power
     gpu_price: Positive | None = None  # dollars per GPU-hour, host included
     efficiency: Positive = 1.0  # speed of computing relative to this project's code, to describe other code
+    host_speed: Positive = 1.0  # speed of launching kernels relative to one H100's host; hosts differ up to ten times
     gpu_load: UpToOne = 0.85  # mean power over rated power; a guess: metered runs of OLMo ranged from 15 to 85 %
     host_share: NotNegative = 0.3  # power of CPUs, network and fans over the GPUs'; a guess: BLOOM's was 0.59
     pue: Factor = 1.1  # a data centre's power over its computers'; LLaMA's paper, table 15

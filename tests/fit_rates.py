@@ -1,7 +1,8 @@
 """How hardware.py's rates were found, and how far the planner is off: python tests/fit_rates.py
 
-Rates of H100 and A100 are fitted to llm-foundry's table; CONTENTION and COMPILED_MEMORY are read off the grids that
-this prints. Other code gets one number, its efficiency, the one that makes its largest error smallest.
+Rates of H100 and A100 are fitted to llm-foundry's table; CONTENTION, the memory factor of COMPILED_AMPERE and LAYER_S
+are read off the grids that this prints. Other code gets one number, its efficiency, the one that makes its largest
+error smallest.
 """
 
 import csv
@@ -128,6 +129,55 @@ def best_efficiency(rows):
     return middle
 
 
+# One H100 80GB SXM, torch 2.11, bf16, random tokens. Prototypes of this code as one compiled graph, captured as a CUDA
+# graph but for 1558M: (model, tokens a sequence, sequences, micro-steps, bytes per number of the residual stream,
+# whether clipping and AdamW are included, milliseconds).
+GPT2 = {"vocab_size": 50257}
+MODELS = {
+    "124M": ModelConfig(**GPT2),
+    "1558M": ModelConfig(**GPT2, n_layer=48, n_head=25, n_embd=1600),
+    "6 x 384": ModelConfig(vocab_size=256, block_size=256, n_layer=6, n_head=6, n_embd=384),
+    "BERT base": ModelConfig(
+        vocab_size=30522, block_size=512, norm_position="post", mlp="gelu", n_token_types=2, objective="mlm"
+    ),
+}
+PROTOTYPES = (
+    ("124M", 1024, 16, 1, 4, False, 33.7), ("124M", 1024, 16, 1, 2, False, 31.9),
+    ("1558M", 1024, 8, 1, 2, False, 179.3),
+    ("BERT base", 128, 128, 1, 4, True, 27.5), ("BERT base", 128, 16, 8, 4, True, 49.5),
+    ("6 x 384", 256, 64, 1, 4, True, 5.84),
+)  # fmt: skip
+# The same without graphs, where the host is the limit: (model, tokens, sequences, micro-steps, how launched,
+# milliseconds). BERT base at 32 sequences is train.py's step at a7f8210, by bench.py: 326 to 378; 6 x 384: 24 to 27.
+LAUNCHED = (
+    ("6 x 384", 256, 64, 1, "blocks", 24.0), ("6 x 384", 256, 64, 1, "blocks", 27.0),
+    ("6 x 384", 256, 64, 1, "segments", 20.4), ("BERT base", 128, 32, 8, "blocks", 326.0),
+    ("BERT base", 128, 16, 8, "blocks", 255.6), ("BERT base", 128, 16, 8, "segments", 223.6),
+    ("BERT base", 128, 128, 1, "blocks", 38.1), ("BERT base", 128, 128, 1, "segments", 35.8),
+    ("124M", 1024, 16, 1, "blocks", 40.4),
+)  # fmt: skip
+
+
+def timings_of_one_h100():
+    """[(name, measured milliseconds, predicted / measured - 1)] of PROTOTYPES, and of LAUNCHED."""
+    tables = []
+    for table in (PROTOTYPES, LAUNCHED):
+        tables.append([])
+        for name, T, B, micro_steps, *how, ms in table:
+            share = 1 / 6 if name == "BERT base" else 1.0
+            setup = cost.Setup(T, B, micro_steps, compiled=True, cuda_graphs=True, head_share=share)
+            if table is PROTOTYPES:
+                setup = replace(setup, residual_bytes=how[0])
+            else:
+                setup = replace(setup, cuda_graphs=False, strategy="fsdp" if how[0] == "blocks" else "ddp")
+                assert setup.launched == how[0]
+            parts = cost.step_seconds(MODELS[name], setup, DEVICES["h100-sxm"])
+            left_out = 0.0 if how[-1] else parts["optimizer_s"]
+            error = 1e3 * (sum(parts.values()) - left_out) / ms - 1
+            tables[-1].append((f"{name}, {micro_steps} x {B} x {T}, {how[0]}", ms, error))
+    return tables
+
+
 def of_group(rows, *groups, gpus=None):
     """Rows of some groups, and of some GPUs."""
     return [r for r in rows if r[0]["group"] in groups and (gpus is None or r[0]["gpu"] in gpus)]
@@ -168,7 +218,7 @@ def main():
         some = of_group(rows, "llm-foundry", gpus=gpus)
         rates = fitted(some)
         inside, outside = errors_text(np.expm1(log_ratios(some, rates))), errors_text(left_out_errors(some))
-        print(f"  {' + '.join(gpus):18s} {len(some):3d} rows {np.round(astuple(rates), 3)} {inside} | {outside}")
+        print(f"  {' + '.join(gpus):18s} {len(some):3d} rows {np.round(astuple(rates)[:3], 3)} {inside} | {outside}")
     print("contention: errors as above, sizes left out, of H100 | A100")
     kept = cost.CONTENTION
     for cost.CONTENTION in (0, 0.5, 1.0, 1.5, 2.0):
@@ -176,12 +226,25 @@ def main():
         print(f"  {cost.CONTENTION:4.2f} " + " | ".join(errors_text(left_out_errors(table)) for table in tables))
     cost.CONTENTION = kept
     plain = [r for r in rows if setup_of(r[0]).compiled and setup_of(r[0]).tp == 1]
-    print(f"compiled, memory's factor: bias, mean absolute logarithm of {len(plain)} rows")
-    kept = hardware.COMPILED_MEMORY
-    for hardware.COMPILED_MEMORY in (1, 1.25, 1.5, 1.75, 2, 2.5):
-        logs, factor = log_ratios(plain), hardware.COMPILED_MEMORY
+    plain = [r for r in plain if gpu_of(r[0]).family == "ampere"]
+    print(f"compiled, memory's factor: bias, mean absolute logarithm of {len(plain)} rows of A100")
+    kept = hardware.COMPILED_AMPERE
+    for factor in (1, 1.25, 1.5, 1.75, 2, 2.5):
+        hardware.COMPILED_AMPERE = (*kept[:2], factor)
+        logs = log_ratios(plain)
         print(f"  {factor:4.2f} {100 * np.expm1(np.median(logs)):+5.1f} % {np.mean(np.abs(logs)):.3f}")
-    hardware.COMPILED_MEMORY = kept
+    hardware.COMPILED_AMPERE = kept
+    print("a layer's milliseconds on next to no data: largest error in % of the prototypes on one H100")
+    kept = hardware.LAYER_S
+    for ms in (0.2, 0.25, 0.29, 0.35, 0.4):
+        hardware.LAYER_S = ms / 1e3
+        print(f"  {ms:4.2f} {100 * max(abs(error) for _, _, error in timings_of_one_h100()[0]):5.1f}")
+    hardware.LAYER_S = kept
+    print(
+        "one H100: milliseconds, error in %",
+        *(f"  {name:34} {ms:6.1f} {100 * error:+5.1f}" for table in timings_of_one_h100() for name, ms, error in table),
+        sep="\n",
+    )
     print(*table_of_groups(rows), sep="\n")
     print("GPU-hours of whole trainings: million hours, predicted with efficiency 1 and no time lost, error in %")
     for row, seconds in rows:

@@ -92,6 +92,36 @@ def their_step(theirs, shape, compiled):
     return statistics.median(times[5:]), memory
 
 
+def their_timed_step(folder, shape, batch, micro_steps, device, steps):
+    """{tokens_per_s, memory_gib} of a step of nanoGPT's model, its loop written anew: micro-steps, clipping, AdamW."""
+    sys.path.insert(0, str(folder))
+    import torch
+
+    from model import GPT, GPTConfig
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    padded, T = -(-shape["vocab_size"] // 64) * 64, shape["block_size"]  # as its train.py pads GPT-2's vocabulary
+    with contextlib.redirect_stdout(None):
+        model = GPT(GPTConfig(**{"dropout": 0.0, "bias": True} | shape | {"vocab_size": padded})).to(device)
+        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device)
+    loss_of = torch.compile(model) if device == "cuda" else model
+    (ids, targets), times = torch.randint(shape["vocab_size"], (2, batch, T), device=device), []
+    for _ in range(steps + 3):
+        start = time.perf_counter()
+        for _ in range(micro_steps):
+            with torch.autocast(device, torch.bfloat16):
+                loss = loss_of(ids, targets)[1] / micro_steps
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    gib = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
+    return {"tokens_per_s": micro_steps * batch * T / statistics.median(times[3:]), "memory_gib": gib}
+
+
 def our_step(theirs, shape, compiled, folder):
     """(median ms, peak MiB, MFU, peak TFLOP/s) of train.py's own step on the same tokens, as bench.py times it."""
     model, batch, steps = SHAPES[shape]
@@ -237,7 +267,7 @@ def compare_time_to_loss(theirs, folder, seeds, text):
 # ---- generation
 
 
-def tokens_per_s(theirs, shape, batch, new):
+def tokens_per_s(theirs, shape, batch, new, device="cpu"):
     """Tokens a second of generation from one token, all sequences together; random weights take as long as others.
 
     Past block_size nanoGPT moves its context by a token each time, this project by half of it.
@@ -245,16 +275,16 @@ def tokens_per_s(theirs, shape, batch, new):
     sys.path.insert(0, str(theirs or ROOT))
     import torch
 
-    prompt = torch.zeros(batch, 1, dtype=torch.long)
+    prompt = torch.zeros(batch, 1, dtype=torch.long, device=device)
     if theirs:
         from model import GPT, GPTConfig
 
         with contextlib.redirect_stdout(None):
-            model = GPT(GPTConfig(**shape, dropout=0.0, bias=False)).eval()
+            model = GPT(GPTConfig(**shape, dropout=0.0, bias=False)).to(device).eval()
 
         def generate(new):
-            with torch.no_grad():
-                model.generate(prompt, new, temperature=0.8, top_k=200)
+            with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                model.generate(prompt, new, temperature=0.8, top_k=200).tolist()
     else:
         from model import ModelConfig, Transformer
         from sample import SampleConfig, generation_dtype
@@ -262,7 +292,7 @@ def tokens_per_s(theirs, shape, batch, new):
 
         model = Transformer(ModelConfig(**shape, bias=False, mlp="gelu")).eval()
         model.init_weights(1)
-        model.to(generation_dtype("auto", torch.device("cpu"), model.num_params()))
+        model.to(device, generation_dtype("auto", torch.device(device), model.num_params()))
 
         def generate(new):
             cfg = SampleConfig(max_new_tokens=new, temperature=0.8, top_k=200)

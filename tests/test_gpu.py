@@ -147,7 +147,7 @@ def test_saving_costs_at_most_a_twentieth_of_the_time_between_saves(tmp_path, mo
     shape = {"n_layer": 12, "n_embd": 768, "n_head": 12, "block_size": 1024, "seq_len": 1024} | shape
     names = shape | {"micro_batch_size": 16, "batch_tokens": 32 * shape["seq_len"], "device": DEVICE, "precision": "bf16",
                      "eval_tokens": 2048, "max_steps": 60, "keep_checkpoints": 1}  # fmt: skip
-    data, seconds = write_data(tmp_path / "data", train_tokens=400_000, val_tokens=3000), {}
+    data, seconds = write_data(tmp_path / "data", train_tokens=400_000, val_tokens=3000, shard_tokens=100_000), {}
     for interval in ("none", 20):
         times = []
         monkeypatch.setattr(

@@ -1,13 +1,15 @@
 """Devices are known by their names; collectives' times are NCCL's by its model, and those that were published."""
 
 import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from perf.hardware import ROUNDS, collective_s, known_device, peak_flops
+from perf.hardware import DEVICES, ROUNDS, collective_s, known_device, peak_flops, rates_of
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter")
 A100, H100, B200, PCIE = (300, 25, 0), (450, 50, 0.85), (900, 50, 0.74), (31, 12.5, 0)  # link, network, nvls
@@ -134,7 +136,27 @@ def test_unknown_devices_have_no_data_sheet(name):
     assert known_device(name) is None
 
 
+@pytest.mark.parametrize("gpu", DEVICES)
+def test_compiled_code_moves_bytes_faster_and_multiplies_no_faster(gpu):
+    eager, compiled = (rates_of(DEVICES[gpu], kind != "eager", kind) for kind in ("eager", "segments"))
+    assert 0.95 * eager.matmul < compiled.matmul <= eager.matmul < 1
+    assert eager.memory < compiled.memory < 0.9 and eager.attention < compiled.attention < compiled.matmul
+
+
 def test_peak_of_an_unknown_device_is_measured_and_says_so():
     peak, name = peak_flops(torch.device("cpu"), "fp32")
     assert 1e9 < peak < 1e14
     assert "measured" in name and "fp32" in name
+
+
+@pytest.mark.slow
+def test_the_script_that_measures_a_gpu_runs_tiny_on_a_cpu():
+    """Without nanoGPT: each work and part gives its figures."""
+    command = [sys.executable, Path(__file__).parent / "measure_gpu.py", "--tiny", "--rounds=1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert [row.count("|") for row in rows[:10]] == 10 * [10] and len(rows) == 22
+    for row in rows[2:10]:
+        assert float(row.split("|")[3].replace(",", "")) > 0
+    assert "command to first step" in done.stdout and "ms checkpoint" in done.stdout

@@ -104,8 +104,9 @@ def test_more_gpus_are_never_faster_each_but_for_sharing_the_optimizer(strategy,
 @pytest.mark.parametrize("gpu", hardware.DEVICES)
 @pytest.mark.parametrize("preset", ["gpt2_350m", "modern_124m", "bert_large"])
 def test_activation_checkpointing_saves_memory_and_costs_at_most_a_third_of_the_time(gpu, preset):
+    """With a host that keeps up; where the GPU waits for it, recomputing is free."""
     none, selective, full = (
-        figures(f"config/{preset}.py", f"--gpu={gpu}", f"--activation_checkpointing={kind}")
+        figures(f"config/{preset}.py", f"--gpu={gpu}", "--host_speed=100", f"--activation_checkpointing={kind}")
         for kind in ("none", "selective", "full")
     )
     for more, less in ((none, selective), (selective, full)):
@@ -194,7 +195,8 @@ def test_changes_that_are_recommended_can_be_made_and_fit(args):
 
 def test_figures_of_what_does_not_fit_come_with_those_of_what_would(run):
     f = json.loads(run("config/gpt2_1558m.py", "--gpu=a100-40", "--n_gpus=4", "--json").splitlines()[-1])
-    assert not f["fits"] and f["to_fit"][0]["change"] == "--micro_batch_size=2" and f["to_fit"][0]["fits"]
+    changes = [way["change"] for way in f["to_fit"]]
+    assert not f["fits"] and "--micro_batch_size=2" in changes and all(way["fits"] for way in f["to_fit"])
 
 
 def test_the_number_of_gpus_beyond_which_doubling_does_not_pay_is_reported():
@@ -238,6 +240,34 @@ def test_wrong_input_is_one_line(args, message, tmp_path, monkeypatch):
     with pytest.raises(ValueError) as error:
         figures("config/gpt2_124m.py", *args)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- the host
+
+BERT = ["config/bert_base.py", "--micro_batch_size=16", "--n_gpus=1"]
+
+
+def test_a_plan_that_the_host_bounds_says_so_and_what_helps(run):
+    slow, captured = run(*BERT, "--cuda_graphs=false"), run(*BERT)
+    [line] = [line for line in slow.splitlines() if "bound by the host" in line]
+    assert "a larger --micro_batch_size" in line and "CUDA graphs" in line
+    assert "bound by the host" not in captured and "compiled, CUDA graphs" in captured
+    [line] = [line for line in run("config/bert_base.py", "--n_gpus=8").splitlines() if "bound by the host" in line]
+    assert "a larger --batch_tokens" in line and "one GPU, with CUDA graphs" in line
+
+
+def test_a_faster_host_a_larger_micro_batch_and_cuda_graphs_help_where_the_host_is_the_limit():
+    today = figures(*BERT, "--cuda_graphs=false")["step_s"]
+    for change in ("--host_speed=2", "--micro_batch_size=32", "--cuda_graphs=true"):
+        assert figures(*BERT, "--cuda_graphs=false", change)["step_s"] < 0.6 * today, change
+    gpt2 = ["config/gpt2_124m.py", "--n_gpus=1"]
+    assert figures(*gpt2, "--cuda_graphs=false")["step_parts_s"]["overhead_s"] == 0
+
+
+def test_one_gpu_alone_uses_cuda_graphs():
+    assert figures(*BERT)["cuda_graphs"] and not figures(*BERT, "--compile=false")["cuda_graphs"]
+    rows = [grown for _, grown in plan.scaling(*planned("config/gpt2_124m.py", "--n_gpus=8"))]
+    assert [row["cuda_graphs"] for row in rows] == [row["n_gpus"] == 1 for row in rows]
 
 
 # ---- first contact
