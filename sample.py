@@ -136,7 +136,7 @@ def generate(model, ids, cfg, seed, vocab_size, never=()):
 
     UserError where the logits are not finite.
     """
-    if ids.device.type == "cuda":  # a GPU waits for the host, unless steps are CUDA graphs and the host waits seldom
+    if ids.device.type == "cuda":  # a GPU would idle, had the host to launch each kernel and to wait for each token
         steps = on_host(next_tokens(model, ids, cfg, seed, vocab_size, never, record=Captured))
     else:
         steps = next_tokens(model, ids, cfg, seed, vocab_size, never)
@@ -150,9 +150,9 @@ def generate(model, ids, cfg, seed, vocab_size, never=()):
 def next_tokens(model, ids, cfg, seed, vocab_size, never=(), record=None):
     """Yields the tokens of generate on the model's device, without waiting for it; -1 where logits are not finite.
 
-    At block_size, the cache is cleared and the model continues from the last half of the sequence. With record, such as
-    Captured, the step after a single token is record(function): a function of tensors alone, which attends to the whole
-    cache, masked. Without, a step attends to the tokens so far, which is faster on a CPU.
+    At block_size, the cache is cleared and the model continues from the last half of the sequence. record, such as
+    Captured, turns the step after one token, a function of tensors alone, into a faster one; attention then covers the
+    whole cache, masked. Without record it covers the tokens so far, which is faster on a CPU.
     """
     block_size, device = model.cfg.block_size, ids.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -210,7 +210,7 @@ def kept_probabilities(logits, cfg):
 
 
 def on_host(steps):
-    """Yields the CUDA tensors of steps on the CPU; waits once for a group of them, with the next group launched."""
+    """Yields the CUDA tensors of steps on the CPU; waits for a group of them, once it has launched the next group."""
 
     def launched():
         size = 1  # the first few tokens come sooner
@@ -223,7 +223,7 @@ def on_host(steps):
             copied.synchronize()
             yield from tokens
     finally:
-        torch.cuda.synchronize()  # who stops early leaves no graph running
+        torch.cuda.synchronize()  # an early stop must not free a graph that still runs
 
 
 def stream(steps, tokenizer, prompt, num_samples):
