@@ -204,7 +204,7 @@ def test_captured_steps_draw_what_others_do(model, prompt, settings, group, monk
     model, ids = copy.deepcopy(model).cuda(), prompts(prompt).cuda()
     cfg = SampleConfig(**{"temperature": 0.0, "max_new_tokens": 40} | settings)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # where capturing fails, Captured only warns
+        warnings.filterwarnings("error", message="CUDA graphs do not work here")  # Captured only warns
         captured = torch.stack(list(generate(model, ids, cfg, 1, V)), dim=1)
         first = next(generate(model, ids, cfg, 1, V))  # stops with steps still running
     assert captured.device.type == "cpu" and torch.equal(first, captured[:, 0])
