@@ -42,9 +42,9 @@ def compile_model(model, n_segments, world):
 
     size = -(-len(forwards) // n_segments)
 
-    def run_blocks(x, rope=None, mask=None, cache=None):
+    def run_blocks(x, rope=None, mask=None, caches=None):
         if not torch.is_grad_enabled():
-            return one_by_one(x, rope, mask, cache)
+            return one_by_one(x, rope, mask, caches)
         for first in range(0, len(forwards), size):
             x = run_segment(forwards[first : first + size], x, rope, mask)
         return x

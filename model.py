@@ -7,6 +7,7 @@ Tensor dimensions, here and everywhere in the project:
 
 import functools
 import hashlib
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -153,7 +154,7 @@ class Attention(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)
         q, k = q.type_as(v), k.type_as(v)  # rope's table is float32
         if cache is not None:
-            k, v = cache.append(k, v)  # B H S D, S tokens so far
+            k, v = cache(k, v)  # B H S D, S tokens so far
         # After the prompt, tokens come one at a time and see everything in the cache.
         causal = self.causal and mask is None and (cache is None or T > 1)
         y = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
@@ -238,20 +239,36 @@ class Transformer(nn.Module):
             self.head.weight = self.wte.weight
 
     def forward(
-        self, ids, targets=None, positions=None, attention_mask=None, token_types=None, cache=None, count_correct=False
+        self,
+        ids,
+        targets=None,
+        positions=None,
+        attention_mask=None,
+        token_types=None,
+        cache=None,
+        place=None,
+        count_correct=False,
     ):
         """Logits (B, T, V) for ids (B, T) or, with targets (B, T), the float32 sum of their losses.
 
         Targets that equal IGNORE do not count. positions (B, K) selects tokens: logits are then (B, K, V), targets
         (B, K). attention_mask (B, T) is False at padding, token_types (B, T) default to 0. With a cache, ids continue
-        its tokens, attention_mask covers all tokens so far, and logits are the last token's alone, (B, 1, V).
+        its tokens, attention_mask covers all tokens so far, and logits are the last token's alone, (B, 1, V). With
+        place (1,), ids (B, 1) stand at that position, and the model reads no length: its kernels are the same at each
+        position, so that a CUDA graph may repeat them; the caller keeps place below the cache's capacity.
         count_correct, without gradients, also returns the number of targets that have the largest logit.
         """
-        cfg, T, start = self.cfg, ids.shape[1], 0 if cache is None else cache.length
-        if start + T > cfg.block_size:
-            raise UserError(f"{start + T} tokens do not fit into block_size {cfg.block_size}; shorten the sequence")
-        assert start == 0 or T == 1, f"{T} tokens behind a cache of {start}: after the prompt they come one at a time"
-        place, mask = torch.arange(start, start + T, device=ids.device), None
+        cfg, T, mask = self.cfg, ids.shape[1], None
+        caches = None if cache is None else cache.by_layer(place)
+        if place is not None:
+            assert T == 1 and attention_mask is None, "at a given place there is one token, which sees all before it"
+            mask = cache.mask(place)
+        else:
+            start = 0 if cache is None else cache.length
+            if start + T > cfg.block_size:
+                raise UserError(f"{start + T} tokens do not fit into block_size {cfg.block_size}; shorten the sequence")
+            assert start == 0 or T == 1, f"{T} tokens behind a cache of {start}: after a prompt they come one by one"
+            place = torch.arange(start, start + T, device=ids.device)
         x = self.embed(ids, place, token_types)  # B T C
         rope = None
         if self.wpe is None:
@@ -259,7 +276,7 @@ class Transformer(nn.Module):
         if attention_mask is not None:
             mask = attention_mask.bool()[:, None, None, :]  # B 1 1 T
             mask = mask & (place <= place[:, None]) if cfg.is_causal else mask
-        x = self.run_blocks(x, rope, mask, cache)
+        x = self.run_blocks(x, rope, mask, caches)
         if positions is not None:
             x = x.take_along_dim(positions[..., None], dim=1)  # B K C
         elif cache is not None:
@@ -285,10 +302,10 @@ class Transformer(nn.Module):
             x = x + self.wtt(torch.zeros_like(ids) if token_types is None else token_types)
         return self.dropout(self.norm_e(x).to(residual_dtype(x)))
 
-    def run_blocks(self, x, rope=None, mask=None, cache=None):
+    def run_blocks(self, x, rope=None, mask=None, caches=None):
         """The last block's output (B, T, C) for the first one's input."""
-        for i, block in enumerate(self.blocks):
-            x = block(x, rope, mask, None if cache is None else cache.layers[i])
+        for block, cache in zip(self.blocks, caches or itertools.repeat(None)):
+            x = block(x, rope, mask, cache)
         return x
 
     @torch.no_grad()
@@ -333,7 +350,7 @@ class Cache:
     class Layer:
         def __init__(self, shape, **kind):
             self.length = 0
-            self.k, self.v = torch.empty(shape, **kind), torch.empty(shape, **kind)
+            self.k, self.v = torch.zeros(shape, **kind), torch.zeros(shape, **kind)  # a mask hides no NaN
 
         def append(self, k, v):
             """Appends k and v (B, H, T, D); returns views of all tokens so far."""
@@ -343,6 +360,10 @@ class Cache:
             self.length = end
             return self.k[:, :, :end], self.v[:, :, :end]
 
+        def put(self, place, k, v):
+            """Writes k and v (B, H, 1, D) at place (1,), a tensor; returns the whole tensors, which need a mask."""
+            return self.k.index_copy_(2, place, k), self.v.index_copy_(2, place, v)
+
     def __init__(self, cfg, batch_size, device, dtype, n_tokens=None):
         """n_tokens: the capacity; None: block_size."""
         shape = (batch_size, cfg.kv_heads, n_tokens or cfg.block_size, cfg.head_width)
@@ -350,10 +371,20 @@ class Cache:
 
     @property
     def length(self):
-        """Tokens in the cache."""
+        """Tokens in the cache; those put at a place do not count."""
         return self.layers[0].length
 
     def clear(self):
         """Forgets every token."""
         for layer in self.layers:
             layer.length = 0
+
+    def by_layer(self, place=None):
+        """A function for each layer, which adds keys and values at the end, or at place, and returns all."""
+        return [layer.append if place is None else functools.partial(layer.put, place) for layer in self.layers]
+
+    def mask(self, place):
+        """What attention adds to its scores (1, 1, 1, S): 0 up to place (1,), -inf behind it."""
+        k = self.layers[0].k
+        behind = torch.arange(k.shape[2], device=k.device) > place
+        return torch.zeros(1, 1, 1, k.shape[2], device=k.device, dtype=k.dtype).masked_fill(behind, -math.inf)

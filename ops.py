@@ -106,6 +106,10 @@ def attend(q, k, v, mask=None, causal=False, dropout=0.0):
     (torch 2.13). Matmuls round the scores to bf16, which the kernel does not.
     """
     (B, H, T, D), S = q.shape, k.shape[2]
+    if T == 1 and mask is not None and k.shape[1] != H:
+        # A group's queries stand as tokens: torch's memory-efficient kernel, which takes masks, knows no groups.
+        y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, D), k, v, mask, dropout)
+        return y.view(B, H, T, D)
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or S > BY_MATMULS or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=k.shape[1] != H)
     q, k, v = (x[:, :, None].expand(-1, -1, H // x.shape[1], -1, -1).flatten(0, 2) for x in (q, k, v))  # B*H S D

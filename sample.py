@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import torch
@@ -20,10 +21,13 @@ import torch
 from config import Config, Count, NotNegative, UpToOne, UserError, only, run_script
 from interop.pretrained import load_model, load_tokenizer_of, model_location
 from interop.score import print_scores, read_requests
+from kernels import Captured
 from model import Cache
 from objective import special_id
 from run.folder import RunConfig
 from world import DTYPES, WorldConfig, pick_device, pick_precision
+
+GROUP = 16  # steps that a GPU computes between two waits of the host
 
 
 @dataclass(frozen=True)
@@ -127,47 +131,99 @@ def read_prompt(prompt):
     return prompt or ""
 
 
-@torch.inference_mode()
 def generate(model, ids, cfg, seed, vocab_size, never=()):
-    """Yields the tokens (B,) that follow ids (B, T), step by step: below vocab_size, and none of `never`.
+    """Yields the tokens (B,) that follow ids (B, T), step by step, on the CPU: below vocab_size, and none of `never`.
 
-    At block_size, the cache is cleared and the model continues from the last half of the sequence.
+    UserError where the logits are not finite.
     """
-    block_size = model.cfg.block_size
-    generator = torch.Generator(ids.device).manual_seed(seed)
+    if ids.device.type == "cuda":  # a GPU would idle, had the host to launch each kernel and to wait for each token
+        steps = on_host(next_tokens(model, ids, cfg, seed, vocab_size, never, record=Captured))
+    else:
+        steps = next_tokens(model, ids, cfg, seed, vocab_size, never)
+    for tokens in steps:
+        if (tokens < 0).any():
+            raise UserError("the model's logits are not finite; take an earlier checkpoint, or train at a lower rate")
+        yield tokens
+
+
+@torch.inference_mode()
+def next_tokens(model, ids, cfg, seed, vocab_size, never=(), record=None):
+    """Yields the tokens of generate on the model's device, without waiting for it; -1 where logits are not finite.
+
+    At block_size, the cache is cleared and the model continues from the last half of the sequence. record, such as
+    Captured, turns the step after one token, a function of tensors alone, into a faster one; attention then covers the
+    whole cache, masked. Without record it covers the tokens so far, which is faster on a CPU.
+    """
+    block_size, device = model.cfg.block_size, ids.device
+    generator = torch.Generator(device).manual_seed(seed)
     n_tokens = min(block_size, ids.shape[1] + cfg.max_new_tokens)
-    cache = Cache(model.cfg, len(ids), ids.device, model.wte.weight.dtype, n_tokens)
-    unread, recent = ids, ids
+    n_tokens += -n_tokens % 64  # GPU kernels want rows of masks aligned
+    cache = Cache(model.cfg, len(ids), device, model.wte.weight.dtype, n_tokens)
+    never = torch.tensor(never, dtype=torch.long, device=device)
+
+    def following(unread, uniform, place=None):
+        logits = model(unread.clamp(min=0), cache=cache, place=place)[:, -1, :vocab_size].float()  # B V
+        return draw(logits.index_fill_(1, never, -math.inf), cfg, uniform)
+
+    recorded = record(following) if record else None
+    unread = recent = ids
     for _ in range(cfg.max_new_tokens):
-        if cache.length + unread.shape[1] > block_size:
+        if recent.shape[1] > block_size:
             cache.clear()
             unread = recent = recent[:, -max(1, block_size // 2) :]
-        logits = model(unread, cache=cache)[:, -1, :vocab_size].float()  # B V
-        logits[:, never] = -math.inf
-        unread = draw(logits, cfg, generator)[:, None]  # B 1
-        recent = torch.cat([recent, unread], dim=1)
+        uniform = torch.rand(len(ids), 1, device=device, generator=generator)
+        if record and unread.shape[1] == 1:
+            tokens = recorded(unread, uniform, torch.full((1,), recent.shape[1] - 1, device=device))
+        else:
+            tokens = following(unread, uniform)
+        recent = torch.cat([recent, tokens[:, None]], dim=1)
+        unread = recent[:, -1:]
         yield unread[:, 0]
 
 
-def draw(logits, cfg, generator):
-    """Draws a token for each row of logits (B, V); returns them (B,)."""
+def draw(logits, cfg, uniform):
+    """Draws a token for each row of logits (B, V) by a number in [0, 1), uniform (B, 1); returns them (B,).
+
+    A token is -1 where the logits are not finite. Nothing here may wait for a GPU or move a Python number to it.
+    """
+    largest = logits.amax(-1, keepdim=True)
     if cfg.temperature == 0:
-        return logits.argmax(-1)
-    logits = logits - logits.amax(-1, keepdim=True)  # a tiny temperature then overflows to -inf, not inf
-    probs = torch.softmax(logits / cfg.temperature, dim=-1)
+        tokens = logits.argmax(-1)
+    else:
+        # Inverse transform sampling: one number per row; multinomial would draw one per token of the vocabulary.
+        sums = kept_probabilities(logits - largest, cfg).cumsum(-1)
+        tokens = torch.searchsorted(sums, (1 - uniform) * sums[:, -1:])[:, 0]  # 1 - uniform is above 0
+    return tokens.masked_fill(~largest[:, 0].isfinite(), -1)
+
+
+def kept_probabilities(logits, cfg):
+    """Probabilities (B, V) at the temperature, up to a factor, 0 beyond top_k and top_p; the largest logit must be 0."""
+    probs = torch.softmax(logits / cfg.temperature, dim=-1)  # a tiny temperature overflows to -inf, not inf
     if cfg.top_k is not None and cfg.top_k < probs.shape[-1]:
         top = probs.topk(cfg.top_k)  # exactly k tokens, even where some are equally likely
         probs = torch.zeros_like(probs).scatter(-1, top.indices, top.values)
     if cfg.top_p is not None:
         ordered, order = (probs / probs.sum(-1, keepdim=True)).sort(-1, descending=True)
         beyond = ordered.cumsum(-1) - ordered >= cfg.top_p  # likelier tokens already sum to top_p
-        probs = torch.zeros_like(probs).scatter(-1, order, ordered.where(~beyond, 0.0))
-    # Inverse transform sampling: one uniform number per row; multinomial would draw one per token of the vocabulary.
-    sums = probs.cumsum(-1)
-    if not sums[:, -1].isfinite().all():
-        raise UserError("the model's logits are not finite; take an earlier checkpoint, or train at a lower rate")
-    drawn = (1 - torch.rand(len(sums), 1, device=sums.device, generator=generator)) * sums[:, -1:]  # above 0
-    return torch.searchsorted(sums, drawn)[:, 0]
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(beyond, 0.0))
+    return probs
+
+
+def on_host(steps):
+    """Yields the CUDA tensors of steps on the CPU; waits for a group of them, once it has launched the next group."""
+
+    def launched():
+        size = 1  # the first few tokens come sooner
+        while group := list(islice(steps, size)):
+            yield torch.stack(group).to("cpu", non_blocking=True), torch.cuda.current_stream().record_event()
+            size = min(2 * size, GROUP)
+
+    try:
+        for (tokens, copied), _ in pairwise(chain(launched(), [None])):
+            copied.synchronize()
+            yield from tokens
+    finally:
+        torch.cuda.synchronize()  # an early stop must not free a graph that still runs
 
 
 def stream(steps, tokenizer, prompt, num_samples):

@@ -758,6 +758,19 @@ def test_cached_logits_are_the_uncached_ones(prompt, cfg):
     assert cache.layers[0].k.shape == (B, heads, 11, width)
 
 
+@DECODERS
+def test_logits_at_a_place_are_the_uncached_ones_whatever_the_cache_has_behind_it(cfg):
+    model, ids = random_model(cfg), random_ids(shape=(B, 11))
+    cache = Cache(model.cfg, B, "cpu", torch.float32, n_tokens=16)
+    for layer in cache.layers:
+        layer.k.fill_(3.0), layer.v.fill_(100.0)
+    with torch.no_grad():
+        model(ids[:, :4], cache=cache)
+        steps = [model(ids[:, i : i + 1], cache=cache, place=torch.tensor([i])) for i in (*range(4, 11), 7)]
+        expected = model(ids)[:, [*range(4, 11), 7]]
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=0, atol=1e-4)
+
+
 def test_a_models_attention_has_as_many_heads_as_it_says():
     attn = Transformer(MODERN).blocks[0].attn
     assert {name: tuple(p.shape) for name, p in attn.named_parameters()} == {

@@ -1,22 +1,36 @@
 """Generation against a model that is asked anew for each token; sampling against probabilities worked out by hand."""
 
 import ast
+import copy
 import io
 import math
 import re
 import shutil
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import config
 import sample
 from config import UserError
-from model import ModelConfig, Transformer
+from model import Cache, ModelConfig, Transformer
 from objective import special_id
 from ranks import run, write_data
-from sample import SampleConfig, draw, generate, generation_dtype, masked_ids, print_candidates, stream
+from sample import (
+    SampleConfig,
+    draw,
+    generate,
+    generation_dtype,
+    masked_ids,
+    next_tokens,
+    print_candidates,
+    stream,
+)
 from text.tokenizer import SPECIALS, load_tokenizer, train_bpe, write_character_tokenizer
 from world import pick_precision
 
@@ -24,11 +38,24 @@ V = 37
 SMALL = ModelConfig(vocab_size=V, block_size=11, n_layer=3, n_head=5, n_embd=20)
 
 
-@pytest.fixture(scope="module")
-def model():
+MODERN = replace(
+    SMALL,
+    n_head=6,
+    n_kv_head=2,
+    head_dim=4,
+    mlp="swiglu",
+    norm="rmsnorm",
+    qk_norm=True,
+    position="rope",
+    rope_scale=3.0,
+)
+
+
+@pytest.fixture(scope="module", params=[SMALL, MODERN], ids=["gpt2", "modern"])
+def model(request):
     """A model of wide random weights, whose likeliest token changes with the tokens before."""
     torch.manual_seed(4)
-    model = Transformer(replace(SMALL, bias=False, tie_embeddings=False))
+    model = Transformer(replace(request.param, bias=False, tie_embeddings=False))
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=1.0)
@@ -39,10 +66,44 @@ def prompts(length, batch=3):
     return torch.randint(V, (batch, length), generator=torch.Generator().manual_seed(6))
 
 
-def tokens_of(model, ids, seed=1, **settings):
-    """What generate yields, (B, tokens)."""
+class WithoutWaiting(TorchDispatchMode):
+    """Fails at what a CUDA graph cannot hold: values or shapes that the host must know, and numbers sent to the GPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(function.tags), function
+        numbers = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.dim() == 0]
+        assert not numbers, f"{function} takes a number as a tensor, which is on the CPU"
+        return function(*args, **(kwargs or {}))
+
+
+class Replayed:
+    """Stands for Captured on a CPU: runs a function to warm up, notes its operators, and from then on knows only these.
+
+    Inputs and outputs keep their places in memory, as a CUDA graph's do.
+    """
+
+    def __init__(self, function):
+        self.function, self.operators = function, None
+
+    def __call__(self, *inputs):
+        if self.operators is None:
+            self.inputs = [x.clone() for x in inputs]
+            with WithoutWaiting():
+                self.output = self.function(*self.inputs).clone()
+            self.operators = make_fx(self.function)(*self.inputs)
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given)
+        return self.output.copy_(self.operators(*self.inputs))
+
+
+STEPS = pytest.mark.parametrize("record", [None, Replayed], ids=["views", "recorded"])
+
+
+def tokens_of(model, ids, seed=1, record=None, **settings):
+    """What generate yields, (B, tokens); with record, what its steps on a GPU would be."""
     cfg = SampleConfig(**{"temperature": 0.0, "max_new_tokens": 5} | settings)
-    return torch.stack(list(generate(model, ids, cfg, seed, V)), dim=1)
+    args = model, ids, cfg, seed, V
+    return torch.stack(list(next_tokens(*args, record=record) if record else generate(*args)), dim=1)
 
 
 def test_special_tokens_that_are_no_text_are_never_drawn(model):
@@ -74,15 +135,91 @@ def test_greedy_cached_generation_is_argmax_over_full_recomputation(model, promp
     assert len(ours.unique()) > 3 or n == 1  # or any model would do
 
 
-@pytest.mark.parametrize("prompt", [1, 4, 10, 11])
-def test_past_block_size_the_window_slides_as_an_uncached_one_does(model, prompt):
+@pytest.mark.parametrize(
+    "prompt, record", [(1, None), (4, None), (10, None), (11, None), (1, Replayed), (10, Replayed)]
+)
+def test_past_block_size_the_window_slides_as_an_uncached_one_does(model, prompt, record):
     ids = prompts(prompt)
-    assert torch.equal(tokens_of(model, ids, max_new_tokens=40), slow_greedy(model, ids, 40))
+    assert torch.equal(tokens_of(model, ids, max_new_tokens=40, record=record), slow_greedy(model, ids, 40))
 
 
-def test_a_block_of_one_token_still_generates():
+@STEPS
+def test_a_block_of_one_token_still_generates(record):
     tiny = Transformer(replace(SMALL, block_size=1)).eval()
-    assert tokens_of(tiny, prompts(1), max_new_tokens=4).shape == (3, 4)
+    assert tokens_of(tiny, prompts(1), max_new_tokens=4, record=record).shape == (3, 4)
+
+
+def token_at(number, probs, top_k=V, top_p=1.0):
+    """The token at which the sum of the probabilities kept, in the vocabulary's order, reaches a share 1 - number."""
+    likeliest, kept = sorted(range(V), key=lambda token: -probs[token])[:top_k], []
+    share = top_p * sum(probs[token] for token in likeliest)
+    while likeliest and sum(probs[token] for token in kept) < share:
+        kept.append(likeliest.pop(0))
+    left = (1 - number) * sum(probs[token] for token in kept)
+    for token in sorted(kept):
+        left -= probs[token]
+        if left <= 0:
+            return token
+
+
+@STEPS
+@pytest.mark.parametrize("settings", [{"top_k": 9}, {"top_p": 0.9}])
+def test_a_steps_tokens_follow_from_the_seeds_numbers_for_that_step(model, settings, record):
+    """The reference has no cache; its numbers are drawn at once, and a step's are a row of them."""
+    ids, n = prompts(4), 30
+    ours = tokens_of(model, ids, seed=7, temperature=5.0, max_new_tokens=n, record=record, **settings)
+    seen = ids
+    for row in torch.rand(n, 3, generator=torch.Generator().manual_seed(7)).tolist():
+        if seen.shape[1] > SMALL.block_size:
+            seen = seen[:, -(SMALL.block_size // 2) :]
+        with torch.no_grad():
+            probs = (model(seen)[:, -1].double() / 5.0).softmax(-1).tolist()
+        tokens = [token_at(number, p, **settings) for number, p in zip(row, probs, strict=True)]
+        assert ours[:, 0].tolist() == tokens
+        seen, ours = torch.cat([seen, ours[:, :1]], dim=1), ours[:, 1:]
+    assert len(seen.unique()) > 5
+
+
+def test_a_graph_cannot_hold_what_waits_for_a_value_or_sends_a_number():
+    x = torch.ones(2)
+    for waits in (lambda: x[0].item(), lambda: x.nonzero(), lambda: x.where(x > 2, 0.0), lambda: torch.equal(x, x)):
+        with WithoutWaiting(), pytest.raises(AssertionError):
+            waits()
+
+
+def test_several_tokens_at_a_place_are_refused_not_wrong(model):
+    cache = Cache(model.cfg, 3, "cpu", torch.float32)
+    with torch.no_grad(), pytest.raises(AssertionError, match="at a given place there is one token"):
+        model(prompts(2), cache=cache, place=torch.tensor([0]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("group", [1, 16])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 2.0}, {"temperature": 2.0, "top_k": 9, "top_p": 0.9}])
+@pytest.mark.parametrize("prompt", [1, 4, 10, 11])
+def test_captured_steps_draw_what_others_do(model, prompt, settings, group, monkeypatch):
+    """Over 40 tokens, so that the window slides and groups are whole and partial."""
+    monkeypatch.setattr(sample, "GROUP", group)
+    model, ids = copy.deepcopy(model).cuda(), prompts(prompt).cuda()
+    cfg = SampleConfig(**{"temperature": 0.0, "max_new_tokens": 40} | settings)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="CUDA graphs do not work here")  # Captured only warns
+        captured = torch.stack(list(generate(model, ids, cfg, 1, V)), dim=1)
+        first = next(generate(model, ids, cfg, 1, V))  # stops with steps still running
+    assert captured.device.type == "cpu" and torch.equal(first, captured[:, 0])
+    for record in (None, lambda step: step):
+        others = torch.stack(list(next_tokens(model, ids, cfg, 1, V, record=record)), dim=1)
+        assert torch.equal(captured, others.cpu())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_tells_of_logits_that_are_not_finite(model):
+    broken = copy.deepcopy(model).cuda()
+    broken.head.weight.data[5] = math.nan
+    with pytest.raises(UserError, match="not finite; take an earlier checkpoint"):
+        list(generate(broken, prompts(4).cuda(), SampleConfig(), 1, V))
 
 
 def test_temperature_zero_ignores_the_seed_and_others_do_not(model):
@@ -112,11 +249,16 @@ def test_padding_ids_are_never_drawn(model):
 PROBS = [0.4, 0.3, 0.15, 0.1, 0.05]
 
 
+def numbers(n, seed=1):
+    """n rows' numbers in [0, 1)."""
+    return torch.rand(n, 1, generator=torch.Generator().manual_seed(seed))
+
+
 def frequencies(temperature=1.0, **settings):
     """How often draw takes each token, of 40,000 draws from PROBS in another order."""
     order = torch.tensor([3, 0, 4, 1, 2])
     logits = torch.tensor(PROBS).log()[order].expand(40_000, 5) + 3.0
-    drawn = draw(logits, SampleConfig(temperature=temperature, **settings), torch.Generator().manual_seed(1))
+    drawn = draw(logits, SampleConfig(temperature=temperature, **settings), numbers(40_000))
     return (torch.bincount(order[drawn], minlength=5) / 40_000).tolist()
 
 
@@ -139,7 +281,7 @@ def test_draws_follow_the_distribution(settings, expected):
 
 def test_top_k_takes_k_tokens_even_where_they_are_equally_likely():
     logits = torch.zeros(20_000, 5)
-    drawn = draw(logits, SampleConfig(temperature=1.0, top_k=2), torch.Generator().manual_seed(1))
+    drawn = draw(logits, SampleConfig(temperature=1.0, top_k=2), numbers(20_000))
     assert len(drawn.unique()) == 2
 
 
@@ -184,6 +326,7 @@ def test_each_sample_stops_at_its_end_of_text_and_all_stop_together(capsys):
 
 
 # ---- a run's folder
+
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
@@ -234,12 +377,18 @@ def test_a_prompt_file_that_is_no_text_is_refused(run_dir, capsys, tmp_path):
         sampled(capsys, f"--out_dir={run_dir}", f"--prompt=FILE:{tmp_path / 'gone'}")
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("logit", [math.nan, math.inf])
-def test_logits_that_are_not_finite_are_told_not_drawn_from(logit):
+def test_logits_that_are_not_finite_are_told_not_drawn_from(model, logit, temperature):
     logits = torch.zeros(2, V)
     logits[1, 3] = logit
+    drawn = draw(logits, SampleConfig(temperature=temperature), numbers(2))
+    assert drawn[0] >= 0 and drawn[1] == -1
+    broken = copy.deepcopy(model)
+    broken.head.weight.data[5] = logit
     with pytest.raises(UserError, match="not finite; take an earlier checkpoint"):
-        draw(logits, SampleConfig(), torch.Generator())
+        tokens_of(broken, prompts(4), temperature=temperature)
+    assert (tokens_of(broken, prompts(4), temperature=temperature, record=lambda step: step) == -1).all()
 
 
 @pytest.mark.parametrize("precision, device, n_params, dtype", [
@@ -254,11 +403,18 @@ def test_small_models_generate_in_float32_on_a_cpu_unless_told_otherwise(precisi
     assert generation_dtype(precision, torch.device(device), n_params) == dtype
 
 
-@pytest.mark.parametrize("args, told", [
-    (["--temperature=-1"], "temperature is -1"), (["--top_p=0"], "top_p is 0"), (["--top_p=1.5"], "top_p is 1.5"),
-    (["--top_k=0"], "top_k is 0"), (["--num_samples=0"], "num_samples is 0"), ([], "out_dir is none"),
-    (["--out_dir=/nowhere"], "/nowhere does not exist"),
-])
+@pytest.mark.parametrize(
+    "args, told",
+    [
+        (["--temperature=-1"], "temperature is -1"),
+        (["--top_p=0"], "top_p is 0"),
+        (["--top_p=1.5"], "top_p is 1.5"),
+        (["--top_k=0"], "top_k is 0"),
+        (["--num_samples=0"], "num_samples is 0"),
+        ([], "out_dir is none"),
+        (["--out_dir=/nowhere"], "/nowhere does not exist"),
+    ],
+)
 def test_impossible_requests_are_refused_by_name(args, told, capsys):
     with pytest.raises(UserError, match=told):
         sampled(capsys, *args)
@@ -266,7 +422,7 @@ def test_impossible_requests_are_refused_by_name(args, told, capsys):
 
 def test_a_tiny_temperature_is_greedy():
     logits = torch.randn(5, 37, generator=torch.Generator().manual_seed(1))
-    drawn = draw(logits, SampleConfig(temperature=1e-40), torch.Generator().manual_seed(2))
+    drawn = draw(logits, SampleConfig(temperature=1e-40), numbers(5))
     assert torch.equal(drawn, logits.argmax(-1))
 
 
