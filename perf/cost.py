@@ -75,7 +75,7 @@ class Setup:
     @property
     def launched(self):
         """How kernels are launched: eager, or compiled, as blocks one by one or as segments of several."""
-        by_blocks = self.ranks > 1 and (self.strategy == "fsdp" or self.tp > 1) or self.checkpointing == "full"
+        by_blocks = self.strategy == "fsdp" or self.tp > 1 or self.checkpointing == "full"
         return "eager" if not self.compiled else "blocks" if by_blocks else "segments"
 
     @property

@@ -232,7 +232,7 @@ def test_bytes_sent_are_what_collectives_are_given(precision, layouts):
         else:
             predicted["sums"] = predicted.pop("replicas")
         if cfg.tp > 1:  # the gradient of hidden states is summed by a plain all-reduce, apart from the layers
-            of_hidden = 2 * (cfg.tp - 1) / cfg.tp * MICRO_STEPS * BATCH * T * GPT.n_embd * 4
+            of_hidden = 2 * (cfg.tp - 1) / cfg.tp * MICRO_STEPS * BATCH * T * GPT.n_embd * setup.stream
             predicted["sums"] += of_hidden
             predicted["layers"] -= of_hidden
         for what in predicted | sent:

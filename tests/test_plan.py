@@ -196,7 +196,7 @@ def test_changes_that_are_recommended_can_be_made_and_fit(args):
 def test_figures_of_what_does_not_fit_come_with_those_of_what_would(run):
     f = json.loads(run("config/gpt2_1558m.py", "--gpu=a100-40", "--n_gpus=4", "--json").splitlines()[-1])
     changes = [way["change"] for way in f["to_fit"]]
-    assert not f["fits"] and "--micro_batch_size=2" in changes and all(way["fits"] for way in f["to_fit"])
+    assert not f["fits"] and "--micro_batch_size=4" in changes and all(way["fits"] for way in f["to_fit"])
 
 
 def test_the_number_of_gpus_beyond_which_doubling_does_not_pay_is_reported():
