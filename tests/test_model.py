@@ -427,6 +427,7 @@ def test_z_loss_is_the_weighted_square_of_log_z_in_loss_and_gradients(rows, voca
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.11 fails to make C++ of it; on CUDA it makes Triton code")
 @pytest.mark.parametrize("options", [LossOptions(), LossOptions(0.1, 0.01)], ids=["plain", "smoothed and z-loss"])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

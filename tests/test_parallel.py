@@ -414,6 +414,10 @@ def test_compile_that_fails_gives_one_warning_and_trains(data_dir, tmp_path, mon
     assert (tmp_path / "finished").exists()
 
 
+# torch 2.11 fails to make C++ of the loss's pass with gradients, which then runs eagerly; on CUDA it makes Triton code.
+COMPILES_LOSS = torch.__version__ >= "2.13"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("n_segments", "n_graphs"), [(1, 1), (2, 2), (3, 1)])  # of 3 blocks; segments of one size share
 def test_compiled_segments_give_the_same_loss_and_gradients(n_segments, n_graphs):
@@ -429,12 +433,13 @@ def test_compiled_segments_give_the_same_loss_and_gradients(n_segments, n_graphs
         compile_model(model.train(), n_segments, world)
         loss = model(ids, targets) / (targets != IGNORE).sum()
         loss.backward()
-        assert counts["stats"]["unique_graphs"] == n_graphs + 2  # with the trial's and the loss's
+        n_graphs += 1 + COMPILES_LOSS  # the trial's and the loss's
+        assert counts["stats"]["unique_graphs"] == n_graphs
         with torch.no_grad():
             assert [x.item() for x in model.eval()(ids, targets, count_correct=True)] == pytest.approx(eager, rel=1e-5)
         model.train()(ids, targets)
     # Evaluation adds a block's and the loss's; training then compiles nothing again.
-    assert counts["stats"]["unique_graphs"] == n_graphs + 4 and not counts["graph_break"]
+    assert counts["stats"]["unique_graphs"] == n_graphs + 2 and not counts["graph_break"]
     check_step(loss.item(), {name: p.grad for name, p in model.named_parameters()}, plain("gpt"))
 
 
@@ -482,7 +487,8 @@ def test_compiled_blocks_with_activation_checkpointing_are_compiled(kind):
         loss.backward()
     for count in ("unique_graphs", "calls_captured"):
         assert counts["stats"][count] > before[count], count
-    assert counts["frames"]["ok"] == counts["frames"]["total"] and not counts["graph_break"]
+    assert counts["frames"]["ok"] == counts["frames"]["total"] or not COMPILES_LOSS
+    assert not counts["graph_break"]
     check_step(loss.item(), {name: p.grad for name, p in model.named_parameters()}, plain("bert"))
 
 
