@@ -17,11 +17,11 @@ import config
 import train
 from checkpoint import CheckpointConfig, CheckpointWriter, checkpoints, load_checkpoint, step_of
 from model import Transformer
-from optim import OptimConfig, build_optimizer
+from optim import OptimConfig, build_optimizer, set_lr
 from parallel import ParallelConfig, distribute, fully_shard_model
-from ranks import free_port, run, step_settings, write_data
+from ranks import free_port, records, run, step_settings, write_data
 from train import train_step
-from world import World, WorldConfig, init_world
+from world import World, WorldConfig, init_world, seed_step
 
 DEVICE = os.environ.get("FLATLM_TEST_DEVICE", "cuda")  # cpu, to try the tests themselves
 pytestmark = [
@@ -77,6 +77,57 @@ def test_compile_and_activation_checkpointing_change_rounding_alone(name, kind):
     torch._dynamo.reset()
     losses, _ = losses_of(name, "bf16", compile=True, activation_checkpointing=kind)
     assert losses == pytest.approx(losses_of(name, "bf16")[0], rel=2e-2)
+
+
+def captured_steps(name, cuda_graphs, optimizer="adamw", n=6):
+    """(losses, weights, graphs by name) of steps of three micro-steps, compiled, with dropout."""
+    cfg = ParallelConfig(compile=True, cuda_graphs=cuda_graphs)
+    torch._dynamo.reset()
+    with init_world(WorldConfig(device=DEVICE, precision="bf16"), cfg) as world:
+        with torch.device("meta"):
+            model = Transformer(replace(MODELS[name], dropout=0.1))
+        distribute(model, cfg, world, seed=1)
+        optimizer = build_optimizer(model, OptimConfig(optimizer=optimizer, learning_rate=1e-2), world)
+        scaler, losses = torch.amp.GradScaler(world.device.type, enabled=False), []
+        for step in range(n):
+            seed_step(1, step, 0)
+            set_lr(optimizer, 1e-2 / (step + 1))
+            batches = [tuple(part.to(world.device) for part in batch(name, 3 * step + i)) for i in range(3)]
+            losses.append(train_step(model, optimizer, scaler, batches, step_settings(1.0), world)[:2])
+    return losses, [p.detach().clone() for p in model.parameters()], dict(model.graphs or {})
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need CUDA")
+@pytest.mark.parametrize("name", MODELS)
+def test_captured_steps_are_those_launched_one_by_one(name):
+    """Learning rate, data and dropout differ from step to step."""
+    losses, weights, _ = captured_steps(name, cuda_graphs=False)
+    its_losses, its_weights, graphs = captured_steps(name, cuda_graphs=True)
+    assert graphs.keys() == {"micro-step", "update"} and all(captured.graph for captured in graphs.values())
+    assert its_losses == [pytest.approx(pair, rel=1e-4) for pair in losses]
+    for wanted, found in zip(weights, its_weights):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    assert captured_steps(name, cuda_graphs=True)[0] == its_losses  # to the bit
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need CUDA")
+@pytest.mark.parametrize("optimizer", ["muon", "adafactor", "sgd"])
+def test_an_optimizer_that_graphs_cannot_hold_steps_between_captured_micro_steps(optimizer):
+    losses, _, graphs = captured_steps("gpt", cuda_graphs=True, optimizer=optimizer)
+    assert graphs.keys() == {"micro-step"} and graphs["micro-step"].graph
+    assert losses == [pytest.approx(pair, rel=1e-3) for pair in captured_steps("gpt", False, optimizer=optimizer)[0]]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need CUDA")
+def test_a_captured_run_resumes_to_the_bit(tmp_path):
+    """Each start warms up and records anew, and both must leave no trace in weights and random numbers."""
+    data = write_data(tmp_path / "data")
+    how = {"device": DEVICE, "precision": "bf16", "compile": True, "dropout": 0.1, "deterministic": True}
+    whole = run(data, tmp_path / "whole", **how)
+    run(data, tmp_path / "parts", **how, max_steps=4)
+    torch._dynamo.reset()
+    parts = run(data, tmp_path / "parts", **how)
+    assert records(whole) == records(parts)
 
 
 @pytest.fixture

@@ -177,7 +177,7 @@ def test_ranks_train_as_one_process_in_every_combination(case, full):
     check_equal(case["name"], case["optimizer"], full[id_of(case)])
 
 
-COMPILED = [("gpt", "fsdp", "full"), ("modern", "fsdp tp", "full"), ("bert", "ddp tp", "selective")]
+COMPILED = [("gpt", "ddp", "none"), ("gpt", "fsdp", "full"), ("modern", "fsdp tp", "full"), ("bert", "ddp tp", "selective")]
 
 
 def compiled(name, layout, kind):
