@@ -9,20 +9,17 @@ import pytest
 import torch
 
 from data import (
-    HEADER,
-    MAGIC,
     DataConfig,
     Loader,
-    ShardWriter,
     Split,
     TrainOrder,
     accumulation_steps,
     eval_batches,
-    open_shard,
     permute,
     vocab_size_of,
 )
 from objective import IGNORE, NextToken
+from shards import HEADER, MAGIC, ShardWriter, open_shard
 from world import World
 
 SHARDS = (101, 37, 64, 5)  # tokens; the last is shorter than a window

@@ -21,9 +21,10 @@ import config
 import prepare
 from config import UserError
 from conftest import ROOT
-from data import HEADER, Split, open_shard, read_meta
+from data import Split
 from run.folder import keep_tokenizer, tokenizer_of
-from text import corpus
+from shards import HEADER, open_shard, read_meta
+from text import corpus, files
 from text.tokenizer import SPECIALS, load_tokenizer
 
 SHARED = Path(ROOT).parent / "shared/data"
@@ -132,7 +133,7 @@ def test_file_url_is_fetched_once(text_file, tmp_path, capsys):
         run(tmp_path / data, f"--input={path.as_uri()}")
         (tmp_path / data / "meta.json").unlink()
     assert capsys.readouterr().out.count("fetching file://") == 1
-    assert (tmp_path / "data/download/text.txt").read_bytes() == path.read_bytes()
+    assert [p.read_bytes() for p in (tmp_path / "data").glob("download/*/text.txt")] == [path.read_bytes()]
 
 
 @contextlib.contextmanager
@@ -168,7 +169,7 @@ def test_download_that_is_cut_short_or_missing_is_refused_and_leaves_no_file(tmp
         assert "404" in refused(tmp_path / "data", f"--input={url}/nothing.jsonl")
     assert "could not be fetched" in refused(tmp_path / "data", f"--input={url}/x.jsonl")  # nobody listens any more
     assert "could not be fetched" in refused(tmp_path / "data", "--input=odd://x/y.txt")
-    assert not (tmp_path / "data/download/x.jsonl").exists()
+    assert not list(tmp_path.glob("data/download/*/x.jsonl"))
 
 
 # ---- the split
@@ -185,7 +186,7 @@ def test_split_depends_neither_on_order_nor_on_workers_nor_on_what_else_there_is
 
 
 def test_shards_are_the_same_for_every_number_of_workers(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE_BYTES", 99)
+    monkeypatch.setattr(files, "PIECE_BYTES", 99)
     monkeypatch.setattr(prepare, "TASK_BYTES", 99)  # so that many tasks are under way at once
     write_txt(tmp_path / "in")
     for workers in (1, 3):
@@ -213,7 +214,7 @@ def test_small_corpus_has_a_document_in_each_split(tmp_path, number, val_fractio
 
 @pytest.mark.parametrize("piece_bytes", [1 << 20, 1000, 7])
 def test_single_document_is_split_at_its_tail_as_nanogpt_does(text_file, tmp_path, monkeypatch, piece_bytes):
-    monkeypatch.setattr(corpus, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(files, "PIECE_BYTES", piece_bytes)
     data = "".join(f"line {i} of a book\n" for i in range(777))
     run(tmp_path / "data", f"--input={text_file(data)}", "--val_fraction=0.1")
     n = len(data)
@@ -246,9 +247,9 @@ def test_file_that_is_cut_into_pieces_has_the_ids_of_the_whole(tmp_path, monkeyp
     write_txt(tmp_path / "in", [text, "another " * 9])
     folder = tmp_path / "data"
     whole_pieces = run(tmp_path / "whole", f"--input={tmp_path / 'in'}", "--bpe_vocab_size=400", tokenizer=tokenizer)
-    monkeypatch.setattr(corpus, "PIECE_BYTES", 101)
+    monkeypatch.setattr(files, "PIECE_BYTES", 101)
     meta = run(folder, f"--input={tmp_path / 'in'}", "--bpe_vocab_size=400", tokenizer=tokenizer)
-    assert len(list(corpus.FilePieces(tmp_path / "in/000.txt"))) > 50
+    assert len(list(corpus.FilePieces(files.TextFile(tmp_path / "in/000.txt").blocks))) > 50
     used = load_tokenizer(str(tmp_path / "whole/tokenizer.json") if tokenizer == "bpe" else tokenizer)
     if tokenizer == "bpe":  # which learns from the pieces
         assert meta["tokenizer_sha256"] == whole_pieces["tokenizer_sha256"]
@@ -259,21 +260,20 @@ def test_file_that_is_cut_into_pieces_has_the_ids_of_the_whole(tmp_path, monkeyp
 
 
 def test_pieces_are_bounded_and_whole_characters_where_there_is_no_blank(text_file, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE_BYTES", 10)
+    monkeypatch.setattr(files, "PIECE_BYTES", 10)
     path = text_file("日本語。" * 999)
-    pieces = list(corpus.FilePieces(path))
+    pieces = list(corpus.FilePieces(files.TextFile(path).blocks))
     assert b"".join(pieces) == path.read_bytes() and max(map(len, pieces)) <= 17 * 10
     assert "".join(piece.decode() for piece in pieces) == "日本語。" * 999
-    noise = text_file(b"\xa0" * 999, "noise.txt")
-    assert b"".join(corpus.FilePieces(noise)) == b"\xa0" * 999
+    assert b"".join(corpus.FilePieces(lambda: [b"\xa0" * 999])) == b"\xa0" * 999
 
 
 def test_long_documents_between_separators_may_span_blocks(text_file, monkeypatch):
     documents = ["a" * 35, "b", "", "c" * 11, "d" * 10]
     path = text_file("<|sep|>".join(documents))
     for block in (1, 2, 7, 10, 1000):
-        monkeypatch.setattr(corpus, "PIECE_BYTES", block)
-        assert list(corpus._split_file(path, b"<|sep|>")) == [d.encode() for d in documents]
+        monkeypatch.setattr(files, "PIECE_BYTES", block)
+        assert list(corpus._split_file(files.TextFile(path).blocks(), b"<|sep|>", 99)) == [d.encode() for d in documents]
 
 
 def test_shards_hold_shard_tokens_each_but_the_last(tmp_path):
@@ -465,7 +465,7 @@ def test_damaged_gzip_file_is_reported_and_the_rest_is_read(tmp_path, capsys, da
         data[10] = 255  # the first byte of compressed data: a kind of block that there is not
     path.write_bytes({"cut": data[: len(data) // 2], "changed": data, "no gzip": b"plain text"}[damage])
     run(tmp_path / "data", f"--input={tmp_path / 'in'}", "--val_fraction=0.3")
-    assert f"files cut short or damaged: {path}" in capsys.readouterr().out
+    assert f"files cut short, damaged or unreadable: {path}" in capsys.readouterr().out
     documents = documents_of(tmp_path / "data", "train") + documents_of(tmp_path / "data", "val")
     assert set(DOCUMENTS[:7]) <= set(documents)
 
@@ -596,7 +596,7 @@ def test_token_files_of_others_are_neither_overwritten_nor_removed(text_file, tm
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / name).write_bytes(b"precious")
     message = refused(tmp_path / "data", f"--input={text_file('x' * 99)}")
-    assert f"holds token files that prepare.py did not write: {name}; use another --data_dir" in message
+    assert f"holds files that prepare.py did not write: {name}; use another --data_dir" in message
     assert (tmp_path / "data" / name).read_bytes() == b"precious"
 
 
