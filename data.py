@@ -6,6 +6,7 @@ A data folder holds {train,val}_000000.bin, ... and meta.json; shards.py reads a
 import collections
 import contextlib
 import hashlib
+import itertools
 import mmap
 import re
 import shlex
@@ -175,10 +176,8 @@ def is_same_data(old, new):
 
     Runs from before there were samples or checksums, and data without checksums, have fewer parts.
     """
-    pairs = [
-        zip(*(split.split(".") for split in splits)) for splits in zip(old.split("-"), new.split("-"), strict=True)
-    ]
-    return all(a == b for pair in pairs for a, b in pair)
+    splits = itertools.zip_longest(old.split("-"), new.split("-"))
+    return all(None not in pair and all(a == b for a, b in zip(*(s.split(".") for s in pair))) for pair in splits)
 
 
 # ---- the order of training

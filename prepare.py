@@ -166,7 +166,7 @@ def default_folder(cfg):
 
 def _is_encoding(name):
     try:
-        b"".decode(name)  # refuses codecs that are no text's, too
+        b"a".decode(name, "replace")  # codecs that are no text's are refused, too
     except (LookupError, ValueError):
         return False
     return True

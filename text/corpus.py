@@ -145,24 +145,23 @@ class Corpus:
             yield from file.blocks()
 
     def _json_texts(self, path, lines):
-        may_be_one_value = ending_of(path.name)[0] == ".json"
+        is_in_doubt = ending_of(path.name)[0] == ".json"
         for line in lines:
             if line is None:
                 yield None
-            if not line or not line.strip():
+            if not (line and line.strip()):
                 continue
+            value, why = None, None
             try:
                 value = json.loads(line)
             except RecursionError:
-                value, why = None, "lines that are nested too deeply"
+                why = "lines that are nested too deeply"
             except ValueError:  # includes bad UTF-8
-                value, why = None, "lines that are not JSON"
-            else:
-                why = None
-            if may_be_one_value and not isinstance(value, dict):
+                why = "lines that are not JSON"
+            if is_in_doubt and not isinstance(value, dict):
                 self.skipped[".json files of one value, where an object a line is read"] += 1
                 return
-            may_be_one_value = False
+            is_in_doubt = False
             if why:
                 self.skipped[why] += 1
                 continue
@@ -209,8 +208,9 @@ class FilePieces:
     def __iter__(self):
         rest = b""
         for block in self.blocks():
+            searched = max(0, len(rest) - 1)
             rest += block
-            if word := re.match(rb"(?s).*[0-9A-Za-z](?=\s)", rest):
+            if word := re.compile(rb"(?s).*[0-9A-Za-z](?=\s)").match(rest, searched):
                 cut = word.end()
             elif len(rest) >= 16 * files.PIECE_BYTES:
                 cut = len(rest) - 1

@@ -7,6 +7,7 @@ import collections
 import glob
 import hashlib
 import http.client
+import io
 import lzma
 import os
 import re
@@ -20,6 +21,7 @@ from pathlib import Path
 from config import UserError
 
 PIECE_BYTES = 1 << 20  # files are read in blocks of about this size
+HEAD_BYTES = 1 << 14  # a file's kind shows in them
 JSON_LINES, TEXTS = (".jsonl", ".ndjson", ".json"), (".txt", ".md")
 PACKED = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ\0", ".bz2": b"BZh", ".zst": b"\x28\xb5\x2f\xfd"}  # by first bytes
 MARKS = {
@@ -190,10 +192,11 @@ class TextFile:
         self.path, self.total = path, total or Tally()
         ending = ending_of(str(path))[0]
         with open(path, "rb") as file:
-            start = file.read(8)
-        self.packing = next((packing for packing, magic in PACKED.items() if start.startswith(magic)), None)
-        self.is_parquet = ending == ".parquet" or start.startswith(b"PAR1")
-        head = b"" if self.is_parquet else next(self._chunks(1 << 16), b"")
+            head = file.read(HEAD_BYTES)
+        self.packing = next((packing for packing, magic in PACKED.items() if head.startswith(magic)), None)
+        self.is_parquet = ending == ".parquet" or head.startswith(b"PAR1")
+        self.content = head if len(head) < HEAD_BYTES and not self.packing else None  # a small file is opened once
+        head = next(self._chunks(HEAD_BYTES), b"") if self.packing else head
         self.mark = next((mark for mark in MARKS if head.startswith(mark)), b"")
         self.encoding = MARKS.get(self.mark) or encoding or "utf-8"
         self.is_empty = not self.is_parquet and head == self.mark
@@ -216,7 +219,7 @@ class TextFile:
 
     def _chunks(self, size, skip=0):
         """The file's bytes, decompressed, in chunks of at least size; the first skip bytes are left out."""
-        with open(self.path, "rb") as file:
+        with io.BytesIO(self.content) if self.content is not None else open(self.path, "rb") as file:
             read = iter(lambda: file.read(size), b"") if self.packing is None else _unpacked(file, self.packing, size)
             for chunk in read:
                 if kept := chunk[skip:]:
@@ -235,7 +238,7 @@ def likely_encoding(sample):
         wide = encoding.startswith("utf")
         others = text if wide else re.sub("[\0-\x7f]", "", text)
         n_good = sum(c in FREQUENT or (wide and (c.isalpha() or c == " ") and c.isascii()) for c in others)
-        if others and n_good / len(others) > best:
+        if len(others) >= 8 and n_good / len(others) > best:
             best, likely = n_good / len(others), encoding
     return likely
 
