@@ -66,7 +66,7 @@ class PrepareConfig(Config):
             names = ", ".join([*DATASETS, "fineweb10b"])
             wrong.append(f"neither input nor dataset is set; give --input=FILE, or --dataset=, one of {names}")
         if self.input is not None and self.dataset not in (None, "fineweb10b"):
-            wrong.append(f"input {shown_input(self.input)} and dataset {self.dataset} are both set; give one")
+            wrong.append(f"input {public(self.input)} and dataset {self.dataset} are both set; give one")
         if not _is_encoding(self.encoding or "utf-8"):
             wrong.append(
                 f"encoding {self.encoding} is unknown; name one of Python's, such as utf-16-le, gb18030 or cp1252"
@@ -111,8 +111,8 @@ def is_prepared(cfg, folder):
     if not meta:
         return False
     defaults = {name: field.default for name, (_, field) in settings_of(Settings).items()}
-    settings = settings_of_tokens(cfg)
-    if "settings" not in meta or {name: (defaults | meta["settings"])[name] for name in settings} != settings:
+    settings, old = settings_of_tokens(cfg), defaults | meta.get("settings", {})
+    if "settings" not in meta or {name: old[name] for name in settings} != settings:
         made = f"{folder} already holds data, made by: {meta.get('command')}"
         raise UserError(f"{made}; use another --data_dir, or remove it first")
     print(f"{folder} is already prepared:\n{summary(meta)}")
@@ -124,7 +124,7 @@ def is_prepared(cfg, folder):
 def settings_of_tokens(cfg):
     """The settings that the tokens depend on, by which finished data is recognised, without a URL's secrets."""
     settings = {k: v for k, v in as_dict(cfg).items() if k not in ("data_dir", "workers", "max_shards")}
-    return settings | {"input": shown_input(cfg.prepare.input)}
+    return settings | {"input": cfg.prepare.input and public(cfg.prepare.input)}
 
 
 def changes_of_input(cfg, folder, old):
@@ -135,23 +135,15 @@ def changes_of_input(cfg, folder, old):
         new = Corpus(cfg, folder).inventory
     except UserError:
         return "its files are gone"
-    changes = [
-        f"{name} {old.get(name)} -> {new[name]}" for name in ("files", "bytes", "newest") if old.get(name) != new[name]
-    ]
-    return ", ".join(changes) or ("names or sizes" if old.get("names") != new["names"] else "")
-
-
-def shown_input(where):
-    """An input as errors and meta.json show it: a URL without its secrets."""
-    return public(where) if where and is_url(where) else where
+    changed = [name for name in new if old.get(name) != new[name]]
+    figures = [f"{name} {old.get(name)} -> {new[name]}" for name in changed if name != "names"]
+    return ", ".join(figures) or ("names or sizes of files" if changed else "")
 
 
 def command(cfg):
     """The command line that makes this data, without a URL's secrets."""
-    words = ["python", *sys.argv]
-    return shlex.join(
-        words if cfg.input is None else [word.replace(cfg.input, shown_input(cfg.input)) for word in words]
-    )
+    where = cfg.input or ""
+    return shlex.join(word.replace(where, public(where)) if where else word for word in ["python", *sys.argv])
 
 
 def default_folder(cfg):
@@ -352,10 +344,12 @@ def summary(meta):
     """A table of the splits."""
     rows = [("split", "documents", "tokens", "bytes", "bytes/token", "shards")]
     for split, s in meta["splits"].items():
-        text_bytes, ratio = (f"{s['bytes']:,}", f"{s['bytes'] / s['tokens']:.3f}") if s.get("bytes") else ("?", "?")
-        rows.append((split, s.get("documents") or "?", f"{s['tokens']:,}", text_bytes, ratio, len(s["shards"])))
+        tokens, text_bytes = s.get("tokens") or sum(s["shards"].values()), s.get("bytes")
+        ratio = f"{text_bytes / tokens:.3f}" if text_bytes and tokens else "?"
+        size = f"{text_bytes:,}" if text_bytes else "?"
+        rows.append((split, s.get("documents") or "?", f"{tokens:,}", size, ratio, len(s["shards"])))
     lines = ["{:<8}{:>12}{:>16}{:>17}{:>15}{:>8}".format(*row) for row in rows]
-    return "\n".join([f"tokenizer {meta['tokenizer']}, vocabulary of {meta['vocab_size']:,}", *lines])
+    return "\n".join([f"tokenizer {meta.get('tokenizer')}, vocabulary of {meta['vocab_size']:,}", *lines])
 
 
 def fetch_fineweb(cfg, folder):

@@ -584,7 +584,7 @@ def test_second_run_says_that_the_data_is_there_and_changes_nothing(text_file, t
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ("nothing", None), ("touched", "newest "), ("longer", "bytes 4"), ("another", "files 7 -> 8"), ("fewer", "files 7 -> 6"),
+    ("nothing", None), ("touched", "newest "), ("longer", "bytes "), ("another", "files 7 -> 8"), ("fewer", "files 7 -> 6"),
     ("renamed", "names or sizes"), ("gone", "its files are gone"),
 ])  # fmt: skip
 def test_second_run_names_how_its_input_has_changed(tmp_path, capsys, change, words):

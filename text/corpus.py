@@ -72,7 +72,7 @@ class Corpus:
         if len(first) == 1:
             yield from self._tail_split(first[0][1])
             return self.total.check("the text of all files", self.cfg.encoding or "utf-8")
-        where = self.cfg.dataset or (files.public(self.cfg.input) if files.is_url(self.cfg.input) else self.cfg.input)
+        where = self.cfg.dataset or files.public(self.cfg.input)
         if not first:
             why = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items()) or "no documents"
             remedy = f"set --text_field= to one of: {', '.join(self.fields)}" if self.fields else "check --input="
@@ -186,13 +186,16 @@ class Corpus:
         with file:
             if field not in (columns := file.schema_arrow.names):
                 raise UserError(f"{path} has no column {field!r}; set --text_field to one of: {', '.join(columns)}")
-            for batch in file.iter_batches(batch_size=256, columns=[field]):
-                for text in batch.column(0).to_pylist():
+            rows = (text for batch in file.iter_batches(256, columns=[field]) for text in batch.column(0).to_pylist())
+            try:
+                for text in rows:
                     if isinstance(text, str):
                         data = text.encode("utf-8", errors="replace")
                         yield data if len(data) <= self.cfg.max_document_bytes else None
                     else:
                         self.skipped[f"rows without text in the column {field!r}"] += 1
+            except pyarrow.ArrowException as error:
+                raise EOFError(str(error)) from error
 
 
 class FilePieces:

@@ -65,11 +65,11 @@ def find_files(where, folder):
     if is_url(where):
         return [download(where, folder / "download")], {}
     if os.path.isdir(where):
-        found, left_out = _files_of_folder(where)
+        found, left_out = _files_of_folder(where, folder)
         endings = ", ".join((*TEXTS, *JSON_LINES, ".parquet"))
         remedy = f"it must hold {endings}; for other text, give a glob such as --input='{where}/**/*'"
     else:
-        found, left_out = [Path(p) for p in {where, *glob.glob(where, recursive=True)} if os.path.isfile(p)], {}
+        found, left_out = {Path(p) for p in [where, *glob.glob(where, recursive=True)] if os.path.isfile(p)}, {}
         remedy = "check the path, and put a glob in quotes"
     if not found:
         what = "holds no file of text" if os.path.isdir(where) else "names no file"
@@ -77,9 +77,9 @@ def find_files(where, folder):
     return sorted(found), left_out
 
 
-def _files_of_folder(where):
-    """A folder's files of known endings, hidden ones left out; linked folders are followed, each folder once."""
-    found, left_out, visited = [], collections.Counter(), {os.path.realpath(where)}
+def _files_of_folder(where, data_dir):
+    """A folder's files of known endings, without hidden ones and data_dir; linked folders are followed, each once."""
+    found, left_out, visited = [], collections.Counter(), {os.path.realpath(where), os.path.realpath(data_dir)}
 
     def count_error(_):
         left_out["folders that cannot be read"] += 1
@@ -113,10 +113,12 @@ def is_url(where):
     return re.match(r"\w+://", where) is not None
 
 
-def public(url):
-    """A URL without its secrets: user, password and query, in place of which stand 4 digits of the query's hash."""
+def public(where):
+    """An input as it may be shown: a URL without user, password and query, but with 4 digits of the query's hash."""
+    if not is_url(where):
+        return where
     try:
-        parts = urllib.parse.urlsplit(url)
+        parts = urllib.parse.urlsplit(where)
     except ValueError as error:
         raise UserError(f"input is no URL ({error}); check it") from None  # the cause may show a secret
     mark = f"?...{hashlib.sha256(parts.query.encode()).hexdigest()[:4]}" if parts.query else ""
@@ -202,8 +204,8 @@ class TextFile:
         self.is_empty = not self.is_parquet and head == self.mark
         self.is_json = ending in JSON_LINES
         n_control = len(head) - len(head.translate(None, CONTROL))
-        is_known = self.mark or encoding or n_control <= 0.01 * len(head)
-        self.is_binary = not is_known and likely_encoding(head) is None
+        is_wide = self.encoding.lower().startswith(("utf-16", "utf16", "utf-32", "utf32"))
+        self.is_binary = n_control > 0.01 * len(head) and not is_wide and likely_encoding(head) is None
 
     def blocks(self):
         """Yields the text as UTF-8 bytes, a character never cut; UserError where over 1 % is invalid."""
