@@ -34,12 +34,12 @@ from data import DataConfig, sha256
 from run.folder import lock_file
 from shards import ShardWriter, checksums, is_own_shard, open_shard, read_meta, unfinished
 from text.corpus import DATASETS, Corpus
-from text.files import is_url, public
+from text.files import is_url, public, shown
 from text.tokenizer import END_OF_TEXT, SMALLEST_BPE, load_tokenizer, train_bpe
 
 TASK_BYTES = 1 << 20  # text per task of a worker
 BPE_BYTES = 200 << 20  # most text to train a BPE on
-LOCK = ".prepare.lock"  # in the data folder
+LOCK, UNFINISHED_TOKENIZER = ".prepare.lock", ".prepare.tokenizer.json"  # in the data folder
 BPE_WORD = 256  # longest word to train it on: training time is quadratic in it
 BpeSize = Annotated[int, Range(f"at least {SMALLEST_BPE} and at most 2**24", lambda n: SMALLEST_BPE <= n <= 2**24)]
 
@@ -88,13 +88,15 @@ def main(cfg):
     folder = Path(cfg.data.data_dir or default_folder(cfg.prepare))
     if is_prepared(cfg, folder):
         return
-    with locked(folder) as was_here:
+    is_local = cfg.prepare.dataset is None and not is_url(cfg.prepare.input)
+    corpus = Corpus(cfg.prepare, folder) if is_local else None  # first: a wrong path leaves no folder
+    with locked(folder):
         if cfg.prepare.dataset == "fineweb10b":
             return fetch_fineweb(cfg.prepare, folder)
         if is_prepared(cfg, folder):  # by another prepare.py in the meantime
             return
-        clear_unfinished(folder, was_here, cfg.prepare.tokenizer)
-        corpus = Corpus(cfg.prepare, folder)
+        clear_unfinished(folder, cfg.prepare.tokenizer)
+        corpus = corpus or Corpus(cfg.prepare, folder)
         tokenizer_name = make_tokenizer(cfg.prepare, corpus, folder)
         meta = {"settings": settings_of_tokens(cfg), "command": command(cfg.prepare)}
         if not any(path.is_relative_to(folder / "download") for path in corpus.files):
@@ -102,7 +104,7 @@ def main(cfg):
         meta |= tokenize(corpus, tokenizer_name, cfg.prepare, folder)
         write_meta(folder, meta)
         notes = [f"  {count:,} {reason}" for reason, count in (corpus.skipped + meta["notes"]).items()]
-        print(summary(meta), *notes, f"written to {folder}", sep="\n")
+        print(summary(meta), *notes, f"written to {shown(folder)}", sep="\n")
 
 
 def is_prepared(cfg, folder):
@@ -115,9 +117,9 @@ def is_prepared(cfg, folder):
     if "settings" not in meta or {name: old[name] for name in settings} != settings:
         made = f"{folder} already holds data, made by: {meta.get('command')}"
         raise UserError(f"{made}; use another --data_dir, or remove it first")
-    print(f"{folder} is already prepared:\n{summary(meta)}")
+    print(f"{shown(folder)} is already prepared:\n{summary(meta)}")
     if changes := changes_of_input(cfg.prepare, folder, meta.get("input_files")):
-        print(f"its input has changed since: {changes}; to prepare it again, remove {folder}")
+        print(f"its input has changed since: {changes}; to prepare it again, remove {shown(folder)}")
     return True
 
 
@@ -169,7 +171,7 @@ def _is_encoding(name):
 
 def make_tokenizer(cfg, corpus, folder):
     """Trains, copies or checks the tokenizer; returns its name or path for load_tokenizer."""
-    saved = folder / "tokenizer.json"
+    saved = folder / UNFINISHED_TOKENIZER
     if cfg.tokenizer == "bpe":
         print(f"training a BPE with a vocabulary of {cfg.bpe_vocab_size}", flush=True)
         train_bpe(_training_texts(corpus), cfg.bpe_vocab_size, saved)
@@ -215,12 +217,14 @@ def tokenize(corpus, tokenizer_name, cfg, folder):
             raise UserError(f"no document fell into the {split} split; {remedy}")
     meta = {"vocab_size": tokenizer.vocab_size, "specials": tokenizer.specials}
     meta |= {"tokenizer": tokenizer_name, "notes": notes}
-    if tokenizer_name.endswith(".json"):  # make_tokenizer has put it beside the shards
+    if is_saved := tokenizer_name.endswith(".json"):  # make_tokenizer has put it beside the shards
         meta |= {"tokenizer": "tokenizer.json", "tokenizer_sha256": sha256(tokenizer_name)}
     meta["splits"] = {
         split: {**counts[split], "shards": writer.finish(), "checksums": writer.checksums}
         for split, writer in writers.items()
     }
+    if is_saved:  # after the shards, which show whose it is
+        os.replace(tokenizer_name, folder / "tokenizer.json")
     if len(tokenizer.continuations):
         meta["continuations"] = tokenizer.continuations  # for whole-word masking
     return meta
@@ -296,11 +300,7 @@ def _encode(group, tokenizer_name, dtype):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Makes and locks a data folder; yields whether a prepare.py has worked in it before.
-
-    UserError where another one works in it now, or where the system refuses.
-    """
-    was_here = (folder / LOCK).exists()
+    """Makes and locks a data folder; UserError where another prepare.py works in it, or where the system refuses."""
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -311,25 +311,25 @@ def locked(folder):
         if holder:
             rule = f"data_dir {folder} is in use by another prepare.py, {holder}"
             raise UserError(f"{rule}; wait for its end, or use another --data_dir")
-        yield was_here
+        yield
 
 
-def clear_unfinished(folder, was_here, tokenizer):
-    """Removes the files of an interrupted prepare; refuses a folder that holds others' token files or tokenizer.json.
+def clear_unfinished(folder, tokenizer):
+    """Removes the files of an interrupted prepare; refuses a folder with others' token files or tokenizer.json.
 
-    was_here: whether a prepare.py has worked in the folder before; tokenizer: the one to use.
+    tokenizer: the one to use, which may be that file.
     """
     shards = [p for p in folder.glob("*.bin") if re.fullmatch(r"(train|val)_\d{6}\.bin", p.name) and is_own_shard(p)]
     partial = unfinished(folder)
     foreign = [p for p in folder.glob("*.bin") if p not in shards] + [p for p, is_own in partial.items() if not is_own]
     saved = folder / "tokenizer.json"
-    if saved.exists() and not (was_here or shards or any(partial.values())):
+    if saved.exists() and not (shards or any(partial.values())):
         foreign += [] if os.path.exists(tokenizer) and os.path.samefile(saved, tokenizer) else [saved]
     if foreign:
         files = f"files that prepare.py did not write: {', '.join(sorted(p.name for p in foreign)[:3])}"
         raise UserError(f"{folder} holds {files}; use another --data_dir")
-    for path in [*shards, *partial]:
-        path.unlink()
+    for path in [*shards, *partial, folder / UNFINISHED_TOKENIZER]:
+        path.unlink(missing_ok=True)
 
 
 def write_meta(folder, meta):

@@ -148,7 +148,7 @@ def test_text_in_another_encoding_is_refused_with_its_name_which_then_reads_it(t
     path.write_bytes(text.encode(encoding))
     message = refused(tmp_path / "data", f"--input={path}")
     likely = "gb18030" if encoding == "gbk" else encoding
-    assert "x.txt is no text in utf-8: " in message and f"it looks like {likely}: set --encoding={likely}" in message
+    assert "x.txt is not utf-8 text: " in message and f"it looks like {likely}: set --encoding={likely}" in message
     run(tmp_path / "data", f"--input={path}", f"--encoding={encoding}")
     assert "".join(documents_of(tmp_path / "data", "train") + documents_of(tmp_path / "data", "val")) == text
 
@@ -184,14 +184,14 @@ def test_up_to_1_percent_of_invalid_text_is_replaced_and_counted_and_more_is_ref
     run(tmp_path / "data", f"--input={tmp_path / 'a.txt'}")
     assert "pieces with bytes that are not UTF-8, replaced by U+FFFD" in capsys.readouterr().out
     message = refused(tmp_path / "other", f"--input={tmp_path / 'b.txt'}")
-    assert "the text of all files is no text in utf-8: 1.1% of its bytes are invalid" in message
+    assert "the text of all files is not utf-8 text: 1.1% of its bytes are invalid" in message
 
 
 def test_many_short_files_of_another_encoding_are_refused_together(tmp_path):
     for i in range(50):
         (tmp_path / f"{i}.txt").write_bytes(f"天气很好{i}，我们去公园".encode("gbk"))
     message = refused(tmp_path / "data", f"--input={tmp_path}")
-    assert "the text of all files is no text in utf-8: " in message and "--encoding=gb18030" in message
+    assert "the text of all files is not utf-8 text: " in message and "--encoding=gb18030" in message
 
 
 @pytest.mark.parametrize("name", ["utf-9", "hex", "rot13", "no such thing"])
@@ -343,6 +343,27 @@ def test_user_and_password_of_a_url_log_in_and_are_written_nowhere(tmp_path, cap
     assert meta["settings"]["input"] == f"http://{host}/x.txt"
     seen = [capsys.readouterr().out, str(caught.value), *everything_written(tmp_path / "data")]
     assert not [text for text in seen if "p%40ss" in text or "p@ss" in text or "wrong" in text]
+
+
+def test_login_is_not_sent_to_where_a_host_redirects(tmp_path):
+    seen = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def do_GET(self):
+            seen.append((self.path, self.headers["Authorization"]))
+            self.send_response(302 if self.path == "/x.txt" else 200)
+            self.send_header("Location", f"http://localhost:{self.server.server_port}/elsewhere.txt")
+            self.end_headers()
+            self.wfile.write(b"" if self.path == "/x.txt" else b"a text " * 99)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web:
+        threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        run(tmp_path / "data", f"--input=http://me:pass@127.0.0.1:{web.server_port}/x.txt")
+        web.shutdown()
+    assert [path for path, _ in seen] == ["/x.txt", "/elsewhere.txt"] and seen[0][1] and seen[1][1] is None
 
 
 def test_web_page_in_place_of_a_file_is_refused(tmp_path):

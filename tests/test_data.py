@@ -527,6 +527,26 @@ def test_any_value_in_any_place_of_meta_is_read_or_refused_in_one_line(folder):
     assert n_refused > 300
 
 
+@pytest.mark.slow
+def test_arbitrary_json_in_place_of_meta_or_of_an_entry_is_read_or_refused(folder):
+    hypothesis = pytest.importorskip("hypothesis")
+    some = hypothesis.strategies
+    values = some.none() | some.booleans() | some.integers() | some.floats() | some.text(max_size=9)
+    trees = some.recursive(values, lambda v: some.lists(v, max_size=4) | some.dictionaries(some.text(max_size=9), v))
+    meta = json.loads((folder / "meta.json").read_text())
+
+    @hypothesis.settings(max_examples=2000, deadline=None)
+    @hypothesis.given(some.sampled_from(list(places(meta))), trees)
+    def check(path, value):
+        (folder / "meta.json").write_text(json.dumps(with_value(meta, path, value)))
+        try:
+            Split(folder, "train", 2**24)
+        except UserError as error:
+            assert "\n" not in str(error)
+
+    check()
+
+
 def test_meta_that_is_too_large_too_deep_or_no_file_is_refused(folder, tmp_path):
     path = folder / "meta.json"
     for text in ("[" * 10**6, '{"a":' * 10**6, '{"a": "' + "x" * (1 << 24) + '"}', "9" * 10_000, "\0"):

@@ -426,7 +426,7 @@ def test_a_tokenizer_that_an_interrupted_prepare_left_is_not_taken_for_another(t
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(prepare, "tokenize", interrupted)
         run(folder, source, "--bpe_vocab_size=300", tokenizer="bpe")
-    left = (folder / "tokenizer.json").read_bytes()
+    left = (folder / prepare.UNFINISHED_TOKENIZER).read_bytes()
     if tokenizer == "vocab.txt":
         (tmp_path / "vocab.txt").write_text("\n".join(VOCAB))
         tokenizer = str(tmp_path / "vocab.txt")
@@ -528,6 +528,7 @@ def test_corpus_without_text_is_one_clear_error(tmp_path, files, remedy, tokeniz
 def test_input_that_names_no_file_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     assert f"input {tmp_path}/nothing names no file" in refused(tmp_path / "data", f"--input={tmp_path}/nothing")
+    assert not (tmp_path / "data").exists()
     assert "must hold .txt, .md, .jsonl" in refused(tmp_path / "data", f"--input={tmp_path}/empty")
     assert "put a glob in quotes" in refused(tmp_path / "data", f"--input={tmp_path}/*.txt")
 
@@ -672,6 +673,7 @@ def test_files_of_others_are_neither_removed_nor_overwritten_nor_taken_for_an_un
     else:
         message = refused(folder, f"--input={source}", "--bpe_vocab_size=300", tokenizer="bpe")
         assert f"holds files that prepare.py did not write: {name}; use another --data_dir" in message
+        assert message == refused(folder, f"--input={source}", "--bpe_vocab_size=300", tokenizer="bpe")  # again
     assert (folder / name).read_bytes() == STRANGERS[name]
 
 

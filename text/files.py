@@ -135,13 +135,13 @@ def download(url, folder):
         return path
     print(f"fetching {shown_url}", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial, headers = path.with_name(name + ".part"), {}
-    if parts.scheme in ("http", "https") and "@" in parts.netloc:
-        login, _, host = parts.netloc.rpartition("@")
-        headers["Authorization"] = f"Basic {base64.b64encode(urllib.parse.unquote(login).encode()).decode()}"
-        url = parts._replace(netloc=host).geturl()
+    partial, (login, _, host) = path.with_name(name + ".part"), parts.netloc.rpartition("@")
+    logs_in = login and parts.scheme in ("http", "https")
     try:
-        request = urllib.request.Request(url, headers=headers)
+        request = urllib.request.Request(parts._replace(netloc=host).geturl() if logs_in else url)
+        if logs_in:  # at this host alone, wherever it redirects
+            token = base64.b64encode(urllib.parse.unquote(login).encode()).decode()
+            request.add_unredirected_header("Authorization", f"Basic {token}")
         with urllib.request.urlopen(request, timeout=60) as response, open(partial, "wb") as file:
             if response.headers.get_content_type() == "text/html" and ending_of(name)[0] not in (".html", ".htm"):
                 raise ValueError("it is a web page, not the file itself")
@@ -180,7 +180,7 @@ class Tally:
         if self.bad > max(slack, 0.01 * self.seen):
             likely = likely_encoding(self.sample)
             remedy = f"it looks like {likely}: set --encoding={likely}" if likely else "name its --encoding="
-            rule = f"{what} is no text in {encoding}: {self.bad / self.seen:.1%} of its bytes are invalid"
+            rule = f"{what} is not {encoding} text: {self.bad / self.seen:.1%} of its bytes are invalid"
             raise UserError(f"{rule}; {remedy}, or leave it out")
 
 
@@ -315,6 +315,6 @@ def _decompressor(packing):
         return lambda: zstd.ZstdDecompressor(options=option), zstd.ZstdError
     return {
         ".gz": (lambda: zlib.decompressobj(31), zlib.error),
-        ".xz": (lzma.LZMADecompressor, lzma.LZMAError),
+        ".xz": (lambda: lzma.LZMADecompressor(memlimit=1 << 30), lzma.LZMAError),
         ".bz2": (bz2.BZ2Decompressor, OSError),
     }[packing]
