@@ -121,7 +121,7 @@ class Split:
                 raise UserError(f"{path} holds {len(shard)} tokens, meta.json says {promised}; {make_command} makes it")
         self.tokens = sum(map(len, self.shards))
         text_bytes = meta["splits"][split].get("bytes") if meta else None
-        self.bytes_per_token = text_bytes / self.tokens if text_bytes else None
+        self.bytes_per_token = text_bytes / self.tokens if text_bytes and self.tokens else None
         self.checksums = meta["splits"][split].get("checksums", {}) if meta else {}
         self._check_blocks(make_command)
 
@@ -133,8 +133,8 @@ class Split:
             shard, block = blocks[i]
             tokens = self.shards[shard][block * BLOCK : (block + 1) * BLOCK]
             if not len(tokens) or zlib.crc32(tokens) != sums[shard][block]:
-                rule = f"tokens {block * BLOCK} and up of {self.paths[shard]} are not those that meta.json has a checksum of"
-                raise UserError(f"{rule}: the file has changed; make the data again: {make_command}")
+                rule = f"{self.paths[shard]} has changed: its tokens from {block * BLOCK:,} on have another checksum"
+                raise UserError(f"{rule} than in meta.json; make the data again: {make_command}")
         self.release_pages()
 
     def fingerprint(self):
@@ -149,7 +149,7 @@ class Split:
             ends.update(shard[:2048].tobytes() + shard[-2048:].tobytes())
         firsts = np.cumsum([0, *map(len, self.shards)])
         for place in np.linspace(0, max(0, self.tokens - 1), 256, dtype=np.int64):
-            shard = np.searchsorted(firsts, place, side="right") - 1
+            shard = min(np.searchsorted(firsts, place, side="right"), len(self.shards)) - 1
             start = place - firsts[shard]
             samples.update(self.shards[shard][start : start + 1024].tobytes())
         parts = [ends, samples]

@@ -134,8 +134,8 @@ SAMPLES = {
     ("big5", "utf-16-le"): "今天的天氣很好，我們一起去公園散步。他說這個地方以前是一個大工廠，後來就沒有人來了。",
     ("cp932", "euc-jp", "utf-16-le"): "今日はとても天気がいいので、みんなで公園へ散歩に行きました。そこには大きな木がありました。",
     ("cp949", "utf-16-be"): "오늘은 날씨가 아주 좋아서 우리는 함께 공원으로 산책을 갔다. 그곳에는 큰 나무가 있었다.",
-    ("koi8-r", "cp1251", "utf-16-le"): "Сегодня была очень хорошая погода, и мы пошли гулять в парк. Там стояло большое старое дерево.",
-    ("cp1252", "utf-16-le"): "Où est passé l’été ? Les élèves français sont allés à la forêt; die Bäume dort sind größer, später müde.",
+    ("koi8-r", "cp1251", "utf-16-le"): "Сегодня была очень хорошая погода, и мы пошли гулять в парк. Там стояло дерево.",
+    ("cp1252", "utf-16-le"): "Où est passé l’été ? Les élèves français sont allés à la forêt; die Bäume sind größer.",
     ("cp1250",): "Zażółć gęślą jaźń, powiedział król, gdzieś w środku dnia. Příliš žluťoučký kůň úpěl ďábelské ódy.",
     ("utf-16-le", "utf-16-be", "utf-32-le"): "The weather was fine, so all of us went for a walk in the park.",
 }  # fmt: skip
@@ -213,7 +213,7 @@ def test_folder_takes_texts_of_all_cases_and_linked_folders_once_and_leaves_out_
     (source / "linked").symlink_to(elsewhere)
     (elsewhere / "loop").symlink_to(source)
     (source / "again").symlink_to(elsewhere)
-    for name in ("._b.md", ".hidden.txt", ".ipynb_checkpoints/b-checkpoint.md", "x.pdf", "y.PDF", "Makefile", "z.csv.gz"):
+    for name in ("._b.md", ".hidden.txt", ".ipynb_checkpoints/b-checkpoint.md", "x.pdf", "y.PDF", "make", "z.csv.gz"):
         (source / name).write_text("junk")
     (source / "gone.txt").symlink_to(source / "nothing")
     run(tmp_path / "data", f"--input={source}", "--val_fraction=0.3")
@@ -333,7 +333,8 @@ def test_user_and_password_of_a_url_log_in_and_are_written_nowhere(tmp_path, cap
             wanted = f"Basic {base64.b64encode(b'me:p@ss').decode()}"
             return super().do_GET() if self.headers["Authorization"] == wanted else self.send_error(401)
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=tmp_path / "www")) as web:
+    handler = functools.partial(Handler, directory=tmp_path / "www")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
         threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.01}).start()
         host = f"127.0.0.1:{web.server_port}"
         meta = run(tmp_path / "data", f"--input=http://me:p%40ss@{host}/x.txt")

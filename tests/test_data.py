@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+import data
+import shards
 from config import UserError
 from data import (
     DataConfig,
@@ -319,8 +321,8 @@ def test_nanogpt_files_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "vocab_size"), [
-    (np.uint16, 50_257), (np.uint16, 65_536), (np.uint16, 300), (np.uint32, 128_256), (np.uint32, 50_257), (np.uint32, 300),
-    (np.uint32, 2**24),
+    (np.uint16, 50_257), (np.uint16, 65_536), (np.uint16, 300), (np.uint32, 128_256), (np.uint32, 50_257),
+    (np.uint32, 300), (np.uint32, 2**24),
 ])  # fmt: skip
 @pytest.mark.parametrize("number", [100, 101, 60_000])
 def test_width_of_tokens_without_a_header_is_what_they_and_the_vocabulary_allow(tmp_path, dtype, vocab_size, number):
@@ -361,6 +363,9 @@ def test_empty_shard_is_read_as_empty(tmp_path):
     split = Split(tmp_path, "train", 1000)
     assert split.tokens == 50
     assert len(sequences(split, np.arange(6))) == 6 and len(evaluated(split)[0]) == 49
+    for sizes in ([0], [0, 0], [5, 0]):
+        write_shards(tmp_path / str(sizes), "train", [tokens_of(size) for size in sizes])
+        assert Split(tmp_path / str(sizes), "train", 1000).fingerprint()
 
 
 def test_bytes_per_token_come_from_meta(split):
@@ -444,7 +449,7 @@ def test_shard_that_is_not_what_its_checksums_say_is_refused(folder):
     data = bytearray(path.read_bytes())
     data[60] ^= 1
     path.write_bytes(data)
-    assert "train_000002.bin are not those that meta.json has a checksum of" in refused(folder)
+    assert "train_000002.bin has changed: its tokens from 0 on have another checksum than in meta" in refused(folder)
     path.write_bytes(data[:60] + bytes([data[60] ^ 1]) + data[61:])
     promised[path.name].append(0)  # of a block that is not there
     (folder / "meta.json").write_text(json.dumps(meta))
@@ -558,6 +563,25 @@ def test_meta_that_is_too_large_too_deep_or_no_file_is_refused(folder, tmp_path)
     path.unlink()
     path.symlink_to(tmp_path / "nothing")
     assert "is no regular file" in refused(folder)
+
+
+def test_each_start_checks_some_blocks_and_all_are_checked_in_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK", 5)
+    monkeypatch.setattr(shards, "BLOCK", 5)
+    for name in ("train", "val"):
+        write_shards(tmp_path, name, [tokens_of(100)])
+    meta, sums = json.loads((tmp_path / "meta.json").read_text()), checksums(open_shard(tmp_path / "train_000000.bin"))
+    sums[17] ^= 1
+    meta["splits"]["train"]["checksums"] = {"train_000000.bin": sums}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    found = 0
+    for _ in range(200):  # each checks 8 of 20 blocks
+        try:
+            Split(tmp_path, "train", 1000)
+        except UserError as error:
+            assert "its tokens from 85 on have another checksum" in str(error)
+            found += 1
+    assert 20 < found < 180
 
 
 @pytest.mark.parametrize("size", [20, 24, 24 + 73, 24 + 72, 24 + 76])
