@@ -247,7 +247,7 @@ def likely_encoding(sample):
 
 def _utf8_blocks(chunks, _):
     """Yields (chunk, the UTF-8 bytes of its whole characters, how many of its bytes are invalid or NUL)."""
-    rest = b""
+    rest = b""  # the start of a character that the next chunk completes
     for chunk in chunks:
         data, bad = rest + chunk, chunk.count(0)
         if not data.isascii():
@@ -257,8 +257,6 @@ def _utf8_blocks(chunks, _):
                 text, end = codecs.utf_8_decode(data, "ignore", False)
                 bad += end - len(text.encode())
             data, rest = data[:end], data[end:]
-        else:
-            rest = b""
         yield chunk, data, bad
     if rest:
         yield b"", rest, len(rest)
