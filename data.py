@@ -1,19 +1,17 @@
 """Token shards to batches.
 
-A data folder holds {train,val}_000000.bin, ... and meta.json. A shard is a 24-byte header and its tokens, uint16 or
-uint32, and is memory-mapped. nanoGPT's raw train.bin, llm.c's and modded-nanogpt's files are read as they are.
+A data folder holds {train,val}_000000.bin, ... and meta.json; shards.py reads and writes them.
 """
 
 import collections
 import contextlib
 import hashlib
-import json
+import itertools
 import mmap
-import os
 import re
 import shlex
-import struct
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from config import Config, Count, UserError, preset_value
-
-HEADER = struct.Struct("<8sIIQ")  # magic, version, bytes a token, tokens
-MAGIC, VERSION = b"flatlm\0\0", 1
-LLMC = {20240520: np.uint16, 20240801: np.uint32}  # magic of llm.c's GPT-2 and Llama 3 files, 256 int32 of header
+from shards import BLOCK, is_own_shard, open_shard, read_meta, unfinished
 
 
 @dataclass(frozen=True)
@@ -64,86 +59,13 @@ def near_divisors(number, wanted, n=3):
     return ", ".join(map(str, sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:n])))
 
 
-# ---- shards on disk
+# ---- a data folder
 
 
 def sha256(path):
     """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class ShardWriter:
-    """Writes a split as shards of shard_tokens tokens, under temporary names until finish()."""
-
-    def __init__(self, folder, split, dtype, shard_tokens):
-        self.folder, self.split, self.dtype, self.shard_tokens = Path(folder), split, np.dtype(dtype), shard_tokens
-        self.counts = {}  # tokens of each shard, by its name
-
-    def write(self, tokens):
-        """Appends an array of tokens."""
-        while len(tokens):
-            if not self.counts or self.counts[self.name] == self.shard_tokens:
-                self.name = f"{self.split}_{len(self.counts):06d}.bin"
-                self.counts[self.name] = 0
-                (self.folder / f"{self.name}.part").write_bytes(bytes(HEADER.size))
-            part, tokens = np.split(tokens, [self.shard_tokens - self.counts[self.name]])
-            with open(self.folder / f"{self.name}.part", "ab") as file:
-                file.write(part.astype(self.dtype).tobytes())
-            self.counts[self.name] += len(part)
-
-    def finish(self):
-        """Writes the headers and renames the shards; returns {name: tokens}."""
-        for name, count in self.counts.items():
-            partial = self.folder / f"{name}.part"
-            with open(partial, "r+b", buffering=0) as file:
-                file.write(HEADER.pack(MAGIC, VERSION, self.dtype.itemsize, count))
-                os.fsync(file.fileno())
-            os.replace(partial, self.folder / name)
-        return self.counts
-
-
-def open_shard(path):
-    """The tokens of a shard file, memory-mapped; its first bytes tell whose format it is."""
-    path = Path(path)
-    with open(path, "rb") as file:
-        head, size = file.read(1024), path.stat().st_size
-    if head.startswith(MAGIC):
-        _, version, token_bytes, count = HEADER.unpack(head[: HEADER.size].ljust(HEADER.size, b"\0"))
-        dtype, start = {2: np.uint16, 4: np.uint32}.get(token_bytes), HEADER.size
-        if version != VERSION or dtype is None:
-            known = f"this code reads version {VERSION} with 2 or 4"
-            raise UserError(f"{path} has version {version} and {token_bytes} bytes a token; {known}")
-    elif len(head) == 1024 and (magic := int.from_bytes(head[:4], "little")) in LLMC:
-        dtype, start, count = LLMC[magic], 1024, int.from_bytes(head[8:12], "little")
-    elif path.name in ("train.bin", "val.bin") and size % 2 == 0:  # nanoGPT's have no header
-        dtype, start, count = np.uint16, 0, size // 2
-    else:
-        raise UserError(f"{path} is not a token shard of flatlm's or llm.c's; make the data again with prepare.py")
-    if size != (promised := start + count * np.dtype(dtype).itemsize):
-        sizes = f"it has {size} bytes, and its header promises {promised}"
-        raise UserError(f"{path} is damaged: {sizes}; make the data again with prepare.py")
-    return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(count,)) if count else np.empty(0, dtype)
-
-
-def is_own_shard(path):
-    """Whether prepare.py wrote a file, judged by its first bytes."""
-    with open(path, "rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
-
-
-def read_meta(data_dir):
-    """The content of a data folder's meta.json; {} where there is none, as with other projects' files."""
-    path = Path(data_dir) / "meta.json"
-    if not path.exists():
-        return {}
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        splits = {name: meta["splits"][name] for name in ("train", "val")}
-        return meta | {"vocab_size": int(meta["vocab_size"]), "splits": splits}
-    except (ValueError, KeyError, TypeError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path} is damaged ({why}); remove it and make the data again with prepare.py") from error
 
 
 def vocab_size_of(data_dir, make_command):
@@ -170,7 +92,7 @@ def _folder(data_dir, make_command):
 
 def _fault(folder, split, paths, meta):
     """Why a split cannot be used, in words that follow the folder's name; None where it can."""
-    if any(folder.glob("*.part")):
+    if any(unfinished(folder).values()):
         return "holds an unfinished prepare"
     if not paths:
         return f"holds no {split} tokens"
@@ -193,21 +115,47 @@ class Split:
         if meta and meta["vocab_size"] > vocab_size:
             sizes = f"vocab_size is {vocab_size}, but {folder} was made with a vocabulary of {meta['vocab_size']}"
             raise UserError(f"{sizes}; set vocab_size to none, or prepare the data with the initial weights' tokenizer")
-        self.shards = [open_shard(path) for path in self.paths]
+        self.shards = [open_shard(path, vocab_size) for path in self.paths]
         for path, shard in zip(self.paths, self.shards) if meta else ():
             if len(shard) != (promised := meta["splits"][split]["shards"][path.name]):
                 raise UserError(f"{path} holds {len(shard)} tokens, meta.json says {promised}; {make_command} makes it")
         self.tokens = sum(map(len, self.shards))
         text_bytes = meta["splits"][split].get("bytes") if meta else None
-        self.bytes_per_token = text_bytes / self.tokens if text_bytes else None
+        self.bytes_per_token = text_bytes / self.tokens if text_bytes and self.tokens else None
+        self.checksums = meta["splits"][split].get("checksums", {}) if meta else {}
+        self._check_blocks(make_command)
+
+    def _check_blocks(self, make_command, most=8):
+        """Compares some blocks of tokens, drawn anew at each start, with their checksums in meta.json."""
+        sums = [self.checksums.get(path.name, []) for path in self.paths]
+        blocks = [(shard, block) for shard in range(len(sums)) for block in range(len(sums[shard]))]
+        for i in np.random.default_rng().permutation(len(blocks))[:most]:
+            shard, block = blocks[i]
+            tokens = self.shards[shard][block * BLOCK : (block + 1) * BLOCK]
+            if not len(tokens) or zlib.crc32(tokens) != sums[shard][block]:
+                rule = f"{self.paths[shard]} has changed: its tokens from {block * BLOCK:,} on have another checksum"
+                raise UserError(f"{rule} than in meta.json; make the data again: {make_command}")
+        self.release_pages()
 
     def fingerprint(self):
-        """A hash of the shards' names, sizes and ends, by which a resumed run recognizes its data."""
-        digest = hashlib.sha256()
+        """A hash of the shards by which a resumed run recognizes its data, in parts joined by dots; see is_same_data.
+
+        The first part is of names, sizes and ends, the second of 256 samples, the third, where meta.json has them, of
+        all checksums.
+        """
+        ends, samples = hashlib.sha256(), hashlib.sha256()
         for path, shard in zip(self.paths, self.shards):
-            digest.update(f"{path.name} {len(shard)} {shard.dtype} ".encode())
-            digest.update(shard[:2048].tobytes() + shard[-2048:].tobytes())
-        return digest.hexdigest()[:16]
+            ends.update(f"{path.name} {len(shard)} {shard.dtype} ".encode())
+            ends.update(shard[:2048].tobytes() + shard[-2048:].tobytes())
+        firsts = np.cumsum([0, *map(len, self.shards)])
+        for place in np.linspace(0, max(0, self.tokens - 1), 256, dtype=np.int64):
+            shard = min(np.searchsorted(firsts, place, side="right"), len(self.shards)) - 1
+            start = place - firsts[shard]
+            samples.update(self.shards[shard][start : start + 1024].tobytes())
+        parts = [ends, samples]
+        if sums := [self.checksums[path.name] for path in self.paths if path.name in self.checksums]:
+            parts.append(hashlib.sha256(repr(sums).encode()))
+        return ".".join(part.hexdigest()[:16] for part in parts)
 
     def release_pages(self):
         """Releases the memory of pages read so far; the system's file cache keeps them."""
@@ -221,6 +169,15 @@ class Split:
         if row.max() >= self.vocab_size:
             here = f"{self.paths[shard]} holds token {row.max()}, but vocab_size is {self.vocab_size}"
             raise UserError(f"{here}; set vocab_size to the tokenizer's or make the data again")
+
+
+def is_same_data(old, new):
+    """Whether two fingerprints, each of splits joined by "-", agree in the parts that both have.
+
+    Runs from before there were samples or checksums, and data without checksums, have fewer parts.
+    """
+    splits = itertools.zip_longest(old.split("-"), new.split("-"))
+    return all(None not in pair and all(a == b for a, b in zip(*(s.split(".") for s in pair))) for pair in splits)
 
 
 # ---- the order of training

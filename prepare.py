@@ -4,10 +4,12 @@
     python prepare.py config/quickstart.py
     python prepare.py --dataset=fineweb10b --max_shards=10
 
-Input is a file, folder, glob (in quotes) or URL of .txt, .jsonl, .jsonl.gz or .parquet; other files are read as text.
+Input is a file, folder, glob (in quotes) or URL of .txt, .md, .jsonl or .parquet, also in .gz, .xz, .bz2 or .zst; other
+files are read as text.
 """
 
 import collections
+import contextlib
 import functools
 import glob
 import itertools
@@ -19,6 +21,7 @@ import shlex
 import shutil
 import sys
 import threading
+import urllib.parse
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +29,18 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from config import Config, Count, Fraction, Range, UserError, as_dict, only, run_script
-from data import DataConfig, ShardWriter, is_own_shard, open_shard, read_meta, sha256
+from config import Config, Count, Fraction, Range, UserError, as_dict, only, run_script, settings_of
+from data import DataConfig, sha256
+from run.folder import lock_file
+from shards import ShardWriter, checksums, is_own_shard, open_shard, read_meta, unfinished
 from text.corpus import DATASETS, Corpus
+from text.files import is_url, public, shown
 from text.tokenizer import END_OF_TEXT, SMALLEST_BPE, load_tokenizer, train_bpe
 
 TASK_BYTES = 1 << 20  # text per task of a worker
 BPE_BYTES = 200 << 20  # most text to train a BPE on
+LOCK, UNFINISHED_TOKENIZER = ".prepare.lock", ".prepare.tokenizer.json"  # in the data folder
+BPE_WORD = 256  # longest word to train it on: training time is quadratic in it
 BpeSize = Annotated[int, Range(f"at least {SMALLEST_BPE} and at most 2**24", lambda n: SMALLEST_BPE <= n <= 2**24)]
 
 
@@ -42,6 +50,8 @@ class PrepareConfig(Config):
     input: str | None = None  # files, folder, glob (in quotes) or URL of text; fineweb10b: a local folder of its shards
     text_field: str = "text"  # text's field in .jsonl objects, its column in .parquet files
     doc_separator: str | None = None  # text between the documents of a .txt file; none: each file is one document
+    encoding: str | None = None  # encoding of text files without a Unicode mark, such as gb18030; none: UTF-8
+    max_document_bytes: Count = 256_000_000  # largest line or row, or document between separators; more is passed over
     tokenizer: str = "gpt2"  # byte, bpe (trained on the corpus), a tiktoken name, or a tokenizer.json or vocab.txt
     bpe_vocab_size: BpeSize = 4096  # vocabulary size of tokenizer bpe, special tokens included
     val_fraction: Fraction = 0.01  # validation share of the documents, chosen by hash; a single document gives its tail
@@ -55,8 +65,12 @@ class PrepareConfig(Config):
         if self.input is None and self.dataset is None:
             names = ", ".join([*DATASETS, "fineweb10b"])
             wrong.append(f"neither input nor dataset is set; give --input=FILE, or --dataset=, one of {names}")
-        if self.input is not None and self.dataset in DATASETS:
-            wrong.append(f"input {self.input} and dataset {self.dataset} are both set; give one")
+        if self.input is not None and self.dataset not in (None, "fineweb10b"):
+            wrong.append(f"input {public(self.input)} and dataset {self.dataset} are both set; give one")
+        if not _is_encoding(self.encoding or "utf-8"):
+            wrong.append(
+                f"encoding {self.encoding} is unknown; name one of Python's, such as utf-16-le, gb18030 or cp1252"
+            )
         if self.dataset == "fineweb10b" and self.tokenizer != "gpt2":
             wrong.append(f"tokenizer is {self.tokenizer}, but dataset fineweb10b is in gpt2 tokens; leave it out")
         if wrong:
@@ -72,29 +86,84 @@ class Settings:
 
 def main(cfg):
     folder = Path(cfg.data.data_dir or default_folder(cfg.prepare))
-    if cfg.prepare.dataset == "fineweb10b":
-        return fetch_fineweb(cfg.prepare, folder)
-    # settings that the tokens depend on, by which a finished folder is recognised
+    if is_prepared(cfg, folder):
+        return
+    is_local = cfg.prepare.dataset is None and not is_url(cfg.prepare.input)
+    corpus = Corpus(cfg.prepare, folder) if is_local else None  # first: a wrong path leaves no folder
+    with locked(folder):
+        if cfg.prepare.dataset == "fineweb10b":
+            return fetch_fineweb(cfg.prepare, folder)
+        if is_prepared(cfg, folder):  # by another prepare.py in the meantime
+            return
+        clear_unfinished(folder, cfg.prepare.tokenizer)
+        corpus = corpus or Corpus(cfg.prepare, folder)
+        tokenizer_name = make_tokenizer(cfg.prepare, corpus, folder)
+        meta = {"settings": settings_of_tokens(cfg), "command": command(cfg.prepare)}
+        if not any(path.is_relative_to(folder / "download") for path in corpus.files):
+            meta["input_files"] = corpus.inventory
+        meta |= tokenize(corpus, tokenizer_name, cfg.prepare, folder)
+        write_meta(folder, meta)
+        notes = [f"  {count:,} {reason}" for reason, count in (corpus.skipped + meta["notes"]).items()]
+        print(summary(meta), *notes, f"written to {shown(folder)}", sep="\n")
+
+
+def is_prepared(cfg, folder):
+    """Whether a folder holds finished data of these settings, which is printed; UserError where of others."""
+    meta = {} if cfg.prepare.dataset == "fineweb10b" else read_meta(folder)
+    if not meta:
+        return False
+    defaults = {name: field.default for name, (_, field) in settings_of(Settings).items()}
+    settings, old = settings_of_tokens(cfg), defaults | meta.get("settings", {})
+    if "settings" not in meta or {name: old[name] for name in settings} != settings:
+        made = f"{folder} already holds data, made by: {meta.get('command')}"
+        raise UserError(f"{made}; use another --data_dir, or remove it first")
+    print(f"{shown(folder)} is already prepared:\n{summary(meta)}")
+    if changes := changes_of_input(cfg.prepare, folder, meta.get("input_files")):
+        print(f"its input has changed since: {changes}; to prepare it again, remove {shown(folder)}")
+    return True
+
+
+def settings_of_tokens(cfg):
+    """The settings that the tokens depend on, by which finished data is recognised, without a URL's secrets."""
     settings = {k: v for k, v in as_dict(cfg).items() if k not in ("data_dir", "workers", "max_shards")}
-    if meta := read_meta(folder):
-        if meta.get("settings") != settings:
-            made = f"{folder} already holds data, made by: {meta.get('command')}"
-            raise UserError(f"{made}; use another --data_dir, or remove it first")
-        return print(f"{folder} is already prepared:\n{summary(meta)}")
-    corpus = Corpus(cfg.prepare, folder)
-    clear_unfinished(folder)
-    tokenizer_name = make_tokenizer(cfg.prepare, corpus, folder)
-    meta = {"settings": settings, "command": shlex.join(["python", *sys.argv])}
-    meta |= tokenize(corpus, tokenizer_name, cfg.prepare, folder)
-    write_meta(folder, meta)
-    notes = [f"  {count:,} {reason}" for reason, count in (corpus.skipped + meta["notes"]).items()]
-    print(summary(meta), *notes, f"written to {folder}", sep="\n")
+    return settings | {"input": cfg.prepare.input and public(cfg.prepare.input)}
+
+
+def changes_of_input(cfg, folder, old):
+    """How the input's files differ from those that meta.json describes, in words; "" where they do not."""
+    if not old:  # made by an older prepare.py, or downloaded
+        return ""
+    try:
+        new = Corpus(cfg, folder).inventory
+    except UserError:
+        return "its files are gone"
+    changed = [name for name in new if old.get(name) != new[name]]
+    figures = [f"{name} {old.get(name)} -> {new[name]}" for name in changed if name != "names"]
+    return ", ".join(figures) or ("names or sizes of files" if changed else "")
+
+
+def command(cfg):
+    """The command line that makes this data, without a URL's secrets."""
+    where = cfg.input or ""
+    return shlex.join(word.replace(where, public(where)) if where else word for word in ["python", *sys.argv])
 
 
 def default_folder(cfg):
     """data/ and the corpus's name: the dataset's, or the last part of input that is no glob."""
-    parts = [part for part in Path(cfg.input or "").parts if not glob.has_magic(part)]
+    where = cfg.input or ""
+    parts = [part for part in Path(where).parts if not glob.has_magic(part)]
+    if is_url(where):
+        url = urllib.parse.urlsplit(public(where))
+        parts = [part for part in (url.hostname, *url.path.split("/")) if part]
     return Path("data", cfg.dataset or (Path(parts[-1]).stem.strip("./") if parts else "") or "text")
+
+
+def _is_encoding(name):
+    try:
+        b"a".decode(name, "replace")  # codecs that are no text's are refused, too
+    except (LookupError, ValueError):
+        return False
+    return True
 
 
 # ---- tokens
@@ -102,7 +171,7 @@ def default_folder(cfg):
 
 def make_tokenizer(cfg, corpus, folder):
     """Trains, copies or checks the tokenizer; returns its name or path for load_tokenizer."""
-    saved = folder / "tokenizer.json"
+    saved = folder / UNFINISHED_TOKENIZER
     if cfg.tokenizer == "bpe":
         print(f"training a BPE with a vocabulary of {cfg.bpe_vocab_size}", flush=True)
         train_bpe(_training_texts(corpus), cfg.bpe_vocab_size, saved)
@@ -114,11 +183,18 @@ def make_tokenizer(cfg, corpus, folder):
 
 
 def _training_texts(corpus):
+    """Texts to train a BPE on. Cuts long words: training would take minutes for one unbroken line of 2 MB."""
     seen = 0
     for piece in (piece for split, piece, _ in corpus.pieces() if split == "train"):
-        yield piece.decode("utf-8", errors="replace")
+        text, start = piece.decode("utf-8", errors="replace"), 0
+        for word in re.finditer(rf"(?<!\S)\S{{{BPE_WORD + 1},}}|(?<!\s)\s{{{BPE_WORD + 1},}}", text):
+            for cut in range(word.start() + BPE_WORD, word.end(), BPE_WORD):
+                yield text[start:cut]
+                start = cut
+        yield text[start:]
         if (seen := seen + len(piece)) >= BPE_BYTES:
-            return
+            break
+    print(f"  its words in {seen / 1e6:,.1f} MB of text are counted; learning merges", flush=True)
 
 
 def tokenize(corpus, tokenizer_name, cfg, folder):
@@ -137,12 +213,18 @@ def tokenize(corpus, tokenizer_name, cfg, folder):
         notes.update({"pieces with bytes that are not UTF-8, replaced by U+FFFD": n_bad} if n_bad else {})
     for split, count in counts.items():
         if not count["tokens"]:
-            raise UserError(f"no document fell into the {split} split; change --val_fraction={cfg.val_fraction}")
+            remedy = f"change --val_fraction={cfg.val_fraction}, or add documents: equal ones fall into the same split"
+            raise UserError(f"no document fell into the {split} split; {remedy}")
     meta = {"vocab_size": tokenizer.vocab_size, "specials": tokenizer.specials}
     meta |= {"tokenizer": tokenizer_name, "notes": notes}
-    if tokenizer_name.endswith(".json"):  # make_tokenizer has put it beside the shards
+    if is_saved := tokenizer_name.endswith(".json"):  # make_tokenizer has put it beside the shards
         meta |= {"tokenizer": "tokenizer.json", "tokenizer_sha256": sha256(tokenizer_name)}
-    meta["splits"] = {split: {**counts[split], "shards": writers[split].finish()} for split in writers}
+    meta["splits"] = {
+        split: {**counts[split], "shards": writer.finish(), "checksums": writer.checksums}
+        for split, writer in writers.items()
+    }
+    if is_saved:  # after the shards, which show whose it is
+        os.replace(tokenizer_name, folder / "tokenizer.json")
     if len(tokenizer.continuations):
         meta["continuations"] = tokenizer.continuations  # for whole-word masking
     return meta
@@ -216,23 +298,38 @@ def _encode(group, tokenizer_name, dtype):
 # ---- the data folder
 
 
-def clear_unfinished(folder):
-    """Removes the files of an interrupted prepare; refuses a folder with other token files."""
-    make_folder(folder)
+@contextlib.contextmanager
+def locked(folder):
+    """Makes and locks a data folder; UserError where another prepare.py works in it, or where the system refuses."""
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            holder = lock_file(stack.enter_context(open(folder / LOCK, "a+", encoding="utf-8")))
+        except OSError as error:
+            rule = f"data_dir {folder} cannot be made or written to ({error.strerror})"
+            raise UserError(f"{rule}; use another --data_dir") from error
+        if holder:
+            rule = f"data_dir {folder} is in use by another prepare.py, {holder}"
+            raise UserError(f"{rule}; wait for its end, or use another --data_dir")
+        yield
+
+
+def clear_unfinished(folder, tokenizer):
+    """Removes the files of an interrupted prepare; refuses a folder with others' token files or tokenizer.json.
+
+    tokenizer: the one to use, which may be that file.
+    """
     shards = [p for p in folder.glob("*.bin") if re.fullmatch(r"(train|val)_\d{6}\.bin", p.name) and is_own_shard(p)]
-    if foreign := sorted(p.name for p in folder.glob("*.bin") if p not in shards):
-        files = f"token files that prepare.py did not write: {', '.join(foreign[:3])}"
+    partial = unfinished(folder)
+    foreign = [p for p in folder.glob("*.bin") if p not in shards] + [p for p, is_own in partial.items() if not is_own]
+    saved = folder / "tokenizer.json"
+    if saved.exists() and not (shards or any(partial.values())):
+        foreign += [] if os.path.exists(tokenizer) and os.path.samefile(saved, tokenizer) else [saved]
+    if foreign:
+        files = f"files that prepare.py did not write: {', '.join(sorted(p.name for p in foreign)[:3])}"
         raise UserError(f"{folder} holds {files}; use another --data_dir")
-    for path in [*shards, *folder.glob("*.part")]:
-        path.unlink()
-
-
-def make_folder(folder):
-    """Makes the data folder; UserError where the system refuses."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"data_dir {folder} cannot be made ({error.strerror}); use another --data_dir") from error
+    for path in [*shards, *partial, folder / UNFINISHED_TOKENIZER]:
+        path.unlink(missing_ok=True)
 
 
 def write_meta(folder, meta):
@@ -247,16 +344,17 @@ def summary(meta):
     """A table of the splits."""
     rows = [("split", "documents", "tokens", "bytes", "bytes/token", "shards")]
     for split, s in meta["splits"].items():
-        text_bytes, ratio = (f"{s['bytes']:,}", f"{s['bytes'] / s['tokens']:.3f}") if s.get("bytes") else ("?", "?")
-        rows.append((split, s.get("documents") or "?", f"{s['tokens']:,}", text_bytes, ratio, len(s["shards"])))
+        tokens, text_bytes = s.get("tokens") or sum(s["shards"].values()), s.get("bytes")
+        ratio = f"{text_bytes / tokens:.3f}" if text_bytes and tokens else "?"
+        size = f"{text_bytes:,}" if text_bytes else "?"
+        rows.append((split, s.get("documents") or "?", f"{tokens:,}", size, ratio, len(s["shards"])))
     lines = ["{:<8}{:>12}{:>16}{:>17}{:>15}{:>8}".format(*row) for row in rows]
-    return "\n".join([f"tokenizer {meta['tokenizer']}, vocabulary of {meta['vocab_size']:,}", *lines])
+    return "\n".join([f"tokenizer {meta.get('tokenizer')}, vocabulary of {meta['vocab_size']:,}", *lines])
 
 
 def fetch_fineweb(cfg, folder):
     """Downloads FineWeb-10B in GPT-2 tokens, llm.c's shards, from the hub, or copies it from a local folder."""
     names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, 1 + (cfg.max_shards or 103))]
-    make_folder(folder)
     if others := [path.name for path in folder.glob("*.bin") if not path.name.startswith("fineweb_")]:
         raise UserError(f"{folder} holds other data ({', '.join(others[:3])}); use another --data_dir")
     missing = [name for name in names if not (folder / name).exists()]
@@ -265,13 +363,19 @@ def fetch_fineweb(cfg, folder):
     for name in missing:
         print(f"fetching {name}", flush=True)
         _fetch(name, cfg.input, folder)
+    before = read_meta(folder).get("splits", {}).values()
+    known = {k: v for split in before for k, v in split.get("checksums", {}).items() if k not in missing}
     splits = {}
     for path in sorted(folder.glob("fineweb_*_*.bin")):
-        split = splits.setdefault("val" if "val" in path.name else "train", {"tokens": 0, "shards": {}})
-        split["shards"][path.name] = len(open_shard(path))
-        split["tokens"] += split["shards"][path.name]
+        split = splits.setdefault(
+            "val" if "val" in path.name else "train", {"tokens": 0, "shards": {}, "checksums": {}}
+        )
+        shard = open_shard(path)
+        split["shards"][path.name] = len(shard)
+        split["checksums"][path.name] = known.get(path.name) or checksums(shard)
+        split["tokens"] += len(shard)
     meta = {"vocab_size": 50257, "tokenizer": "gpt2", "specials": {"<|endoftext|>": 50256}, "splits": splits}
-    write_meta(folder, meta | {"command": shlex.join(["python", *sys.argv])})
+    write_meta(folder, meta | {"command": command(cfg)})
     print(summary(meta), f"written to {folder}", sep="\n")
 
 

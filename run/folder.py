@@ -52,7 +52,7 @@ def locked(out_dir, world, patience=30):
         if world.is_main:
             with writing_to(out_dir):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                holder = _lock(stack.enter_context(open(path, "a+", encoding="utf-8")))
+                holder = lock_file(stack.enter_context(open(path, "a+", encoding="utf-8")))
                 lock = path.read_bytes()
         holder, lock = world.gather((holder, lock))[0]
         if holder:
@@ -67,7 +67,7 @@ def locked(out_dir, world, patience=30):
         yield
 
 
-def _lock(file):
+def lock_file(file):
     """Locks an open file and writes this process into it; returns its text if another process holds the lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,6 +14,7 @@ from checkpoint import (
     step_of,
 )
 from config import UserError, as_dict
+from data import is_same_data
 from model import ModelConfig
 from objective import ObjectiveConfig
 from run.folder import writing_to
@@ -134,6 +135,8 @@ def changed_settings(old, new):
     fixed = {f.name for owner in (ModelConfig, ObjectiveConfig) for f in dataclasses.fields(owner)}
     fixed |= {"seq_len", "seed", "optimizer", "data_fingerprint"}
     changes = {name: f"{name}: {old[name]} -> {new[name]}" for name in new if name in old and old[name] != new[name]}
+    if "data_fingerprint" in changes and is_same_data(str(old["data_fingerprint"]), new["data_fingerprint"]):
+        del changes["data_fingerprint"]
     if refused := "; ".join(line for name, line in changes.items() if name in fixed):
         rule = "a run cannot continue with another model, data, objective, seed or optimizer"
         raise UserError(f"{rule}; here {refused}; use the old values, or a new run with --out_dir=")

@@ -22,10 +22,10 @@ import torch
 
 import config
 import train
-from data import ShardWriter
 from optim import OptimConfig
 from prepare import write_meta
 from run.health import HealthConfig
+from shards import ShardWriter
 from world import end_process
 
 # Odd sizes: a mistake that 2, 4 and 8 would hide shows.
@@ -62,7 +62,7 @@ def write_data(
             tokens = np.cumsum(random.integers(0, 8, n) == 0) % (vocab_size - len(specials))
             tokens[28::29] = specials["<|endoftext|>"]
         writer.write(tokens.astype(np.uint16))
-        splits[split] = {"shards": writer.finish(), "tokens": n, "bytes": 2 * n}
+        splits[split] = {"shards": writer.finish(), "checksums": writer.checksums, "tokens": n, "bytes": 2 * n}
     meta = {"vocab_size": vocab_size, "tokenizer": tokenizer, "splits": splits}
     write_meta(folder, meta | ({"specials": specials} if specials else {}))
     return folder

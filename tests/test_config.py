@@ -459,7 +459,7 @@ def test_wrong_command_ends_with_code_2_and_a_line_for_each_mistake():
 def test_error_other_than_a_user_error_keeps_its_traceback():
     code = (
         "import config, prepare\nfrom text import corpus\n"
-        "config.run_script(lambda cfg: list(corpus._split_file(corpus.__file__, b'')), prepare.Settings, '')"
+        "config.run_script(lambda cfg: list(corpus._split_file([b'x'], b'', 9)), prepare.Settings, '')"
     )
     done = subprocess.run([sys.executable, "-c", code, "--input=x"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "in _split_file" in done.stderr

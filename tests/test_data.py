@@ -1,6 +1,8 @@
 """Token shards to batches: the order of training, the windows of evaluation, the files that are read and refused."""
 
+import hashlib
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -8,21 +10,23 @@ import numpy as np
 import pytest
 import torch
 
+import data
+import shards
+from config import UserError
 from data import (
-    HEADER,
-    MAGIC,
     DataConfig,
     Loader,
-    ShardWriter,
     Split,
     TrainOrder,
     accumulation_steps,
     eval_batches,
-    open_shard,
+    is_same_data,
     permute,
     vocab_size_of,
 )
-from objective import IGNORE, NextToken
+from objective import IGNORE, Masked, NextToken, ObjectiveConfig
+from run.resume import changed_settings
+from shards import HEADER, MAGIC, ShardWriter, checksums, open_shard, read_meta
 from world import World
 
 SHARDS = (101, 37, 64, 5)  # tokens; the last is shorter than a window
@@ -316,6 +320,31 @@ def test_nanogpt_files_are_read(tmp_path):
     assert len(evaluated(Split(tmp_path, "val", 1000))[0]) == 49
 
 
+@pytest.mark.parametrize(("dtype", "vocab_size"), [
+    (np.uint16, 50_257), (np.uint16, 65_536), (np.uint16, 300), (np.uint32, 128_256), (np.uint32, 50_257),
+    (np.uint32, 300), (np.uint32, 2**24),
+])  # fmt: skip
+@pytest.mark.parametrize("number", [100, 101, 60_000])
+def test_width_of_tokens_without_a_header_is_what_they_and_the_vocabulary_allow(tmp_path, dtype, vocab_size, number):
+    tokens = np.random.default_rng(0).zipf(1.3, number).clip(max=vocab_size).astype(dtype) - 1  # mostly small ids
+    for name in ("train", "val"):
+        tokens.astype(dtype).tofile(tmp_path / f"{name}.bin")
+    split = Split(tmp_path, "train", vocab_size)
+    assert split.shards[0].dtype == dtype and np.array_equal(split.shards[0], tokens)
+
+
+@pytest.mark.parametrize(("tokens", "vocab_size", "message"), [
+    (np.zeros(100, np.uint16), 300, "holds token 0 alone and no header, so its width is unknown"),
+    (np.arange(100, dtype=np.uint16), 128_256, "vocab_size 128256 needs uint32 tokens, and those of "),
+    (np.arange(101, dtype=np.uint16), 128_256, "vocab_size 128256 needs uint32 tokens, and those of "),
+    (np.arange(70_000, 70_100, dtype=np.uint32), 70_050, "vocab_size 70050 needs uint32 tokens, and those of "),
+    (np.arange(100, dtype=np.uint32), 90, "train.bin holds token 99, but vocab_size is 90"),
+])  # fmt: skip
+def test_tokens_of_no_certain_width_are_refused(tmp_path, tokens, vocab_size, message):
+    tokens.tofile(tmp_path / "train.bin")
+    assert message in refused(tmp_path, vocab_size)
+
+
 @pytest.mark.parametrize(("magic", "version", "dtype"), [(20240520, 1, np.uint16), (20240801, 7, np.uint32)])
 def test_llmc_files_are_read(tmp_path, magic, version, dtype):
     for name, number in (("fineweb_train_000001", 301), ("fineweb_train_000002", 99), ("fineweb_val_000000", 50)):
@@ -334,20 +363,97 @@ def test_empty_shard_is_read_as_empty(tmp_path):
     split = Split(tmp_path, "train", 1000)
     assert split.tokens == 50
     assert len(sequences(split, np.arange(6))) == 6 and len(evaluated(split)[0]) == 49
+    for sizes in ([0], [0, 0], [5, 0]):
+        write_shards(tmp_path / str(sizes), "train", [tokens_of(size) for size in sizes])
+        assert Split(tmp_path / str(sizes), "train", 1000).fingerprint()
 
 
 def test_bytes_per_token_come_from_meta(split):
     assert split.bytes_per_token == 3.0
 
 
-def test_fingerprint_knows_other_data(folder, tmp_path):
-    fingerprint = Split(folder, "train", 1000).fingerprint()
-    assert fingerprint == Split(folder, "train", 1000).fingerprint()
-    shards = numbered_shards()
-    shards[1] = shards[1][::-1]
+def fingerprint_of(folder, shards):
     for name in ("train", "val"):
-        write_shards(tmp_path / "other", name, shards)
-    assert Split(tmp_path / "other", "train", 1000).fingerprint() != fingerprint
+        write_shards(folder, name, shards)
+    return Split(folder, "train", 1000).fingerprint()
+
+
+def test_fingerprint_knows_other_data(tmp_path):
+    shards = numbered_shards()
+    fingerprint = fingerprint_of(tmp_path / "a", shards)
+    assert fingerprint == fingerprint_of(tmp_path / "b", shards) and is_same_data(fingerprint, fingerprint)
+    shards[1] = shards[1][::-1]
+    assert not is_same_data(fingerprint, fingerprint_of(tmp_path / "c", shards))
+
+
+def test_fingerprint_knows_a_middle_that_has_changed_whatever_size_and_ends_are(tmp_path):
+    shards = [np.arange(300_000) % 1000, np.arange(70_000) % 997]
+    fingerprint = fingerprint_of(tmp_path / "a", shards)
+    ends = fingerprint.split(".")[0]
+    changed = shards[0].copy()
+    changed[100_000:103_000] = 7  # two samples lie in these
+    other = fingerprint_of(tmp_path / "b", [changed, shards[1]])
+    assert other.split(".")[0] == ends and not is_same_data(fingerprint, other)
+
+
+def test_fingerprint_knows_one_token_that_has_changed_where_meta_has_checksums(tmp_path):
+    fingerprints = []
+    for token in (7, 8):
+        folder = tmp_path / str(token)
+        folder.mkdir()
+        tokens = np.arange(3_000_000) % 1000
+        tokens[1_234_567] = token
+        splits = {}
+        for name in ("train", "val"):
+            writer = ShardWriter(folder, name, np.uint16, 2_500_000)
+            writer.write(tokens)
+            splits[name] = {"shards": writer.finish(), "checksums": writer.checksums}
+            assert all(checksums(open_shard(folder / shard)) == sums for shard, sums in writer.checksums.items())
+        (folder / "meta.json").write_text(json.dumps({"vocab_size": 1000, "splits": splits}))
+        fingerprints.append(Split(folder, "train", 1000).fingerprint())
+    one, other = (fingerprint.split(".") for fingerprint in fingerprints)
+    assert one[:2] == other[:2] and one[2] != other[2] and not is_same_data(*fingerprints)
+
+
+@pytest.mark.parametrize(("old", "new", "is_same"), [
+    ("aa-bb", "aa.cc.dd-bb.ee", True), ("aa.cc-bb.ee", "aa.cc.dd-bb.ee.ff", True), ("aa.cc.d-bb", "aa.cc.dd-bb", False),
+    ("aa-bb", "aa.cc.dd-b.ee", False), ("aa.c-bb", "aa.cc-bb", False), ("aa.cc.dd-bb.ee.ff", "aa-bb", True),
+    ("aa", "aa-bb", False), ("None", "aa-bb", False), ("", "aa-bb", False),
+])  # fmt: skip
+def test_fingerprints_are_compared_in_the_parts_that_both_have(old, new, is_same):
+    assert is_same_data(old, new) is is_same
+
+
+def test_run_from_before_samples_and_checksums_resumes_on_its_data_and_no_other():
+    old = {"data_fingerprint": "aa-bb", "seed": 1}
+    assert changed_settings(old, {"data_fingerprint": "aa.cc.dd-bb.ee.ff", "seed": 1}) == []
+    with pytest.raises(UserError, match="data_fingerprint: aa-bb -> aa.cc.dd-b.ee.ff"):
+        changed_settings(old, {"data_fingerprint": "aa.cc.dd-b.ee.ff", "seed": 1})
+
+
+def test_first_part_of_a_fingerprint_is_that_of_runs_from_before_there_were_others(split):
+    digest = hashlib.sha256()
+    for i, (number, tokens) in enumerate(zip(SHARDS, numbered_shards())):
+        digest.update(f"train_{i:06d}.bin {number} uint16 ".encode() + 2 * tokens.tobytes())
+    assert split.fingerprint().split(".")[0] == digest.hexdigest()[:16]
+
+
+def test_shard_that_is_not_what_its_checksums_say_is_refused(folder):
+    meta = json.loads((folder / "meta.json").read_text())
+    promised = meta["splits"]["train"]["checksums"] = {
+        path.name: checksums(open_shard(path)) for path in folder.glob("train*")
+    }
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert Split(folder, "train", 1000).tokens == sum(SHARDS)
+    path = folder / "train_000002.bin"
+    data = bytearray(path.read_bytes())
+    data[60] ^= 1
+    path.write_bytes(data)
+    assert "train_000002.bin has changed: its tokens from 0 on have another checksum than in meta" in refused(folder)
+    path.write_bytes(data[:60] + bytes([data[60] ^ 1]) + data[61:])
+    promised[path.name].append(0)  # of a block that is not there
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert "train_000002.bin" in refused(folder)
 
 
 # ---- data that is refused
@@ -387,6 +493,95 @@ def test_unfinished_prepare_is_refused(folder):
 def test_damaged_meta_is_refused(folder, text):
     (folder / "meta.json").write_text(text)
     assert "meta.json is damaged" in refused(folder)
+
+
+ODD = [None, True, -1, 1.5, 10**30, 2**63, "x", "../../x", "\ud800", [], {}, [[]], {"a": {}}, [1.5], {"x": -1}, [None]]
+
+
+def places(value, path=()):
+    """The path of every value within a JSON value, itself included."""
+    yield path
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from places(value[key], (*path, key))
+
+
+def with_value(value, path, new):
+    """A copy of a JSON value with another value at a path."""
+    if not path:
+        return new
+    copy = value.copy()
+    copy[path[0]] = with_value(value[path[0]], path[1:], new)
+    return copy
+
+
+def test_any_value_in_any_place_of_meta_is_read_or_refused_in_one_line(folder):
+    meta = json.loads((folder / "meta.json").read_text())
+    meta |= {"specials": {"[MASK]": 3}, "continuations": [5, 6], "tokenizer": "byte", "notes": {"x": 1}, "settings": {}}
+    for name, split in meta["splits"].items():
+        split["checksums"] = {path.name: checksums(open_shard(path)) for path in folder.glob(f"{name}*")}
+    n_refused = 0
+    for path in places(meta):
+        for odd in [*ODD, float("inf"), float("nan")]:
+            (folder / "meta.json").write_text(json.dumps(with_value(meta, path, odd)))
+            try:
+                Split(folder, "train", 1000)
+                Masked.build(ObjectiveConfig(), T, 0, read_meta(folder))
+            except UserError as error:
+                n_refused += 1
+                assert "\n" not in str(error)
+    assert n_refused > 300
+
+
+@pytest.mark.slow
+def test_arbitrary_json_in_place_of_meta_or_of_an_entry_is_read_or_refused(folder):
+    hypothesis = pytest.importorskip("hypothesis")
+    some = hypothesis.strategies
+    values = some.none() | some.booleans() | some.integers() | some.floats() | some.text(max_size=9)
+    trees = some.recursive(values, lambda v: some.lists(v, max_size=4) | some.dictionaries(some.text(max_size=9), v))
+    meta = json.loads((folder / "meta.json").read_text())
+
+    @hypothesis.settings(max_examples=2000, deadline=None)
+    @hypothesis.given(some.sampled_from(list(places(meta))), trees)
+    def check(path, value):
+        (folder / "meta.json").write_text(json.dumps(with_value(meta, path, value)))
+        try:
+            Split(folder, "train", 2**24)
+        except UserError as error:
+            assert "\n" not in str(error)
+
+    check()
+
+
+def test_meta_that_is_too_large_too_deep_or_no_file_is_refused(folder, tmp_path):
+    path = folder / "meta.json"
+    for text in ("[" * 10**6, '{"a":' * 10**6, '{"a": "' + "x" * (1 << 24) + '"}', "9" * 10_000, "\0"):
+        path.write_text(text)
+        assert "meta.json is damaged" in refused(folder)
+    path.unlink()
+    os.mkfifo(path)
+    assert "is no regular file" in refused(folder)
+    path.unlink()
+    path.symlink_to(tmp_path / "nothing")
+    assert "is no regular file" in refused(folder)
+
+
+def test_each_start_checks_some_blocks_and_all_are_checked_in_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK", 5)
+    monkeypatch.setattr(shards, "BLOCK", 5)
+    for name in ("train", "val"):
+        write_shards(tmp_path, name, [tokens_of(100)])
+    meta, sums = json.loads((tmp_path / "meta.json").read_text()), checksums(open_shard(tmp_path / "train_000000.bin"))
+    sums[17] ^= 1
+    meta["splits"]["train"]["checksums"] = {"train_000000.bin": sums}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    found = 0
+    for _ in range(200):  # each checks 8 of 20 blocks
+        try:
+            Split(tmp_path, "train", 1000)
+        except UserError as error:
+            assert "its tokens from 85 on have another checksum" in str(error)
+            found += 1
+    assert 20 < found < 180
 
 
 @pytest.mark.parametrize("size", [20, 24, 24 + 73, 24 + 72, 24 + 76])

@@ -5,10 +5,14 @@ import functools
 import gzip
 import http.server
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +23,13 @@ import tokenizers
 
 import config
 import prepare
+import shards
 from config import UserError
 from conftest import ROOT
-from data import HEADER, Split, open_shard, read_meta
+from data import Split
 from run.folder import keep_tokenizer, tokenizer_of
-from text import corpus
+from shards import HEADER, open_shard, read_meta
+from text import corpus, files
 from text.tokenizer import SPECIALS, load_tokenizer
 
 SHARED = Path(ROOT).parent / "shared/data"
@@ -132,7 +138,7 @@ def test_file_url_is_fetched_once(text_file, tmp_path, capsys):
         run(tmp_path / data, f"--input={path.as_uri()}")
         (tmp_path / data / "meta.json").unlink()
     assert capsys.readouterr().out.count("fetching file://") == 1
-    assert (tmp_path / "data/download/text.txt").read_bytes() == path.read_bytes()
+    assert [p.read_bytes() for p in (tmp_path / "data").glob("download/*/text.txt")] == [path.read_bytes()]
 
 
 @contextlib.contextmanager
@@ -168,7 +174,7 @@ def test_download_that_is_cut_short_or_missing_is_refused_and_leaves_no_file(tmp
         assert "404" in refused(tmp_path / "data", f"--input={url}/nothing.jsonl")
     assert "could not be fetched" in refused(tmp_path / "data", f"--input={url}/x.jsonl")  # nobody listens any more
     assert "could not be fetched" in refused(tmp_path / "data", "--input=odd://x/y.txt")
-    assert not (tmp_path / "data/download/x.jsonl").exists()
+    assert not list(tmp_path.glob("data/download/*/x.jsonl"))
 
 
 # ---- the split
@@ -185,7 +191,7 @@ def test_split_depends_neither_on_order_nor_on_workers_nor_on_what_else_there_is
 
 
 def test_shards_are_the_same_for_every_number_of_workers(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE_BYTES", 99)
+    monkeypatch.setattr(files, "PIECE_BYTES", 99)
     monkeypatch.setattr(prepare, "TASK_BYTES", 99)  # so that many tasks are under way at once
     write_txt(tmp_path / "in")
     for workers in (1, 3):
@@ -202,6 +208,22 @@ def test_equal_documents_fall_into_the_same_split(tmp_path):
     assert set(documents_of(tmp_path / "data", "train")).isdisjoint(documents_of(tmp_path / "data", "val"))
 
 
+def test_documents_that_are_all_equal_are_refused_with_a_remedy_that_helps(tmp_path):
+    write_jsonl(tmp_path / "x.jsonl", ["the same"] * 3)
+    message = refused(tmp_path / "data", f"--input={tmp_path / 'x.jsonl'}")
+    assert "x.jsonl are all equal: equal documents fall into the same split" in message
+    assert "add other text" in message and "val_fraction" not in message
+
+
+@pytest.mark.parametrize("documents", [["a", "b", "b"], ["a", "a", "b"], ["b", "b", "c", "c", "a"]])
+@pytest.mark.parametrize("val_fraction", [0.01, 0.5, 0.99])
+def test_small_corpus_with_equal_documents_has_one_in_each_split(tmp_path, documents, val_fraction):
+    write_jsonl(tmp_path / "x.jsonl", documents)
+    run(tmp_path / "data", f"--input={tmp_path / 'x.jsonl'}", f"--val_fraction={val_fraction}")
+    train, val = (documents_of(tmp_path / "data", split) for split in ("train", "val"))
+    assert sorted(train + val) == sorted(documents) and set(train).isdisjoint(val)
+
+
 @pytest.mark.parametrize("number", [2, 3, 7])
 @pytest.mark.parametrize("val_fraction", [0.01, 0.99])
 def test_small_corpus_has_a_document_in_each_split(tmp_path, number, val_fraction):
@@ -213,7 +235,7 @@ def test_small_corpus_has_a_document_in_each_split(tmp_path, number, val_fractio
 
 @pytest.mark.parametrize("piece_bytes", [1 << 20, 1000, 7])
 def test_single_document_is_split_at_its_tail_as_nanogpt_does(text_file, tmp_path, monkeypatch, piece_bytes):
-    monkeypatch.setattr(corpus, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(files, "PIECE_BYTES", piece_bytes)
     data = "".join(f"line {i} of a book\n" for i in range(777))
     run(tmp_path / "data", f"--input={text_file(data)}", "--val_fraction=0.1")
     n = len(data)
@@ -246,9 +268,9 @@ def test_file_that_is_cut_into_pieces_has_the_ids_of_the_whole(tmp_path, monkeyp
     write_txt(tmp_path / "in", [text, "another " * 9])
     folder = tmp_path / "data"
     whole_pieces = run(tmp_path / "whole", f"--input={tmp_path / 'in'}", "--bpe_vocab_size=400", tokenizer=tokenizer)
-    monkeypatch.setattr(corpus, "PIECE_BYTES", 101)
+    monkeypatch.setattr(files, "PIECE_BYTES", 101)
     meta = run(folder, f"--input={tmp_path / 'in'}", "--bpe_vocab_size=400", tokenizer=tokenizer)
-    assert len(list(corpus.FilePieces(tmp_path / "in/000.txt"))) > 50
+    assert len(list(corpus.FilePieces(files.TextFile(tmp_path / "in/000.txt").blocks))) > 50
     used = load_tokenizer(str(tmp_path / "whole/tokenizer.json") if tokenizer == "bpe" else tokenizer)
     if tokenizer == "bpe":  # which learns from the pieces
         assert meta["tokenizer_sha256"] == whole_pieces["tokenizer_sha256"]
@@ -258,22 +280,32 @@ def test_file_that_is_cut_into_pieces_has_the_ids_of_the_whole(tmp_path, monkeyp
     assert any(np.array_equal(ids, candidate) for candidate in candidates)
 
 
+@pytest.mark.parametrize("text", ["x" * 3000, " " * 3000, "a " * 999, "words " + "日本" * 999 + " more", "\n" * 700])
+def test_bpe_is_trained_on_words_of_bounded_length_and_on_all_text(tmp_path, text):
+    write_txt(tmp_path / "in", [text, "val"])
+    cfg = config.load(prepare.Settings, [f"--input={tmp_path / 'in'}", "--val_fraction=0.01"]).prepare
+    texts = list(prepare._training_texts(corpus.Corpus(cfg, tmp_path)))
+    assert "".join(texts) in (text, "val")
+    if text in texts[0] or len(texts) > 1:
+        assert max(len(word) for part in texts for word in re.findall(r"\S+|\s+", part)) <= 256
+
+
 def test_pieces_are_bounded_and_whole_characters_where_there_is_no_blank(text_file, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE_BYTES", 10)
+    monkeypatch.setattr(files, "PIECE_BYTES", 10)
     path = text_file("日本語。" * 999)
-    pieces = list(corpus.FilePieces(path))
+    pieces = list(corpus.FilePieces(files.TextFile(path).blocks))
     assert b"".join(pieces) == path.read_bytes() and max(map(len, pieces)) <= 17 * 10
     assert "".join(piece.decode() for piece in pieces) == "日本語。" * 999
-    noise = text_file(b"\xa0" * 999, "noise.txt")
-    assert b"".join(corpus.FilePieces(noise)) == b"\xa0" * 999
+    assert b"".join(corpus.FilePieces(lambda: [b"\xa0" * 999])) == b"\xa0" * 999
 
 
 def test_long_documents_between_separators_may_span_blocks(text_file, monkeypatch):
     documents = ["a" * 35, "b", "", "c" * 11, "d" * 10]
     path = text_file("<|sep|>".join(documents))
     for block in (1, 2, 7, 10, 1000):
-        monkeypatch.setattr(corpus, "PIECE_BYTES", block)
-        assert list(corpus._split_file(path, b"<|sep|>")) == [d.encode() for d in documents]
+        monkeypatch.setattr(files, "PIECE_BYTES", block)
+        found = list(corpus._split_file(files.TextFile(path).blocks(), b"<|sep|>", 99))
+        assert found == [d.encode() for d in documents]
 
 
 def test_shards_hold_shard_tokens_each_but_the_last(tmp_path):
@@ -396,7 +428,7 @@ def test_a_tokenizer_that_an_interrupted_prepare_left_is_not_taken_for_another(t
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(prepare, "tokenize", interrupted)
         run(folder, source, "--bpe_vocab_size=300", tokenizer="bpe")
-    left = (folder / "tokenizer.json").read_bytes()
+    left = (folder / prepare.UNFINISHED_TOKENIZER).read_bytes()
     if tokenizer == "vocab.txt":
         (tmp_path / "vocab.txt").write_text("\n".join(VOCAB))
         tokenizer = str(tmp_path / "vocab.txt")
@@ -439,7 +471,7 @@ def test_vocabulary_past_uint16_is_written_as_uint32(tmp_path, vocab_size, dtype
 
 def test_everything_left_out_is_counted_in_the_summary(tmp_path, capsys):
     source = tmp_path / "in"
-    write_txt(source, ["", "good text"])
+    write_txt(source, ["", "good text" * 50])
     (source / "002.txt").write_bytes(b"bad \xff\xfe text")
     lines = [b'{"text": "fine"}', b"", b"not json", b'{"text": "cut', b'{"other": 1}', b'{"text": 7}', b"[1]", b'"x"',
              b'{"text": "bad \xff"}', b'{"text": ""}', b'{"text": "half a pair \\ud800."}']  # fmt: skip
@@ -451,7 +483,7 @@ def test_everything_left_out_is_counted_in_the_summary(tmp_path, capsys):
                  "1 rows without text in the column 'text'", "1 pieces with bytes that are not UTF-8"):  # fmt: skip
         assert line in printed, printed
     documents = documents_of(tmp_path / "data", "train") + documents_of(tmp_path / "data", "val")
-    assert sorted(documents) == sorted(["good text", "bad \ufffd\ufffd text", "fine", "half a pair ?.", "column"])
+    assert sorted(documents) == sorted(["good text" * 50, "bad \ufffd\ufffd text", "fine", "half a pair ?.", "column"])
     assert sum(split["documents"] for split in meta["splits"].values()) == 5
 
 
@@ -465,7 +497,8 @@ def test_damaged_gzip_file_is_reported_and_the_rest_is_read(tmp_path, capsys, da
         data[10] = 255  # the first byte of compressed data: a kind of block that there is not
     path.write_bytes({"cut": data[: len(data) // 2], "changed": data, "no gzip": b"plain text"}[damage])
     run(tmp_path / "data", f"--input={tmp_path / 'in'}", "--val_fraction=0.3")
-    assert f"files cut short or damaged: {path}" in capsys.readouterr().out
+    message = "1 lines that are not JSON" if damage == "no gzip" else f"files cut short, damaged or unreadable: {path}"
+    assert message in capsys.readouterr().out
     documents = documents_of(tmp_path / "data", "train") + documents_of(tmp_path / "data", "val")
     assert set(DOCUMENTS[:7]) <= set(documents)
 
@@ -497,7 +530,8 @@ def test_corpus_without_text_is_one_clear_error(tmp_path, files, remedy, tokeniz
 def test_input_that_names_no_file_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     assert f"input {tmp_path}/nothing names no file" in refused(tmp_path / "data", f"--input={tmp_path}/nothing")
-    assert "must hold .txt, .jsonl" in refused(tmp_path / "data", f"--input={tmp_path}/empty")
+    assert not (tmp_path / "data").exists()
+    assert "must hold .txt, .md, .jsonl" in refused(tmp_path / "data", f"--input={tmp_path}/empty")
     assert "put a glob in quotes" in refused(tmp_path / "data", f"--input={tmp_path}/*.txt")
 
 
@@ -526,6 +560,11 @@ def test_impossible_setting_is_refused(tmp_path, text_file, argument, expected):
     assert expected in refused(tmp_path / "data", f"--input={text_file('x' * 99)}", argument)
 
 
+def test_input_beside_a_dataset_that_was_added_by_hand_is_refused_not_ignored():
+    with pytest.raises(UserError, match="input x and dataset mine are both set; give one"):
+        prepare.PrepareConfig(dataset="mine", input="x")
+
+
 def test_input_or_dataset_is_needed():
     with pytest.raises(UserError, match="neither input nor dataset is set"):
         config.load(prepare.Settings, [])
@@ -534,7 +573,7 @@ def test_input_or_dataset_is_needed():
 @pytest.mark.parametrize(("where", "folder"), [
     ("books/*.txt", "data/books"), ("books/**/*", "data/books"), ("books/", "data/books"), ("a/x.jsonl", "data/x"),
     ("../x.txt", "data/x"), ("*.txt", "data/text"), (".", "data/text"), ("..", "data/text"),
-    ("http://h/x.txt", "data/x"),
+    ("http://h/x.txt", "data/x"), ("http://u:p@h:8/a/x.jsonl?token=secret", "data/x"), ("https://h?id=7", "data/h"),
 ])  # fmt: skip
 def test_folder_is_named_for_the_input(where, folder):
     assert str(prepare.default_folder(config.load(prepare.Settings, [f"--input={where}"]).prepare)) == folder
@@ -550,6 +589,47 @@ def test_second_run_says_that_the_data_is_there_and_changes_nothing(text_file, t
     assert run(*argv, workers=2) == first  # the number of processes is no matter
     assert "is already prepared" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "data").iterdir()} == before
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ("nothing", None), ("touched", "newest "), ("longer", "bytes "), ("another", "files 7 -> 8"),
+    ("fewer", "files 7 -> 6"), ("renamed", "names or sizes"), ("gone", "its files are gone"),
+])  # fmt: skip
+def test_second_run_names_how_its_input_has_changed(tmp_path, capsys, change, words):
+    source = write_txt(tmp_path / "in", DOCUMENTS[:7])
+    argv = [tmp_path / "data", f"--input={source}"]
+    first, path = run(*argv), source / "003.txt"
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    if change in ("touched", "longer"):
+        path.write_text(DOCUMENTS[3] + "more" * (change == "longer"), newline="")
+        os.utime(path, ns=tuple(time + 10**10 for time in times))
+    if change == "another":
+        (source / "new.txt").write_text("new")
+    if change == "fewer":
+        path.unlink()
+    if change == "renamed":
+        path.rename(source / "004b.txt")
+    if change == "gone":
+        shutil.rmtree(source)
+    capsys.readouterr()
+    assert run(*argv) == first
+    printed = capsys.readouterr().out
+    assert "is already prepared" in printed
+    assert ("its input has changed since: " in printed) == (change != "nothing")
+    assert words is None or (words in printed and f"to prepare it again, remove {tmp_path}/data" in printed)
+
+
+def test_data_of_before_a_setting_was_added_is_still_recognised(tmp_path, capsys):
+    argv = [tmp_path / "data", f"--input={write_txt(tmp_path / 'in')}"]
+    meta = run(*argv)
+    for name in ("encoding", "max_document_bytes"):
+        del meta["settings"][name]
+    del meta["input_files"]
+    (tmp_path / "data/meta.json").write_text(json.dumps(meta))
+    run(*argv)
+    assert "is already prepared" in capsys.readouterr().out
+    with pytest.raises(UserError, match="already holds data"):
+        run(*argv, "--encoding=cp1252")
 
 
 @pytest.mark.parametrize("other", ["--val_fraction=0.5", "--tokenizer=bpe", "--shard_tokens=50", "--input=."])
@@ -583,6 +663,64 @@ def test_killed_run_is_refused_by_readers_and_recovered_by_running_again(text_fi
     assert not list(folder.glob("*.part"))
 
 
+STRANGERS = {
+    "movie.part": b"half a film", "train_000003.bin.part": b"not zeros and no shard", "meta.json.part": b"[1, 2",
+    "tokenizer.json": b"{}", "notes.txt.part": b"",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_files_of_others_are_neither_removed_nor_overwritten_nor_taken_for_an_unfinished_prepare(tmp_path, name):
+    source, folder = write_txt(tmp_path / "in"), tmp_path / "data"
+    folder.mkdir()
+    (folder / name).write_bytes(STRANGERS[name])
+    if name in ("movie.part", "notes.txt.part"):
+        run(folder, f"--input={source}")
+        assert Split(folder, "train", 261).tokens
+    else:
+        message = refused(folder, f"--input={source}", "--bpe_vocab_size=300", tokenizer="bpe")
+        assert f"holds files that prepare.py did not write: {name}; use another --data_dir" in message
+        assert message == refused(folder, f"--input={source}", "--bpe_vocab_size=300", tokenizer="bpe")  # again
+    assert (folder / name).read_bytes() == STRANGERS[name]
+
+
+def test_tokenizer_that_lies_in_the_data_folder_may_be_used_there(tmp_path):
+    source, folder = f"--input={write_txt(tmp_path / 'in')}", tmp_path / "data"
+    run(tmp_path / "bpe", source, "--bpe_vocab_size=300", tokenizer="bpe")
+    folder.mkdir()
+    shutil.copy(tmp_path / "bpe/tokenizer.json", folder)
+    assert run(folder, source, tokenizer=str(folder / "tokenizer.json"))["vocab_size"] == 300
+
+
+def test_folder_in_which_another_prepare_works_is_refused_and_left_alone(tmp_path):
+    source, folder = write_txt(tmp_path / "in"), tmp_path / "data"
+    with prepare.locked(folder):
+        (folder / "train_000000.bin.part").write_bytes(bytes(HEADER.size))
+        message = refused(folder, f"--input={source}")
+        assert f"data_dir {folder} is in use by another prepare.py, process {os.getpid()} on " in message
+        assert (folder / "train_000000.bin.part").exists()
+    run(folder, f"--input={source}")
+    assert Split(folder, "train", 261).tokens
+
+
+def test_prepared_folder_that_cannot_be_written_to_is_still_recognised(tmp_path, capsys):
+    argv = [tmp_path / "data", f"--input={write_txt(tmp_path / 'in')}"]
+    run(*argv)
+    with prepare.locked(tmp_path / "data"):  # as good as read-only: nothing may be locked or written
+        run(*argv)
+    assert "is already prepared" in capsys.readouterr().out
+
+
+def test_meta_has_a_checksum_of_each_block_of_each_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "BLOCK", 100)
+    meta = run(tmp_path / "data", f"--input={write_txt(tmp_path / 'in')}", "--shard_tokens=333", "--val_fraction=0.3")
+    for split in meta["splits"].values():
+        assert split["checksums"].keys() == split["shards"].keys()
+        for name, sums in split["checksums"].items():
+            data = (tmp_path / "data" / name).read_bytes()[HEADER.size :]
+            assert sums == [zlib.crc32(data[i : i + 200]) for i in range(0, len(data), 200)]
+
+
 def test_run_that_fails_leaves_nothing_that_is_taken_for_data(tmp_path):
     write_txt(tmp_path / "in", DOCUMENTS)
     (tmp_path / "in/x.parquet").write_bytes(b"no parquet")  # comes after 40 good files
@@ -596,7 +734,7 @@ def test_token_files_of_others_are_neither_overwritten_nor_removed(text_file, tm
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / name).write_bytes(b"precious")
     message = refused(tmp_path / "data", f"--input={text_file('x' * 99)}")
-    assert f"holds token files that prepare.py did not write: {name}; use another --data_dir" in message
+    assert f"holds files that prepare.py did not write: {name}; use another --data_dir" in message
     assert (tmp_path / "data" / name).read_bytes() == b"precious"
 
 

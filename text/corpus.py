@@ -1,27 +1,24 @@
 """Files of text to documents, each in the training or the validation split.
 
-Input is files, folders, globs and URLs of .txt, .jsonl, .jsonl.gz or .parquet; any other file is read as text. Memory
-does not grow with the corpus, only with the longest line of a .jsonl file or document between separators.
+Memory does not grow with the corpus, only with the longest document of a .jsonl or .parquet file or between separators.
 """
 
 import collections
-import glob
-import gzip
+import contextlib
+import functools
 import hashlib
-import http.client
 import itertools
 import json
 import os
 import re
-import shutil
 import sysconfig
-import urllib.request
-import zlib
+import time
 from pathlib import Path
 
 from config import UserError
+from text import files
+from text.files import Tally, TextFile, download, ending_of, find_files, shown
 
-PIECE_BYTES = 1 << 20  # long documents are read in pieces of about this size
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"  # 1.1 MB
 
 
@@ -38,13 +35,28 @@ DATASETS = {"stdlib": stdlib_files, "shakespeare": lambda folder: [download(SHAK
 
 
 class Corpus:
-    """The documents of the input. skipped: {reason: how many were left out} by the last pass."""
+    """The documents of the input. skipped: {reason: how many were left out} by the last pass.
+
+    inventory: the number of files, their bytes, the newest one's time, and a hash of their names and sizes.
+    """
 
     def __init__(self, cfg, folder):
         self.cfg, self.skipped, self.fields = cfg, collections.Counter(), {}
-        self.files = DATASETS[cfg.dataset](folder) if cfg.dataset else find_files(cfg.input, folder)
+        found = (DATASETS[cfg.dataset](folder), {}) if cfg.dataset else find_files(cfg.input, folder)
+        self.files, self.left_out = found
         self.root = Path(os.path.commonpath([path.parent for path in self.files]))
-        self.bytes = sum(path.stat().st_size for path in self.files)
+        sizes, newest, names = [], 0, hashlib.sha256()
+        for path in self.files:
+            status = path.stat()
+            sizes.append(status.st_size)
+            newest = max(newest, status.st_mtime)
+            names.update(b"%s %d\n" % (self._name(path), status.st_size))
+        self.bytes = sum(sizes)
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(newest))
+        self.inventory = {"files": len(sizes), "bytes": self.bytes, "newest": when, "names": names.hexdigest()[:16]}
+
+    def _name(self, path):
+        return str(path.relative_to(self.root)).encode("utf-8", errors="surrogateescape")
 
     def pieces(self):
         """Yields (split, bytes, whether they end a document), in order; long documents come in pieces.
@@ -53,23 +65,30 @@ class Corpus:
         corpus gets at least one document into each split; a single document's tail becomes the validation split.
         """
         self.skipped.clear()
+        self.skipped.update(self.left_out)
+        self.total = Tally()
         documents = self._documents()
         first = list(itertools.islice(documents, 1000))
         if len(first) == 1:
-            return self._tail_split(first[0][1])
+            yield from self._tail_split(first[0][1])
+            return self.total.check("the text of all files", self.cfg.encoding or "utf-8")
+        where = self.cfg.dataset or files.public(self.cfg.input)
         if not first:
             why = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items()) or "no documents"
             remedy = f"set --text_field= to one of: {', '.join(self.fields)}" if self.fields else "check --input="
-            raise UserError(f"there is no text in {self.cfg.input or self.cfg.dataset}: {why}; {remedy}")
+            raise UserError(f"there is no text in {where}: {why}; {remedy}")
         limit = self.cfg.val_fraction
         if len(first) < 1000:
-            hashes = sorted(_unit_hash(key) for key, _ in first)
+            hashes = sorted({_unit_hash(key) for key, _ in first})
+            if len(hashes) == 1:
+                rule = "equal documents fall into the same split, and each split needs one"
+                raise UserError(f"the {len(first)} documents in {where} are all equal: {rule}; add other text")
             limit = min(max(limit, hashes[0]), hashes[-2])
-        return (
-            ("val" if _unit_hash(key) <= limit else "train", piece, last)
-            for key, text in itertools.chain(first, documents)
-            for piece, last in _mark_last(text)
-        )
+        for key, text in itertools.chain(first, documents):
+            split = "val" if _unit_hash(key) <= limit else "train"
+            for piece, last in _mark_last(text):
+                yield split, piece, last
+        self.total.check("the text of all files", self.cfg.encoding or "utf-8")
 
     def _tail_split(self, text):
         cut = int(sum(map(len, text)) * (1 - self.cfg.val_fraction))  # from the current piece's start
@@ -86,35 +105,65 @@ class Corpus:
     def _documents(self):
         """Yields (key, iterable of its bytes) for each document that is not empty."""
         for path in self.files:
-            try:
+            with self._counting_damage(path):
                 for text in self._read(path):
-                    if not text:
+                    if text is None:
+                        self.skipped[f"documents of more than {self.cfg.max_document_bytes:,} bytes"] += 1
+                    elif not text:
                         self.skipped["empty documents"] += 1
                     elif isinstance(text, bytes):
                         yield text, [text]
                     else:
-                        yield str(path.relative_to(self.root)).encode(), text
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                self.skipped[f"files cut short or damaged: {path} ({error})"] += 1
+                        yield self._name(path), text
+
+    @contextlib.contextmanager
+    def _counting_damage(self, path):
+        try:
+            yield
+        except (EOFError, OSError) as error:
+            self.skipped[f"files cut short, damaged or unreadable: {shown(path)} ({error})"] = 1
 
     def _read(self, path):
-        """Yields the documents of a file as bytes; a file that is one document as FilePieces."""
-        if path.name.endswith((".jsonl", ".jsonl.gz")):
-            with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
-                yield from self._json_texts(filter(bytes.strip, lines))
-        elif path.suffix == ".parquet":
-            yield from self._parquet_texts(path)
-        elif self.cfg.doc_separator is not None:
-            yield from _split_file(path, self.cfg.doc_separator.replace("\\n", "\n").encode())
-        else:
-            yield FilePieces(path) if path.stat().st_size else b""
+        """Yields the documents of a file as bytes, None for one that is too large; a file of one as FilePieces."""
+        file = TextFile(path, self.cfg.encoding, self.total)
+        if file.is_parquet:
+            return self._parquet_texts(path)
+        if file.is_json:
+            return self._json_texts(path, _split_file(self._blocks(file), b"\n", self.cfg.max_document_bytes))
+        if file.is_binary:
+            self.skipped[f"{''.join(ending_of(str(path)))} files that are no text".lstrip()] += 1
+            return []
+        if file.is_empty:
+            return [b""]
+        if self.cfg.doc_separator is None:
+            return [FilePieces(functools.partial(self._blocks, file))]
+        separator = self.cfg.doc_separator.replace("\\n", "\n").encode()
+        return _split_file(self._blocks(file), separator, self.cfg.max_document_bytes)
 
-    def _json_texts(self, lines):
+    def _blocks(self, file):
+        with self._counting_damage(file.path):
+            yield from file.blocks()
+
+    def _json_texts(self, path, lines):
+        is_in_doubt = ending_of(path.name)[0] == ".json"
         for line in lines:
+            if line is None:
+                yield None
+            if not (line and line.strip()):
+                continue
+            value, why = None, None
             try:
                 value = json.loads(line)
+            except RecursionError:
+                why = "lines that are nested too deeply"
             except ValueError:  # includes bad UTF-8
-                self.skipped["lines that are not JSON"] += 1
+                why = "lines that are not JSON"
+            if is_in_doubt and not isinstance(value, dict):
+                self.skipped[".json files of one value, where an object a line is read"] += 1
+                return
+            is_in_doubt = False
+            if why:
+                self.skipped[why] += 1
                 continue
             fields = value if isinstance(value, dict) else {}
             if isinstance(text := fields.get(self.cfg.text_field), str):
@@ -137,12 +186,16 @@ class Corpus:
         with file:
             if field not in (columns := file.schema_arrow.names):
                 raise UserError(f"{path} has no column {field!r}; set --text_field to one of: {', '.join(columns)}")
-            for batch in file.iter_batches(batch_size=256, columns=[field]):
-                for text in batch.column(0).to_pylist():
+            rows = (text for batch in file.iter_batches(256, columns=[field]) for text in batch.column(0).to_pylist())
+            try:
+                for text in rows:
                     if isinstance(text, str):
-                        yield text.encode("utf-8", errors="replace")
+                        data = text.encode("utf-8", errors="replace")
+                        yield data if len(data) <= self.cfg.max_document_bytes else None
                     else:
                         self.skipped[f"rows without text in the column {field!r}"] += 1
+            except pyarrow.ArrowException as error:
+                raise EOFError(str(error)) from error
 
 
 class FilePieces:
@@ -151,74 +204,44 @@ class FilePieces:
     Text without such a place for 16 pieces is cut between any two characters, so that memory stays bounded.
     """
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, blocks):
+        """blocks: a function that yields the file's text."""
+        self.blocks = blocks
 
     def __iter__(self):
         rest = b""
-        with open(self.path, "rb") as file:
-            while block := file.read(PIECE_BYTES):
-                rest += block
-                if word := re.match(rb"(?s).*[0-9A-Za-z](?=\s)", rest):
-                    cut = word.end()
-                elif len(rest) >= 16 * PIECE_BYTES:
-                    cut = len(rest) - 1
-                    while rest[cut] & 0xC0 == 0x80 and cut > len(rest) - 4:  # not inside a UTF-8 character
-                        cut -= 1
-                else:
-                    continue
-                yield rest[:cut]
-                rest = rest[cut:]
+        for block in self.blocks():
+            searched = max(0, len(rest) - 1)
+            rest += block
+            if word := re.compile(rb"(?s).*[0-9A-Za-z](?=\s)").match(rest, searched):
+                cut = word.end()
+            elif len(rest) >= 16 * files.PIECE_BYTES:
+                cut = len(rest) - 1
+                while rest[cut] & 0xC0 == 0x80 and cut > len(rest) - 4:  # not inside a UTF-8 character
+                    cut -= 1
+            else:
+                continue
+            yield rest[:cut]
+            rest = rest[cut:]
         if rest:
             yield rest
 
 
-def find_files(where, folder):
-    """The files that a path, folder, glob or URL names, sorted; a URL is downloaded below folder."""
-    endings = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-    if re.match(r"\w+://", where):
-        return [download(where, folder / "download")]
-    if os.path.isdir(where):
-        found = [p for p in Path(where).rglob("*") if p.name.endswith(endings) and p.is_file()]
-        remedy = f"it must hold {', '.join(endings)}; for other text, give a glob such as --input='{where}/**/*'"
-    else:
-        found = [Path(p) for p in [where, *glob.glob(where, recursive=True)] if os.path.isfile(p)]
-        remedy = "check the path, and put a glob in quotes"
-    if not found:
-        what = "holds no file of text" if os.path.isdir(where) else "names no file"
-        raise UserError(f"input {where} {what}; {remedy}")
-    return sorted(set(found))
-
-
-def download(url, folder):
-    """The path of a URL's file, which is fetched into a folder unless it is there."""
-    path = folder / (url.rstrip("/").rpartition("/")[2] or "download.txt")
-    if not path.exists():
-        print(f"fetching {url}", flush=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".part")
-        try:
-            with urllib.request.urlopen(url, timeout=60) as response, open(partial, "wb") as file:
-                shutil.copyfileobj(response, file)
-                if getattr(response, "length", None):  # bytes that the server promised and did not send
-                    raise ConnectionError(f"cut short {response.length:,} bytes before its end")
-        except (OSError, ValueError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
-            raise UserError(f"{url} could not be fetched ({error}); get it by hand and set --input= to it") from error
-        os.replace(partial, path)
-    return path
-
-
-def _split_file(path, separator):
-    """The documents between the separators of a text file."""
-    rest, searched = bytearray(), 0  # grows in place: a long document is not copied for each block
-    with open(path, "rb") as file:
-        while block := file.read(PIECE_BYTES):
-            rest += block
-            if rest.find(separator, max(0, searched - len(separator))) >= 0:
-                *documents, rest = rest.split(separator)
-                yield from map(bytes, documents)
-            searched = len(rest)
-    yield bytes(rest)
+def _split_file(blocks, separator, limit):
+    """The documents between the separators of a text in blocks; None for one of more than limit bytes."""
+    rest, searched, is_too_long = bytearray(), 0, False  # grows in place: a long document is not copied for each block
+    for block in blocks:
+        rest += block
+        if rest.find(separator, max(0, searched - len(separator))) >= 0:
+            *documents, rest = rest.split(separator)
+            for document in documents:
+                yield None if is_too_long or len(document) > limit else bytes(document)
+                is_too_long = False
+        if len(rest) > limit + len(separator):
+            is_too_long = True
+            del rest[: -len(separator)]
+        searched = len(rest)
+    yield None if is_too_long or len(rest) > limit else bytes(rest)
 
 
 def _mark_last(items):

@@ -1,0 +1,206 @@
+"""Token shards on disk, and meta.json, which describes them.
+
+A shard is a 24-byte header and its tokens, uint16 or uint32, and is memory-mapped. nanoGPT's raw train.bin, llm.c's and
+modded-nanogpt's files are read as they are.
+"""
+
+import json
+import os
+import re
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from config import UserError
+
+HEADER = struct.Struct("<8sIIQ")  # magic, version, bytes a token, tokens
+MAGIC, VERSION = b"flatlm\0\0", 1
+LLMC = {20240520: np.uint16, 20240801: np.uint32}  # magic of llm.c's GPT-2 and Llama 3 files, 256 int32 of header
+BLOCK = 1 << 20  # tokens that one checksum covers
+META_BYTES = 1 << 24  # largest meta.json that is read: checksums of 10**12 tokens fit
+LARGEST_VOCABULARY = 1 << 24
+
+
+class ShardWriter:
+    """Writes a split as shards of shard_tokens tokens, under temporary names until finish().
+
+    counts: {shard's name: tokens}; checksums: {shard's name: CRC-32 of each BLOCK of its tokens}.
+    """
+
+    def __init__(self, folder, split, dtype, shard_tokens):
+        self.folder, self.split, self.dtype, self.shard_tokens = Path(folder), split, np.dtype(dtype), shard_tokens
+        self.counts, self.checksums = {}, {}
+
+    def write(self, tokens):
+        """Appends an array of tokens."""
+        while len(tokens):
+            if not self.counts or self.counts[self.name] == self.shard_tokens:
+                self.name = f"{self.split}_{len(self.counts):06d}.bin"
+                self.counts[self.name], self.checksums[self.name] = 0, []
+                (self.folder / f"{self.name}.part").write_bytes(bytes(HEADER.size))
+            count, sums = self.counts[self.name], self.checksums[self.name]
+            part, tokens = np.split(tokens, [min(self.shard_tokens - count, BLOCK - count % BLOCK)])
+            data = part.astype(self.dtype).tobytes()
+            with open(self.folder / f"{self.name}.part", "ab") as file:
+                file.write(data)
+            if count % BLOCK == 0:
+                sums.append(0)
+            sums[-1] = zlib.crc32(data, sums[-1])
+            self.counts[self.name] += len(part)
+
+    def finish(self):
+        """Writes the headers and renames the shards; returns {name: tokens}."""
+        for name, count in self.counts.items():
+            partial = self.folder / f"{name}.part"
+            with open(partial, "r+b", buffering=0) as file:
+                file.write(HEADER.pack(MAGIC, VERSION, self.dtype.itemsize, count))
+                os.fsync(file.fileno())
+            os.replace(partial, self.folder / name)
+        return self.counts
+
+
+def checksums(shard):
+    """The CRC-32 of each BLOCK of a shard's tokens."""
+    return [zlib.crc32(shard[start : start + BLOCK]) for start in range(0, len(shard), BLOCK)]
+
+
+def open_shard(path, vocab_size=None):
+    """The tokens of a shard file, memory-mapped; its first bytes tell whose format it is.
+
+    A file without a header has the width that its tokens and vocab_size allow; UserError where both or neither fit.
+    """
+    path = Path(path)
+    with open(path, "rb") as file:
+        head, size = file.read(1024), path.stat().st_size
+    if head.startswith(MAGIC):
+        _, version, token_bytes, count = HEADER.unpack(head[: HEADER.size].ljust(HEADER.size, b"\0"))
+        dtype, start = {2: np.uint16, 4: np.uint32}.get(token_bytes), HEADER.size
+        if version != VERSION or dtype is None:
+            known = f"this code reads version {VERSION} with 2 or 4"
+            raise UserError(f"{path} has version {version} and {token_bytes} bytes a token; {known}")
+    elif len(head) == 1024 and (magic := int.from_bytes(head[:4], "little")) in LLMC:
+        dtype, start, count = LLMC[magic], 1024, int.from_bytes(head[8:12], "little")
+    elif path.name in ("train.bin", "val.bin") and size % 2 == 0 and vocab_size:  # nanoGPT's have no header
+        dtype, start = _width_without_header(path, size, vocab_size), 0
+        count = size // np.dtype(dtype).itemsize
+    else:
+        raise UserError(f"{path} is not a token shard of flatlm's or llm.c's; make the data again with prepare.py")
+    if size != (promised := start + count * np.dtype(dtype).itemsize):
+        sizes = f"it has {size} bytes, and its header promises {promised}"
+        raise UserError(f"{path} is damaged: {sizes}; make the data again with prepare.py")
+    return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(count,)) if count else np.empty(0, dtype)
+
+
+def _width_without_header(path, size, vocab_size):
+    """The dtype of a file that holds tokens alone, judged by 64 samples over its length."""
+    if not size:
+        return np.uint16
+    halves = np.memmap(path, dtype=np.uint16, mode="r")  # tokens, or the lower and upper halves of tokens
+    starts = np.linspace(0, max(0, len(halves) - 8192) // 2, 64, dtype=np.int64) * 2
+    sample = np.concatenate([halves[start : start + 8192] for start in dict.fromkeys(starts.tolist())])
+    narrow, wide = int(sample.max()), int(sample.view("<u4").max()) if size % 4 == 0 else vocab_size
+    if wide < vocab_size:  # as uint16, every second token would be almost 0
+        if narrow or vocab_size > 2**16:
+            return np.uint32
+        raise UserError(f"{path} holds token 0 alone and no header, so its width is unknown; make it with prepare.py")
+    if narrow < vocab_size <= 2**16:
+        return np.uint16
+    if narrow < vocab_size:
+        rule = f"vocab_size {vocab_size} needs uint32 tokens, and those of {path}, read so, are not below it"
+        raise UserError(f"{rule}; set vocab_size to the data's, for uint16 at most 65536")
+    rule = f"{path} holds token {narrow}, but vocab_size is {vocab_size}"
+    raise UserError(f"{rule}; set vocab_size to the tokenizer's or make the data again")
+
+
+def is_own_shard(path):
+    """Whether prepare.py wrote a file, judged by its first bytes."""
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def unfinished(folder):
+    """{path: whether prepare.py wrote it, judged by its first bytes} of files named like an unfinished prepare's."""
+    found = {}
+    for path in Path(folder).glob("*.part"):
+        if shard := re.fullmatch(r"(fineweb_)?(train|val)_\d{6}\.bin\.part", path.name):
+            head, magic = _head(path, HEADER.size), int.from_bytes(_head(path, 4), "little")
+            is_own = head == bytes(len(head)) or head.startswith(MAGIC)  # the header comes last
+            found[path] = magic in LLMC or len(head) < 4 if shard[1] else is_own
+        elif path.name == "meta.json.part":
+            found[path] = b'{\n "'.startswith(_head(path, 4))
+    return found
+
+
+def _head(path, size):
+    with open(path, "rb") as file:
+        return file.read(size)
+
+
+# ---- meta.json
+
+
+def read_meta(data_dir):
+    """The content of a data folder's meta.json; {} where there is none, as with other projects' files.
+
+    UserError where it is no regular file, is too large, or holds a value of another type than prepare.py writes.
+    """
+    path = Path(data_dir) / "meta.json"
+    if not os.path.lexists(path):
+        return {}
+    try:
+        if not path.is_file() or path.stat().st_size > META_BYTES:
+            raise ValueError(f"it is no regular file of at most {META_BYTES >> 20} MiB")
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        if wrong := _wrong_entry(meta):
+            raise ValueError(f"its {wrong} is not what prepare.py writes")
+    except (OSError, ValueError, RecursionError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is damaged ({why}); remove it and make the data again with prepare.py") from error
+    return meta | {"splits": {name: {"shards": {}} | split for name, split in meta["splits"].items()}}
+
+
+def _wrong_entry(meta):
+    """The first entry of meta.json of another type than prepare.py writes; None where there is none."""
+
+    def is_count(value, limit=2**63):
+        return type(value) is int and 0 <= value < limit
+
+    def are_counts(value, limit=2**63):
+        return isinstance(value, dict) and all(is_count(number, limit) for number in value.values())
+
+    def is_text(value):
+        return isinstance(value, str)
+
+    def are_ids(value):
+        return isinstance(value, list) and all(is_count(id_, vocab_size) for id_ in value)
+
+    def are_checksums(value):
+        lists = value.values() if isinstance(value, dict) else [None]
+        return all(isinstance(sums, list) and all(is_count(crc, 2**32) for crc in sums) for sums in lists)
+
+    vocab_size = meta.get("vocab_size") if isinstance(meta, dict) else None
+    if not is_count(vocab_size, LARGEST_VOCABULARY + 1) or not vocab_size:
+        return "vocab_size"
+    splits = meta.get("splits")
+    if not (isinstance(splits, dict) and all(isinstance(splits.get(name), dict) for name in ("train", "val"))):
+        return "splits"
+    rules = {
+        "tokenizer": is_text, "tokenizer_sha256": is_text, "command": is_text, "continuations": are_ids,
+        "specials": lambda value: are_counts(value, vocab_size), "notes": are_counts,
+        "settings": lambda value: isinstance(value, dict), "input_files": lambda value: isinstance(value, dict),
+    }  # fmt: skip
+    of_split = {
+        "tokens": is_count, "documents": is_count, "bytes": is_count, "shards": are_counts, "checksums": are_checksums,
+    }  # fmt: skip
+    wrong = [name for name, holds in rules.items() if name in meta and not holds(meta[name])]
+    for split, entries in splits.items():
+        if not isinstance(entries, dict):
+            return f"split {split[:20]!r}"
+        wrong += [
+            f"{name} of {split[:20]!r}"
+            for name, holds in of_split.items()
+            if name in entries and not holds(entries[name])
+        ]
+    return wrong[0] if wrong else None
