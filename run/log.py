@@ -109,6 +109,8 @@ class Log:
             process = "" if self.world.device.type == "cuda" else "; the process holds Python and torch as well"
             predicted = _memory(sum(self.predicted.values()))
             self._print(f"memory     {peak} peak after the first step ({predicted} predicted{process})")
+            if self.cfg.parallel.compiles(self.world.device.type):
+                self._print(f"compiled   in the first step, which took {_duration(now - self.interval_start)}")
         self.n_steps += 1
         if bad:
             self._print(f"{self._step_text(state)}  skipped, number {state.bad_steps} in a row: {bad}")
