@@ -26,7 +26,8 @@ from test_tokenizer import (
 from config import UserError
 from conftest import ROOT
 from interop import tokenizer as hub_tokenizer
-from interop.tokenizer import check_same_ids, hub_tokenizer_file, load_hub_tokenizer, merges_of, write_tokenizer
+from interop.hub_tokenizer import hub_tokenizer_file, load_hub_tokenizer
+from interop.tokenizer import check_same_ids, merges_of, write_tokenizer
 from sample import masked_ids
 from text.tokenizer import (
     BERT_SPECIALS,
