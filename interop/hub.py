@@ -91,7 +91,7 @@ class HubModel:
         if missing := sorted(used - found.keys()):
             if all(name.startswith("cls.predictions") for name in missing):
                 what = "has no head for masked tokens (cls.predictions), so it predicts none"
-                raise UserError(f"{self.folder} {what}; use a {family.architecture}, such as google-bert's own")
+                raise UserError(f"{self.folder} {what}; use a {family.architecture}")
             what = f"lacks {len(missing)} tensors of a {family.architecture}, {missing[0]} for one"
             raise UserError(f"{self.folder} {what}; its files are incomplete, or do not belong to its config.json")
         if strange:
