@@ -21,8 +21,8 @@ LARGEST = {
 COPY_AGAIN = "copy it from its source again"
 
 
-def read_json(path, schema=None, needs=(), lacking=None):
-    """The object in a JSON file, with values as the schema has them (see check) and all the keys in `needs`.
+def read_json(path, schema=None, lacking=None):
+    """The object in a JSON file, with values as the schema has them (see check).
 
     lacking: the answer where there is no file; None: UserError, as for all else that is wrong.
     """
@@ -40,8 +40,6 @@ def read_json(path, schema=None, needs=(), lacking=None):
         raise UserError(f"{path} cannot be read as JSON ({error}); {COPY_AGAIN}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object; {COPY_AGAIN}")
-    if missing := [key for key in needs if key not in value]:
-        raise UserError(f"{path} lacks {', '.join(missing)}; {COPY_AGAIN}")
     return check(value, schema or dict, path)
 
 
@@ -49,8 +47,8 @@ def check(value, kind, where):
     """The value, where it is of a kind; UserError that names its place in `where` otherwise.
 
     A kind is a type (float takes whole numbers, too; object takes anything), a range of whole numbers, None, a tuple of
-    alternatives, [kind] for a list of them, or {key: kind} for an object, in which "*" stands for all other keys; keys
-    without a kind may hold anything, and none needs to be there.
+    alternatives, [kind] for a list of them, or {key: kind} for an object, in which "*" stands for all other keys, and a
+    key with "!" behind it must be there; keys without a kind may hold anything.
     """
     if not _is_of(value, kind):
         raise UserError(f"{where} is {_shown(value)}, where there must be {_described(kind)}; {COPY_AGAIN}")
@@ -59,7 +57,7 @@ def check(value, kind, where):
             pairs = [(i, item, alternative[0]) for i, item in enumerate(value)]
         elif isinstance(alternative, dict) and isinstance(value, dict):
             others = alternative.get("*", object)
-            pairs = [(key, item, alternative.get(key, others)) for key, item in value.items()]
+            pairs = [(key, item, alternative.get(key, alternative.get(f"{key}!", others))) for key, item in value.items()]
         else:
             continue
         for key, item, inner in pairs:
@@ -136,7 +134,7 @@ def is_regular(path):
 
 
 def _whole(text):
-    if len(text) > 20:
+    if len(text) > 40:  # transformers writes 10**30 for "without a limit"
         raise ValueError(f"a number has {len(text)} digits")
     return int(text)
 
@@ -168,8 +166,10 @@ def _is_of(value, kind):
         return any(_is_of(value, alternative) for alternative in kind)
     if isinstance(kind, range):
         return type(value) is int and value in kind
-    if isinstance(kind, (dict, list)):
-        return isinstance(value, type(kind))
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(key in value for key in _needed(kind))
+    if isinstance(kind, list):
+        return isinstance(value, list)
     if kind is None:
         return value is None
     if kind in (int, float):
@@ -177,11 +177,17 @@ def _is_of(value, kind):
     return isinstance(value, kind)
 
 
+def _needed(kind):
+    return [key[:-1] for key in kind if key[-1:] == "!"]
+
+
 def _described(kind):
     if isinstance(kind, tuple):
         return " or ".join(map(_described, kind))
     if isinstance(kind, range):
         return f"a whole number from {kind.start} to {kind.stop - 1}"
+    if isinstance(kind, dict) and _needed(kind):
+        return f"an object with {', '.join(_needed(kind))}"
     kind = type(kind) if isinstance(kind, (dict, list)) else kind
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a whole number"}
     return names.get(kind, "a number" if kind is float else "null")

@@ -130,7 +130,7 @@ def tensors_in(folder):
         if single.exists():
             return open_tensors(single)
         if index.exists():
-            files = foreign.read_json(index, {"weight_map": {"*": str}}, needs=["weight_map"])["weight_map"]
+            files = foreign.read_json(index, {"weight_map!": {"*": str}})["weight_map"]
             opened = {file: open_tensors(folder / foreign.check_name(file, index)) for file in {*files.values()}}
             if lacking := [name for name, file in files.items() if name not in opened[file]]:
                 raise UserError(f"{index} names {lacking[0]!r}, which its file has not; {foreign.COPY_AGAIN}")

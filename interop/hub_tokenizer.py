@@ -9,9 +9,9 @@ from foreign import is_regular, read_json, telling
 from text.tokenizer import TOKEN_ID, saved_tokenizer, tokenizer_of_saved
 
 WRITE_ONE = "write one with transformers: AutoTokenizer.from_pretrained(X).save_pretrained(X)"
-NAME = (str, {"content": str}, None)
+NAME = (str, {"content!": str}, None)
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
-ADDED = {"content": str, "special": bool} | dict.fromkeys(FLAGS, bool)
+ADDED = {"content!": str, "special!": bool} | dict.fromkeys(FLAGS, bool)
 STOPS = {"eos_token_id": (int, [int], None)}
 # Kinds of values of tokenizer_config.json, special_tokens_map.json and the model's config.json (see foreign.check)
 CONFIG = {
@@ -57,8 +57,7 @@ def load_hub_tokenizer(folder):
     if name := _class_name(saved, path, config, model):
         made = _class_of(name, saved, config, folder)
         saved = _as_class(name, made, saved, path)
-    if path.endswith("tokenizer.json"):
-        _check_added(saved, config, folder)
+    _check_added(saved, config, folder)
     tokenizer = tokenizer_of_saved(path, saved)
     ids = tokenizer.specials | {token["content"]: token["id"] for token in saved.get("added_tokens") or []}
     vocab = saved["model"]["vocab"]
@@ -116,7 +115,8 @@ def _class_name(saved, path, config, model):
 
 def _class_of(name, saved, config, folder):
     """What the class of a name makes of a folder's settings."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": bool(config.get("add_prefix_space")), "use_regex": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": bool(config.get("add_prefix_space")), "trim_offsets": True,
+                  "use_regex": True}  # fmt: skip
     bpe = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}  # fmt: skip
     if name == "GPT2Tokenizer":
@@ -185,8 +185,7 @@ def _check_added(saved, config, folder):
         return
     known = {token["content"]: id_ for id_, token in own}
     others = read_json(folder / "added_tokens.json", {"*": TOKEN_ID}, lacking={})
-    if any(known.get(token, saved["model"]["vocab"].get(token) if isinstance(saved["model"]["vocab"], dict) else None)
-           != id_ for token, id_ in others.items()):  # fmt: skip
+    if any(known.get(token) != id_ for token, id_ in others.items()):
         raise UserError(f"{folder} has tokens in added_tokens.json that are not in tokenizer.json; {WRITE_ONE}")
 
 

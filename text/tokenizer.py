@@ -28,8 +28,8 @@ PLAIN = {"post_processor": None, "truncation": None, "padding": None}
 # Kinds of values of a tokenizer.json (see foreign.check); `tokenizers` checks the rest
 TOKEN_ID = range(2**24)
 TOKENIZER = {
-    "added_tokens": ([{"id": TOKEN_ID, "content": str, "special": bool}], None),
-    "model": {"type": str, "vocab": ({"*": TOKEN_ID}, [[(str, float)]]), "merges": (list, None),
+    "added_tokens": ([{"id!": TOKEN_ID, "content!": str, "special!": bool}], None),
+    "model!": {"type": str, "vocab!": ({"*": TOKEN_ID}, [[(str, float)]]), "merges": (list, None),
               "unk_token": (str, None), "continuing_subword_prefix": (str, None)},
     **dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder"), (dict, None)),
 }  # fmt: skip
@@ -256,7 +256,7 @@ def saved_tokenizer(path):
             return _wordpiece_of_vocab(_lines(path))
         if path.name == "vocab.json":
             return _bpe_of_pair(path)
-        saved = foreign.read_json(path, TOKENIZER, needs=["model"])
+        saved = foreign.read_json(path, TOKENIZER)
         if "type" not in saved["model"]:  # files from before 2021, such as GPT-2's own, leave it out
             import tokenizers
 
