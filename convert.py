@@ -222,7 +222,9 @@ def training_facts(source):
         rows[f"{name} tokens of the data"] = f"{split.get('tokens', 0):,}"
     table = ["| training | |", "|---|---|"] + [f"| {name} | {value} |" for name, value in rows.items() if value]
     shown = {name: without_places(value) if isinstance(value, str) else value for name, value in settings.items()}
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", start := str(settings.get("init_from"))) and not os.path.exists(start):
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", start := str(settings.get("init_from"))) and not os.path.exists(
+        start
+    ):
         shown["init_from"] = start  # a name on the hub
     preset = [f"{name} = {value!r}" for name, value in shown.items() if name not in PRIVATE and value is not None]
     return ["\n".join(table), "Settings:", "```python\n" + "\n".join(preset) + "\n```"]

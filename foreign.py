@@ -57,7 +57,9 @@ def check(value, kind, where):
             pairs = [(i, item, alternative[0]) for i, item in enumerate(value)]
         elif isinstance(alternative, dict) and isinstance(value, dict):
             others = alternative.get("*", object)
-            pairs = [(key, item, alternative.get(key, alternative.get(f"{key}!", others))) for key, item in value.items()]
+            pairs = [
+                (key, item, alternative.get(key, alternative.get(f"{key}!", others))) for key, item in value.items()
+            ]
         else:
             continue
         for key, item, inner in pairs:
@@ -94,7 +96,9 @@ def telling(sentence):
         raise UserError(f"{sentence(f'it needs {error.name}')}; pip install {error.name}") from error
     except BaseException as error:  # PanicException is no Exception
         reason = " ".join(str(error).split())[:300]
-        raise UserError(sentence(reason if type(error) is UserError else f"{type(error).__name__}: {reason}")) from error
+        raise UserError(
+            sentence(reason if type(error) is UserError else f"{type(error).__name__}: {reason}")
+        ) from error
 
 
 def read_bytes(path, largest=LARGEST_FILE):

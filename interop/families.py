@@ -96,7 +96,7 @@ class Family:
         floats = {*self.dropouts, *(key for key, name in self.keys.items() if name == "norm_eps")}
         keys = (*self.keys, *self.needs, *self.aliases, *self.more, *self.biases, self.activation, *floats, *KINDS)
         rope = ROPE_KINDS if self.fixed["position"] == "rope" else {}
-        kinds = dict.fromkeys(floats, float) | dict.fromkeys(self.biases, bool) | {self.activation: str}
+        kinds = dict.fromkeys(floats, (float, None)) | dict.fromkeys(self.biases, bool) | {self.activation: str}
         return {key: kinds.get(key) or LAYERS.get(key) or KINDS.get(key, object) for key in keys} | rope
 
     def complete(self, cfg):
@@ -105,21 +105,24 @@ class Family:
 
 
 # Keys of config.json that change nothing that our models compute, at any value
-HARMLESS = frozenset("""
-    architectures model_type transformers_version use_cache initializer_range gradient_checkpointing attn_implementation
-    bos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id decoder_start_token_id
-    forced_bos_token_id forced_eos_token_id tokenizer_class prefix name_or_path return_dict return_dict_in_generate
-    output_hidden_states output_attentions output_scores output_past output_logits torchscript use_bfloat16
-    tf_legacy_loss use_return_dict keys_to_ignore_at_inference n_ctx reorder_and_upcast_attn chunk_size_feed_forward
-    pretraining_tp classifier_dropout num_labels id2label label2id problem_type finetuning_task task_specific_params
-    summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout summary_last_dropout
-    summary_hidden_size directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
-    pooler_size_per_head pooler_type tie_encoder_decoder cross_attention_hidden_size unsloth_fixed unsloth_version
-    max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty
-    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids suppress_tokens begin_suppress_tokens num_return_sequences
-    remove_invalid_values exponential_decay_length_penalty
-""".split())
+HARMLESS = frozenset(
+    """
+    architectures model_type transformers_version use_cache initializer_range gradient_checkpointing
+    attn_implementation bos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id
+    decoder_start_token_id forced_bos_token_id forced_eos_token_id tokenizer_class prefix name_or_path return_dict
+    return_dict_in_generate output_hidden_states output_attentions output_scores output_past output_logits
+    torchscript use_bfloat16 tf_legacy_loss use_return_dict keys_to_ignore_at_inference n_ctx
+    reorder_and_upcast_attn chunk_size_feed_forward pretraining_tp classifier_dropout num_labels id2label label2id
+    problem_type finetuning_task task_specific_params summary_type summary_use_proj summary_activation
+    summary_proj_to_labels summary_first_dropout summary_last_dropout summary_hidden_size directionality
+    pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
+    tie_encoder_decoder cross_attention_hidden_size unsloth_fixed unsloth_version max_length min_length
+    max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    suppress_tokens begin_suppress_tokens num_return_sequences remove_invalid_values
+    exponential_decay_length_penalty is_decoder
+    """.split()
+)
 NEEDS = {"is_encoder_decoder": False, "pruned_heads": {}, "auto_map": {}, "add_cross_attention": False}
 CAUSAL = NEEDS | {"is_causal": True}
 FULL = {"sliding_window": None, "layer_types": None, "use_sliding_window": False}
@@ -133,7 +136,8 @@ ROPE = {"rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_fr
         "original_max_position_embeddings"}  # fmt: skip
 ROPE_ENTRIES = dict.fromkeys(ROPE, (float, None)) | {"rope_type": (str, None), "type": (str, None)}
 ROPE_KINDS = {"rope_parameters": (ROPE_ENTRIES, None), "rope_scaling": (ROPE_ENTRIES, None)} | {
-    key: ROPE_ENTRIES[key] for key in ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")}
+    key: ROPE_ENTRIES[key] for key in ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
+}
 
 CLASSIC = {"norm": "layernorm", "position": "learned", "qk_norm": False}
 MODERN = {"objective": "clm", "norm": "rmsnorm", "norm_position": "pre", "position": "rope", "n_token_types": None}
@@ -158,7 +162,6 @@ GPT2 = Family(
     needs=CAUSAL | {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
     aliases={"hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
              "num_hidden_layers": "n_layer"},
-    more=("is_decoder",),
     transposed=r"\.(c_attn|c_proj|c_fc)\.weight$", ignored=r"\.attn\.(masked_)?bias$",  # old files' causal mask
 )  # fmt: skip
 BERT = Family(
@@ -279,7 +282,7 @@ def model_config(config):
         unsupported += unsupported_rope
     if unsupported:
         raise UserError(f"it has {', '.join(unsupported)}, which our models do not compute; use another model")
-    settings["dropout"] = config.get(family.dropouts[0], 0.0)
+    settings["dropout"] = config.get(family.dropouts[0]) or 0.0
     settings["mlp"] = family.activations[config.get(family.activation, family.defaults[family.activation])]
     return foreign.settings_of(ModelConfig, settings | family.fixed, "it"), longest
 
@@ -302,9 +305,8 @@ def _plain_settings(family, config):
 
 def _unsupported(family, config):
     """Keys and values of a config.json, rope's apart, that our models do not compute, or that we do not know."""
-    found = [f"{key} {config[key]!r}" for key, value in family.needs.items()
-             if config.get(key, value) not in (value, value or None)
-             and not (key == "layer_types" and {*config[key]} <= {"full_attention"})]
+    wrong = [key for key, value in family.needs.items() if config.get(key, value) not in (value, value or None)]
+    found = [f"{key} {config[key]!r}" for key in wrong if key != "layer_types" or {*config[key]} - {"full_attention"}]
     found += [f"{key} {config[key]!r} beside {of} {config[of]!r}" for key, of in family.aliases.items()
               if config.get(key, config[of]) != config[of]]  # fmt: skip
     found += [f"an unknown {key}" for key in config if not (key in family.kinds or key in HARMLESS or key[:1] == "_")]

@@ -174,6 +174,7 @@ def _fixed(part):
 
 def _check_added(saved, config, folder):
     """UserError where the folder's other files list other tokens that text may contain than tokenizer.json."""
+
     def words(tokens):
         return {token["content"]: (id_, *(token.get(flag, flag == "normalized") for flag in FLAGS))
                 for id_, token in tokens if not token.get("special")}  # fmt: skip
@@ -181,7 +182,9 @@ def _check_added(saved, config, folder):
     own = [(token["id"], token) for token in saved.get("added_tokens") or []]
     if (listed := config.get("added_tokens_decoder")) is not None:
         if not all(id_.isdecimal() for id_ in listed) or words(own) != words((int(i), t) for i, t in listed.items()):
-            raise UserError(f"{folder} lists other added tokens in tokenizer_config.json than tokenizer.json; {WRITE_ONE}")
+            raise UserError(
+                f"{folder} lists other added tokens in tokenizer_config.json than tokenizer.json; {WRITE_ONE}"
+            )
         return
     known = {token["content"]: id_ for id_, token in own}
     others = read_json(folder / "added_tokens.json", {"*": TOKEN_ID}, lacking={})
