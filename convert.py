@@ -30,6 +30,7 @@ from interop.tokenizer import write_tokenizer
 from run.folder import RunConfig
 from world import tune_malloc
 
+WEIGHTS = r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?$"
 SHARD_BYTES = 5 * 10**9  # largest file of weights, as transformers below 5 writes
 
 
@@ -99,6 +100,10 @@ def export(source, folder, dtype=None):
         with contextlib.suppress(OSError):  # the folder is not empty, as it should be
             final.rmdir()
     print(f"{source.name}: written to {folder} as {config['architectures'][0]}, {n_bytes / 1e6:,.1f} MB of weights")
+    if isinstance(source, HubModel):
+        others = {path.name for path in source.folder.iterdir() if not re.match(WEIGHTS, path.name)} - {*ACCOMPANYING}
+        if others := sorted(others - {"config.json"}):
+            print(f"left out: {', '.join(others[:9])}{' and others' * (len(others) > 9)}")
 
 
 def put_tokenizer(source, tokenizer, folder):

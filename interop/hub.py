@@ -153,8 +153,8 @@ def load_plain(path):
     """
     remedy = "copy it again, or name another"
     with foreign.telling(lambda reason: f"{path} holds no tensors that can be read ({reason}); {remedy}"):
-        if not foreign.is_regular(path):
-            raise UserError("it is no file that can be read" if os.path.lexists(path) else "it is not there")
+        if os.path.exists(path) and not foreign.is_regular(path):
+            raise UserError("it is no regular file")
         if Path(path).suffix == ".safetensors":
             import safetensors
 

@@ -272,6 +272,24 @@ def test_a_copy_publishes_no_file_from_outside_the_folder(tmp_path):
         export(open_model(str(folder)), tmp_path / "back")
 
 
+def test_what_a_copy_leaves_out_is_told(tmp_path, capsys):
+    _, folder = saved("gpt2", tmp_path / "theirs")
+    for name in ("vocab.json", "tekken.json", "notes.txt"):
+        (folder / name).write_text("{}")
+    export(open_model(str(folder)), tmp_path / "back")
+    assert capsys.readouterr().out.splitlines()[-1] == "left out: notes.txt, tekken.json"
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_is_told_in_a_line(tmp_path):
+    """torch's CheckpointException is no Exception."""
+    source = open_model(make_run(tmp_path / "run", GPT2))
+    for path in source.path.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(UserError, match="step_00000060 cannot be read .*; name another checkpoint, or try again") as error:
+        export(source, tmp_path / "hf")
+    assert "\n" not in str(error.value) and not (tmp_path / "hf").exists()
+
+
 def test_links_of_the_hubs_cache_are_followed(tmp_path):
     _, theirs = saved("gpt2", tmp_path / "theirs")
     snapshot, blobs = tmp_path / "models--x" / "snapshots" / "aa", tmp_path / "models--x" / "blobs"
