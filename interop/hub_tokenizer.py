@@ -1,11 +1,12 @@
 """The tokenizer of a Hugging Face folder, as transformers' AutoTokenizer (5) reads it."""
 
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 from config import UserError
-from foreign import is_regular, read_json, telling
+from foreign import read_json, telling
 from text.tokenizer import TOKEN_ID, saved_tokenizer, tokenizer_of_saved
 
 WRITE_ONE = "write one with transformers: AutoTokenizer.from_pretrained(X).save_pretrained(X)"
@@ -83,10 +84,10 @@ def hub_tokenizer_file(folder):
     """The file of a Hugging Face folder to give to load_tokenizer, as a path."""
     folder = Path(folder)
     for name in ("tokenizer.json", "vocab.txt"):
-        if is_regular(folder / name):
+        if os.path.lexists(folder / name):
             return str(folder / name)
     is_gpt2 = read_json(folder / "config.json", lacking={}).get("model_type", "gpt2") == "gpt2"  # others cut otherwise
-    if is_regular(folder / "vocab.json") and is_regular(folder / "merges.txt") and is_gpt2:
+    if os.path.lexists(folder / "vocab.json") and os.path.lexists(folder / "merges.txt") and is_gpt2:
         return str(folder / "vocab.json")
     files = "tokenizer.json, BERT's vocab.txt, or GPT-2's vocab.json and merges.txt"
     raise UserError(f"{folder} has no tokenizer that can be read: no {files}; {WRITE_ONE}")

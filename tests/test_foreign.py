@@ -28,6 +28,59 @@ ANY = st.recursive(LEAF, lambda inner: st.lists(inner, max_size=4) | st.dictiona
                    max_leaves=9)  # fmt: skip
 
 
+KINDS = {"n": range(1, 9), "x": (float, None), "s": [str], "o": {"a!": bool, "*": int}}
+
+
+@pytest.mark.parametrize("value, told", [
+    ({}, None), ({"n": 8, "x": 3, "s": ["a"], "o": {"a": True, "b": 7}, "other": [{}]}, None), ({"x": None, "s": []}, None),
+    ({"n": 9}, "f: 'n' is 9, where there must be a whole number from 1 to 8"), ({"n": True}, "'n' is True, where"),
+    ({"n": 2.0}, "'n' is 2.0, where"), ({"x": "3"}, "'x' is '3', where there must be a number or null"),
+    ({"x": False}, "'x' is False"), ({"s": ["a", 3]}, "'s': 1 is 3, where there must be a text"),
+    ({"o": {}}, "'o' is {}, where there must be an object with a"), ({"o": {"a": 1}}, "'o': 'a' is 1, where"),
+    ({"o": {"a": True, "b": "x" * 99}}, "'o': 'b' is 'x{56}[.]{3}, where there must be a whole number"),
+])  # fmt: skip
+def test_a_value_of_another_kind_is_refused_by_its_place(value, told):
+    if told is None:
+        assert foreign.check(value, KINDS, "f") == value
+    else:
+        with pytest.raises(UserError, match=told):
+            foreign.check(value, KINDS, "f")
+
+
+@pytest.mark.parametrize("text, told", [
+    (b"{", "cannot be read as JSON"), (b"[]", "holds no JSON object"), (b"\xff{}", "cannot be read as JSON"),
+    (b'{"x": NaN}', "NaN is no finite number"), (b'{"x": -1e999}', "-1e999 is no finite number"),
+    (b'{"x": %s}' % (b"9" * 41), "a number has 41 digits"), (b'{"x": "\\ud800"}', "surrogates not allowed"),
+    (b'{"x":' + b"[" * 65 + b"]" * 65 + b"}", "nested more than 64 levels"), (b"[" * 10**6, "cannot be read as JSON"),
+    (b'{"x": [' + b"[]," * 2**22 + b"[]]}", "more than 4,194,304 objects and lists"),
+], ids=range(10))  # fmt: skip
+def test_a_file_beyond_the_bounds_is_refused(text, told, tmp_path):
+    (tmp_path / "x.json").write_bytes(text)
+    with pytest.raises(UserError, match=f"x.json .*{told}.*copy it from its source again"):
+        foreign.read_json(tmp_path / "x.json")
+
+
+def test_what_is_sound_is_read(tmp_path):
+    (tmp_path / "x.json").write_bytes(b'\xef\xbb\xbf{"x": "\\ud83d\\ude42", "n": 1000000000000000019884624838656}')
+    assert foreign.read_json(tmp_path / "x.json") == {"x": "🙂", "n": 10**30 + 19884624838656}
+    assert foreign.read_json(tmp_path / "y.json", lacking={"a": 1}) == {"a": 1}
+    with pytest.raises(UserError, match="y.json cannot be read as JSON .*No such file"):
+        foreign.read_json(tmp_path / "y.json")
+    (tmp_path / "link.json").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match="link.json cannot be read"):
+        foreign.read_json(tmp_path / "link.json", lacking={})
+
+
+@pytest.mark.parametrize("changes, told", [
+    ({"n_layer": 10**6}, "n_layer 1000000"), ({"n_layer": "3"}, "n_layer '3'"), ({"new": 1}, "'new', which is unknown"),
+    ({"dropout": 2.0}, "dropout is 2.0; it must be"), ({"n_head": 5}, "n_embd 768 is not a multiple of n_head 5"),
+])  # fmt: skip
+def test_settings_that_make_no_model_are_refused(changes, told):
+    assert foreign.settings_of(ModelConfig, {"vocab_size": 37, "n_layer": 3.0}, "f") == ModelConfig(vocab_size=37, n_layer=3)
+    with pytest.raises(UserError, match=told):
+        foreign.settings_of(ModelConfig, {"vocab_size": 37} | changes, "f")
+
+
 def places(value, path=()):
     """Paths of keys to every place in a JSON value; long objects and lists have only their first and last."""
     yield path

@@ -29,7 +29,7 @@ PLAIN = {"post_processor": None, "truncation": None, "padding": None}
 TOKEN_ID = range(2**24)
 TOKENIZER = {
     "added_tokens": ([{"id!": TOKEN_ID, "content!": str, "special!": bool}], None),
-    "model!": {"type": str, "vocab!": ({"*": TOKEN_ID}, [[(str, float)]]), "merges": (list, None),
+    "model!": {"type": str, "vocab!": ({"*": TOKEN_ID}, list), "merges": (list, None),
               "unk_token": (str, None), "continuing_subword_prefix": (str, None)},
     **dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder"), (dict, None)),
 }  # fmt: skip
