@@ -481,6 +481,17 @@ def test_text_in_pieces_has_the_ids_of_the_whole(kind, says, own, tmp_path):
         assert ids == theirs(text, add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.parametrize("kind, says", [("llama2", {}), ("gpt2", {"add_prefix_space": True}),
+                                        ("bert", {"do_lower_case": True, "strip_accents": False})])  # fmt: skip
+def test_a_folders_tokenizer_that_is_saved_as_a_file_has_its_ids(kind, says, tmp_path):
+    ours = load_hub_tokenizer(folder_of(kind, OWN_CLASS[kind], says, tmp_path))
+    alone = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    ours.save(tmp_path / "saved.json")
+    again = load_tokenizer(str(tmp_path / "saved.json"))
+    assert any(ours.encode(text).tolist() != alone.encode(text).tolist() for text in SOME_TEXTS)
+    assert all(ours.encode(text).tolist() == again.encode(text).tolist() for text in SOME_TEXTS)
+
+
 def test_words_added_to_a_bert_tokenizer_are_tokens(tmp_path):
     theirs = transformers.BertTokenizer(
         vocab={token: i for i, token in enumerate(Path(vocab_file(tmp_path)).read_text().splitlines())},
