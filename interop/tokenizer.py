@@ -1,4 +1,4 @@
-"""Tokenizers as files that Hugging Face's libraries load and save: tokenizer.json, tokenizer_config.json."""
+"""Tokenizers written as files that Hugging Face's libraries load: tokenizer.json, tokenizer_config.json."""
 
 import itertools
 import json
