@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,17 @@ from typing import Literal
 
 import torch
 
+import foreign
 from config import UserError, only, run_script
 from interop.families import config_of, family_of, their_tensors
 from interop.hub import ACCOMPANYING, HubModel, save_tensors
 from interop.nanogpt import import_nanogpt
 from interop.pretrained import load_tokenizer_of, model_location, open_model
-from interop.tokenizer import read_json, write_tokenizer
+from interop.tokenizer import write_tokenizer
 from run.folder import RunConfig
 from world import tune_malloc
 
+WEIGHTS = r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?$"
 SHARD_BYTES = 5 * 10**9  # largest file of weights, as transformers below 5 writes
 
 
@@ -75,9 +78,12 @@ def export(source, folder, dtype=None):
             raise UserError(f"{folder} is not empty; name another folder with --to_hf=, or remove it")
         partial.mkdir()
         special_ids = put_tokenizer(source, tokenizer, partial)
-        config = config_of(source.cfg, special_ids, dtype or source.dtype, source.extra)
+        if isinstance(source, HubModel):
+            config = copied_config(source, dtype)
+        else:
+            config = config_of(source.cfg, special_ids, dtype or source.dtype, source.extra)
         write_json(config, partial / "config.json")
-        if source.cfg.is_causal and not (partial / "generation_config.json").exists():
+        if source.cfg.is_causal and not isinstance(source, HubModel):
             known_ids = {name: id_ for name, id_ in special_ids.items() if id_ is not None}
             write_json(known_ids, partial / "generation_config.json")
         itemsize = getattr(torch, dtype or source.dtype).itemsize
@@ -94,6 +100,10 @@ def export(source, folder, dtype=None):
         with contextlib.suppress(OSError):  # the folder is not empty, as it should be
             final.rmdir()
     print(f"{source.name}: written to {folder} as {config['architectures'][0]}, {n_bytes / 1e6:,.1f} MB of weights")
+    if isinstance(source, HubModel):
+        others = {path.name for path in source.folder.iterdir() if not re.match(WEIGHTS, path.name)} - {*ACCOMPANYING}
+        if others := sorted(others - {"config.json"}):
+            print(f"left out: {', '.join(others[:9])}{' and others' * (len(others) > 9)}")
 
 
 def put_tokenizer(source, tokenizer, folder):
@@ -101,13 +111,24 @@ def put_tokenizer(source, tokenizer, folder):
     # None, not absent: transformers would fill in its defaults.
     special_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     if isinstance(source, HubModel):
-        for name in ACCOMPANYING:
-            if (source.folder / name).exists():
-                shutil.copyfile(source.folder / name, folder / name)
-        return {name: source.config.get(name) for name in special_ids}
-    if tokenizer:
+        for name in filter(lambda name: os.path.lexists(source.folder / name), ACCOMPANYING):
+            foreign.check_inside(source.folder / name)
+            with foreign.telling(lambda reason, name=name: f"{source.folder / name} cannot be copied ({reason})"):
+                (folder / name).write_bytes(foreign.read_bytes(source.folder / name))
+    elif tokenizer:
         special_ids |= write_tokenizer(tokenizer, folder, source.cfg.objective, source.cfg.block_size)
     return special_ids
+
+
+def copied_config(source, dtype):
+    """The config.json of a copy of a Hugging Face model: its own, but for a class that the weights do not make up."""
+    config = {**source.config}
+    classes = [name for name in config.get("architectures") or [] if isinstance(name, str)]
+    if not any(name.endswith(("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForPreTraining")) for name in classes):
+        config["architectures"] = [source.family.architecture]
+    if dtype:
+        config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype}
+    return config
 
 
 def write_weights(tensors, folder, dtype=None, itemsize=4, shard_bytes=SHARD_BYTES):
@@ -146,6 +167,11 @@ def write_json(value, path):
 # ---- the model card
 
 PRIVATE = {"out_dir", "resume", "device", "data_fingerprint", "wandb", "wandb_project", "wandb_run_name"}
+NUMBER = (float, None)
+SPLITS = {"*": {"tokens": int, "bytes": int}}
+# Kinds of values of a run's files from which a card is written (see foreign.check)
+MANIFEST = {"step": int, "settings": dict, "state": {"sequences_seen": int, "hours": NUMBER, "val_loss": NUMBER}}
+DATA = {"splits": SPLITS, "settings": ({"tokenizer": str}, None), "tokenizer": str, "command": str}
 
 
 def card(source, family, name, tokenizer):
@@ -177,9 +203,10 @@ def training_facts(source):
     manifest = getattr(source, "manifest", None)
     if manifest is None:
         return []
+    foreign.check(manifest, MANIFEST, source.path / "manifest.json")
     state, settings, data = manifest.get("state", {}), manifest.get("settings", {}), {}
     with contextlib.suppress(UserError):  # a damaged file was reported before
-        data = read_json(source.folder / "meta.json")
+        data = foreign.read_json(source.folder / "meta.json", DATA, lacking={})
     log = source.folder / "log.jsonl"
     losses = re.findall(r'"loss": ([-+.\de]+)', log.read_text(encoding="utf-8") if log.exists() else "")
     rows = {
@@ -193,13 +220,40 @@ def training_facts(source):
     if state.get("val_loss") is not None and split.get("bytes") and source.cfg.is_causal:
         bits = state["val_loss"] / math.log(2) * split["tokens"] / split["bytes"]
         rows["validation bits per byte"] = f"{bits:.4f}"
-    rows["tokenizer"] = data.get("settings", data).get("tokenizer")
-    rows["data made by"] = f"`{data['command']}`" if data.get("command") else None
+    tokenizer = (data.get("settings") or data).get("tokenizer")
+    rows["tokenizer"] = tokenizer and without_places(tokenizer)
+    rows["data made by"] = f"`{public_command(data['command'])}`" if data.get("command") else None
     for name, split in data.get("splits", {}).items():
         rows[f"{name} tokens of the data"] = f"{split.get('tokens', 0):,}"
     table = ["| training | |", "|---|---|"] + [f"| {name} | {value} |" for name, value in rows.items() if value]
-    preset = [f"{name} = {value!r}" for name, value in settings.items() if name not in PRIVATE and value is not None]
+    shown = {name: without_places(value) if isinstance(value, str) else value for name, value in settings.items()}
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", start := str(settings.get("init_from"))) and not os.path.exists(
+        start
+    ):
+        shown["init_from"] = start  # a name on the hub
+    preset = [f"{name} = {value!r}" for name, value in shown.items() if name not in PRIVATE and value is not None]
     return ["\n".join(table), "Settings:", "```python\n" + "\n".join(preset) + "\n```"]
+
+
+def public_command(command):
+    """A command without what it says of the machine: see without_places; empty where it is no command."""
+    try:
+        words = [word.partition("=") for word in shlex.split(command)]
+    except ValueError:  # quotes that do not match
+        return ""
+    kept = ("--doc_separator", "--text_field")
+    words = [name + equals + (value if name in kept else without_places(value)) if equals else without_places(name)
+             for name, equals, value in words]  # fmt: skip
+    return shlex.join(words).replace("`", "'")
+
+
+def without_places(text):
+    """A text without folders, if it is a path, and without user, password, query and fragment, if it is a URL."""
+    if re.match(r"\w+://", text):
+        scheme, _, rest = re.split(r"[?#]", text)[0].partition("://")
+        host, slash, path = rest.partition("/")
+        return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    return re.split(r"[/\\]", text.rstrip("/\\"))[-1]
 
 
 if __name__ == "__main__":

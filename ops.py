@@ -82,10 +82,12 @@ def rope_table(positions, head_dim, theta, scale=1.0, context=None):
     scale divides the frequencies that turn less than once in a context, leaves those that turn 4 times and more, and
     interpolates between: Llama 3.1's extension of the context (arXiv 2407.21783).
     """
-    frequencies = theta ** -(torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
+    # Rounded as transformers rounds them: at position 8,192 another order of operations changes angles by 1e-3.
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
     if scale != 1:
-        left = ((context * frequencies / (2 * math.pi) - 1) / 3).clamp(0, 1)
-        frequencies = frequencies * (left + (1 - left) / scale)
+        left = (context / (2 * math.pi / frequencies) - 1) / 3
+        between = (1 - left) * frequencies / scale + left * frequencies
+        frequencies = between.where(left < 1, frequencies).where(left > 0, frequencies / scale)
     angles = positions[:, None] * frequencies  # T D/2
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)

@@ -252,11 +252,11 @@ def encoded(corpus, tokenizer_name, dtype, workers):
 
 
 def _grouped(pieces):
-    """Lists of pieces, about TASK_BYTES each."""
-    group, size = [], 0
-    for piece in pieces:
-        group.append(piece)
-        size += len(piece[1])
+    """Lists of (split, piece, whether it ends a document, whether it continues one), about TASK_BYTES each."""
+    group, size, continues = [], 0, False
+    for split, piece, last in pieces:
+        group.append((split, piece, last, continues))
+        size, continues = size + len(piece), not last
         if size >= TASK_BYTES:
             yield group
             group, size = [], 0
@@ -282,12 +282,12 @@ def _encode(group, tokenizer_name, dtype):
     tokenizer, results = _loaded_once(tokenizer_name), []
     for split, pieces in itertools.groupby(group, key=lambda piece: piece[0]):
         parts, count, n_bad = [], collections.Counter(), 0
-        for _, piece, last in pieces:
+        for _, piece, last, continues in pieces:
             try:
                 text = piece.decode("utf-8")
             except UnicodeDecodeError:
                 text, n_bad = piece.decode("utf-8", errors="replace"), n_bad + 1
-            parts.append(tokenizer.encode(text).astype(dtype))
+            parts.append(tokenizer.encode(text, continues).astype(dtype))
             if last:
                 parts.append(np.array([tokenizer.eot], dtype))
             count.update(documents=last, bytes=len(piece))

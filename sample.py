@@ -35,7 +35,7 @@ class SampleConfig(Config):
     prompt: str | None = None  # text to continue, or to fill at each [MASK]; FILE:path reads a file, - reads stdin
     score: bool = False  # print the prompt's log-likelihood instead; with FILE:x.jsonl, each line's
     num_samples: Count = 1  # continuations of the prompt, in one batch
-    max_new_tokens: Count = 256  # tokens per continuation, at most; an end-of-text token ends it earlier
+    max_new_tokens: Count = 256  # tokens per continuation, at most; a token that ends texts ends it earlier
     temperature: NotNegative = 0.8  # divides the logits; 0: greedy
     top_k: Count | None = None  # sample from the k likeliest tokens; for a [MASK], print k of them (none: 5)
     top_p: UpToOne | None = None  # nucleus sampling: from the fewest tokens whose probabilities sum to at least this
@@ -66,7 +66,7 @@ def main(cfg):
     if ids == [None]:
         raise UserError(f"the tokenizer {tokenizer.name} has no end-of-text token to start from; give a --prompt=")
     ids = as_batch(ids, model, device).repeat(cfg.sample.num_samples, 1)  # B T
-    never = [token for token in tokenizer.specials.values() if token != tokenizer.eot]  # special tokens are not text
+    never = [token for token in tokenizer.specials.values() if token not in tokenizer.stops]  # no part of text
     start = time.perf_counter()
     steps = generate(model, ids, cfg.sample, cfg.run.seed, tokenizer.vocab_size, never)
     n_tokens = sum(map(len, stream(steps, tokenizer, prompt, cfg.sample.num_samples)))
@@ -233,7 +233,7 @@ def stream(steps, tokenizer, prompt, num_samples):
     print(prompt, end="", flush=True)
     for tokens in steps:
         for i, token in enumerate(tokens.tolist()):
-            ended[i] = ended[i] or token == tokenizer.eot
+            ended[i] = ended[i] or token in tokenizer.stops
             if not ended[i]:
                 samples[i].append(token)
                 if i == 0:

@@ -5,12 +5,13 @@ Known are GPT-2, BERT, Llama with Mistral, and Qwen3, as transformers computes t
 
 import itertools
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
+import foreign
 from config import UserError
 from model import ModelConfig, parameter_shapes
 
@@ -82,15 +83,61 @@ class Family:
     dropouts: tuple  # keys of config.json for our dropout
     biases: tuple = ()  # keys of config.json for our bias
     activation: str = "hidden_act"
+    aliases: dict = field(default_factory=dict)  # {other name of a key: the key}
+    more: tuple = ()  # further keys that model_config reads
     # Patterns of tensors' names; by default they match none.
     transposed: str = "$^"  # tensors whose matrices are (in, out)
     ignored: str = "$^"  # buffers that are no weights
     extra: str = "$^"  # weights that ours lack; kept, and exported unchanged
 
+    @property
+    def kinds(self):
+        """{key of config.json that is read: kind of its value}, see foreign.check; sizes are checked with settings."""
+        floats = {*self.dropouts, *(key for key, name in self.keys.items() if name == "norm_eps")}
+        keys = (*self.keys, *self.needs, *self.aliases, *self.more, *self.biases, self.activation, *floats, *KINDS)
+        rope = ROPE_KINDS if self.fixed["position"] == "rope" else {}
+        kinds = dict.fromkeys(floats, (float, None)) | dict.fromkeys(self.biases, bool) | {self.activation: str}
+        return {key: kinds.get(key) or LAYERS.get(key) or KINDS.get(key, object) for key in keys} | rope
+
     def complete(self, cfg):
         """The settings with everything in `filled`."""
         return replace(cfg, **{name: value for name, value in self.filled.items() if not getattr(cfg, name)})
 
+
+# Keys of config.json that change nothing that our models compute, at any value
+HARMLESS = frozenset(
+    """
+    architectures model_type transformers_version use_cache initializer_range gradient_checkpointing
+    attn_implementation bos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id
+    decoder_start_token_id forced_bos_token_id forced_eos_token_id tokenizer_class prefix name_or_path return_dict
+    return_dict_in_generate output_hidden_states output_attentions output_scores output_past output_logits
+    torchscript use_bfloat16 tf_legacy_loss use_return_dict keys_to_ignore_at_inference n_ctx
+    reorder_and_upcast_attn chunk_size_feed_forward pretraining_tp classifier_dropout num_labels id2label label2id
+    problem_type finetuning_task task_specific_params summary_type summary_use_proj summary_activation
+    summary_proj_to_labels summary_first_dropout summary_last_dropout summary_hidden_size directionality
+    pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
+    tie_encoder_decoder cross_attention_hidden_size unsloth_fixed unsloth_version max_length min_length
+    max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    suppress_tokens begin_suppress_tokens num_return_sequences remove_invalid_values
+    exponential_decay_length_penalty is_decoder
+    """.split()
+)
+NEEDS = {"is_encoder_decoder": False, "pruned_heads": {}, "auto_map": {}, "add_cross_attention": False}
+CAUSAL = NEEDS | {"is_causal": True}
+FULL = {"sliding_window": None, "layer_types": None, "use_sliding_window": False}
+KINDS = {
+    "dtype": (str, None), "torch_dtype": (str, None), "quantization_config": (dict, None), "tie_word_embeddings": bool,
+    "eos_token_id": (int, [int], None),
+    "flatlm": ({"bias": bool, "n_token_types": (int, None), "block_size": range(1, 2**31)}, None),
+}  # fmt: skip
+LAYERS = {"layer_types": ([str], None), "sliding_window": (int, None), "use_sliding_window": (bool, None)}
+ROPE = {"rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor",
+        "original_max_position_embeddings"}  # fmt: skip
+ROPE_ENTRIES = dict.fromkeys(ROPE, (float, None)) | {"rope_type": (str, None), "type": (str, None)}
+ROPE_KINDS = {"rope_parameters": (ROPE_ENTRIES, None), "rope_scaling": (ROPE_ENTRIES, None)} | {
+    key: ROPE_ENTRIES[key] for key in ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
+}
 
 CLASSIC = {"norm": "layernorm", "position": "learned", "qk_norm": False}
 MODERN = {"objective": "clm", "norm": "rmsnorm", "norm_position": "pre", "position": "rope", "n_token_types": None}
@@ -112,7 +159,9 @@ GPT2 = Family(
     activation="activation_function", activations=GELUS,
     fixed=CLASSIC | {"objective": "clm", "norm_position": "pre", "n_token_types": None}, filled={"bias": True},
     dropouts=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
-    needs={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+    needs=CAUSAL | {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+    aliases={"hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
+             "num_hidden_layers": "n_layer"},
     transposed=r"\.(c_attn|c_proj|c_fc)\.weight$", ignored=r"\.attn\.(masked_)?bias$",  # old files' causal mask
 )  # fmt: skip
 BERT = Family(
@@ -123,7 +172,7 @@ BERT = Family(
     activations=GELUS, fixed=CLASSIC | {"objective": "mlm", "norm_position": "post"},
     filled={"bias": True, "n_token_types": 2},
     dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
-    needs={"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False},
+    needs=NEEDS | {"position_embedding_type": "absolute", "is_decoder": False, "is_causal": False},
     ignored=r"\.position_ids$", extra=r"^(bert\.pooler|cls\.seq_relationship)\.",
 )  # fmt: skip
 LLAMA = Family(
@@ -132,15 +181,21 @@ LLAMA = Family(
     keys=COMMON_KEYS | {"num_key_value_heads": "n_kv_head", "head_dim": "head_dim", "rms_norm_eps": "norm_eps"},
     defaults={"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
               "hidden_act": "silu"},
-    activations={"silu": "swiglu"}, fixed=MODERN | {"qk_norm": False}, filled={}, needs={},
+    activations={"silu": "swiglu"}, fixed=MODERN | {"qk_norm": False}, filled={}, needs=CAUSAL | FULL,
     dropouts=("attention_dropout",), biases=("attention_bias", "mlp_bias"), ignored=r"\.rotary_emb\.inv_freq$",
+)  # fmt: skip
+MISTRAL = replace(
+    LLAMA, name="Mistral", model_type="mistral", architecture="MistralForCausalLM", needs=CAUSAL,
+    defaults=LLAMA.defaults | {"num_key_value_heads": 8}, more=("sliding_window", "use_sliding_window"),
 )  # fmt: skip
 QWEN3 = replace(
     LLAMA, name="Qwen3", model_type="qwen3", architecture="Qwen3ForCausalLM",
-    defaults=LLAMA.defaults | {"head_dim": 128}, fixed=MODERN | {"qk_norm": True, "bias": False},
-    biases=("attention_bias",), needs={"attention_bias": False},
+    defaults=LLAMA.defaults | {"head_dim": 128, "num_key_value_heads": 32},
+    fixed=MODERN | {"qk_norm": True, "bias": False}, biases=("attention_bias",),
+    needs=CAUSAL | {"attention_bias": False},
+    more=("sliding_window", "use_sliding_window", "layer_types", "max_window_layers"),
 )  # fmt: skip
-FAMILIES = {"gpt2": GPT2, "bert": BERT, "llama": LLAMA, "mistral": LLAMA, "qwen3": QWEN3}
+FAMILIES = {"gpt2": GPT2, "bert": BERT, "llama": LLAMA, "mistral": MISTRAL, "qwen3": QWEN3}
 
 
 # ---- settings
@@ -185,6 +240,7 @@ def config_of(cfg, special_ids, dtype, extra=()):
         "architectures": ["BertForPreTraining" if "cls.seq_relationship.weight" in extra else family.architecture],
         "model_type": family.model_type,
         **values,
+        **({"n_ctx": cfg.block_size} if family is GPT2 else {}),  # converters of llama.cpp read it
         **special_ids,
         "initializer_range": 0.02,
         "torch_dtype": dtype,
@@ -210,7 +266,8 @@ def resolved(cfg):
 def model_config(config):
     """(our settings, longest sequence that we compute as transformers does; None: any) from a config.json's content.
 
-    UserError where a key is missing or has an impossible value, or our models do not compute what it asks for.
+    The values have the kinds of their family. UserError where a key is missing, unknown or has an impossible value, or
+    our models do not compute what it asks for.
     """
     family = FAMILIES[config["model_type"]]
     settings, unsupported = _plain_settings(family, config), _unsupported(family, config)
@@ -221,13 +278,13 @@ def model_config(config):
         longest = _sliding_window(config)
         settings["block_size"] = min(n for n in (settings["block_size"], longest, own.get("block_size")) if n)
         rope, unsupported_rope = _rope_settings(config)
-        settings |= rope | {"bias": bool(config.get(family.biases[0]))}
+        settings |= rope | {"bias": config.get(family.biases[0], False)}
         unsupported += unsupported_rope
     if unsupported:
         raise UserError(f"it has {', '.join(unsupported)}, which our models do not compute; use another model")
-    settings["dropout"] = config.get(family.dropouts[0], 0.0)
+    settings["dropout"] = config.get(family.dropouts[0]) or 0.0
     settings["mlp"] = family.activations[config.get(family.activation, family.defaults[family.activation])]
-    return ModelConfig(**settings | family.fixed), longest
+    return foreign.settings_of(ModelConfig, settings | family.fixed, "it"), longest
 
 
 def _plain_settings(family, config):
@@ -235,29 +292,30 @@ def _plain_settings(family, config):
     if missing := [key for key in family.keys if key not in config and key not in family.defaults]:
         raise UserError(f"it lacks {', '.join(missing)}")
     settings = {name: config.get(key, family.defaults.get(key)) for key, name in family.keys.items()}
-    left_open = {key for key, value in family.defaults.items() if value is None and config.get(key) is None}
+    left_open = {key for key, value in family.defaults.items() if config.get(key, value) is None}
     wrong = []
     for key, name in family.keys.items():
-        value, is_size = settings[name], name not in ("norm_eps", "tie_embeddings")
-        if is_size and key not in left_open and not (type(value) is int and 0 < value < 2**31):
+        value, largest = settings[name], foreign.LARGEST.get(name)
+        if largest and key not in left_open and not (type(value) is int and 0 < value <= largest):
             wrong.append(f"{key} {value!r}")
     if wrong:
-        raise UserError(f"it has {', '.join(wrong)}, where there must be whole numbers above 0 and below 2**31")
-    tied, eps = settings["tie_embeddings"], settings["norm_eps"]
-    if type(tied) is not bool or type(eps) not in (int, float):
-        raise UserError(f"it ties embeddings {tied!r}, with norms' epsilon {eps!r}")
+        raise UserError(f"it has {', '.join(wrong)}, where there must be whole numbers above 0 that a model can have")
     return settings
 
 
 def _unsupported(family, config):
-    """Keys and values of a config.json, rope's apart, that our models do not compute."""
-    found = [f"{key} {config[key]!r}" for key, value in family.needs.items() if config.get(key, value) != value]
+    """Keys and values of a config.json, rope's apart, that our models do not compute, or that we do not know."""
+    wrong = [key for key, value in family.needs.items() if config.get(key, value) not in (value, value or None)]
+    found = [f"{key} {config[key]!r}" for key in wrong if key != "layer_types" or {*config[key]} - {"full_attention"}]
+    found += [f"{key} {config[key]!r} beside {of} {config[of]!r}" for key, of in family.aliases.items()
+              if config.get(key, config[of]) != config[of]]  # fmt: skip
+    found += [f"an unknown {key}" for key in config if not (key in family.kinds or key in HARMLESS or key[:1] == "_")]
     if config.get("quantization_config"):
         found.append("quantization_config")
     activation = config.get(family.activation, family.defaults[family.activation])
     if activation not in family.activations:
         found.append(f"{family.activation} {activation!r}")
-    if len({bool(config.get(key)) for key in family.biases}) > 1:
+    if len({config.get(key, False) for key in family.biases}) > 1:
         found.append("biases in one of attention and MLP alone")
     return found
 
@@ -265,20 +323,34 @@ def _unsupported(family, config):
 def _sliding_window(config):
     """Tokens in the sliding window of some layer; None where no layer has one."""
     layers = config.get("layer_types") or ["sliding_attention"]
+    if odd := {*layers} - {"sliding_attention", "full_attention"}:
+        raise UserError(f"it has layers of other types, {', '.join(sorted(odd))}")
     is_used = config.get("use_sliding_window") and "sliding_attention" in layers
-    return config.get("sliding_window", 4096) if is_used or config["model_type"] == "mistral" else None
+    window = config.get("sliding_window", 4096) if is_used or config["model_type"] == "mistral" else None
+    if window is not None and window <= 0:
+        raise UserError(f"it has sliding_window {window!r}, where there must be a whole number above 0")
+    return window
 
 
 def _rope_settings(config):
     """(our settings of rope, a config.json's keys and values on rope that our models do not compute)."""
-    top = {key: config[key] for key in ("rope_theta", "original_max_position_embeddings") if key in config}
-    rope, unsupported = {}, []
-    for entries in (top, config.get("rope_scaling") or {}, config.get("rope_parameters") or {}):  # the last is new
-        twice = [key for key in rope.keys() & entries if rope[key] != entries[key]]
+    old, new = ({**(config.get(name) or {})} for name in ("rope_scaling", "rope_parameters"))
+    unsupported = []
+    for entries in (old, new):
+        unsupported += [f"an unknown {key} of rope" for key in entries.keys() - ROPE]
+        kind = entries.pop("type", None)  # its name in transformers below 5
+        if kind is not None and entries.setdefault("rope_type", kind) != kind:
+            unsupported.append(f"rope_type both {kind!r} and {entries['rope_type']!r}")
+    if old and new:  # transformers takes the old one, whatever is in the new one
+        keys = sorted({*old, *new} - {"rope_theta"}, key=str)
+        twice = [key for key in keys if old.get(key) != new.get(key)]
+        unsupported += [f"{key} both {old.get(key)!r} and {new.get(key)!r}" for key in twice]
+    rope = {key: config[key] for key in ROPE & config.keys()}
+    for entries in (old, new):
+        twice = [key for key in sorted(rope.keys() & entries) if rope[key] != entries[key]]
         unsupported += [f"{key} both {rope[key]!r} and {entries[key]!r}" for key in twice]
         rope |= entries
-    settings = {"rope_theta": rope.get("rope_theta", 10_000.0)}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    settings, kind = {"rope_theta": rope.get("rope_theta", 10_000.0)}, rope.get("rope_type") or "default"
     if kind == "llama3":
         context = rope.get("original_max_position_embeddings", config.get("max_position_embeddings"))
         settings |= {"rope_scale": rope.get("factor"), "rope_context": context}
@@ -286,8 +358,8 @@ def _rope_settings(config):
             unsupported.append(f"rope of type 'llama3' with factors {(*factors.values(),)}")
     elif kind != "default":
         unsupported.append(f"rope of type {kind!r}")
-    unsupported += [f"{name} {value!r}" for name, value in settings.items() if not isinstance(value, int | float)]
-    if rope.get("partial_rotary_factor", 1) != 1:
+    unsupported += [f"{name} {value!r}" for name, value in settings.items() if value is None]
+    if rope.get("partial_rotary_factor") not in (None, 1):
         unsupported.append(f"partial_rotary_factor {rope['partial_rotary_factor']}")
     return settings, unsupported
 

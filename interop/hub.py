@@ -1,5 +1,6 @@
 """A Hugging Face model, in a folder or on the hub, read a tensor at a time."""
 
+import os
 import pickle
 import re
 import zipfile
@@ -7,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+import foreign
 from config import UserError
 from interop.families import FAMILIES, model_config, tensors_of
-from interop.tokenizer import load_hub_tokenizer, read_json
+from interop.hub_tokenizer import load_hub_tokenizer
 
 MODELS = ("config.json", "model*.safetensors", "model.safetensors.index.json")
 ACCOMPANYING = (  # files that accompany the weights in an export
@@ -32,10 +34,7 @@ class HubModel:
         self.family = FAMILIES[self.config["model_type"]]
         self.name = f"{folder}, a Hugging Face model of {self.family.name}'s kind"
         tensors = tensors_in(self.folder)
-        try:
-            expected = tensors_of(self.family, self.cfg)
-        except (RuntimeError, TypeError) as error:  # sizes that torch cannot hold
-            raise UserError(f"{folder}: no model can have the sizes in config.json ({error}); copy it again") from error
+        expected = tensors_of(self.family, self.cfg)
         self._tensor_of = {name: theirs for theirs in expected for name in theirs.ours}
         self._theirs, self.extra = self._assign(tensors, {theirs.name for theirs in expected})
         for theirs in self._tensor_of.values():
@@ -90,6 +89,9 @@ class HubModel:
             elif not re.search(family.ignored, name):
                 strange.append(key)
         if missing := sorted(used - found.keys()):
+            if all(name.startswith("cls.predictions") for name in missing):
+                what = "has no head for masked tokens (cls.predictions), so it predicts none"
+                raise UserError(f"{self.folder} {what}; use a {family.architecture}")
             what = f"lacks {len(missing)} tensors of a {family.architecture}, {missing[0]} for one"
             raise UserError(f"{self.folder} {what}; its files are incomplete, or do not belong to its config.json")
         if strange:
@@ -108,15 +110,14 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     if not path.exists():
         raise UserError(f"{folder} holds no checkpoint of flatlm's (ckpt/step_*), no config.json; name another folder")
-    config = read_json(path)
+    config = foreign.read_json(path)
     if (kind := config.get("model_type")) not in [*FAMILIES]:
         raise UserError(f"{path} has the model type {kind!r}, not supported; supported are {', '.join(FAMILIES)}")
+    foreign.check(config, FAMILIES[kind].kinds, path)
     try:
         return config, *model_config(config)
     except UserError as error:
         raise UserError(f"{path}: {'; '.join(str(error).splitlines())}") from error
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"{path} has a value of the wrong type ({error}); copy it again") from error
 
 
 # ---- files of tensors
@@ -129,15 +130,11 @@ def tensors_in(folder):
         if single.exists():
             return open_tensors(single)
         if index.exists():
-            try:
-                files = read_json(index)["weight_map"]
-                files = {name: folder / Path(file).name for name, file in files.items()}  # always in this folder
-                opened = {file: open_tensors(file) for file in set(files.values())}
-                return {name: opened[file][name] for name, file in files.items()}
-            except (KeyError, TypeError, AttributeError) as error:
-                raise UserError(
-                    f"{index} does not fit its files ({type(error).__name__}: {error}); copy it again"
-                ) from error
+            files = foreign.read_json(index, {"weight_map!": {"*": str}})["weight_map"]
+            opened = {file: open_tensors(folder / foreign.check_name(file, index)) for file in {*files.values()}}
+            if lacking := [name for name, file in files.items() if name not in opened[file]]:
+                raise UserError(f"{index} names {lacking[0]!r}, which its file has not; {foreign.COPY_AGAIN}")
+            return {name: opened[file][name] for name, file in files.items()}
     raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin; copy its weights there")
 
 
@@ -154,23 +151,20 @@ def load_plain(path):
 
     No code in a pickle runs: torch's loader for plain weights reads it.
     """
-    try:
+    remedy = "copy it again, or name another"
+    with foreign.telling(lambda reason: f"{path} holds no tensors that can be read ({reason}); {remedy}"):
+        if os.path.exists(path) and not foreign.is_regular(path):
+            raise UserError("it is no regular file")
         if Path(path).suffix == ".safetensors":
             import safetensors
 
             file = safetensors.safe_open(path, "pt")
             return {name: file.get_tensor(name) for name in file.keys()}
-        is_new = zipfile.is_zipfile(path)  # files older than torch 1.6 cannot be mapped into memory
-        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=is_new))
-    except ImportError as error:
-        raise UserError(f"{path} needs safetensors; install it with: pip install safetensors") from error
-    except Exception as error:  # damaged and hostile files raise many kinds
-        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-        if isinstance(error, pickle.UnpicklingError):  # torch's text explains how to run the code all the same
-            reason = "it is damaged, or holds more than plain values, which could run code"
-        raise UserError(
-            f"{path} holds no tensors that can be read ({reason}); copy it again, or name another"
-        ) from error
+        try:
+            is_new = zipfile.is_zipfile(path)  # files older than torch 1.6 cannot be mapped into memory
+            return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=is_new))
+        except pickle.UnpicklingError as error:  # torch's text explains how to run the code all the same
+            raise UserError("it is damaged, or holds more than plain values, which could run code") from error
 
 
 def is_plain(tensor):

@@ -9,6 +9,7 @@ import torch
 from checkpoint import checkpoints, config_of_checkpoint, newest_checkpoint, read_manifest, tensor_reader
 from config import UserError, preset_value
 from data import prepare_command, seq_len_of, vocab_size_of
+from foreign import telling
 from interop.families import resolved
 from interop.hub import HubModel, folder_of, open_tensors, read_config, save_tensors
 from model import TRAINING_ONLY, ModelConfig, Transformer
@@ -29,7 +30,16 @@ class RunModel:
         self.manifest = read_manifest(self.path)
         self.cfg = config_of_checkpoint(self.path, self.manifest)
         self.name = f"{run_dir}, step {self.manifest['step']}"
-        self.read = tensor_reader(self.path)  # from a name to the whole tensor
+        with self._telling():
+            self._read = tensor_reader(self.path)
+
+    def read(self, name):
+        """A tensor by its name, whole; UserError where the checkpoint is damaged, or removed while it is read."""
+        with self._telling():
+            return self._read(name)
+
+    def _telling(self):
+        return telling(lambda reason: f"{self.path} cannot be read ({reason}); name another checkpoint, or try again")
 
     def load_tokenizer(self):
         """The tokenizer of the run's data; UserError where it is unknown."""

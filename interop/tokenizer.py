@@ -1,4 +1,4 @@
-"""Tokenizers as files that Hugging Face's libraries load and save: tokenizer.json, tokenizer_config.json."""
+"""Tokenizers written as files that Hugging Face's libraries load: tokenizer.json, tokenizer_config.json."""
 
 import itertools
 import json
@@ -7,7 +7,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from config import UserError
-from text.tokenizer import END_OF_TEXT, ByteTokenizer, TiktokenTokenizer, byte_of_character, load_tokenizer
+from text.tokenizer import END_OF_TEXT, ByteTokenizer, TiktokenTokenizer, byte_of_character
 
 # {role: names that tokenizers have for the special token of that role}; the first that a tokenizer has counts.
 ROLES = {
@@ -21,7 +21,6 @@ ROLES = {
 }
 ROLES_OF_OBJECTIVE = {"clm": ("bos", "eos", "pad", "unk"), "mlm": ("pad", "unk", "cls", "sep", "mask")}
 
-WRITE_ONE = "write one with transformers: AutoTokenizer.from_pretrained(X).save_pretrained(X)"
 HARD_TEXTS = (
     "The quick brown fox, don't WE'LL 'tis; I'm you're 'llama.\n\n\tx = 1234567890 + 3.14e-10 # §½²٣\r\n",
     "   blanks  \t \n\n\n  before and after   \n ",
@@ -62,69 +61,6 @@ def write_tokenizer(tokenizer, folder, objective, block_size):
     (folder / "tokenizer.json").write_text(json.dumps(saved, ensure_ascii=False), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
     return {f"{role}_token_id": tokenizer.specials[name] for role, name in specials.items()}
-
-
-def load_hub_tokenizer(folder):
-    """The tokenizer of a Hugging Face folder, with the ids that it puts before a text; UserError where it has none."""
-    path = hub_tokenizer_file(folder)
-    tokenizer, config = load_tokenizer(path), read_json(Path(folder) / "tokenizer_config.json")
-    if not path.endswith("tokenizer.json"):
-        _check_plain(tokenizer, config, folder)
-    tokens = [config.get(role) for role in ("bos_token", "eos_token")]
-    ids = [tokenizer.specials.get(str(token.get("content") if isinstance(token, dict) else token)) for token in tokens]
-    tokenizer.before_text = next((id_ for id_ in ids if id_ is not None), None)
-    try:
-        tokenizer.begin = _begin(tokenizer.saved, config.get("add_bos_token"), ids[0])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} has a post-processor of no known form ({error}); copy it again") from error
-    return tokenizer
-
-
-def _begin(saved, adds_bos, bos):
-    """Ids that go before a text: by tokenizer_config.json's add_bos_token, else by tokenizer.json's post-processor."""
-    if adds_bos is not None:
-        return [bos] if adds_bos and bos is not None else []
-    steps = (saved or {}).get("post_processor") or {}
-    for step in steps.get("processors", [steps]):
-        if step.get("type") == "TemplateProcessing":
-            pieces = itertools.takewhile(lambda piece: "SpecialToken" in piece, step["single"])
-            names = [piece["SpecialToken"]["id"] for piece in pieces]
-            return [id_ for name in names for id_ in step["special_tokens"][name]["ids"]]
-    return []
-
-
-def _check_plain(tokenizer, config, folder):
-    """UserError where a folder's settings change the usual reading of its vocab.txt or vocab.json."""
-    usual = {"strip_accents": None, "tokenize_chinese_chars": True, "add_prefix_space": False}
-    usual["do_lower_case"] = ((tokenizer.saved or {}).get("normalizer") or {}).get("lowercase")
-    odd = [f"{key} {config[key]}" for key, value in usual.items() if config.get(key, value) not in (value, None)]
-    odd += ["added_tokens.json"] if (Path(folder) / "added_tokens.json").exists() else []
-    if odd:
-        raise UserError(f"{folder} has no tokenizer.json, but {', '.join(odd)}, which we do not heed; {WRITE_ONE}")
-
-
-def hub_tokenizer_file(folder):
-    """The file of a Hugging Face folder to give to load_tokenizer, as a path."""
-    folder = Path(folder)
-    for name in ("tokenizer.json", "vocab.txt"):
-        if (folder / name).is_file():
-            return str(folder / name)
-    is_gpt2 = read_json(folder / "config.json").get("model_type", "gpt2") == "gpt2"  # others cut words in other ways
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file() and is_gpt2:
-        return str(folder / "vocab.json")
-    files = "tokenizer.json, BERT's vocab.txt, or GPT-2's vocab.json and merges.txt"
-    raise UserError(f"{folder} has no tokenizer that can be read: no {files}; {WRITE_ONE}")
-
-
-def read_json(path):
-    """The object in a JSON file; {} where there is no file; UserError where it is damaged or no object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); copy it from its source again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object; copy it from its source again")
-    return value
 
 
 def hub_json(tokenizer):

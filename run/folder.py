@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import foreign
 from config import ROOT, Config, Range, UserError, project_files
 from data import sha256
 
@@ -107,13 +108,13 @@ def tokenizer_of(run_dir):
     if not path.exists():  # its data came from another project
         raise UserError(f"{run_dir} has no meta.json, so its tokenizer is unknown; {remedy}")
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        name, digest = meta["tokenizer"], meta.get("tokenizer_sha256")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} names no tokenizer ({type(error).__name__}); {remedy}") from error
+        meta = foreign.read_json(path, {"tokenizer!": str, "tokenizer_sha256": (str, None)})
+    except UserError as error:
+        raise UserError(f"{path} names no tokenizer ({error}); {remedy}") from error
+    name, digest = meta["tokenizer"], meta.get("tokenizer_sha256")
     if not name.endswith(".json"):
         return name
-    file = path.with_name(name)
+    file = path.with_name(foreign.check_name(name, path))
     if digest and not (file.exists() and sha256(file) == digest):
         raise UserError(f"{file} is missing or not the tokenizer of the run's data; copy it from the data again")
     return str(file)

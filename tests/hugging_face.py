@@ -20,7 +20,7 @@ KINDS = {
     "bert": ("BertForMaskedLM", "BertConfig", SHAPE | {"layer_norm_eps": 1e-3}),
     "bert untied": ("BertForMaskedLM", "BertConfig", SHAPE | {"tie_word_embeddings": False, "hidden_act": "gelu_new"}),
     "bert whole": ("BertForPreTraining", "BertConfig", SHAPE),
-    "llama": ("LlamaForCausalLM", "LlamaConfig", DECODER | {"rope_parameters": LLAMA3 | {"rope_type": "default"}}),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", DECODER | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
     "llama tied, biases": ("LlamaForCausalLM", "LlamaConfig",
                            DECODER | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     "llama 3.1": ("LlamaForCausalLM", "LlamaConfig", DECODER | {"rope_parameters": LLAMA3}),

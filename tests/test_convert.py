@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -106,6 +107,11 @@ def loaded_there(folder, auto):
     return model
 
 
+def there(model):
+    """A model's config.json as transformers writes it."""
+    return json.loads(model.config.to_json_string())
+
+
 def auto_class(cfg):
     return "AutoModelForMaskedLM" if cfg.objective == "mlm" else "AutoModelForCausalLM"
 
@@ -146,7 +152,8 @@ def test_hugging_face_to_ours_and_back_is_the_same_to_the_bit(kind, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
     auto = {"bert whole": "AutoModelForPreTraining"}.get(kind, auto_class(open_model(str(folder)).cfg))
     again = loaded_there(tmp_path / "back", auto)
-    assert type(again).__name__ == type(theirs).__name__.replace("Mistral", "Llama")
+    assert type(again) is type(theirs)
+    assert [json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "back")] == [there(theirs)] * 2
     torch.testing.assert_close(logits_of(again, IDS % 131), logits_of(theirs, IDS % 131), rtol=0, atol=1e-6)
 
 
@@ -225,9 +232,100 @@ def test_an_empty_folder_is_filled_wherever_it_is(place, exported, tmp_path, mon
 
 def test_a_tokenizer_too_large_for_a_folders_model_is_refused_there_too(exported, tmp_path):
     _, folder = saved("gpt2", tmp_path / "theirs")
-    shutil.copyfile(exported["gpt2"][1] / "tokenizer.json", folder / "tokenizer.json")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(exported["gpt2"][1] / name, folder / name)
     with pytest.raises(UserError, match="has 261 ids, the model a vocab_size of 131; let .*theirs name or hold"):
         export(open_model(str(folder)), tmp_path / "back")
+
+
+@pytest.mark.parametrize("kind, changes", [
+    ("gpt2", {"resid_pdrop": 0.1, "embd_pdrop": 0.2, "attn_pdrop": 0.3}),
+    ("bert", {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.0}),
+    ("mistral", {"sliding_window": 7}), ("qwen3", {"use_sliding_window": True, "max_window_layers": 1}),
+])  # fmt: skip
+def test_a_copys_config_is_what_it_copies(kind, changes, tmp_path):
+    theirs, folder = saved(kind, tmp_path / "theirs", **changes)
+    for name, dtype in (("same", None), ("half", "bfloat16")):
+        export(open_model(str(folder)), tmp_path / name, dtype)
+    assert json.loads((tmp_path / "same" / "config.json").read_text()) == there(theirs)
+    assert json.loads((tmp_path / "half" / "config.json").read_text()) == there(theirs) | {"dtype": "bfloat16"}
+
+
+def test_a_copys_class_has_the_head_that_its_weights_have(tmp_path):
+    theirs, folder = saved("gpt2", tmp_path / "theirs")
+    theirs.transformer.save_pretrained(folder)
+    export(open_model(str(folder)), tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["architectures"] == ["GPT2LMHeadModel"]
+    assert loaded_there(tmp_path / "back", "AutoModelForCausalLM").config.n_embd == theirs.config.n_embd
+
+
+def test_a_copy_publishes_no_file_from_outside_the_folder(tmp_path):
+    _, folder = saved("gpt2", tmp_path / "theirs")
+    (tmp_path / "secret").write_text("key")
+    (folder / "README.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="README.md is a link to .*secret, outside its folder; put a copy in its place"):
+        export(open_model(str(folder)), tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+    (folder / "README.md").unlink()
+    os.mkfifo(folder / "README.md")
+    with pytest.raises(UserError, match="README.md cannot be copied .*no regular file"):
+        export(open_model(str(folder)), tmp_path / "back")
+
+
+def test_what_a_copy_leaves_out_is_told(tmp_path, capsys):
+    _, folder = saved("gpt2", tmp_path / "theirs")
+    for name in ("vocab.json", "tekken.json", "notes.txt"):
+        (folder / name).write_text("{}")
+    export(open_model(str(folder)), tmp_path / "back")
+    assert capsys.readouterr().out.splitlines()[-1] == "left out: notes.txt, tekken.json"
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_is_told_in_a_line(tmp_path):
+    """torch's CheckpointException is no Exception."""
+    source = open_model(make_run(tmp_path / "run", GPT2))
+    for path in source.path.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(UserError, match="step_00000060 cannot be read .*; name another checkpoint, or try again") as error:
+        export(source, tmp_path / "hf")
+    assert "\n" not in str(error.value) and not (tmp_path / "hf").exists()
+
+
+def test_links_of_the_hubs_cache_are_followed(tmp_path):
+    _, theirs = saved("gpt2", tmp_path / "theirs")
+    snapshot, blobs = tmp_path / "models--x" / "snapshots" / "aa", tmp_path / "models--x" / "blobs"
+    snapshot.mkdir(parents=True), blobs.mkdir()
+    (theirs / "LICENSE").write_text("free")
+    for path in theirs.iterdir():
+        shutil.copyfile(path, blobs / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    export(open_model(str(snapshot)), tmp_path / "back")
+    assert (tmp_path / "back" / "LICENSE").read_text() == "free"
+
+
+def test_gpt2_has_n_ctx_for_llama_cpps_converter(exported):
+    assert json.loads((exported["gpt2"][1] / "config.json").read_text())["n_ctx"] == T
+    assert "n_ctx" not in json.loads((exported["llama"][1] / "config.json").read_text())
+
+
+def test_the_model_card_tells_no_secrets_of_urls_and_no_places_of_the_machine(tmp_path, capsys):
+    run = make_run(tmp_path / "run", GPT2)
+    meta = json.loads((tmp_path / "run" / "meta.json").read_text())
+    meta["command"] = shlex.join([
+        "python", "/home/me/prepare.py", "config/x.py", "--input=https://me:pass@host.org/a/b.jsonl?token=abc#d",
+        "--tokenizer=/home/me/t/tokenizer.json", "--doc_separator=</s>", "--input=~/corpus/**/*.txt"])  # fmt: skip
+    (tmp_path / "run" / "meta.json").write_text(json.dumps(meta))
+    source = open_model(run)
+    source.manifest["settings"] |= {"data_dir": "/home/me/data/web", "init_from": "/home/me/m", "schedule": "cosine"}
+    export(source, tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    for secret in ("me:pass", "token=", "abc", "home", "corpus", "/t/"):
+        assert secret not in card, secret
+    for kept in ("--input=https://host.org/a/b.jsonl", "</s>", "*.txt", "data_dir = 'web'", "init_from = 'm'",
+                 "schedule = 'cosine'", "prepare.py x.py", "--tokenizer=tokenizer.json"):  # fmt: skip
+        assert kept in card, kept
+    source.manifest["settings"]["init_from"] = "openai-community/gpt2"
+    export(source, tmp_path / "hub")
+    assert "init_from = 'openai-community/gpt2'" in (tmp_path / "hub" / "README.md").read_text()
 
 
 def test_tensors_of_several_dtypes_go_out_as_they_came(tmp_path):

@@ -1,6 +1,8 @@
 """Models of Hugging Face's come in as they are, or are refused in one line."""
 
 import dataclasses
+import importlib
+import inspect
 import json
 import os
 import pickle
@@ -21,11 +23,12 @@ from config import UserError
 from convert import export
 from data import Split
 from hugging_face import KINDS, LLAMA3, T, V, logits_of, random_model, saved
-from interop.families import FAMILIES
+from interop.families import FAMILIES, HARMLESS
 from interop.hub import HubModel, read_config
 from interop.pretrained import load_model, load_weights, open_model, starting_config
 from interop.tokenizer import write_tokenizer
 from model import ModelConfig, Transformer
+from ops import rope_table
 from ranks import SMALL, on_ranks, records, settings, write_data
 from text.tokenizer import SPECIALS, load_tokenizer, train_bpe
 
@@ -230,8 +233,10 @@ def test_qwen3_has_a_sliding_window_where_it_uses_it_in_some_layer(changes, long
     assert read_config(copy("qwen3", **changes))[2] == longest
 
 
-@pytest.mark.parametrize("kind, name", [("gpt2", "GPT2"), ("bert", "Bert"), ("llama", "Llama"), ("mistral", "Mistral"),
-                                        ("qwen3", "Qwen3")])  # fmt: skip
+CLASSES_OF = {"gpt2": "GPT2", "bert": "Bert", "llama": "Llama", "mistral": "Mistral", "qwen3": "Qwen3"}
+
+
+@pytest.mark.parametrize("kind, name", CLASSES_OF.items())
 def test_what_a_config_leaves_out_is_as_in_transformers(kind, name):
     import transformers
 
@@ -270,7 +275,23 @@ def edited(folder, edit):
     save_file(tensors, folder / "model.safetensors")
 
 
+def without_waiting(path):
+    """A pipe in a file's place, on which a plain open waits for ever."""
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
 BAD = {
+    "a pipe for a config": (lambda f: without_waiting(f / "config.json"), "config.json .*it is no regular file"),
+    "a pipe for weights": (lambda f: without_waiting(f / "model.safetensors"), "safetensors holds no .*no regular file"),
+    "a pipe for an index": (lambda f: [(f / "model.safetensors").unlink(),
+                                       without_waiting(f / "model.safetensors.index.json")], "no regular file"),
+    "an index to a pipe": (lambda f: [
+        (f / "model.safetensors").unlink(), without_waiting(f / "a.safetensors"),
+        (f / "model.safetensors.index.json").write_text('{"weight_map": {"x": "a.safetensors"}}')], "no regular file"),
+    "a config of a GB": (lambda f: os.truncate(f / "config.json", 2**30), "is larger than 48,000,000 bytes"),
+    "a deep config": (lambda f: (f / "config.json").write_text('{"x":' * 99 + "1" + "}" * 99), "nested more than 64"),
+    "a config of infinity": (lambda f: (f / "config.json").write_text('{"n_embd": 1e999}'), "1e999 is no finite number"),
     "no config": (lambda f: (f / "config.json").unlink(), "holds no checkpoint of flatlm's.*no config.json"),
     "a config that is no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read as JSON"),
     "a config of something else": (lambda f: (f / "config.json").write_text("[]"), "config.json holds no JSON object"),
@@ -320,15 +341,16 @@ UNKNOWN = {
     "a size of none": ("llama", {"vocab_size": None}, "vocab_size None, where there must be whole numbers"),
     "a huge size": ("bert", {"hidden_size": 2**40}, "hidden_size 1099511627776, where"),
     "a size that torch cannot hold": ("gpt2", {"n_embd": 2**31 - 1, "n_inner": 2**31 - 1, "n_head": 1},
-                                      "no model can have the sizes"),
-    "tied by a word": ("gpt2", {"tie_word_embeddings": "false"}, "it ties embeddings 'false'"),
+                                      "whole numbers above 0 that a model can have"),
+    "a million layers": ("gpt2", {"n_layer": 10**6}, "n_layer 1000000, where there must be"),
+    "tied by a word": ("gpt2", {"tie_word_embeddings": "false"}, "'tie_word_embeddings' is 'false', where there must be true or false"),
     "a list of types": ("gpt2", {"model_type": ["gpt2"]}, "has the model type"),
     "rope twice": ("llama", {"rope_scaling": LLAMA3 | {"factor": 2.0}, "rope_parameters": LLAMA3},
                    "factor both 2.0 and 8.0"),
     "a context beside rope": ("llama 3.1", {"original_max_position_embeddings": 9},
                               "original_max_position_embeddings both 9 and 16"),
     "rope without a factor": ("llama", {"rope_parameters": LLAMA3 | {"factor": None}}, "rope_scale None"),
-    "rope as a list": ("llama", {"rope_parameters": [1]}, "value of the wrong type"),
+    "rope as a list": ("llama", {"rope_parameters": [1]}, r"is \[1\], where there must be an object or null"),
     "inverse layers": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
     "decoder": ("bert", {"is_decoder": True}, "is_decoder True"),
     "yarn": ("llama", {"rope_parameters": LLAMA3 | {"rope_type": "yarn"}}, "rope of type 'yarn'"),
@@ -337,6 +359,21 @@ UNKNOWN = {
                       "partial_rotary_factor 0.5"),
     "quantized": ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
     "half biased": ("llama", {"attention_bias": True}, "biases in one of attention and MLP alone"),
+    "seeing all": ("gpt2", {"is_causal": False}, "is_causal False"),
+    "seeing all, rope": ("llama", {"is_causal": False}, "is_causal False"),
+    "causal bert": ("bert", {"is_causal": True}, "is_causal True"),
+    "old rope beside new": ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_type both 'linear' and"),
+    "old rope, new name": ("llama", {"rope_scaling": {"rope_type": "yarn"}}, "rope_type both 'yarn' and 'default'"),
+    "old rope without a type": ("llama 3.1", {"rope_scaling": {"factor": 8.0}}, "rope_type both None and 'llama3'"),
+    "two types": ("llama", {"rope_parameters": {"type": "yarn", "rope_type": "default"}}, "both 'yarn' and 'default'"),
+    "rope of each layer": ("llama", {"rope_parameters": {"full_attention": {}}}, "an unknown full_attention of rope"),
+    "a key of tomorrow": ("llama", {"attention_chunk_size": 4}, "an unknown attention_chunk_size"),
+    "a window of llama": ("llama", {"sliding_window": 4}, "sliding_window 4, which our models do not"),
+    "layers of llama": ("llama", {"layer_types": ["sliding_attention"]}, "layer_types ..sliding_attention.."),
+    "linear layers": ("qwen3", {"layer_types": ["linear_attention"]}, "layers of other types, linear_attention"),
+    "two names": ("gpt2", {"hidden_size": 30}, "hidden_size 30 beside n_embd 20"),
+    "pruned": ("bert", {"pruned_heads": {"0": [1]}}, "pruned_heads"),
+    "code of its own": ("llama", {"auto_map": {"AutoModelForCausalLM": "x.Y"}}, "auto_map"),
     "biased": ("qwen3", {"attention_bias": True}, "attention_bias True"),
 }  # fmt: skip
 
@@ -346,6 +383,62 @@ def test_a_model_that_cannot_be_computed_here_is_refused_in_one_line(kind, chang
     with pytest.raises(UserError, match=told) as error:
         load_model(str(copy(kind, **changes)), "cpu")
     assert "\n" not in str(error.value) and isinstance(error.value, config.UserError)
+
+
+def test_of_every_key_that_transformers_config_knows_we_have_an_opinion():
+    import transformers
+
+    for kind, name in CLASSES_OF.items():
+        theirs = getattr(transformers, f"{name}Config")
+        known = {field.name for field in dataclasses.fields(theirs)} | {*theirs.attribute_map}
+        assert known - FAMILIES[kind].kinds.keys() - HARMLESS == set(), name
+
+
+def test_keys_that_transformers_models_read_change_nothing_that_is_called_harmless():
+    """Keys read by models with another head, by training's start, or for sums in another order."""
+    from transformers import cache_utils, masking_utils, modeling_rope_utils
+
+    heads = {"classifier_dropout", "num_labels", "problem_type", "summary_activation", "summary_first_dropout",
+             "summary_last_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"}  # fmt: skip
+    others = {"initializer_range", "pad_token_id", "use_cache", "reorder_and_upcast_attn", "chunk_size_feed_forward"}
+    for kind in CLASSES_OF:
+        module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+        source = "".join(map(inspect.getsource, (module, cache_utils, masking_utils, modeling_rope_utils)))
+        read = {*re.findall(r"config\.([a-z]\w*)", source)}
+        read |= {*re.findall(r"getattr\(\s*(?:self\.)?\w*config, [\"']([a-z]\w*)", source)}
+        assert {"vocab_size", "is_causal", "_"} - read == {"_"} and read & HARMLESS - FAMILIES[kind].kinds.keys() <= heads | others, kind
+
+
+@pytest.mark.parametrize("kind, changes", [
+    ("gpt2", {"n_ctx": 9, "hidden_size": 20, "reorder_and_upcast_attn": True, "_x": 1, "temperature": 2.0}),
+    ("llama", {"layer_types": ["full_attention"] * 3, "sliding_window": None, "pretraining_tp": 2, "is_causal": True}),
+    ("bert", {"position_embedding_type": "absolute", "pooler_type": "x", "chunk_size_feed_forward": 2}),
+])  # fmt: skip
+def test_keys_that_change_nothing_change_nothing(kind, changes, copy, folders):
+    with torch.no_grad():
+        assert torch.equal(ours(copy(kind, **changes))(IDS), ours(folders[kind][1])(IDS))
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_ropes_angles_are_transformers_to_the_bit_at_long_positions(theta, scale):
+    import transformers
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    parameters = {"rope_type": "default", "rope_theta": theta}
+    parameters = LLAMA3 | {"rope_theta": theta, "original_max_position_embeddings": 8192} if scale > 1 else parameters
+    config = transformers.LlamaConfig(head_dim=128, rope_parameters=parameters, max_position_embeddings=2**17)
+    positions = torch.arange(0, 2**17, 7)
+    cos, sin = rope_table(positions, 128, theta, scale, 8192)
+    their_cos, their_sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions[None])
+    assert torch.equal(cos, their_cos[0]) and torch.equal(sin[:, 64:], their_sin[0, :, 64:])
+
+
+def test_a_bert_without_a_head_for_masked_tokens_is_told_so(copy):
+    folder = copy("bert")
+    edited(folder, lambda t: [t.pop(name) for name in [*t] if name.startswith("cls.")])
+    with pytest.raises(UserError, match="has no head for masked tokens .cls.predictions., so it predicts none; use a BertForM"):
+        load_model(str(folder), "cpu")
 
 
 def test_code_in_a_pickle_does_not_run(copy):
@@ -389,7 +482,7 @@ def test_an_index_leads_nowhere_but_into_its_folder(copy, folders):
     names = load_file(folder.parent / "elsewhere.safetensors")
     index = {"weight_map": dict.fromkeys(names, "../elsewhere.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="holds no tensors that can be read"):
+    with pytest.raises(UserError, match="names '../elsewhere.safetensors', which is no name of a file beside it"):
         load_model(str(folder), "cpu")
 
 
@@ -398,7 +491,7 @@ def test_an_index_that_does_not_fit_its_files_is_refused_in_one_line(weight_map,
     folder = copy("gpt2")
     (folder / "model.safetensors").rename(folder / "elsewhere.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(UserError, match="index.json does not fit its files .*; copy it again") as error:
+    with pytest.raises(UserError, match="index.json(: | names ).*; copy it from its source again") as error:
         load_model(str(folder), "cpu")
     assert "\n" not in str(error.value)
 

@@ -26,7 +26,8 @@ from test_tokenizer import (
 from config import UserError
 from conftest import ROOT
 from interop import tokenizer as hub_tokenizer
-from interop.tokenizer import check_same_ids, hub_tokenizer_file, load_hub_tokenizer, merges_of, write_tokenizer
+from interop.hub_tokenizer import QWEN_WORDS, hub_tokenizer_file, load_hub_tokenizer
+from interop.tokenizer import check_same_ids, merges_of, write_tokenizer
 from sample import masked_ids
 from text.tokenizer import (
     BERT_SPECIALS,
@@ -347,19 +348,22 @@ def test_tokenizer_of_a_folder_is_the_newest_kind_that_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("says, told", [
-    ({"do_lower_case": False}, None), ({"do_lower_case": True}, "do_lower_case True"),
-    ({"strip_accents": False}, "strip_accents False"), ({"tokenize_chinese_chars": False}, "tokenize_chinese_chars False"),
-    ({}, "added_tokens.json"),
+    ({"do_lower_case": False}, None), ({"do_lower_case": True}, None), ({}, "has a vocabulary with capitals"),
+    ({"do_lower_case": True, "strip_accents": False}, None),
+    ({"do_lower_case": False, "tokenize_chinese_chars": False}, None),
+    ({"do_lower_case": False, "tokenizer_class": "RobertaTokenizer"}, "is no file of a RobertaTokenizer"),
+    ({"do_lower_case": False, "added_tokens_decoder": {"200": {"content": "x", "special": False}}}, "other added tokens"),
 ])  # fmt: skip
-def test_a_vocabulary_that_is_not_used_in_the_usual_way_is_refused(says, told, tmp_path):
+def test_a_vocabulary_alone_gives_autotokenizers_ids_or_is_refused(says, told, tmp_path):
     vocab_file(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(says))
-    if told == "added_tokens.json":
-        (tmp_path / told).write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     if told is None:
-        assert load_hub_tokenizer(tmp_path).specials.keys() == set(BERT_SPECIALS)
+        ours, theirs = load_hub_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+        for text in ("The quick É é 日日 self, ToKen", CORPUS[1][:999]):
+            assert ours.encode(text).tolist() == theirs(text, add_special_tokens=False)["input_ids"]
     else:
-        with pytest.raises(UserError, match=f"has no tokenizer.json, but {told}, which we do not heed"):
+        with pytest.raises(UserError, match=told):
             load_hub_tokenizer(tmp_path)
 
 
@@ -377,22 +381,193 @@ def test_a_post_processor_that_names_what_it_lacks_is_refused_in_one_line(tmp_pa
     single = [{"SpecialToken": {"id": "<gone>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     saved["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
-    with pytest.raises(UserError, match="tokenizer.json has a post-processor of no known form .'<gone>'.; copy it"):
+    with pytest.raises(UserError, match="tokenizer.json has a post-processor of no known form .PanicException.*; copy it"):
         load_hub_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("adds, begin", [(None, ["<|endoftext|>"]), (True, ["<|endoftext|>"]), (False, [])])
-def test_what_begins_a_text_is_what_the_file_says_unless_the_config_says_otherwise(adds, begin, tmp_path):
-    saved = json.loads(byte_level_like("gpt2").to_str())
-    end = next(token["id"] for token in saved["added_tokens"] if token["content"] == "<|endoftext|>")
-    pieces = [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    saved["post_processor"] = {
-        "type": "TemplateProcessing", "single": pieces, "pair": [*pieces, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [end], "tokens": ["<|endoftext|>"]}},
-    }  # fmt: skip
+def first_by(processor, name, id_):
+    """A post-processor of tokenizers that puts a token before a text; None for one that puts nothing."""
+    from tokenizers import processors
+
+    template = processors.TemplateProcessing(f"{name} $A", f"{name} $A $B", [(name, id_)])
+    return {"template": template, "sequence": processors.Sequence([processors.ByteLevel(), template]), "none": None,
+            "bytes": processors.ByteLevel(), "bert": processors.BertProcessing((name, id_), (name, id_)),
+            "roberta": processors.RobertaProcessing((name, id_), (name, id_))}[processor]  # fmt: skip
+
+
+@pytest.mark.parametrize("post", ["template", "sequence", "bytes", "none", "bert", "roberta"])
+@pytest.mark.parametrize("adds", [True, False, None])
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "TokenizersBackend", "LlamaTokenizerFast",
+                                  "GPT2TokenizerFast", "Qwen2TokenizerFast"])  # fmt: skip
+def test_what_begins_a_text_is_what_autotokenizer_puts_there(name, adds, post, tmp_path):
+    made = byte_level_like("qwen3" if name == "Qwen2TokenizerFast" else "gpt2")
+    made.post_processor = first_by(post, "<|endoftext|>", made.token_to_id("<|endoftext|>"))
+    saved = json.loads(made.to_str())
+    if name == "Qwen2TokenizerFast":
+        saved["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = QWEN_WORDS
     (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
-    says = {"bos_token": {"content": "<|endoftext|>"}} | ({} if adds is None else {"add_bos_token": adds})
+    says = {"tokenizer_class": name, "bos_token": "<|endoftext|>"} | ({} if adds is None else {"add_bos_token": adds})
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(says))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2" if name[:3] == "GPT" else "llama"}))
+    ours, theirs = load_hub_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = [*ours.begin, *ours.encode("hello").tolist()]
+    ends = [ours.eot] * (post in ("bert", "roberta"))  # what ends a text does not belong to a prompt
+    assert theirs("hello")["input_ids"] == ids + ends
+    assert ours.before_text == made.token_to_id("<|endoftext|>")
+
+
+CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend", "GPT2TokenizerFast", "LlamaTokenizer", "Qwen2Tokenizer",
+           "BertTokenizer", "RobertaTokenizer", None)  # fmt: skip
+SAYS = ({}, {"add_prefix_space": True}, {"add_prefix_space": False, "add_bos_token": True, "bos_token": "<s>"},
+        {"do_lower_case": True, "legacy": True}, {"do_lower_case": False, "strip_accents": True},
+        {"tokenize_chinese_chars": False, "do_lower_case": False})  # fmt: skip
+OWN_CLASS = {"gpt2": "GPT2TokenizerFast", "llama2": "LlamaTokenizer", "metaspace": "LlamaTokenizer",
+             "qwen3": "Qwen2Tokenizer", "bert": "BertTokenizer"}  # fmt: skip
+MODEL_TYPES = {"gpt2": "gpt2", "qwen3": "qwen3", "bert": "bert", "metaspace": "mistral"}
+SOME_TEXTS = [" led", "\n the  A b\tC", "The Éa café 日本語x", "don't 'S 1234", "<think>x</think> a<think>", *TEXTS[-40:]]
+
+
+def folder_of(kind, name, says, folder):
+    """A folder with a tokenizer.json of a kind that is loaded by a class with settings."""
+    if kind == "bert":
+        load_tokenizer(vocab_file(folder)).save(folder / "tokenizer.json")
+        (folder / "vocab.txt").unlink()
+    else:
+        made = {"gpt2": byte_level_like, "qwen3": byte_level_like, "llama3": byte_level_like, "unigram": unigram_like}
+        made.get(kind, sentencepiece_like)({"llama2": "prepend"}.get(kind, kind)).save(str(folder / "tokenizer.json"))
+        if kind == "qwen3":
+            saved = json.loads((folder / "tokenizer.json").read_text())
+            saved["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = QWEN_WORDS
+            (folder / "tokenizer.json").write_text(json.dumps(saved))
+    named = {} if name is None else {"tokenizer_class": name}
+    (folder / "tokenizer_config.json").write_text(json.dumps(says | named))
+    (folder / "config.json").write_text(json.dumps({"model_type": MODEL_TYPES.get(kind, "llama")}))
+    return folder
+
+
+@pytest.mark.parametrize("says", SAYS, ids=lambda says: " ".join(says))
+@pytest.mark.parametrize("kind, name", [
+    pytest.param(kind, name, marks=[] if name in (OWN_CLASS.get(kind), CLASSES[0]) else pytest.mark.slow)
+    for kind in ("gpt2", "qwen3", "llama2", "metaspace", "llama3", "unigram", "bert") for name in CLASSES])  # fmt: skip
+def test_every_class_and_setting_gives_autotokenizers_ids_or_is_refused(kind, name, says, tmp_path):
+    folder = folder_of(kind, name, says, tmp_path)
+    try:
+        ours = load_hub_tokenizer(folder)
+    except UserError as error:
+        assert "\n" not in str(error)
+        keeps_capitals = kind == "bert" and "do_lower_case" not in says
+        assert name not in (OWN_CLASS.get(kind), "PreTrainedTokenizerFast", "TokenizersBackend") or keeps_capitals
+        return
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in SOME_TEXTS:
+        if not any(special in text for special in ours.specials):
+            assert ours.encode(text).tolist() == theirs(text, add_special_tokens=False)["input_ids"], text
+            if kind != "bert":
+                ids = [*ours.begin, *ours.encode(text).tolist()]
+                assert theirs(text)["input_ids"] == ids, text
+
+
+@pytest.mark.parametrize("kind, says", [("llama2", {}), ("llama2", {"legacy": True}), ("metaspace", {}), ("unigram", {}),
+    ("gpt2", {"add_prefix_space": True}), ("qwen3", {}), ("llama3", {}), ("bert", {"do_lower_case": True})])  # fmt: skip
+@pytest.mark.parametrize("own", [True, False], ids=["its class", "the file alone"])
+def test_text_in_pieces_has_the_ids_of_the_whole(kind, says, own, tmp_path):
+    """prepare.py cuts long text between a letter or digit and a blank."""
+    folder = folder_of(kind, OWN_CLASS.get(kind) if own else "PreTrainedTokenizerFast", says, tmp_path)
+    ours, theirs = load_hub_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    for text in (CORPUS[1][:9000], "a\n\nb c\td \n e  f\r\ng"):
+        pieces = re.split(r"(?<=[0-9A-Za-z])(?=\s)", text)
+        assert len(pieces) > 5
+        ids = [id_ for i, piece in enumerate(pieces) for id_ in ours.encode(piece, continues=i > 0).tolist()]
+        assert ids == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("kind, says", [("llama2", {}), ("gpt2", {"add_prefix_space": True}),
+                                        ("bert", {"do_lower_case": True, "strip_accents": False})])  # fmt: skip
+def test_a_folders_tokenizer_that_is_saved_as_a_file_has_its_ids(kind, says, tmp_path):
+    ours = load_hub_tokenizer(folder_of(kind, OWN_CLASS[kind], says, tmp_path))
+    alone = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    ours.save(tmp_path / "saved.json")
+    again = load_tokenizer(str(tmp_path / "saved.json"))
+    assert any(ours.encode(text).tolist() != alone.encode(text).tolist() for text in SOME_TEXTS)
+    assert all(ours.encode(text).tolist() == again.encode(text).tolist() for text in SOME_TEXTS)
+
+
+def test_words_added_to_a_bert_tokenizer_are_tokens(tmp_path):
+    theirs = transformers.BertTokenizer(
+        vocab={token: i for i, token in enumerate(Path(vocab_file(tmp_path)).read_text().splitlines())},
+        do_lower_case=False)
+    (tmp_path / "vocab.txt").unlink()
+    theirs.add_tokens(["covid19", "aspirin", "The quick"])
+    theirs.add_special_tokens({"additional_special_tokens": ["[DRUG]"]})
+    theirs.save_pretrained(tmp_path)
+    ours, theirs = load_hub_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.vocab_size == len(theirs) and ours.specials == {
+        token.content: i for i, token in theirs.added_tokens_decoder.items() if token.special}  # fmt: skip
+    for text in ("the quick took aspirin and covid19", "The quick covid19covid19, aspirins", *CORPUS[1:2]):
+        assert ours.encode(text).tolist() == theirs(text, add_special_tokens=False)["input_ids"]
+    assert ours.specials["[DRUG]"] not in ours.encode("the [DRUG] x").tolist()
+    assert ours.decode(ours.encode("the aspirin")) == " the aspirin" and len(ours.continuations) > 9
+
+
+@pytest.mark.parametrize("change", [
+    {"normalizer": {"type": "Lowercase"}},
+    {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+    {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}},
+], ids=["lower case", "prefix space", "words uncut"])  # fmt: skip
+def test_what_a_file_of_our_own_shape_has_beyond_it_is_heeded(change, tmp_path, request):
+    train_bpe(CORPUS, 400, tmp_path / "tokenizer.json")
+    plain = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    saved = json.loads((tmp_path / "tokenizer.json").read_text()) | change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    ours, theirs = load_hub_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("The Quick self.encode", CORPUS[1][:999]):
+        assert ours.encode(text).tolist() == theirs(text)["input_ids"]
+        assert "words uncut" in request.node.name or ours.encode(text).tolist() != plain.encode(text).tolist()
+
+
+@pytest.mark.parametrize("listed, told", [
+    ({"added_tokens_decoder": {"600": {"content": "new", "special": False}}}, "lists other added tokens"),
+    ({"added_tokens_decoder": {}}, None), ({"auto_map": {"AutoTokenizer": ["x.Y", None]}}, "auto_map, which we do not"),
+    ({"added_tokens_decoder": {"x": {"content": "new", "special": True}}}, "lists other added tokens"),
+    ({"tokenizer_class": "RobertaTokenizerFast"}, "tokenizer_class RobertaTokenizer, which we do not know"),
+])  # fmt: skip
+def test_tokens_that_only_other_files_list_are_refused(listed, told, tmp_path):
+    byte_level_like("gpt2").save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(listed))
+    if told is None:
+        assert load_hub_tokenizer(tmp_path).vocab_size == 556
+        (tmp_path / "tokenizer_config.json").unlink()
+        (tmp_path / "added_tokens.json").write_text('{"<|endoftext|>": 555, "new": 556}')
+        told = "has tokens in added_tokens.json that are not in tokenizer.json"
+    with pytest.raises(UserError, match=told) as caught:
+        load_hub_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("files, stops", [
+    ({"generation_config": {"eos_token_id": [3, 5]}, "config": {"eos_token_id": 4}}, {3, 5}),
+    ({"generation_config": {"eos_token_id": 7}, "config": {"eos_token_id": 4}}, {7}),
+    ({"generation_config": {}, "config": {"eos_token_id": [4]}}, {4}), ({"config": {"eos_token_id": 0}}, {0}),
+    ({"config": {}}, {556}), ({"config": {"eos_token_id": None}, "tokenizer_config": {}}, {555}),
+])  # fmt: skip
+def test_generation_stops_at_the_tokens_that_the_folder_names(files, stops, tmp_path):
+    made = byte_level_like("gpt2")
+    made.add_special_tokens(["<|im_end|>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    for name, content in ({"tokenizer_config": {"eos_token": {"content": "<|im_end|>"}}} | files).items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
     tokenizer = load_hub_tokenizer(tmp_path)
-    assert tokenizer.begin == [tokenizer.specials[name] for name in begin]
-    assert tokenizer.before_text == end
+    assert (tokenizer.stops, tokenizer.eot) == (stops, 555)
+    assert load_tokenizer("byte").stops == {256}
+
+
+def test_a_regex_that_panics_is_an_error_of_one_line(tmp_path, capfd):
+    saved = json.loads(byte_level_like("gpt2").to_str())
+    cut = {"type": "Split", "pattern": {"Regex": r"(?:a+)+\1?(a|b|ab)*c"}, "behavior": "Isolated", "invert": False}
+    saved["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [cut, saved["pre_tokenizer"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    tokenizer = load_hub_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="cannot encode the text .PanicException: .*retry-limit") as caught:
+        tokenizer.encode("a" * 4000 + "b")
+    assert "\n" not in str(caught.value)

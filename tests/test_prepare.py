@@ -454,9 +454,9 @@ def test_vocabulary_past_uint16_is_written_as_uint32(tmp_path, vocab_size, dtype
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     pairs = [a + b for a in letters for b in letters]  # 256 * 256 of them
     ids = {token: i for i, token in enumerate([*letters, *pairs][: vocab_size - len(SPECIALS)])}
-    specials = [{"content": name, "id": len(ids) + i} for i, name in enumerate(SPECIALS)]
-    path = tmp_path / "large.json"
-    bpe = {"model": {"type": "BPE", "vocab": ids}, "pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": specials}
+    specials = [{"content": name, "id": len(ids) + i, "special": True} for i, name in enumerate(SPECIALS)]
+    path, merges = tmp_path / "large.json", [[*token] for token in ids if len(token) == 2]
+    bpe = {"model": {"type": "BPE", "vocab": ids, "merges": merges}, "pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": specials}
     path.write_text(json.dumps(bpe))
     write_txt(tmp_path / "in", DOCUMENTS[:5])
     meta = run(tmp_path / "data", f"--input={tmp_path / 'in'}", tokenizer=str(path))

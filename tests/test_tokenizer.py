@@ -377,12 +377,11 @@ def test_hugging_face_reads_the_saved_wordpiece_and_frames_its_ids(wordpiece, tm
 
 
 def test_what_else_a_tokenizer_json_asks_for_changes_no_plain_ids(wordpiece, tmp_path):
-    """Added tokens would match in text, truncation and padding would cut and fill, a template would frame."""
+    """Truncation and padding would cut and fill, a template would frame."""
     wordpiece.save(tmp_path / "plain.json")
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "plain.json"))
     theirs.enable_truncation(4)
     theirs.enable_padding(length=9, pad_id=special_id(wordpiece.specials, "pad"))
-    theirs.add_tokens(["the quick"])
     framing = [(name, wordpiece.specials[name]) for name in ("[CLS]", "[SEP]")]
     theirs.post_processor = tokenizers.processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=framing)
     theirs.save(str(tmp_path / "more.json"))

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+import foreign
 from config import UserError
+from foreign import telling
 
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|mask|>", "<|cls|>", "<|sep|>")  # the last ids of byte and bpe
 BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -23,12 +25,23 @@ SMALLEST_BPE = 256 + len(SPECIALS)  # vocabulary size of a bpe without merges
 
 # A tokenizer.json without the parts that frame, cut or pad a text's ids
 PLAIN = {"post_processor": None, "truncation": None, "padding": None}
+# Kinds of values of a tokenizer.json (see foreign.check); `tokenizers` checks the rest
+TOKEN_ID = range(2**24)
+TOKENIZER = {
+    "added_tokens": ([{"id!": TOKEN_ID, "content!": str, "special!": bool}], None),
+    "model!": {"type": str, "vocab!": ({"*": TOKEN_ID}, list), "merges": (list, None),
+              "unk_token": (str, None), "continuing_subword_prefix": (str, None)},
+    **dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder"), (dict, None)),
+}  # fmt: skip
 # GPT-2's pattern for words, within which bytes merge; `tokenizers` calls it ByteLevel.
 GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+"""
 
 
 class Tokenizer:
-    """Base class. A subclass adds encode(text), which gives the ids as a numpy array."""
+    """Base class. A subclass adds encode(text, continues=False), which gives the ids as a numpy array.
+
+    continues: the text is what follows a cut between a letter and a blank, and gets nothing that begins a text.
+    """
 
     space_begins_word = False  # whether a word's first token contains the space before it
     continuations = ()  # ids of tokens that continue a word; only WordPiece has them
@@ -43,6 +56,7 @@ class Tokenizer:
         self.vocab_size = 1 + max(self._bytes)
         # id of the end-of-text token, for BERT [SEP]; None where there is none
         self.eot = next((specials[name] for name in END_OF_TEXT if name in specials), None)
+        self.stops = {self.eot} - {None}  # ids that end a generated text
 
     def decode(self, ids):
         """The text of ids; invalid UTF-8 becomes U+FFFD."""
@@ -64,7 +78,7 @@ class ByteTokenizer(Tokenizer):
         specials = {name: 256 + i for i, name in enumerate(SPECIALS)}
         super().__init__("byte", {i: bytes((i,)) for i in range(256)}, specials)
 
-    def encode(self, text):
+    def encode(self, text, continues=False):
         """The ids of a text, as a numpy array."""
         return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8)
 
@@ -79,7 +93,7 @@ class TiktokenTokenizer(Tokenizer):
         super().__init__(name, texts, dict(encoding._special_tokens))
         self.encoding, self.saved = encoding, saved
 
-    def encode(self, text):
+    def encode(self, text, continues=False):
         """The ids of a text, as a numpy array."""
         try:
             return self.encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
@@ -90,36 +104,14 @@ class TiktokenTokenizer(Tokenizer):
             return np.concatenate([self.encode(text[:half]), self.encode(text[half:])])
 
 
-class WordPieceTokenizer(Tokenizer):
-    """BERT's WordPiece, by tokenizers; an uncased vocabulary loses capitals and accents."""
-
-    def __init__(self, name, saved):
-        import tokenizers
-
-        vocab = saved["model"]["vocab"]
-        if missing := [special for special in BERT_SPECIALS if special not in vocab]:
-            raise UserError(f"its vocabulary lacks {', '.join(missing)}")
-        if sorted(vocab.values()) != list(range(len(vocab))):
-            raise UserError("its ids are not 0, 1, 2 and so on, each once")
-        # A space before each word: WordPiece does not keep the original spacing.
-        texts = {id_: (token[2:] if token.startswith("##") else f" {token}").encode() for token, id_ in vocab.items()}
-        super().__init__(name, texts, {special: vocab[special] for special in BERT_SPECIALS})
-        self.continuations = sorted(id_ for token, id_ in vocab.items() if token.startswith("##"))
-        plain = saved | PLAIN | {"added_tokens": []}  # no special token matches in text
-        self.saved, self._wordpiece = saved, tokenizers.Tokenizer.from_str(json.dumps(plain))
-
-    def encode(self, text):
-        """The ids of a text, as a numpy array; a word outside the vocabulary is [UNK]."""
-        text = text.encode("utf-8", errors="replace").decode("utf-8")  # tokenizers refuses half a surrogate pair
-        return np.array(self._wordpiece.encode_batch_fast([text])[0].ids, dtype=np.uint32)
-
-
 class FileTokenizer(Tokenizer):
     """Any tokenizer.json, by tokenizers; it gives the same ids as Hugging Face's libraries."""
 
     def __init__(self, name, saved):
         import tokenizers
 
+        if saved["model"].get("dropout"):
+            raise UserError("its model leaves out merges at random (dropout), which changes ids from call to call")
         harmless, names = _with_secret_specials(saved)
         self.saved, self._tokenizer = saved, tokenizers.Tokenizer.from_str(json.dumps(harmless))
         vocab, model = self._tokenizer.get_vocab(with_added_tokens=True), saved["model"]
@@ -134,18 +126,45 @@ class FileTokenizer(Tokenizer):
         # the characters of a character tokenizer without an unknown token
         lacks_unknown = model["type"] == "WordLevel" and model["unk_token"] not in model["vocab"]
         self.alphabet = set(vocab) if lacks_unknown and max(map(len, vocab)) == 1 else None
+        steps = json.dumps([saved.get("normalizer"), saved.get("pre_tokenizer")])
+        self._begins_texts = any(word in steps for word in ("Prepend", "prepend_scheme", '"add_prefix_space": true'))
 
-    def encode(self, text):
+    def encode(self, text, continues=False):
         """The ids of a text, as a numpy array; UserError where the vocabulary lacks a character and has no [UNK]."""
         text = text.encode("utf-8", errors="replace").decode("utf-8")  # tokenizers refuses half a surrogate pair
         if self.alphabet is not None and (lacking := sorted(set(text) - self.alphabet)):
             others = f"{len(self.alphabet)} characters, and the text has others: {', '.join(map(repr, lacking[:5]))}"
             raise UserError(f"the tokenizer {self.name} knows only {others}; leave them out, or use another tokenizer")
-        try:
-            encoded = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
-        except Exception as error:  # tokenizers raises plain Exceptions
-            raise UserError(f"the tokenizer {self.name} cannot encode the text ({error}); use another") from error
-        return np.array(encoded.ids, dtype=np.uint32)
+        if continues and self._begins_texts:
+            # What precedes a text, such as a blank, goes before the letter, whose ids are left out.
+            letter, ids = self._ids("a"), self._ids("a" + text)
+            if ids[: len(letter)] == letter:
+                return np.array(ids[len(letter) :], dtype=np.uint32)
+        return np.array(self._ids(text), dtype=np.uint32)
+
+    def _ids(self, text):
+        with telling(lambda reason: f"the tokenizer {self.name} cannot encode the text ({reason}); use another"):
+            return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+
+class WordPieceTokenizer(FileTokenizer):
+    """BERT's WordPiece, by tokenizers; an uncased vocabulary loses capitals and accents."""
+
+    def __init__(self, name, saved):
+        vocab = saved["model"]["vocab"]
+        if missing := [special for special in BERT_SPECIALS if special not in vocab]:
+            raise UserError(f"its vocabulary lacks {', '.join(missing)}")
+        if sorted(vocab.values()) != list(range(len(vocab))):
+            raise UserError("its ids are not 0, 1, 2 and so on, each once")
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        specials = [{"id": vocab[token], "content": token, "special": True} | flags for token in BERT_SPECIALS]
+        added = [token for token in saved.get("added_tokens") or [] if token["content"] not in BERT_SPECIALS]
+        # A space before each word: WordPiece does not keep the original spacing.
+        words = {"decoder": saved.get("decoder") or {"type": "WordPiece", "prefix": "##", "cleanup": False}}
+        super().__init__(name, saved | words | {"added_tokens": specials + added})
+        self.saved, self.space_begins_word = saved, False
+        self._bytes |= {vocab[special]: f" {special}".encode() for special in BERT_SPECIALS}
+        self.continuations = sorted(id_ for token, id_ in vocab.items() if token.startswith("##"))
 
 
 def load_tokenizer(name):
@@ -153,7 +172,7 @@ def load_tokenizer(name):
     if name == "byte":
         return ByteTokenizer()
     if name.endswith((".json", ".txt")):
-        return _tokenizer_of_file(Path(name))
+        return tokenizer_of_saved(name, saved_tokenizer(name))
     import tiktoken
 
     if name not in (names := tiktoken.list_encoding_names()):
@@ -215,42 +234,45 @@ def write_character_tokenizer(characters, path):
     Path(path).write_text(json.dumps(saved), encoding="utf-8")
 
 
-def _tokenizer_of_file(path):
-    try:
-        saved = _saved_tokenizer(path)
+def tokenizer_of_saved(path, saved):
+    """The tokenizer of a tokenizer.json as a dict; path: where it comes from."""
+    with telling(lambda reason: f"{path} is no readable tokenizer file ({reason})"):
         model, words = saved["model"], (saved.get("pre_tokenizer") or {}).get("type")
         how = words, model.get("unk_token"), model.get("continuing_subword_prefix")
         if model["type"] == "WordPiece" and how == ("BertPreTokenizer", "[UNK]", "##"):
             return WordPieceTokenizer(str(path), saved)
         if model["type"] == "BPE" and tuple(token["content"] for token in saved.get("added_tokens") or ()) == SPECIALS:
-            return TiktokenTokenizer(str(path), _encoding_of_bpe(path.name, saved), saved)
+            encoding = _encoding_of_bpe(Path(path).name, saved)
+            if _is_plain_bpe(saved):  # faster by tiktoken
+                return TiktokenTokenizer(str(path), encoding, saved)
         return FileTokenizer(str(path), saved)
-    except ImportError as error:
-        raise UserError(f"tokenizer {path} needs {error.name}; install it with: pip install {error.name}") from error
-    except Exception as error:  # a damaged file may raise anything in json and tokenizers
-        raise UserError(f"{path} is no readable tokenizer file ({type(error).__name__}: {error})") from error
 
 
-def _saved_tokenizer(path):
+def saved_tokenizer(path):
     """A tokenizer.json as a dict, read or converted from a tokenizer.json, vocab.txt or vocab.json."""
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".txt":
-        return _wordpiece_of_vocab(text.rstrip("\n").split("\n"))
-    if path.name == "vocab.json":
-        return _bpe_of_pair(path)
-    saved = json.loads(text)
-    if "type" not in saved["model"]:  # files from before 2021, such as GPT-2's own, leave it out
-        import tokenizers
+    path = Path(path)
+    with telling(lambda reason: f"{path} is no readable tokenizer file ({reason})"):
+        if path.suffix == ".txt":
+            return _wordpiece_of_vocab(_lines(path))
+        if path.name == "vocab.json":
+            return _bpe_of_pair(path)
+        saved = foreign.read_json(path, TOKENIZER)
+        if "type" not in saved["model"]:  # files from before 2021, such as GPT-2's own, leave it out
+            import tokenizers
 
-        saved = json.loads(tokenizers.Tokenizer.from_str(text).to_str())
-    return saved
+            saved = json.loads(tokenizers.Tokenizer.from_str(json.dumps(saved)).to_str())
+        return saved
+
+
+def _lines(path):
+    return foreign.read_bytes(path).decode("utf-8-sig").replace("\r\n", "\n").rstrip("\n").split("\n")
 
 
 def _bpe_of_pair(path):
     """GPT-2's vocab.json and merges.txt as a tokenizer.json dict; tokens that no merge makes are special."""
-    import tokenizers
-
-    vocab, merges = tokenizers.models.BPE.read_file(str(path), str(path.with_name("merges.txt")))
+    vocab = foreign.read_json(path, {"*": TOKEN_ID})
+    merges = [line.split(" ") for line in _lines(path.with_name("merges.txt")) if not line.startswith("#version")]
+    merges = [(left, right) for left, right in filter(any, merges)]
     bpe, made = _byte_level(vocab, merges), {left + right for left, right in merges}
     bpe.add_special_tokens(sorted((token for token in vocab if len(token) > 1 and token not in made), key=vocab.get))
     return json.loads(bpe.to_str())
@@ -266,6 +288,8 @@ def _with_secret_specials(saved):
     fallback = {f"<0x{byte:02X}>" for byte in range(256)}.intersection(vocab if isinstance(vocab, dict) else ())
     added = [token for token in saved.get("added_tokens") or [] if token["content"] not in fallback]
     secret = {token["content"]: secrets.token_hex(16) for token in added if token["special"]}
+    if isinstance(vocab, dict) and all(token["content"] in secret.keys() & vocab.keys() for token in added):
+        added = []  # all have their ids from the vocabulary, and text is not searched for them
     added = [token | {"content": secret.get(token["content"], token["content"])} for token in added]
     if isinstance(vocab, dict):
         model["vocab"] = {secret.get(token, token): id_ for token, id_ in vocab.items()}
@@ -331,6 +355,17 @@ def _encoding_of_bpe(name, saved):
     if saved["pre_tokenizer"]["type"] != "ByteLevel" or ids != list(range(len(ids))):
         raise UserError("it has the special tokens of prepare.py --tokenizer=bpe, but not its structure")
     return tiktoken.Encoding(name=name, pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=specials)
+
+
+def _is_plain_bpe(saved):
+    """Whether a byte-level BPE is as train_bpe makes it, so that tiktoken, which knows ranks alone, gives its ids."""
+    model, words = saved["model"], saved["pre_tokenizer"]
+    options = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    is_plain = not saved.get("normalizer") and not any(model.get(name) for name in options)
+    is_plain = is_plain and not words.get("add_prefix_space") and words.get("use_regex", True)
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    made = sorted(model["vocab"], key=model["vocab"].get)[256:]
+    return is_plain and all(t["special"] for t in saved["added_tokens"]) and ["".join(pair) for pair in merges] == made
 
 
 def byte_of_character():
