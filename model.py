@@ -267,7 +267,7 @@ class Transformer(nn.Module):
             start = 0 if cache is None else cache.length
             if start + T > cfg.block_size:
                 raise UserError(f"{start + T} tokens do not fit into block_size {cfg.block_size}; shorten the sequence")
-            assert start == 0 or T == 1, f"{T} tokens behind a cache of {start}: after a prompt they come one by one"
+            assert start == 0 or T == 1, f"{T} tokens behind a cache of {start}: after a prompt they come one at a time"
             place = torch.arange(start, start + T, device=ids.device)
         x = self.embed(ids, place, token_types)  # B T C
         rope = None

@@ -74,8 +74,9 @@ def block_activation_bytes(cfg, s, checkpointing="none"):
     w, stream = s.width, s.stream * cfg.n_embd
     up = 2 if cfg.is_gated else 1  # matrices that lead up to the MLP's width
     row = 4 if cfg.norm == "rmsnorm" else 8  # statistics of a normalised row
-    # What an eager norm saves of a number: float32 on CUDA; a CPU's RMSNorm saves its normalised input, too.
-    normed = 8 if cfg.norm == "rmsnorm" and s.on_cpu else s.stream if s.on_cpu else 4
+    # What an eager norm saves of a number: float32 on CUDA, in other projects the residual stream's; a CPU's RMSNorm
+    # saves its normalised input, too.
+    normed = 8 if cfg.norm == "rmsnorm" and s.on_cpu else s.stream if s.on_cpu or s.residual_bytes else 4
     head_rows, softmax_sums = cfg.n_head + cfg.kv_heads, 4 * cfg.n_head
     if checkpointing == "full":
         return stream / s.tp
