@@ -107,7 +107,7 @@ def head_bytes(cfg, s):
     n, d, V, w = s.tokens * s.head_share, cfg.n_embd, cfg.padded_vocab_size // s.tp, s.width
     hidden, gradient = s.stream * n * d, s.gradient_bytes * V * d
     if s.logits_bytes is not None:
-        return s.logits_bytes * n * V * s.tp + hidden, gradient
+        return s.logits_bytes * n * V * s.tp + 2 * hidden, gradient  # hidden states and their gradient
     chunk, few, columns = loss_chunks(V, "cpu" if s.on_cpu else "cuda")
     casts = 2 * (n * d * (s.stream != w) + V * d) if w == 2 else 0
     in_float32 = w == 2 and not s.compiled  # compiled, a pass keeps them in registers
