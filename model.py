@@ -154,7 +154,7 @@ class Attention(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)
         q, k = q.type_as(v), k.type_as(v)  # rope's table is float32
         if cache is not None:
-            k, v = cache(k, v)  # B H S D, S tokens so far
+            k, v = cache(k, v)  # B H S D, S tokens so far; a function of Cache.by_layer
         # After the prompt, tokens come one at a time and see everything in the cache.
         causal = self.causal and mask is None and (cache is None or T > 1)
         y = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
@@ -228,8 +228,8 @@ class Transformer(nn.Module):
         self.norm_f = nn.Identity() if post else _norm(cfg, cfg.n_embd)
         self.transform = Transform(cfg) if masked else nn.Identity()
         self.head = Linear(cfg.n_embd, cfg.padded_vocab_size, bias=masked and cfg.bias)
-        self.loss_pass = loss_pass  # kernels.py compiles this, and run_blocks
-        self.copies = None  # bf16 copies of the blocks' matrices, and these: kernels.keep_copies
+        self.loss_pass = loss_pass  # launch.py compiles this, and run_blocks
+        self.copies = None  # (bf16 copies, the blocks' matrices that are cast into them) of launch.keep_copies
         self.graphs = None  # CUDA graphs of training by name; None: kernels are launched one by one
         self.tie_weights()
 
@@ -278,7 +278,9 @@ class Transformer(nn.Module):
             mask = mask & (place <= place[:, None]) if cfg.is_causal else mask
         x = self.run_blocks(x, rope, mask, caches)
         if positions is not None:
-            x = x.take_along_dim(positions[..., None], dim=1)  # B K C
+            # An embedding: unlike a gather's, its gradient repeats bitwise and never waits for the device.
+            first = T * torch.arange(len(ids), device=ids.device)[:, None]  # B 1
+            x = F.embedding(first + positions, x.flatten(0, 1))  # B K C
         elif cache is not None:
             x = x[:, -1:]
         x = self.transform(self.norm_f(x))

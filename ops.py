@@ -26,7 +26,7 @@ def residual_dtype(x):
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm that returns x's dtype, where autocast on CUDA returns float32; statistics are float32 in any case."""
+    """nn.LayerNorm that returns x's dtype, where autocast on CUDA returns float32; statistics are float32."""
 
     def forward(self, x):
         return super().forward(x).type_as(x)
@@ -42,7 +42,7 @@ class RMSNorm(nn.RMSNorm):
 class Linear(nn.Linear):
     """nn.Linear; in bf16 on a CPU it multiplies generation's few rows transposed, twice as fast (torch 2.13).
 
-    Training multiplies by a copy of the weight, where kernels.keep_copies has made one.
+    Training multiplies by a copy of the weight, where launch.keep_copies has made one.
     """
 
     copy = None

@@ -68,7 +68,7 @@ def build_optimizer(model, cfg, world=None):
 
 
 def can_capture(optimizer):
-    """Whether a CUDA graph can hold the next step: of an optimizer built for it, after the step that makes its state."""
+    """Whether a CUDA graph can hold the next step: the optimizer is built for it, and its first step made its state."""
     return optimizer.defaults.get("capturable", False) and len(optimizer.state) > 0
 
 

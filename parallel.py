@@ -16,7 +16,7 @@ from torch.distributed.tensor import parallel as styles
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from config import Config, Count, UserError
-from kernels import compile_model, keep_copies
+from launch import compile_model, keep_copies
 from ops import Vocabulary
 from world import local
 
@@ -74,9 +74,16 @@ class ParallelConfig(Config):
         They cannot hold a collective of DDP's, a gradient scaler's decisions, or the random state that activation
         checkpointing saves.
         """
-        could = world.device.type == "cuda" and world.mesh is None and world.precision != "fp16"
-        could = could and self.activation_checkpointing == "none"
-        return could and (self.compiles("cuda") if self.cuda_graphs is None else self.cuda_graphs)
+        possible = (
+            world.device.type == "cuda"
+            and world.mesh is None
+            and world.precision != "fp16"
+            and self.activation_checkpointing == "none"
+        )
+        if self.cuda_graphs and not possible:
+            rule = "but they need one process on cuda, bf16 or fp32, and no activation checkpointing"
+            raise UserError(f"cuda_graphs is true, {rule}; leave it at none, which uses them where they are possible")
+        return possible and (self.compiles("cuda") if self.cuda_graphs is None else self.cuda_graphs)
 
     def how_kernels_start(self, world, n_layer):
         """What compile and cuda_graphs come to, as text for a log."""

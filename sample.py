@@ -21,7 +21,7 @@ import torch
 from config import Config, Count, NotNegative, UpToOne, UserError, only, run_script
 from interop.pretrained import load_model, load_tokenizer_of, model_location
 from interop.score import print_scores, read_requests
-from kernels import Captured
+from launch import Captured
 from model import Cache
 from objective import special_id
 from run.folder import RunConfig
@@ -197,7 +197,7 @@ def draw(logits, cfg, uniform):
 
 
 def kept_probabilities(logits, cfg):
-    """Probabilities (B, V) at the temperature, up to a factor, 0 beyond top_k and top_p; the largest logit must be 0."""
+    """Probabilities (B, V) at the temperature, up to a factor, 0 beyond top_k and top_p; the largest logit is 0."""
     probs = torch.softmax(logits / cfg.temperature, dim=-1)  # a tiny temperature overflows to -inf, not inf
     if cfg.top_k is not None and cfg.top_k < probs.shape[-1]:
         top = probs.topk(cfg.top_k)  # exactly k tokens, even where some are equally likely

@@ -18,7 +18,7 @@ from checkpoint import CheckpointConfig
 from config import Config, Count, Positive, UserError, run_script
 from data import DataConfig, eval_batches, objective_for, open_data, seq_len_of
 from interop.pretrained import resolve, start_from
-from kernels import refresh_copies, replay
+from launch import refresh_copies, replay
 from model import ModelConfig, Transformer
 from objective import ObjectiveConfig
 from ops import IGNORE
@@ -162,11 +162,11 @@ def train_step(model, optimizer, scaler, batches, cfg, world, recent=()):
     return loss, grad_norm, bad
 
 
-def micro_step(model, scaler, world, place, n_targets, *batch):
+def micro_step(model, scaler, world, progress, n_targets, *batch):
     """Adds a micro-batch's gradients; returns its part of the step's mean loss, which n_targets divide."""
-    with world.phase("forward", place), world.autocast():
+    with world.phase("forward", progress), world.autocast():
         loss = model(*batch) / n_targets
-    with world.phase("backward", place):
+    with world.phase("backward", progress):
         # DDP and FSDP average gradients over ranks, and the loss is the ranks' sum: so multiply by the ranks.
         scaler.scale(loss * world.data_ranks).backward()
     return loss.detach()

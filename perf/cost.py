@@ -69,7 +69,7 @@ class Setup:
 
     @property
     def is_alone(self):
-        """Whether one GPU trains without activation checkpointing: it keeps bf16 copies of weights from step to step."""
+        """Whether one GPU trains without activation checkpointing; it keeps bf16 copies of weights between steps."""
         return self.ranks == 1 and not self.on_cpu and self.checkpointing == "none"
 
     @property
@@ -198,7 +198,7 @@ def collectives(cfg, s, gpus_per_node=8):
             Collective("layers", "all_gather", normalized, *of_tp, s.micro_steps),
             Collective("layers", "all_reduce", normalized, *of_tp, s.micro_steps),
         ]
-    if s.strategy == "ddp" and s.tp == 1:  # in buckets; those of the first blocks and the embedding overlap with nothing
+    if s.strategy == "ddp" and s.tp == 1:  # in buckets; the first blocks' and the embedding's are waited for
         sent = powersgd_numbers(cfg) if s.grad_compression == "powersgd" else cfg.n_layer * block + rest
         n_bytes, last = gradient * sent, cfg.n_layer * block / DDP_SEGMENTS * s.compiled + rest
         n_buckets = max(1, round(n_bytes / BUCKET))

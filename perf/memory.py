@@ -51,11 +51,12 @@ def memory(cfg, s):
     flowing = s.tokens * (2 * s.stream * d + 2 * s.width * cfg.inner_width) / s.tp
     embedding_gradient = s.gradient_bytes * V * d * (cfg.tie_embeddings + kept_between)
     working = {"muon": 8 * min(STACK, cfg.n_layer * cfg.inner_width * d), "adafactor": 16 * d * max(V, cfg.inner_width)}
+    pool = int(s.is_captured)  # a CUDA graph keeps the memory that it works in
     moments = [  # (copies of weights, gradients, activations, logits, other)
         (copies, before, activations, head, 0),  # the loss
         (copies_later, before, activations, head_left, recomputed + sent + flowing),  # the last block
         (copies_kept, gradients, 0, 0, embedding_gradient),  # the end of backward
-        (copies_kept, gradients, 0, 0, working.get(s.optimizer, 0)),  # the optimizer
+        (copies_kept, gradients, pool * activations, pool * head, working.get(s.optimizer, 0)),  # the optimizer
     ]
     copies, gradients, activations, logits, other = max(moments, key=sum)
     state = OPTIMIZER_BYTES[s.optimizer] if s.optimizer_bytes is None else s.optimizer_bytes

@@ -126,7 +126,7 @@ def head_tflops(vocab_size, world, rows, width):
     """TFLOP/s of the head with its loss, by the FLOPs of its matmuls."""
     ids, vocabulary = torch.randint(vocab_size, (rows,), device=world.device), Vocabulary(vocab_size)
     hidden, weight = residual(world, rows, width), random(world, vocab_size, width)
-    one_pass = torch.compile(loss_pass) if world.device.type == "cuda" else loss_pass  # as parallel.py has it by default
+    one_pass = torch.compile(loss_pass) if world.device.type == "cuda" else loss_pass  # as in training
     loss = functools.partial(linear_cross_entropy, loss_pass=one_pass)
     seconds = timed(forward_backward(loss, world, hidden, weight, ids, vocabulary), world)[0]
     return 6e-12 * rows * vocab_size * width / seconds, seconds

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from config import Config, Count, Positive
+from launch import launch_plainly
 from world import local
 
 WINDOW = 128  # sound steps in the baseline for spikes
@@ -40,7 +41,7 @@ def first_bad_tensor(model, forward_and_backward):
     Weights come first, then the outputs of modules in forward, then gradients in the order of backward.
     """
     bad, hooks = [], []
-    model.graphs = None  # a replay calls no hooks
+    launch_plainly(model)
 
     def look(name, tensor):
         if not torch.isfinite(local(tensor)).all():

@@ -14,10 +14,11 @@ import torch.distributed as dist
 import config
 import train
 from checkpoint import checkpoints, newest_checkpoint
+from launch import keep_copies
 from model import ModelConfig, Transformer
 from optim import OptimConfig, build_optimizer
 from ranks import on_ranks, records, run, settings, step_settings, wait_until, write_data
-from run.health import WINDOW, HealthConfig, bad_step
+from run.health import WINDOW, HealthConfig, bad_step, first_bad_tensor
 from run.resume import State
 from world import World
 
@@ -232,6 +233,34 @@ def test_what_is_bad_in_forward_is_named_before_what_follows_from_it(data_dir, t
         run(data_dir, tmp_path / "run", max_bad_steps=2, save_interval="none")
     assert "2 steps in a row were skipped, the last one step 2 with loss nan" in str(error.value)
     assert "with no checkpoint to roll back to" in str(error.value)
+
+
+class InfiniteGradient(torch.autograd.Function):
+    """A weight itself, whose gradient is infinite."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.full_like(gradient, math.inf)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_weights_bad_gradient_is_named_whether_or_not_training_multiplies_by_a_copy(copies):
+    model = Transformer(ModelConfig(vocab_size=37, block_size=11, n_layer=2, n_head=5, n_embd=20))
+    model.init_weights(1)
+    if copies:
+        keep_copies(model)
+    up, ids = model.blocks[0].mlp.up, torch.randint(37, (3, 7))
+    up.forward = lambda x: torch.nn.functional.linear(x, InfiniteGradient.apply(up.matrix()), up.bias)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            model(ids, ids).backward()
+
+    assert first_bad_tensor(model, step) == "the gradient of blocks.0.mlp.up.weight"
 
 
 def test_a_spike_is_skipped_in_fp16_too_where_overflows_are_the_scalers_own_affair():

@@ -13,7 +13,7 @@ import bench
 import config
 import train
 from data import accumulation_steps
-from kernels import compile_model
+from launch import compile_model
 from model import ModelConfig, Transformer
 from objective import n_masked
 from optim import OptimConfig, build_optimizer

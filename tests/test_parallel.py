@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data import DataConfig, Split
-from kernels import compile_model, keep_copies
+from launch import compile_model, keep_copies
 from model import ModelConfig, Transformer
 from objective import IGNORE, Masked, NextToken
 from optim import OptimConfig, build_optimizer

@@ -5,6 +5,7 @@ import warnings
 
 import torch
 
+from config import UserError
 from ops import Linear
 
 WARM_UPS = 3  # calls before recording, in which libraries set themselves up and torch.compile compiles
@@ -16,8 +17,8 @@ WARM_UPS = 3  # calls before recording, in which libraries set themselves up and
 def compile_model(model, n_segments, world):
     """Compiles the blocks, as one graph for each of n_segments, and the loss's passes over logits.
 
-    The embedding stays out: compiled, its gradient would not repeat bitwise. Evaluation compiles one block for all,
-    since its last batch has another shape.
+    The embedding stays out: compiled, its gradient would not repeat bitwise. Evaluation runs block by block, since one
+    block compiles in a tenth of the time.
     """
     try:
         torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(8, device=world.device))
@@ -26,6 +27,7 @@ def compile_model(model, n_segments, world):
             reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
             warnings.warn(f"torch.compile does not work here, training continues without it: {reason}", stacklevel=2)
         return
+    torch._dynamo.config.optimize_ddp = False  # it would cut the segments anew, at DDP's buckets
     torch._dynamo.config.suppress_errors = True  # what fails to compile runs eagerly, with torch's warning
     model.loss_pass = torch.compile(model.loss_pass)
     forwards, one_by_one = [block.forward for block in model.blocks], model.run_blocks
@@ -45,6 +47,7 @@ def compile_model(model, n_segments, world):
     def run_blocks(x, rope=None, mask=None, caches=None):
         if not torch.is_grad_enabled():
             return one_by_one(x, rope, mask, caches)
+        assert caches is None, "a cache is for generation, without gradients"
         for first in range(0, len(forwards), size):
             x = run_segment(forwards[first : first + size], x, rope, mask)
         return x
@@ -76,6 +79,14 @@ def _add_gradient(weight, copy):
     copy.grad = None
 
 
+def launch_plainly(model):
+    """Ends graphs and copies, so that hooks on modules and weights see all that happens."""
+    model.graphs = model.copies = None
+    for module in model.blocks.modules():
+        if isinstance(module, Linear):
+            module.copy = None
+
+
 @torch.no_grad()
 def refresh_copies(model):
     """Casts the weights into their copies, where there are some."""
@@ -91,19 +102,16 @@ class Captured:
 
     Inputs keep their shapes; outputs are overwritten by the next call. The first call runs the function WARM_UPS times
     to warm up, then calls undo(), which takes back what that changed, and records it, which changes nothing; random
-    numbers then come as if there had been no warm-up. Where recording fails, calls run the function itself, with one
-    warning.
+    numbers then come as if there had been no warm-up. UserError where the function cannot be recorded.
     """
 
     def __init__(self, function, undo=lambda: None, warm_ups=WARM_UPS):
         self.function, self.undo, self.warm_ups = function, undo, warm_ups
-        self.graph, self.inputs, self.outputs = None, None, None
+        self.graph = None
 
     def __call__(self, *inputs):
         if self.graph is None:
             self._record(inputs)
-        if not self.graph:
-            return self.function(*inputs)
         for static, given in zip(self.inputs, inputs, strict=True):
             static.copy_(given)
         self.graph.replay()
@@ -125,12 +133,14 @@ class Captured:
             # thread_local: the loader's and the saver's threads may allocate meanwhile
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.outputs = self.function(*self.inputs)
-            self.graph = graph
-        except RuntimeError as error:
-            self.undo()
-            self.graph = False
-            reason = next(iter(str(error).strip().splitlines()), "")
-            warnings.warn(f"CUDA graphs do not work here, kernels are launched one by one: {reason}", stacklevel=3)
+        except RuntimeError as error:  # torch cannot go on: its allocator and random numbers still record
+            cause = error.__context__ or error  # ending a failed recording raises, too
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            reason = next(iter(str(cause).strip().splitlines()), "")
+            remedy = "train with --cuda_graphs=false, sample with --device=cpu"
+            raise UserError(f"CUDA graphs do not work here ({reason}); {remedy}") from error
+        self.graph = graph
 
 
 def replay(graphs, name, function, *inputs, **options):
