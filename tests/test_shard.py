@@ -197,10 +197,10 @@ def of_compiled():
 @pytest.mark.slow
 @pytest.mark.parametrize("case", COMPILED, ids=str)
 def test_four_ranks_train_as_one_process_with_compiled_blocks(case, of_compiled):
-    """Each block is one graph: for training, for evaluation, and for its batch of another size."""
+    """Each block is one graph, and so is the loss: for training, evaluation, and its batch of another size."""
     answers, graphs, breaks = zip(*of_compiled[case])
     check_equal(case[0], "adamw", answers)
-    assert all(2 <= n <= 5 for n in graphs) and not any(breaks)
+    assert all(2 <= n <= 7 for n in graphs) and not any(breaks)  # with the one that tries the compiler
 
 
 # ---- what must hold besides
