@@ -102,7 +102,7 @@ def block_seconds(world, rows, width):
     """((TFLOP/s of the linear layers, {kind: (seconds of a block, its Work)}), seconds)."""
     blocks, runs, works = zip(*(one_block(kind, width, world, max(1, rows // BLOCK_LENGTH)) for kind in KINDS))
     linears = [layer for layer in blocks[0].modules() if isinstance(layer, Linear)]
-    matmuls = [forward_backward(layer, world, random(world, rows, layer.in_features)) for layer in linears]
+    matmuls = [forward_backward(layer, world, residual(world, rows, layer.in_features)) for layer in linears]
     in_turn = timed_in_turn([lambda: [work() for work in matmuls], *runs], world, 0.5)
     matmul_s, *seconds = (median for median, *_ in in_turn)
     flops = 6 * rows * sum(layer.weight.numel() for layer in linears)
