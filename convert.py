@@ -28,6 +28,7 @@ from interop.nanogpt import import_nanogpt
 from interop.pretrained import load_tokenizer_of, model_location, open_model
 from interop.tokenizer import write_tokenizer
 from run.folder import RunConfig
+from text.files import bare_url, is_url
 from world import tune_malloc
 
 WEIGHTS = r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?$"
@@ -227,9 +228,8 @@ def training_facts(source):
         rows[f"{name} tokens of the data"] = f"{split.get('tokens', 0):,}"
     table = ["| training | |", "|---|---|"] + [f"| {name} | {value} |" for name, value in rows.items() if value]
     shown = {name: without_places(value) if isinstance(value, str) else value for name, value in settings.items()}
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", start := str(settings.get("init_from"))) and not os.path.exists(
-        start
-    ):
+    start = str(settings.get("init_from"))
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", start) and not os.path.exists(start):
         shown["init_from"] = start  # a name on the hub
     preset = [f"{name} = {value!r}" for name, value in shown.items() if name not in PRIVATE and value is not None]
     return ["\n".join(table), "Settings:", "```python\n" + "\n".join(preset) + "\n```"]
@@ -249,10 +249,8 @@ def public_command(command):
 
 def without_places(text):
     """A text without folders, if it is a path, and without user, password, query and fragment, if it is a URL."""
-    if re.match(r"\w+://", text):
-        scheme, _, rest = re.split(r"[?#]", text)[0].partition("://")
-        host, slash, path = rest.partition("/")
-        return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    if is_url(text):
+        return bare_url(text)
     return re.split(r"[/\\]", text.rstrip("/\\"))[-1]
 
 

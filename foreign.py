@@ -8,7 +8,7 @@ import stat
 from dataclasses import fields
 from pathlib import Path
 
-from config import UserError, _checked
+from config import UserError, checked
 
 LARGEST_FILE = 48 * 10**6  # bytes; a JSON file's values take up to 20 times as many
 MOST_BRACKETS = 2**22  # objects and lists of a file, each of 56 bytes or more; the largest tokenizers have 500,000
@@ -21,15 +21,15 @@ LARGEST = {
 COPY_AGAIN = "copy it from its source again"
 
 
-def read_json(path, schema=None, lacking=None):
+def read_json(path, schema=None, lacking=None, largest=LARGEST_FILE):
     """The object in a JSON file, with values as the schema has them (see check).
 
-    lacking: the answer where there is no file; None: UserError, as for all else that is wrong.
+    lacking: the answer where there is no file; None: UserError, as for all else that is wrong. largest: in bytes.
     """
     if lacking is not None and not os.path.lexists(path):
         return lacking
     try:
-        text = read_bytes(path, LARGEST_FILE).decode("utf-8-sig")
+        text = read_bytes(path, largest).decode("utf-8-sig")
         if text.count("{") + text.count("[") > MOST_BRACKETS:
             raise ValueError(f"it has more than {MOST_BRACKETS:,} objects and lists")
         value = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
@@ -44,7 +44,7 @@ def read_json(path, schema=None, lacking=None):
 
 
 def check(value, kind, where):
-    """The value, where it is of a kind; UserError that names its place in `where` otherwise.
+    """Returns a value that is of a kind; raises a UserError, which names the place in `where`, for any other.
 
     A kind is a type (float takes whole numbers, too; object takes anything), a range of whole numbers, None, a tuple of
     alternatives, [kind] for a list of them, or {key: kind} for an object, in which "*" stands for all other keys, and a
@@ -73,7 +73,7 @@ def settings_of(cls, values, where):
     types, wrong, typed = {field.name: field.type for field in fields(cls)}, [], {}
     for name, value in values.items():
         try:
-            typed[name] = _checked(value, types[name])
+            typed[name] = checked(value, types[name])
             if name in LARGEST and value is not None and value > LARGEST[name]:
                 raise OverflowError
         except KeyError:

@@ -28,7 +28,7 @@ def compile_model(model, n_segments, world):
             warnings.warn(f"torch.compile does not work here, training continues without it: {reason}", stacklevel=2)
         return
     torch._dynamo.config.optimize_ddp = False  # it would cut the segments anew, at DDP's buckets
-    torch._dynamo.config.suppress_errors = True  # what fails to compile runs eagerly, with torch's warning
+    torch._dynamo.config.suppress_errors = True  # a graph that fails to compile runs eagerly, with torch's warning
     model.loss_pass = torch.compile(model.loss_pass)
     forwards, one_by_one = [block.forward for block in model.blocks], model.run_blocks
     for block, forward in zip(model.blocks, forwards):

@@ -32,7 +32,7 @@ from ops import (
     residual_dtype,
     rope_table,
     rotate,
-)  # fmt: skip
+)
 
 # The MLP's activation functions: GPT-2's GELU is the tanh approximation, BERT's and nanoGPT's the exact one. With those
 # in GATED, activation(gate(x)) * up(x) takes the place of activation(up(x)).
@@ -386,7 +386,7 @@ class Cache:
         return [layer.append if place is None else functools.partial(layer.put, place) for layer in self.layers]
 
     def mask(self, place):
-        """What attention adds to its scores (1, 1, 1, S): 0 up to place (1,), -inf behind it."""
+        """The mask (1, 1, 1, S) that attention adds to its scores: 0 up to place (1,), -inf behind it."""
         k = self.layers[0].k
         behind = torch.arange(k.shape[2], device=k.device) > place
         return torch.zeros(1, 1, 1, k.shape[2], device=k.device, dtype=k.dtype).masked_fill(behind, -math.inf)

@@ -74,19 +74,14 @@ class ParallelConfig(Config):
         They cannot hold a collective of DDP's, a gradient scaler's decisions, or the random state that activation
         checkpointing saves.
         """
-        possible = (
-            world.device.type == "cuda"
-            and world.mesh is None
-            and world.precision != "fp16"
-            and self.activation_checkpointing == "none"
-        )
+        possible = self._on_one_gpu(world) and world.precision != "fp16"
         if self.cuda_graphs and not possible:
             rule = "but they need one process on cuda, bf16 or fp32, and no activation checkpointing"
             raise UserError(f"cuda_graphs is true, {rule}; leave it at none, which uses them where they are possible")
         return possible and (self.compiles("cuda") if self.cuda_graphs is None else self.cuda_graphs)
 
     def how_kernels_start(self, world, n_layer):
-        """What compile and cuda_graphs come to, as text for a log."""
+        """How compiling and CUDA graphs work in this layout, as text for a log."""
         if not self.compiles(world.device.type):
             compiled = "eager"
         else:
@@ -96,8 +91,11 @@ class ParallelConfig(Config):
 
     def keeps_copies(self, world):
         """Whether the blocks' matrices have bf16 copies for a step; on a CPU they gain nothing (torch 2.13)."""
-        is_alone = world.device.type == "cuda" and world.mesh is None
-        return is_alone and world.precision == "bf16" and self.activation_checkpointing == "none"
+        return self._on_one_gpu(world) and world.precision == "bf16"
+
+    def _on_one_gpu(self, world):
+        """Whether one process trains on CUDA without activation checkpointing."""
+        return world.device.type == "cuda" and world.mesh is None and self.activation_checkpointing == "none"
 
     def mesh_shape(self, size):
         """(replicas, shards of a replica, tensor parallel ranks) for `size` processes; UserError if they do not fit."""

@@ -4,7 +4,6 @@ A shard is a 24-byte header and its tokens, uint16 or uint32, and is memory-mapp
 modded-nanogpt's files are read as they are.
 """
 
-import json
 import os
 import re
 import struct
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from config import UserError
+from foreign import COPY_AGAIN, check, is_regular, read_json
 
 HEADER = struct.Struct("<8sIIQ")  # magic, version, bytes a token, tokens
 MAGIC, VERSION = b"flatlm\0\0", 1
@@ -140,67 +140,33 @@ def _head(path, size):
 
 # ---- meta.json
 
+COUNT = range(2**63)
+SPLIT = dict.fromkeys(("tokens", "documents", "bytes"), COUNT) | {
+    "shards": {"*": COUNT}, "checksums": {"*": [range(2**32)]},
+}  # fmt: skip
+# Kinds of the values that prepare.py writes (see foreign.check)
+META = {
+    "vocab_size!": range(1, LARGEST_VOCABULARY + 1), "splits!": {"train!": SPLIT, "val!": SPLIT, "*": SPLIT},
+    "tokenizer": str, "tokenizer_sha256": str, "command": str, "notes": {"*": COUNT}, "settings": dict,
+    "input_files": dict,
+}  # fmt: skip
+
 
 def read_meta(data_dir):
     """The content of a data folder's meta.json; {} where there is none, as with other projects' files.
 
-    UserError where it is no regular file, is too large, or holds a value of another type than prepare.py writes.
+    UserError where it is no regular file, is too large, or holds a value of another kind than prepare.py writes.
     """
     path = Path(data_dir) / "meta.json"
     if not os.path.lexists(path):
         return {}
     try:
-        if not path.is_file() or path.stat().st_size > META_BYTES:
-            raise ValueError(f"it is no regular file of at most {META_BYTES >> 20} MiB")
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        if wrong := _wrong_entry(meta):
-            raise ValueError(f"its {wrong} is not what prepare.py writes")
-    except (OSError, ValueError, RecursionError) as error:
-        why = f"{type(error).__name__}: {error}"
+        if not is_regular(path):  # such as a link to nothing
+            raise UserError("it is no regular file")
+        meta = read_json(path, META, largest=META_BYTES)
+        token_id = range(meta["vocab_size"])
+        check(meta, {"specials": {"*": token_id}, "continuations": [token_id]}, path)
+    except UserError as error:
+        why = str(error).removesuffix(f"; {COPY_AGAIN}")
         raise UserError(f"{path} is damaged ({why}); remove it and make the data again with prepare.py") from error
     return meta | {"splits": {name: {"shards": {}} | split for name, split in meta["splits"].items()}}
-
-
-def _wrong_entry(meta):
-    """The first entry of meta.json of another type than prepare.py writes; None where there is none."""
-
-    def is_count(value, limit=2**63):
-        return type(value) is int and 0 <= value < limit
-
-    def are_counts(value, limit=2**63):
-        return isinstance(value, dict) and all(is_count(number, limit) for number in value.values())
-
-    def is_text(value):
-        return isinstance(value, str)
-
-    def are_ids(value):
-        return isinstance(value, list) and all(is_count(id_, vocab_size) for id_ in value)
-
-    def are_checksums(value):
-        lists = value.values() if isinstance(value, dict) else [None]
-        return all(isinstance(sums, list) and all(is_count(crc, 2**32) for crc in sums) for sums in lists)
-
-    vocab_size = meta.get("vocab_size") if isinstance(meta, dict) else None
-    if not is_count(vocab_size, LARGEST_VOCABULARY + 1) or not vocab_size:
-        return "vocab_size"
-    splits = meta.get("splits")
-    if not (isinstance(splits, dict) and all(isinstance(splits.get(name), dict) for name in ("train", "val"))):
-        return "splits"
-    rules = {
-        "tokenizer": is_text, "tokenizer_sha256": is_text, "command": is_text, "continuations": are_ids,
-        "specials": lambda value: are_counts(value, vocab_size), "notes": are_counts,
-        "settings": lambda value: isinstance(value, dict), "input_files": lambda value: isinstance(value, dict),
-    }  # fmt: skip
-    of_split = {
-        "tokens": is_count, "documents": is_count, "bytes": is_count, "shards": are_counts, "checksums": are_checksums,
-    }  # fmt: skip
-    wrong = [name for name, holds in rules.items() if name in meta and not holds(meta[name])]
-    for split, entries in splits.items():
-        if not isinstance(entries, dict):
-            return f"split {split[:20]!r}"
-        wrong += [
-            f"{name} of {split[:20]!r}"
-            for name, holds in of_split.items()
-            if name in entries and not holds(entries[name])
-        ]
-    return wrong[0] if wrong else None

@@ -161,7 +161,7 @@ class _Command:
     def _set(self, name, value, where):
         section, field = self.settings[name]
         try:
-            self.values[name] = _checked(value, field.type)
+            self.values[name] = checked(value, field.type)
         except (TypeError, OverflowError):  # OverflowError: an int beyond the range of floats
             self.wrong_sections.add(section)
             hint = _did_you_mean(value, _choices(field.type)) if isinstance(value, str) else ""
@@ -317,7 +317,7 @@ def _from_text(text, type_):
     return text
 
 
-def _checked(value, type_):
+def checked(value, type_):
     """The value converted to its setting's type; TypeError where it has another."""
     for kind in _kinds(type_):
         if kind in (types.NoneType, bool, str):

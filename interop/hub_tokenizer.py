@@ -23,7 +23,7 @@ CONFIG = {
 MODEL = STOPS | {"tokenizer_class": (str, None), "model_type": (str, None)}
 REGISTERED = {"gpt2": "GPT2Tokenizer", "bert": "BertTokenizer", "qwen3": "Qwen2Tokenizer", "mistral": "Tokenizers"}
 PLAIN = ("Tokenizers", "TokenizersBackend", "PreTrainedTokenizer", "PythonBackend")
-# What a class takes from tokenizer_config.json, whatever tokenizer.json has
+# Options that a class takes from tokenizer_config.json and not from tokenizer.json
 OPTIONS = {"add_prefix_space", "prepend_scheme", "trim_offsets", "lowercase", "strip_accents", "handle_chinese_chars"}
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -32,7 +32,7 @@ LLAMA_2 = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern":
 
 
 class Class(NamedTuple):
-    """What one of transformers' tokenizer classes makes of its settings, taking vocabulary and merges from a file."""
+    """The parts that a tokenizer class of transformers makes itself; vocabulary and merges come from a file."""
 
     normalizer: dict | None
     pre_tokenizer: dict
@@ -115,7 +115,7 @@ def _class_name(saved, path, config, model):
 
 
 def _class_of(name, saved, config, folder):
-    """What the class of a name makes of a folder's settings."""
+    """The parts that the class of a name makes from a folder's settings."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": bool(config.get("add_prefix_space")), "trim_offsets": True,
                   "use_regex": True}  # fmt: skip
     bpe = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,

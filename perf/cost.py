@@ -65,11 +65,11 @@ class Setup:
     @property
     def is_captured(self):
         """Whether steps are replayed as CUDA graphs."""
-        return self.cuda_graphs and self.compiled and self.precision != "fp16" and self.is_alone
+        return self.cuda_graphs and self.compiled and self.precision != "fp16" and self.on_one_gpu
 
     @property
-    def is_alone(self):
-        """Whether one GPU trains without activation checkpointing; it keeps bf16 copies of weights between steps."""
+    def on_one_gpu(self):
+        """Whether one GPU trains without activation checkpointing."""
         return self.ranks == 1 and not self.on_cpu and self.checkpointing == "none"
 
     @property

@@ -35,7 +35,7 @@ def memory(cfg, s):
         sent = (s.width + 2 * s.gradient_bytes) * one_block  # gradients before and after reduction, two blocks' at once
     elif s.width < s.weight_bytes:
         copies = 2 * cfg.n_layer * block_weights(cfg)
-    copies_kept = copies if s.is_alone else 0
+    copies_kept = copies if s.on_one_gpu and s.precision == "bf16" else 0
     copies_later = copies if is_sharded or s.checkpointing == "none" else copies / cfg.n_layer
     error_feedback = 4 * n if s.grad_compression == "powersgd" else 0  # PowerSGD keeps what it has not sent
     gradients = s.gradient_bytes * n / (s.shards if is_sharded and s.accumulate == "sharded" else 1)
@@ -75,8 +75,8 @@ def block_activation_bytes(cfg, s, checkpointing="none"):
     w, stream = s.width, s.stream * cfg.n_embd
     up = 2 if cfg.is_gated else 1  # matrices that lead up to the MLP's width
     row = 4 if cfg.norm == "rmsnorm" else 8  # statistics of a normalised row
-    # What an eager norm saves of a number: float32 on CUDA, in other projects the residual stream's; a CPU's RMSNorm
-    # saves its normalised input, too.
+    # An eager norm saves float32 numbers on CUDA, in other projects the residual stream's. A CPU's RMSNorm saves its
+    # normalised input, too.
     normed = 8 if cfg.norm == "rmsnorm" and s.on_cpu else s.stream if s.on_cpu or s.residual_bytes else 4
     head_rows, softmax_sums = cfg.n_head + cfg.kv_heads, 4 * cfg.n_head
     if checkpointing == "full":

@@ -60,7 +60,7 @@ def our_step(command, folder, data, tiny):
 
 
 def with_run(settings, out_dir, data, max_steps, **others):
-    """Settings of train.py, with those of a short run."""
+    """The settings and those that make a run of train.py short."""
     names = {"data_dir": data, "out_dir": out_dir, "max_steps": max_steps, "save_interval": "none"} | others
     return [*settings, *(f"--{name}={value}" for name, value in names.items())]
 

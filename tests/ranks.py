@@ -36,7 +36,7 @@ SMALL = {
     "precision": "fp32",
 }  # fmt: skip
 
-# What the tests' processes import; torch._dynamo comes with an optimizer's first step.
+# Modules that the tests' processes import; torch._dynamo comes with an optimizer's first step.
 PRELOADED = [
     "torch", "torch.distributed.checkpoint", "torch.distributed._composable.replicate", "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel", "torch._dynamo", "safetensors.torch", "matplotlib.figure",
@@ -140,7 +140,7 @@ def start(function, *args):
     context.set_forkserver_preload(PRELOADED)
     here, there = context.Pipe()
     process = context.Process(target=function, args=(there, *args), daemon=True)
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # which a new fork server looks at
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # a new fork server reads it
         process.start()
     there.close()
     return process, here

@@ -232,7 +232,7 @@ def test_file_whose_name_is_no_utf8_is_read_and_named(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert set(DOCUMENTS[:4]) <= set(texts(tmp_path / "data"))
     assert r"damaged or unreadable: " in printed and r"cut\xff.txt.gz" in printed
-    printed.encode()  # what is printed can be
+    printed.encode()  # all of it can be encoded
 
 
 # ---- large and deep documents

@@ -25,7 +25,7 @@ from ops import (
     loss_pass,
     rope_table,
     rotate,
-)  # fmt: skip
+)
 from optim import OptimConfig, build_optimizer
 
 B, T, V = 3, 7, 37

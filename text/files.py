@@ -113,6 +113,13 @@ def is_url(where):
     return re.match(r"\w+://", where) is not None
 
 
+def bare_url(url):
+    """A URL without user, password, query and fragment."""
+    scheme, _, rest = re.split(r"[?#]", url)[0].partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
 def public(where):
     """An input as it may be shown: a URL without user, password and query, but with 4 digits of the query's hash."""
     if not is_url(where):
@@ -122,7 +129,7 @@ def public(where):
     except ValueError as error:
         raise UserError(f"input is no URL ({error}); check it") from None  # the cause may show a secret
     mark = f"?...{hashlib.sha256(parts.query.encode()).hexdigest()[:4]}" if parts.query else ""
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}{mark}"
+    return bare_url(where) + mark
 
 
 def download(url, folder):
@@ -169,11 +176,10 @@ class Tally:
 
     def add(self, chunk, bad):
         """Counts a chunk that has so many bad bytes."""
-        self.seen, self.bad, self.sample = (
-            self.seen + len(chunk),
-            self.bad + bad,
-            self.sample or (chunk if bad else b""),
-        )
+        self.seen += len(chunk)
+        self.bad += bad
+        if bad and not self.sample:
+            self.sample = chunk
 
     def check(self, what, encoding, slack=0):
         """UserError, with the likely encoding, where more than slack bytes and 1 % of the text are bad."""
