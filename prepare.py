@@ -74,7 +74,7 @@ class PrepareConfig(Config):
         if self.dataset == "fineweb10b" and self.tokenizer != "gpt2":
             wrong.append(f"tokenizer is {self.tokenizer}, but dataset fineweb10b is in gpt2 tokens; leave it out")
         if wrong:
-            raise UserError("\n".join(wrong))
+            raise UserError(*wrong)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,21 @@ FOLDERS = ("text", "run", "perf", "interop", "config")  # source folders below R
 
 
 class UserError(ValueError):
-    """A user's mistake: value, rule and remedy. A command ends with exit code 2; other exceptions are bugs."""
+    """A user's mistake: value, rule and remedy. A command ends with exit code 2; other exceptions are bugs.
+
+    Each argument becomes one line, whatever stands in the values that it quotes.
+    """
+
+    def __init__(self, *lines):
+        super().__init__(*(visible(line) for line in lines))
+
+    def __str__(self):
+        return "\n".join(self.args)
+
+
+def visible(text):
+    """The text with escapes for what cannot be printed, such as line breaks, terminal codes and lone surrogates."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +85,7 @@ class Config:
             limits = [limit for kind in kinds for limit in getattr(kind, "__metadata__", ()) if value is not None]
             wrong += [f"{field.name} is {value}; it must be {x.rule}{or_none}" for x in limits if not x.holds(value)]
         if wrong:
-            raise UserError("\n".join(wrong))
+            raise UserError(*wrong)
 
 
 # nanoGPT's names that are not near ours: our name, or where the meaning differs, a sentence that begins with it.
@@ -100,7 +114,7 @@ def load(settings_type, argv):
     command = _Command(settings_type, argv)
     cfg = command.compose()
     if command.errors:
-        raise UserError("\n".join(command.errors))
+        raise UserError(*command.errors)
     return cfg
 
 
@@ -143,7 +157,7 @@ class _Command:
         try:
             return function(*args, **names)
         except UserError as error:
-            self.errors.append(str(error))
+            self.errors += error.args
 
     def _read_argument(self, arg):
         name, equals, text = arg.partition("=")
@@ -247,7 +261,7 @@ def run_script(main, settings_type, doc):
         # wait. A rank that still runs after the wait has an error that rank 0 does not have.
         rank = int(os.environ.get("RANK", 0))
         time.sleep(5 if rank else 0)
-        for line in str(error).splitlines():
+        for line in error.args:
             print(f"error: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr)
         _end(2)
     except Exception:
