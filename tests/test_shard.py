@@ -153,8 +153,8 @@ QUICK = matrix(["gpt"], ["adamw"], ["full"], [3], ["fsdp"])
 QUICK += matrix(["modern"], ["muon"], ["none"], [1], ["hsdp"])
 QUICK += matrix(["bert"], ["adafactor"], ["selective"], [1], ["fsdp tp"])
 QUICK += matrix(["gpt"], ["adamw"], ["none"], [3], ["ddp tp"])
-FULL = matrix(MODELS, ["adamw", "muon"], ["none"], [3], MORE_LAYOUTS)
-FULL += matrix(MODELS, ["adamw", "muon"], ["full"], [1], MORE_LAYOUTS)
+FULL = matrix(MODELS, ["adamw"], ["none"], [3], MORE_LAYOUTS)
+FULL += matrix(MODELS, ["muon"], ["full"], [1], MORE_LAYOUTS)
 
 
 @pytest.mark.parametrize("case", QUICK, ids=id_of)
