@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import checkpoints, config_of_checkpoint, newest_checkpoint, read_manifest, tensor_reader
+from checkpoint import checkpoints, config_of_checkpoint, context_of, newest_checkpoint, read_manifest, tensor_reader
 from config import UserError, preset_value
 from data import prepare_command, seq_len_of, vocab_size_of
 from foreign import telling
@@ -22,15 +22,20 @@ SOME_TEXT = "Two words, 3 dots..."
 
 
 class RunModel:
-    """The model of a run's newest checkpoint, read a tensor at a time, with HubModel's interface."""
+    """The model of a run's newest checkpoint, read a tensor at a time, with HubModel's interface.
+
+    cfg.block_size is the longest sequence that it was trained on, which bounds sampling, scores and exports.
+    """
 
     dtype = "float32"
 
     def __init__(self, run_dir, world=None):
         self.folder, self.path = Path(run_dir), newest_checkpoint(run_dir, world)
         self.manifest = read_manifest(self.path)
-        self.cfg = config_of_checkpoint(self.path, self.manifest)
-        self.name = f"{run_dir}, step {self.manifest['step']}"
+        whole, self.name = config_of_checkpoint(self.path, self.manifest), f"{run_dir}, step {self.manifest['step']}"
+        self.cfg = replace(whole, block_size=context_of(self.manifest))
+        if self.cfg != whole:
+            self.name += f", trained on sequences of {self.cfg.block_size} tokens (block_size {whole.block_size})"
         with self._telling():
             self._read = tensor_reader(self.path)
 
@@ -167,11 +172,16 @@ def load_tokenizer_of(source, may_lack=False):
 
 
 def start_from(cfg, model, world):
-    """Loads the weights that init_from names, if any; reports data in another tokenizer's tokens."""
+    """Loads the weights that init_from names, if any; reports data in another tokenizer's tokens.
+
+    Sets model.context, the longest sequence that the model will have been trained on.
+    """
+    model.context = cfg.data.seq_len
     if not cfg.run.init_from:
         return
     source = open_model(cfg.run.init_from, world)
     load_weights(source, model)
+    model.context = min(cfg.model.block_size, max(cfg.data.seq_len, source.cfg.block_size))
     if world.is_main:
         with writing_to(cfg.run.out_dir):
             path = Path(cfg.run.out_dir) / EXTRA_FILE

@@ -63,7 +63,7 @@ def make_run(folder, cfg, tokenizer="byte"):
         for table in (model.wte.weight, model.head.weight, *[b for b in [model.head.bias] if b is not None]):
             table[cfg.vocab_size :] = 0
     writer = CheckpointWriter(folder, CheckpointConfig(), World(0, 1, torch.device("cpu"), "fp32"))
-    settings = {"seq_len": 7, "learning_rate": 0.01, "out_dir": "/home/someone/secret"}
+    settings = {"seq_len": cfg.block_size, "learning_rate": 0.01, "out_dir": "/home/someone/secret"}
     state = {"sequences_seen": 420, "hours": 1.5, "val_loss": 2.5, "evaluated_at": 55}
     writer.save(60, model, None, {"settings": settings, "state": state})
     writer.wait()

@@ -151,7 +151,7 @@ def test_bits_per_byte_are_of_the_text_that_is_evaluated_as_scoring_has_them(tmp
     (data_dir / "meta.json").write_text(json.dumps(meta))
     for eval_tokens in (44, len(ids), len(ids) + 1):
         out_dir = tmp_path / f"run_{eval_tokens}"
-        run(data_dir, out_dir, vocab_size="none", seq_len=11, batch_tokens=33, eval_tokens=eval_tokens)
+        run(data_dir, out_dir, vocab_size="none", block_size=23, seq_len=11, batch_tokens=33, eval_tokens=eval_tokens)
         n_bytes = len(tokenizer.decode_bytes(ids[:eval_tokens]))  # end-of-text, the last target, has none
         nats = records(out_dir, "val_loss")[9] * eval_tokens
         assert records(out_dir, "val_bpb")[9] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-9)
