@@ -292,7 +292,7 @@ def context_of(manifest):
     block_size, settings = manifest["model"]["block_size"], manifest.get("settings", {})
     if "context" in manifest:
         return manifest["context"]
-    seq_len = None if settings.get("init_from") else settings.get("seq_len")  # checkpoints from before there was context
+    seq_len = None if settings.get("init_from") else settings.get("seq_len")  # an older checkpoint
     return min(block_size, seq_len or block_size)
 
 

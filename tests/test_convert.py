@@ -437,7 +437,7 @@ def test_a_run_whose_meta_json_is_damaged_goes_out_without_tokenizer_and_says_so
 
 def test_the_model_card_tells_settings_data_losses_tokens_and_hours(exported):
     card = (exported["gpt2"][1] / "README.md").read_text()
-    for fact in ("| steps | 60 |", f"| tokens trained on | {420 * 7:,} |", "| hours | 1.50 |", "| validation loss | 2.5000 nats",
+    for fact in ("| steps | 60 |", f"| tokens trained on | {420 * T:,} |", "| hours | 1.50 |", "| validation loss | 2.5000 nats",
                  "| validation bits per byte | 1.1000 |", "| data made by | `python prepare.py --input=x` |",
                  "| train tokens of the data | 9,000 |", "learning_rate = 0.01", "AutoModelForCausalLM"):  # fmt: skip
         assert fact in card, fact
