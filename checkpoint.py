@@ -64,7 +64,8 @@ class CheckpointWriter:
         self.wait()
         self.newest = step
         tensors = _tensors(model, optimizer)
-        numbers, facts = file_numbers(tensors, self.world), {"model": asdict(model.cfg), **facts}
+        context = {"context": model.context} if hasattr(model, "context") else {}  # see context_of
+        numbers, facts = file_numbers(tensors, self.world), {"model": asdict(model.cfg), **context, **facts}
         arguments = step, self._staged(tensors), numbers, facts
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True, name="saver")
         self._thread.start()
@@ -255,6 +256,7 @@ def load_checkpoint(path, model, optimizer=None):
         raise UserError(f"{path} holds another model: {differing}; give the same settings")
     _quieten()
     dcp.load(_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+    model.context = context_of(manifest)
     return manifest
 
 
@@ -280,6 +282,18 @@ def config_of_checkpoint(path, manifest):
     if unknown := manifest["model"].keys() - {field.name for field in fields(ModelConfig)}:
         raise UserError(f"{path} holds a model with settings that are unknown here: {', '.join(sorted(unknown))}")
     return ModelConfig(**manifest["model"])
+
+
+def context_of(manifest):
+    """The longest sequence that a checkpoint's model was trained on, in tokens, by its run or by its initial weights.
+
+    Nothing has trained learned positions beyond it, and rope's angles beyond it are unseen.
+    """
+    block_size, settings = manifest["model"]["block_size"], manifest.get("settings", {})
+    if "context" in manifest:
+        return manifest["context"]
+    seq_len = None if settings.get("init_from") else settings.get("seq_len")  # an older checkpoint
+    return min(block_size, seq_len or block_size)
 
 
 def _quieten():

@@ -171,7 +171,11 @@ PRIVATE = {"out_dir", "resume", "device", "data_fingerprint", "wandb", "wandb_pr
 NUMBER = (float, None)
 SPLITS = {"*": {"tokens": int, "bytes": int}}
 # Kinds of values of a run's files from which a card is written (see foreign.check)
-MANIFEST = {"step": int, "settings": dict, "state": {"sequences_seen": int, "hours": NUMBER, "val_loss": NUMBER}}
+MANIFEST = {
+    "step": int,
+    "settings": dict,
+    "state": {"sequences_seen": int, "hours": NUMBER, "val_loss": NUMBER, "evaluated_at": (int, None)},
+}
 DATA = {"splits": SPLITS, "settings": ({"tokenizer": str}, None), "tokenizer": str, "command": str}
 
 
@@ -209,7 +213,9 @@ def training_facts(source):
     with contextlib.suppress(UserError):  # a damaged file was reported before
         data = foreign.read_json(source.folder / "meta.json", DATA, lacking={})
     log = source.folder / "log.jsonl"
-    losses = re.findall(r'"loss": ([-+.\de]+)', log.read_text(encoding="utf-8") if log.exists() else "")
+    lines = log.read_text(encoding="utf-8") if log.exists() else ""
+    losses = re.findall(r'"loss": ([-+.\de]+)', lines)
+    bits = re.findall(rf'"step": {state.get("evaluated_at")}, .*"val_bpb": ([-+.\de]+)', lines)
     rows = {
         "steps": f"{manifest['step']:,}",
         "tokens trained on": f"{state.get('sequences_seen', 0) * settings.get('seq_len', 0):,}",
@@ -217,10 +223,8 @@ def training_facts(source):
         "training loss, the last logged": f"{float(losses[-1]):.4f} nats a token" if losses else None,
         "validation loss": None if state.get("val_loss") is None else f"{state['val_loss']:.4f} nats a token",
     }
-    split = data.get("splits", {}).get("val", {})
-    if state.get("val_loss") is not None and split.get("bytes") and source.cfg.is_causal:
-        bits = state["val_loss"] / math.log(2) * split["tokens"] / split["bytes"]
-        rows["validation bits per byte"] = f"{bits:.4f}"
+    if bits:
+        rows["validation bits per byte"] = f"{float(bits[-1]):.4f}"
     tokenizer = (data.get("settings") or data).get("tokenizer")
     rows["tokenizer"] = tokenizer and without_places(tokenizer)
     rows["data made by"] = f"`{public_command(data['command'])}`" if data.get("command") else None

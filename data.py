@@ -102,7 +102,7 @@ def _fault(folder, split, paths, meta):
 
 
 class Split:
-    """The shards of a split. bytes_per_token is None where the text's bytes are not known."""
+    """The shards of a split."""
 
     def __init__(self, data_dir, split, vocab_size, make_command="python prepare.py --help"):
         folder, meta = _folder(data_dir, make_command), read_meta(data_dir)
@@ -120,8 +120,6 @@ class Split:
             if len(shard) != (promised := meta["splits"][split]["shards"][path.name]):
                 raise UserError(f"{path} holds {len(shard)} tokens, meta.json says {promised}; {make_command} makes it")
         self.tokens = sum(map(len, self.shards))
-        text_bytes = meta["splits"][split].get("bytes") if meta else None
-        self.bytes_per_token = text_bytes / self.tokens if text_bytes and self.tokens else None
         self.checksums = meta["splits"][split].get("checksums", {}) if meta else {}
         for path, shard in zip(self.paths, self.shards):
             shard.checksums = self.checksums.get(path.name)

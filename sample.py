@@ -113,9 +113,9 @@ def masked_ids(tokenizer, prompt):
 
 
 def as_batch(ids, model, device):
-    """A prompt's token ids as a batch of one, (1, T); UserError where they exceed block_size."""
-    if len(ids) > model.cfg.block_size:
-        raise UserError(f"the prompt has {len(ids)} tokens, block_size is {model.cfg.block_size}; shorten it")
+    """A prompt's token ids as a batch of one, (1, T); UserError where they exceed the model's context."""
+    if len(ids) > (context := model.cfg.block_size):
+        raise UserError(f"the prompt has {len(ids)} tokens, the model's context is {context}; shorten it")
     return torch.tensor([ids], device=device)
 
 

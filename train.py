@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from checkpoint import CheckpointConfig
 from config import Config, Count, Positive, UserError, run_script
 from data import DataConfig, eval_batches, objective_for, open_data, seq_len_of
-from interop.pretrained import resolve, start_from
+from interop.pretrained import bytes_of_tokens, resolve, start_from
 from launch import refresh_copies, replay
 from model import ModelConfig, Transformer
 from objective import ObjectiveConfig
@@ -79,9 +79,9 @@ def main(cfg):
         elif state.is_finished(cfg):
             return print_finished(cfg, state, world)
         train_data.seek(state.sequences_seen)
-        val_objective = objective_for(cfg, EVAL_MASK_SEED)
+        val_objective, token_bytes = objective_for(cfg, EVAL_MASK_SEED), bytes_of_tokens(cfg, world)
 
-        with Log(cfg, world, model, optimizer, state, saver.changes, train_data.split, val_data) as log:
+        with Log(cfg, world, model, optimizer, state, saver.changes, train_data.split) as log:
             while True:
                 world.progress.step = state.step
                 request = Stop.NO if state.is_at_end(cfg) else stop.agreed(log.is_out_of_time, saver.writer.failed)
@@ -94,7 +94,7 @@ def main(cfg):
                 # stop requested: skip the evaluation, we may be killed soon
                 if due and not request.is_requested and state.evaluated_at != state.step:
                     with log.paused():
-                        figures = evaluate(model, val_data, val_objective, cfg.data, world)
+                        figures = evaluate(model, val_data, val_objective, cfg.data, world, token_bytes)
                         state.val_loss, state.evaluated_at = figures["val_loss"], state.step
                         log.evaluation(state, figures)
                 ending = ending or state.has_reached_target(cfg)
@@ -180,10 +180,11 @@ def update(model, optimizer, scaler, cfg, norm):
 
 
 @torch.no_grad()
-def evaluate(model, split, objective, cfg, world):
+def evaluate(model, split, objective, cfg, world, token_bytes=None):
     """Mean loss and accuracy over the fixed windows of a split, the same for every batch size and number of ranks.
 
-    Also returns the accuracy of always predicting the most frequent target.
+    Also returns the accuracy of always predicting the most frequent target and, given the bytes of text that each token
+    id stands for, the bits per byte of the targets' text.
     """
     model.eval()
     sums, frequencies = torch.zeros(2, dtype=torch.float64), torch.zeros(model.cfg.vocab_size, dtype=torch.int64)
@@ -196,14 +197,19 @@ def evaluate(model, split, objective, cfg, world):
     model.train()
     reshard(model)
     loss, n_correct = world.sum_over_data(sums).tolist()
-    n_targets = world.sum_over_data(frequencies).sum().item()
+    frequencies = world.sum_over_data(frequencies)
+    n_targets = frequencies.sum().item()
     if n_targets == 0:
         what = f"the first eval_tokens {cfg.eval_tokens} of the {split.name} split are special tokens alone"
         raise UserError(f"{what}; raise eval_tokens, or the split's share of the text by --val_fraction of prepare.py")
+    seen, n_bytes = frequencies.nonzero()[:, 0], 0
+    if token_bytes is not None and seen[-1] < len(token_bytes):  # or the data has another tokenizer's ids
+        n_bytes = (frequencies[seen] @ token_bytes[seen]).item()
     return {
         "val_loss": loss / n_targets,
         "val_accuracy": n_correct / n_targets,
         "val_accuracy_of_commonest": frequencies.max().item() / n_targets,
+        **({"val_bpb": loss / math.log(2) / n_bytes} if n_bytes else {}),
     }
 
 

@@ -1,12 +1,13 @@
 """Initial weights, from a run or from a Hugging Face model, behind one interface."""
 
 import contextlib
+import threading
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 
-from checkpoint import checkpoints, config_of_checkpoint, newest_checkpoint, read_manifest, tensor_reader
+from checkpoint import checkpoints, config_of_checkpoint, context_of, newest_checkpoint, read_manifest, tensor_reader
 from config import UserError, preset_value
 from data import prepare_command, seq_len_of, vocab_size_of
 from foreign import telling
@@ -21,15 +22,20 @@ SOME_TEXT = "Two words, 3 dots..."
 
 
 class RunModel:
-    """The model of a run's newest checkpoint, read a tensor at a time, with HubModel's interface."""
+    """The model of a run's newest checkpoint, read a tensor at a time, with HubModel's interface.
+
+    cfg.block_size is the longest sequence that it was trained on, which bounds sampling, scores and exports.
+    """
 
     dtype = "float32"
 
     def __init__(self, run_dir, world=None):
         self.folder, self.path = Path(run_dir), newest_checkpoint(run_dir, world)
         self.manifest = read_manifest(self.path)
-        self.cfg = config_of_checkpoint(self.path, self.manifest)
-        self.name = f"{run_dir}, step {self.manifest['step']}"
+        whole, self.name = config_of_checkpoint(self.path, self.manifest), f"{run_dir}, step {self.manifest['step']}"
+        self.cfg = replace(whole, block_size=context_of(self.manifest))
+        if self.cfg != whole:
+            self.name += f", trained on sequences of {self.cfg.block_size} tokens (block_size {whole.block_size})"
         with self._telling():
             self._read = tensor_reader(self.path)
 
@@ -166,11 +172,16 @@ def load_tokenizer_of(source, may_lack=False):
 
 
 def start_from(cfg, model, world):
-    """Loads the weights that init_from names, if any; reports data in another tokenizer's tokens."""
+    """Loads the weights that init_from names, if any; reports data in another tokenizer's tokens.
+
+    Sets model.context, the longest sequence that the model will have been trained on.
+    """
+    model.context = cfg.data.seq_len
     if not cfg.run.init_from:
         return
     source = open_model(cfg.run.init_from, world)
     load_weights(source, model)
+    model.context = min(cfg.model.block_size, max(cfg.data.seq_len, source.cfg.block_size))
     if world.is_main:
         with writing_to(cfg.run.out_dir):
             path = Path(cfg.run.out_dir) / EXTRA_FILE
@@ -180,6 +191,33 @@ def start_from(cfg, model, world):
         print(f"weights    from {source.name}")
         if line := tokenizer_mismatch(source, cfg.data.data_dir):
             print(f"warning    {line}")
+
+
+def bytes_of_tokens(cfg, world, patience=20):
+    """The bytes of text that each token id of the run's data stands for, int64 (ids,), on rank 0, for causal models.
+
+    None elsewhere, and where they are unknown, with a line that says why: no tokenizer within `patience` seconds, or
+    one that changes text.
+    """
+    if not (world.is_main and cfg.model.is_causal):
+        return None
+    found = []
+
+    def look_up():
+        try:
+            with telling(lambda reason: reason):
+                found.append(torch.from_numpy(load_tokenizer(tokenizer_of(cfg.data.data_dir)).byte_counts()))
+        except UserError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=look_up, daemon=True)  # tiktoken may wait minutes for a network that is not there
+    thread.start()
+    thread.join(patience)
+    answer = found[0] if found else f"the tokenizer did not come within {patience} seconds"
+    if isinstance(answer, str):
+        print(f"no bits per byte: {answer}", flush=True)
+        return None
+    return answer
 
 
 def tokenizer_mismatch(source, data_dir):

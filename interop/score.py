@@ -30,7 +30,7 @@ def loglikelihood(model, tokenizer, pairs):
     for (_, continuation), (_, text) in zip(requests, pairs):
         if not 0 < len(continuation) <= model.cfg.block_size:
             what = f"the continuation {_start(text)} has {len(continuation)} tokens of its own"
-            raise UserError(f"{what}; it must have 1 to {model.cfg.block_size} (block_size), or be scored as a text")
+            raise UserError(f"{what}; it must have 1 to {model.cfg.block_size} (the model's context), or be scored as a text")
     return score_tokens(model, requests)
 
 

@@ -7,7 +7,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from config import UserError
-from text.tokenizer import END_OF_TEXT, ByteTokenizer, TiktokenTokenizer, byte_of_character
+from text.tokenizer import END_OF_TEXT, HARD_TEXTS, ByteTokenizer, TiktokenTokenizer, byte_of_character
 
 # {role: names that tokenizers have for the special token of that role}; the first that a tokenizer has counts.
 ROLES = {
@@ -20,15 +20,6 @@ ROLES = {
     "mask": ("<|mask|>", "[MASK]", "<mask>"),
 }
 ROLES_OF_OBJECTIVE = {"clm": ("bos", "eos", "pad", "unk"), "mlm": ("pad", "unk", "cls", "sep", "mask")}
-
-HARD_TEXTS = (
-    "The quick brown fox, don't WE'LL 'tis; I'm you're 'llama.\n\n\tx = 1234567890 + 3.14e-10 # §½²٣\r\n",
-    "   blanks  \t \n\n\n  before and after   \n ",
-    "def f(self, *args):\n        return {'a': [1, 2], \"b\": __name__}  # TODO\n",
-    "naïve café Ünïcödé Straße e\u0301 日本語と한국어 Ελλάδα Москва العربية हिन्दी ไทย",
-    "🙂👩‍👩‍👧‍👦🏳️‍🌈 \u202e\u00a0\u3000\u2003\x00\x85\ufeff\ufffd𐍈 ſs K",
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaa " + " " * 99 + "!" * 99 + "0" * 99 + "\n" * 9 + "//////\n--\n/",
-)
 
 
 def write_tokenizer(tokenizer, folder, objective, block_size):

@@ -39,9 +39,9 @@ class LogConfig(Config):
 class Log:
     """The log of a run, on all ranks alike; only rank 0 prints and writes."""
 
-    def __init__(self, cfg, world, model, optimizer, state, changes, train_split, val_split):
+    def __init__(self, cfg, world, model, optimizer, state, changes, train_split):
         """changes: lines that name what differs from the run that was resumed."""
-        self.cfg, self.world, self.bytes_per_token = cfg, world, val_split.bytes_per_token
+        self.cfg, self.world = cfg, world
         self.last_step = cfg.optim.last_step(cfg.data.batch_tokens)
         self.out_dir, self.hours_before = Path(cfg.run.out_dir), state.hours
         self.head_share = OBJECTIVES[cfg.model.objective].head_share(cfg.objective, cfg.data.seq_len)
@@ -145,9 +145,8 @@ class Log:
         text = f"{self._step_text(state)}  val loss {state.val_loss:.4f}"
         if self.cfg.model.is_causal:
             text += f"  perplexity {math.exp(min(state.val_loss, 700)):.5g}  {accuracy}"  # exp(710) overflows
-            if self.bytes_per_token:
-                record["val_bpb"] = state.val_loss / math.log(2) / self.bytes_per_token
-                text += f"  {record['val_bpb']:.4f} bits per byte"
+            if "val_bpb" in figures:
+                text += f"  {figures['val_bpb']:.4f} bits per byte"
         else:
             text += f"  masked {accuracy} (the most frequent token alone {figures['val_accuracy_of_commonest']:.1%})"
         self._write(record)

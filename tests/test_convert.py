@@ -63,10 +63,12 @@ def make_run(folder, cfg, tokenizer="byte"):
         for table in (model.wte.weight, model.head.weight, *[b for b in [model.head.bias] if b is not None]):
             table[cfg.vocab_size :] = 0
     writer = CheckpointWriter(folder, CheckpointConfig(), World(0, 1, torch.device("cpu"), "fp32"))
-    settings = {"seq_len": 7, "learning_rate": 0.01, "out_dir": "/home/someone/secret"}
-    state = {"sequences_seen": 420, "hours": 1.5, "val_loss": 2.5}
+    settings = {"seq_len": cfg.block_size, "learning_rate": 0.01, "out_dir": "/home/someone/secret"}
+    state = {"sequences_seen": 420, "hours": 1.5, "val_loss": 2.5, "evaluated_at": 55}
     writer.save(60, model, None, {"settings": settings, "state": state})
     writer.wait()
+    lines = [{"step": step, "val_loss": 2.5, "val_bpb": step / 50} for step in (0, 50, 55)]
+    (folder / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     if tokenizer:
         splits = {name: {"tokens": n, "bytes": 2 * n} for name, n in (("train", 9000), ("val", 1000))}
         meta = {"tokenizer": tokenizer, "vocab_size": 261, "command": "python prepare.py --input=x", "splits": splits}
@@ -435,8 +437,8 @@ def test_a_run_whose_meta_json_is_damaged_goes_out_without_tokenizer_and_says_so
 
 def test_the_model_card_tells_settings_data_losses_tokens_and_hours(exported):
     card = (exported["gpt2"][1] / "README.md").read_text()
-    for fact in ("| steps | 60 |", f"| tokens trained on | {420 * 7:,} |", "| hours | 1.50 |", "| validation loss | 2.5000 nats",
-                 "| validation bits per byte | 1.8034 |", "| data made by | `python prepare.py --input=x` |",
+    for fact in ("| steps | 60 |", f"| tokens trained on | {420 * T:,} |", "| hours | 1.50 |", "| validation loss | 2.5000 nats",
+                 "| validation bits per byte | 1.1000 |", "| data made by | `python prepare.py --input=x` |",
                  "| train tokens of the data | 9,000 |", "learning_rate = 0.01", "AutoModelForCausalLM"):  # fmt: skip
         assert fact in card, fact
     assert "secret" not in card

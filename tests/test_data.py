@@ -316,7 +316,7 @@ def test_nanogpt_files_are_read(tmp_path):
     for name, number in (("train", 500), ("val", 50)):
         tokens_of(number).tofile(tmp_path / f"{name}.bin")
     split = Split(tmp_path, "train", 1000)
-    assert (split.tokens, split.bytes_per_token) == (500, None)
+    assert split.tokens == 500
     assert np.array_equal(np.diff(sequences(split, np.arange(9))), np.ones((9, T)))
     assert len(evaluated(Split(tmp_path, "val", 1000))[0]) == 49
 
@@ -367,10 +367,6 @@ def test_empty_shard_is_read_as_empty(tmp_path):
     for sizes in ([0], [0, 0], [5, 0]):
         write_shards(tmp_path / str(sizes), "train", [tokens_of(size) for size in sizes])
         assert Split(tmp_path / str(sizes), "train", 1000).fingerprint()
-
-
-def test_bytes_per_token_come_from_meta(split):
-    assert split.bytes_per_token == 3.0
 
 
 def fingerprint_of(folder, shards):

@@ -363,10 +363,10 @@ def test_prompts_come_from_files_stdin_and_nowhere(run_dir, capsys, tmp_path, mo
     assert sampled(capsys, *greedy)
 
 
-def test_a_prompt_longer_than_block_size_is_refused(run_dir, capsys):
-    assert sampled(capsys, f"--out_dir={run_dir}", "--prompt=" + "a" * 11, "--max_new_tokens=1")
-    with pytest.raises(UserError, match="prompt has 12 tokens, block_size is 11; shorten it"):
-        sampled(capsys, f"--out_dir={run_dir}", "--prompt=" + "a" * 12)
+def test_a_prompt_longer_than_the_context_is_refused(run_dir, capsys):
+    assert sampled(capsys, f"--out_dir={run_dir}", "--prompt=" + "a" * 7, "--max_new_tokens=1")
+    with pytest.raises(UserError, match="prompt has 8 tokens, the model's context is 7; shorten it"):
+        sampled(capsys, f"--out_dir={run_dir}", "--prompt=" + "a" * 8)
 
 
 def test_a_prompt_file_that_is_no_text_is_refused(run_dir, capsys, tmp_path):
@@ -528,7 +528,7 @@ def test_a_masked_models_prompt_without_a_mask_or_too_long_is_refused_with_the_r
         with pytest.raises(UserError, match=r"fills in each \[MASK\]; write at least one, as in --prompt="):
             print_candidates(masked_model(with_mask), with_mask, prompt, 5, "cpu")
     print_candidates(masked_model(with_mask), with_mask, "[MASK]" * 21, 5, "cpu")
-    with pytest.raises(UserError, match="prompt has 24 tokens, block_size is 23; shorten it"):
+    with pytest.raises(UserError, match="prompt has 24 tokens, the model.s context is 23; shorten it"):
         print_candidates(masked_model(with_mask), with_mask, "[MASK]" * 22, 5, "cpu")
 
 

@@ -154,7 +154,7 @@ def test_a_whole_text_scores_as_the_continuation_of_nothing_does(model):
 @pytest.mark.parametrize("continuation, n", [("", 0), ("a" * 12, 12)])
 def test_a_continuation_of_no_token_or_longer_than_the_model_is_refused(model, continuation, n):
     assert loglikelihood(model, BYTE, [("x", "a" * 11)])[0].n_tokens == 11
-    with pytest.raises(UserError, match=rf"has {n} tokens of its own; it must have 1 to 11 \(block_size\)"):
+    with pytest.raises(UserError, match=rf"has {n} tokens of its own; it must have 1 to 11 \(the model.s context\)"):
         loglikelihood(model, BYTE, [("x", "a"), ("x", continuation)])
 
 

@@ -22,6 +22,7 @@ import train
 from checkpoint import checkpoints, load_checkpoint, newest_checkpoint, read_manifest
 from data import Split, TrainOrder
 from interop.pretrained import load_model
+from interop.score import loglikelihood_rolling
 from model import ModelConfig, Transformer
 from objective import IGNORE, Masked
 from optim import OptimConfig, build_optimizer, lr_at
@@ -41,7 +42,8 @@ from ranks import (
     write_data,
 )  # fmt: skip
 from run import log
-from text.tokenizer import SPECIALS
+from shards import ShardWriter
+from text.tokenizer import BERT_SPECIALS, SPECIALS, load_tokenizer, train_bpe, write_character_tokenizer
 from world import World
 
 ROOT = Path(train.__file__).parent
@@ -127,12 +129,50 @@ def test_a_run_logs_every_step_and_keeps_what_it_takes_to_know_it_again(nine, da
         assert line["data_wait_ms"] >= 0 and 0.05 < line["memory_gib"] < 64
     assert [line["step"] for line in lines if "val_loss" in line] == [0, 9]
     for line in lines:
-        if "val_loss" in line:  # two bytes a token, says the data
-            assert line["val_bpb"] == pytest.approx(line["val_loss"] / math.log(2) / 2)
+        if "val_loss" in line:  # each id is a byte
+            assert line["val_bpb"] == pytest.approx(line["val_loss"] / math.log(2))
     assert (nine / "finished").read_text().startswith("finished")
     assert (nine / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert any((nine / "source").rglob("train.py")) and (nine / "meta.json").exists()
     assert not [p for p in nine.rglob("*") if p.suffix in (".pt", ".pth", ".pkl", ".metadata") or p.name == ".metadata"]
+
+
+def test_bits_per_byte_are_of_the_text_that_is_evaluated_as_scoring_has_them(tmp_path, no_curves, capsys):
+    text = "Fünf Füchse, fünf 🙂 Füchse: 日本語! " * 9
+    train_bpe([text], 290, tmp_path / "tokenizer.json")
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    while len(ids := tokenizer.encode(text).tolist()) % 11:  # scoring gives a short last window more context
+        text = text[:-1]
+    data_dir = write_data(tmp_path / "data", vocab_size=tokenizer.vocab_size, tokenizer="tokenizer.json")
+    shutil.copy(tmp_path / "tokenizer.json", data_dir)
+    writer, meta = ShardWriter(data_dir, "val", np.uint16, 10**6), json.loads((data_dir / "meta.json").read_text())
+    writer.write(np.array([tokenizer.eot, *ids, tokenizer.eot], dtype=np.uint16))
+    meta["splits"]["val"] = {"shards": writer.finish(), "tokens": 2 + len(ids), "bytes": len(text.encode())}
+    (data_dir / "meta.json").write_text(json.dumps(meta))
+    for eval_tokens in (44, len(ids), len(ids) + 1):
+        out_dir = tmp_path / f"run_{eval_tokens}"
+        run(data_dir, out_dir, vocab_size="none", block_size=23, seq_len=11, batch_tokens=33, eval_tokens=eval_tokens)
+        n_bytes = len(tokenizer.decode_bytes(ids[:eval_tokens]))  # end-of-text, the last target, has none
+        nats = records(out_dir, "val_loss")[9] * eval_tokens
+        assert records(out_dir, "val_bpb")[9] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-9)
+        if eval_tokens == len(ids):
+            score = -loglikelihood_rolling(load_model(out_dir, "cpu")[0], tokenizer, [text])[0].log_likelihood
+            assert nats == pytest.approx(score, rel=1e-5) and n_bytes == len(text.encode()) > len(ids) + 99
+        else:
+            assert n_bytes != round(eval_tokens * len(text.encode()) / len(ids))  # or any count would do
+
+
+def test_where_the_bytes_of_a_text_are_unknown_a_run_says_so_and_prints_no_bits_per_byte(tmp_path, no_curves, capsys):
+    """An uncased vocabulary; and ids that the named tokenizer does not have."""
+    vocab = [*BERT_SPECIALS, *"abcdefghij", *(f"##{c}" for c in "abcdefghij")]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocab))
+    data_dir = write_data(tmp_path / "data", tokenizer="tokenizer.json")
+    load_tokenizer(str(tmp_path / "vocab.txt")).save(data_dir / "tokenizer.json")
+    run(data_dir, tmp_path / "run", max_steps=1)
+    assert re.search(r"no bits per byte: the tokenizer .* does not keep blanks, capitals", capsys.readouterr().out)
+    write_character_tokenizer([*"abc"], data_dir / "tokenizer.json")
+    run(data_dir, tmp_path / "other", max_steps=1)
+    assert not records(tmp_path / "run", "val_bpb") and not records(tmp_path / "other", "val_bpb")
 
 
 def test_the_loss_that_is_printed_is_the_mean_since_the_last_line(nine, data_dir, tmp_path, capsys, no_curves):

@@ -23,6 +23,16 @@ BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 END_OF_TEXT = ("<|endoftext|>", "[SEP]", "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")
 SMALLEST_BPE = 256 + len(SPECIALS)  # vocabulary size of a bpe without merges
 
+# Texts on which tokenizers differ
+HARD_TEXTS = (
+    "The quick brown fox, don't WE'LL 'tis; I'm you're 'llama.\n\n\tx = 1234567890 + 3.14e-10 # §½²٣\r\n",
+    "   blanks  \t \n\n\n  before and after   \n ",
+    "def f(self, *args):\n        return {'a': [1, 2], \"b\": __name__}  # TODO\n",
+    "naïve café Ünïcödé Straße e\u0301 日本語と한국어 Ελλάδα Москва العربية हिन्दी ไทย",
+    "🙂👩‍👩‍👧‍👦🏳️‍🌈 \u202e\u00a0\u3000\u2003\x00\x85\ufeff\ufffd𐍈 ſs K",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaa " + " " * 99 + "!" * 99 + "0" * 99 + "\n" * 9 + "//////\n--\n/",
+)
+
 # A tokenizer.json without the parts that frame, cut or pad a text's ids
 PLAIN = {"post_processor": None, "truncation": None, "padding": None}
 # Kinds of values of a tokenizer.json (see foreign.check); `tokenizers` checks the rest
@@ -47,6 +57,7 @@ class Tokenizer:
     continuations = ()  # ids of tokens that continue a word; only WordPiece has them
     begin = ()  # ids that a Hugging Face model expects before each text
     before_text = None  # id that precedes a text to be scored; none: end-of-text
+    alphabet = None  # the characters of a tokenizer that knows no others
     saved = None  # the tokenizer.json as a dict, where there is one
 
     def __init__(self, name, texts, specials):
@@ -65,6 +76,21 @@ class Tokenizer:
     def decode_bytes(self, ids):
         """The UTF-8 bytes of ids, which may end inside a character; unused ids give none, special ones their names."""
         return b"".join(self._bytes.get(int(i), b"") for i in ids)
+
+    def byte_counts(self):
+        """The bytes of text that each id stands for, int64 (vocab_size,): none for special and unused ids.
+
+        UserError where ids do not give back the exact text, as with uncased or normalizing tokenizers.
+        """
+        for text in HARD_TEXTS:
+            text = "".join(c for c in text if c in self.alphabet) if self.alphabet else text
+            if self.decode(self.encode(text)) != text:
+                what = "does not keep blanks, capitals or accents as they are, so"
+                raise UserError(f"the tokenizer {self.name} {what} a token stands for no fixed number of bytes")
+        counts, special_ids = np.zeros(self.vocab_size, dtype=np.int64), {*self.specials.values()}
+        for id_, text in self._bytes.items():
+            counts[id_] = 0 if id_ in special_ids else len(text)
+        return counts
 
     def save(self, path):
         """Writes the tokenizer.json, which Hugging Face's libraries read too."""
