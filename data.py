@@ -102,7 +102,10 @@ def _fault(folder, split, paths, meta):
 
 
 class Split:
-    """The shards of a split."""
+    """The shards of a split.
+
+    token_bytes: the bytes of text that each id stands for; empty where a tokenizer changes text, None where unknown.
+    """
 
     def __init__(self, data_dir, split, vocab_size, make_command="python prepare.py --help"):
         folder, meta = _folder(data_dir, make_command), read_meta(data_dir)
@@ -121,6 +124,7 @@ class Split:
                 raise UserError(f"{path} holds {len(shard)} tokens, meta.json says {promised}; {make_command} makes it")
         self.tokens = sum(map(len, self.shards))
         self.checksums = meta["splits"][split].get("checksums", {}) if meta else {}
+        self.token_bytes = meta.get("token_bytes")
         for path, shard in zip(self.paths, self.shards):
             shard.checksums = self.checksums.get(path.name)
         self.dtype = max((shard.dtype for shard in self.shards), key=lambda dtype: dtype.itemsize)

@@ -239,7 +239,7 @@ SPLIT = dict.fromkeys(("tokens", "documents", "bytes"), COUNT) | {
 META = {
     "vocab_size!": range(1, LARGEST_VOCABULARY + 1), "splits!": {"train!": SPLIT, "val!": SPLIT, "*": SPLIT},
     "tokenizer": str, "tokenizer_sha256": str, "command": str, "notes": {"*": COUNT}, "settings": dict,
-    "input_files": dict,
+    "input_files": dict, "token_bytes": [COUNT],
 }  # fmt: skip
 
 

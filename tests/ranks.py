@@ -63,7 +63,7 @@ def write_data(
             tokens[28::29] = specials["<|endoftext|>"]
         writer.write(tokens.astype(np.uint16))
         splits[split] = {"shards": writer.finish(), "checksums": writer.checksums, "tokens": n, "bytes": 2 * n}
-    meta = {"vocab_size": vocab_size, "tokenizer": tokenizer, "splits": splits}
+    meta = {"vocab_size": vocab_size, "tokenizer": tokenizer, "splits": splits, "token_bytes": [1] * vocab_size}
     write_meta(folder, meta | ({"specials": specials} if specials else {}))
     return folder
 
