@@ -282,8 +282,9 @@ class Loader:
                 for micro_step in range(self._micro_steps):
                     first = step * per_step + (micro_step * self._ranks + self._rank) * B
                     rows = np.empty((B, width), dtype=np.int64)
-                    for row, shard, start in zip(rows, shards[first : first + B], starts[first : first + B]):
-                        self._order.split.copy(shard, start, row)
+                    places = zip(shards[first : first + B], starts[first : first + B])
+                    for row, place in zip(rows, places, strict=True):  # strict: no row stays uninitialized
+                        self._order.split.copy(*place, row)
                     batch = self._objective.batch(rows, self._seen + first)
                     batches.append(tuple(part.pin_memory() for part in batch) if pins else batch)
                 yield batches
