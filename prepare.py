@@ -13,7 +13,6 @@ import contextlib
 import functools
 import glob
 import itertools
-import json
 import multiprocessing.connection
 import os
 import re
@@ -23,6 +22,7 @@ import sys
 import threading
 import urllib.parse
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -32,7 +32,7 @@ import numpy as np
 from config import Config, Count, Fraction, Range, UserError, as_dict, only, run_script, settings_of
 from data import DataConfig, sha256
 from run.folder import lock_file
-from shards import ShardWriter, checksums, is_own_shard, open_shard, read_meta, unfinished
+from shards import ShardWriter, checksums, is_own_shard, open_shard, read_meta, unfinished, write_meta, writing_to
 from text.corpus import DATASETS, Corpus
 from text.files import is_url, public, shown
 from text.tokenizer import END_OF_TEXT, SMALLEST_BPE, load_tokenizer, train_bpe
@@ -95,9 +95,10 @@ def main(cfg):
             return fetch_fineweb(cfg.prepare, folder)
         if is_prepared(cfg, folder):  # by another prepare.py in the meantime
             return
-        clear_unfinished(folder, cfg.prepare.tokenizer)
-        corpus = corpus or Corpus(cfg.prepare, folder)
-        tokenizer_name = make_tokenizer(cfg.prepare, corpus, folder)
+        with writing_to(folder):
+            clear_unfinished(folder, cfg.prepare.tokenizer)
+            corpus = corpus or Corpus(cfg.prepare, folder)
+            tokenizer_name = make_tokenizer(cfg.prepare, corpus, folder)
         meta = {"settings": settings_of_tokens(cfg), "command": command(cfg.prepare)}
         if not any(path.is_relative_to(folder / "download") for path in corpus.files):
             meta["input_files"] = corpus.inventory
@@ -238,6 +239,7 @@ def encoded(corpus, tokenizer_name, dtype, workers):
     # fork where it is safe; spawn imports everything anew in each process, which takes seconds
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with (
+        _telling_of_workers(workers),
         ProcessPoolExecutor(workers, context, _end_with_parent) as pool,
         tqdm(total=corpus.bytes, unit="B", unit_scale=True, disable=None) as progress,
     ):
@@ -262,6 +264,18 @@ def _grouped(pieces):
             group, size = [], 0
     if group:
         yield group
+
+
+@contextlib.contextmanager
+def _telling_of_workers(workers):
+    try:
+        yield
+    except BrokenProcessPool as error:
+        rule = f"one of {workers} worker processes was killed, as the system does where memory runs out"
+        raise UserError(f"{rule}; set a smaller --workers") from error
+    except OSError as error:
+        remedy = "set a smaller --workers, or raise ulimit -n and -u"
+        raise UserError(f"{workers} worker processes cannot be started ({error}); {remedy}") from error
 
 
 _loaded_once = functools.cache(load_tokenizer)  # once per worker
@@ -302,12 +316,9 @@ def _encode(group, tokenizer_name, dtype):
 def locked(folder):
     """Makes and locks a data folder; UserError where another prepare.py works in it, or where the system refuses."""
     with contextlib.ExitStack() as stack:
-        try:
+        with writing_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
             holder = lock_file(stack.enter_context(open(folder / LOCK, "a+", encoding="utf-8")))
-        except OSError as error:
-            rule = f"data_dir {folder} cannot be made or written to ({error.strerror})"
-            raise UserError(f"{rule}; use another --data_dir") from error
         if holder:
             rule = f"data_dir {folder} is in use by another prepare.py, {holder}"
             raise UserError(f"{rule}; wait for its end, or use another --data_dir")
@@ -332,14 +343,6 @@ def clear_unfinished(folder, tokenizer):
         path.unlink(missing_ok=True)
 
 
-def write_meta(folder, meta):
-    """Writes meta.json last and atomically: data without it is unfinished."""
-    partial = folder / "meta.json.part"
-    lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in meta.items()]
-    partial.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-    os.replace(partial, folder / "meta.json")
-
-
 def summary(meta):
     """A table of the splits."""
     rows = [("split", "documents", "tokens", "bytes", "bytes/token", "shards")]
@@ -358,11 +361,12 @@ def fetch_fineweb(cfg, folder):
     if others := [path.name for path in folder.glob("*.bin") if not path.name.startswith("fineweb_")]:
         raise UserError(f"{folder} holds other data ({', '.join(others[:3])}); use another --data_dir")
     missing = [name for name in names if not (folder / name).exists()]
-    if missing:
-        (folder / "meta.json.part").touch()  # marks the folder as unfinished until meta.json is written
-    for name in missing:
-        print(f"fetching {name}", flush=True)
-        _fetch(name, cfg.input, folder)
+    with writing_to(folder):
+        if missing:
+            (folder / "meta.json.part").touch()  # marks the folder as unfinished until meta.json is written
+        for name in missing:
+            print(f"fetching {name}", flush=True)
+            _fetch(name, cfg.input, folder)
     before = read_meta(folder).get("splits", {}).values()
     known = {k: v for split in before for k, v in split.get("checksums", {}).items() if k not in missing}
     splits = {}

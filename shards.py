@@ -4,8 +4,10 @@ A shard is a 24-byte header and its tokens, uint16 or uint32. nanoGPT's raw trai
 files are read as they are.
 """
 
+import contextlib
 import errno
 import functools
+import json
 import os
 import re
 import resource
@@ -38,6 +40,10 @@ class ShardWriter:
 
     def write(self, tokens):
         """Appends an array of tokens."""
+        with writing_to(self.folder):
+            self._write(tokens)
+
+    def _write(self, tokens):
         while len(tokens):
             if not self.counts or self.counts[self.name] == self.shard_tokens:
                 self.name = f"{self.split}_{len(self.counts):06d}.bin"
@@ -55,13 +61,25 @@ class ShardWriter:
 
     def finish(self):
         """Writes the headers and renames the shards; returns {name: tokens}."""
-        for name, count in self.counts.items():
-            partial = self.folder / f"{name}.part"
-            with open(partial, "r+b", buffering=0) as file:
-                file.write(HEADER.pack(MAGIC, VERSION, self.dtype.itemsize, count))
-                os.fsync(file.fileno())
-            os.replace(partial, self.folder / name)
+        with writing_to(self.folder):
+            for name, count in self.counts.items():
+                partial = self.folder / f"{name}.part"
+                with open(partial, "r+b", buffering=0) as file:
+                    file.write(HEADER.pack(MAGIC, VERSION, self.dtype.itemsize, count))
+                    os.fsync(file.fileno())
+                os.replace(partial, self.folder / name)
         return self.counts
+
+
+@contextlib.contextmanager
+def writing_to(folder):
+    """Turns the system's errors while writing into a data folder into a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "use another --data_dir, or make room and repeat the command"
+        remedy = "raise ulimit -n" if error.errno == errno.EMFILE else remedy
+        raise UserError(f"data_dir {folder} cannot be made or written to ({error}); {remedy}") from error
 
 
 class Shard:
@@ -261,3 +279,12 @@ def read_meta(data_dir):
         why = str(error).removesuffix(f"; {COPY_AGAIN}")
         raise UserError(f"{path} is damaged ({why}); remove it and make the data again with prepare.py") from error
     return meta | {"splits": {name: {"shards": {}} | split for name, split in meta["splits"].items()}}
+
+
+def write_meta(data_dir, meta):
+    """Writes meta.json last and atomically: data without it is unfinished."""
+    partial = Path(data_dir) / "meta.json.part"
+    lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in meta.items()]
+    with writing_to(data_dir):
+        partial.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        os.replace(partial, partial.with_suffix(""))

@@ -80,8 +80,8 @@ def lock_file(file):
     except OSError as error:
         print(f"{file.name} is on a disk without locks ({error}); make sure that no other run uses it", flush=True)
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}\n")
-    file.flush()
+    text = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}\n"
+    os.write(file.fileno(), text.encode())  # unbuffered: closing the file would fail again where the disk is full
 
 
 def keep_source(out_dir, step, root=ROOT):

@@ -7,7 +7,9 @@ import http.server
 import json
 import os
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -817,6 +819,58 @@ def test_fineweb_comes_in_tokens_of_gpt2_alone(tmp_path):
 def test_folder_that_cannot_be_made_is_named(tmp_path, text_file):
     path = text_file("a text " * 99)
     assert f"data_dir {path}/data cannot be made" in refused(Path(path) / "data", f"--input={path}")
+
+
+@contextlib.contextmanager
+def no_file_above(size):
+    """The system refuses to write more bytes than that into any file, as a full disk does."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+@pytest.mark.parametrize(("tokenizer", "size"), [
+    ("byte", 0), ("byte", 35), ("byte", 100), ("byte", 200), ("bpe", 200), ("bpe", 4000),
+])  # fmt: skip
+def test_full_disk_is_one_line_and_nothing_is_left_that_looks_whole(tmp_path, capsys, tokenizer, size):
+    """The lock, a shard, meta.json and tokenizer.json are each the first that does not fit."""
+    options = f"--input={write_txt(tmp_path / 'in')}", "--shard_tokens=80", "--bpe_vocab_size=300"
+    with no_file_above(size):
+        message = refused(tmp_path / "data", *options, tokenizer=tokenizer)
+    assert f"data_dir {tmp_path / 'data'} cannot be made or written to ([Errno 27] File too large); use" in message
+    with pytest.raises(UserError, match="holds no train tokens|unfinished prepare"):
+        Split(tmp_path / "data", "train", 300)
+    again, whole = (run(tmp_path / name, *options, tokenizer=tokenizer) for name in ("data", "whole"))
+    assert again["splits"] == whole["splits"]
+    names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("data", "whole")]
+    assert names[0] == names[1] and "meta.json" in names[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="semaphores are files on Linux alone")
+def test_workers_that_cannot_be_started_are_one_line(tmp_path, capsys):
+    source = write_txt(tmp_path / "in")
+    with no_file_above(20):  # a semaphore takes 32 bytes of /dev/shm
+        message = refused(tmp_path / "data", f"--input={source}")
+    assert "1 worker processes cannot be started (" in message and "; set a smaller --workers, or raise" in message
+
+
+def test_worker_that_is_killed_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "_encode", _end_by_kill_9)
+    message = refused(tmp_path / "data", f"--input={write_txt(tmp_path / 'in')}")
+    assert "one of 1 worker processes was killed, as the system does where memory runs out; set a smaller" in message
+
+
+def _end_by_kill_9(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_folder_without_permission_is_one_line(tmp_path, text_file):
+    (tmp_path / "data").mkdir(mode=0o555)
+    assert "cannot be made or written to ([Errno 13]" in refused(tmp_path / "data", f"--input={text_file('a text')}")
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="children are found through /proc")

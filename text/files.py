@@ -141,10 +141,10 @@ def download(url, folder):
     if path.exists():
         return path
     print(f"fetching {shown_url}", flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial, (login, _, host) = path.with_name(name + ".part"), parts.netloc.rpartition("@")
     logs_in = login and parts.scheme in ("http", "https")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         request = urllib.request.Request(parts._replace(netloc=host).geturl() if logs_in else url)
         if logs_in:  # at this host alone, wherever it redirects
             token = base64.b64encode(urllib.parse.unquote(login).encode()).decode()
