@@ -7,7 +7,6 @@ import collections
 import contextlib
 import hashlib
 import itertools
-import mmap
 import re
 import shlex
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from config import Config, Count, UserError, preset_value
-from shards import BLOCK, is_own_shard, open_shard, read_meta, unfinished
+from shards import BLOCK, files_cache, is_own_shard, open_shard, read_meta, unfinished
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,10 @@ def _fault(folder, split, paths, meta):
 
 
 class Split:
-    """The shards of a split."""
+    """The shards of a split.
+
+    token_bytes: the bytes of text that each id stands for; empty where a tokenizer changes text, None where unknown.
+    """
 
     def __init__(self, data_dir, split, vocab_size, make_command="python prepare.py --help"):
         folder, meta = _folder(data_dir, make_command), read_meta(data_dir)
@@ -115,12 +117,17 @@ class Split:
         if meta and meta["vocab_size"] > vocab_size:
             sizes = f"vocab_size is {vocab_size}, but {folder} was made with a vocabulary of {meta['vocab_size']}"
             raise UserError(f"{sizes}; set vocab_size to none, or prepare the data with the initial weights' tokenizer")
-        self.shards = [open_shard(path, vocab_size) for path in self.paths]
+        opened = files_cache()
+        self.shards = [open_shard(path, vocab_size, opened) for path in self.paths]
         for path, shard in zip(self.paths, self.shards) if meta else ():
             if len(shard) != (promised := meta["splits"][split]["shards"][path.name]):
                 raise UserError(f"{path} holds {len(shard)} tokens, meta.json says {promised}; {make_command} makes it")
         self.tokens = sum(map(len, self.shards))
         self.checksums = meta["splits"][split].get("checksums", {}) if meta else {}
+        self.token_bytes = meta.get("token_bytes")
+        for path, shard in zip(self.paths, self.shards):
+            shard.checksums = self.checksums.get(path.name)
+        self.dtype = max((shard.dtype for shard in self.shards), key=lambda dtype: dtype.itemsize)
         self._check_blocks(make_command)
 
     def _check_blocks(self, make_command, most=8):
@@ -133,7 +140,6 @@ class Split:
             if not len(tokens) or zlib.crc32(tokens) != sums[shard][block]:
                 rule = f"{self.paths[shard]} has changed: its tokens from {block * BLOCK:,} on have another checksum"
                 raise UserError(f"{rule} than in meta.json; make the data again: {make_command}")
-        self.release_pages()
 
     def fingerprint(self):
         """A hash of the shards by which a resumed run recognizes its data, in parts joined by dots; see is_same_data.
@@ -155,18 +161,21 @@ class Split:
             parts.append(hashlib.sha256(repr(sums).encode()))
         return ".".join(part.hexdigest()[:16] for part in parts)
 
-    def release_pages(self):
-        """Releases the memory of pages read so far; the system's file cache keeps them."""
-        for shard in self.shards:
-            if len(shard):
-                shard._mmap.madvise(mmap.MADV_DONTNEED)
-
-    def copy(self, shard, start, row):
-        """Fills row with the tokens of a shard that begin at start."""
-        row[:] = self.shards[shard][start : start + len(row)]
-        if row.max() >= self.vocab_size:
-            here = f"{self.paths[shard]} holds token {row.max()}, but vocab_size is {self.vocab_size}"
-            raise UserError(f"{here}; set vocab_size to the tokenizer's or make the data again")
+    def read(self, places, shape):
+        """Windows of tokens, int64 of a shape: row i holds those of places[i], (shard, start, length), and then zeros."""
+        for shard, start, length in places:
+            self.shards[shard].prefetch(start, length)
+        rows = np.zeros(shape, self.dtype)
+        for row, (shard, start, length) in zip(rows, places):
+            if self.shards[shard].dtype == self.dtype:
+                self.shards[shard].read(start, row[:length])
+            else:
+                row[:length] = self.shards[shard][start : start + length]
+        if rows.max() >= self.vocab_size:
+            shard = self.paths[places[np.argmax(rows.max(axis=1))][0]]
+            rule = f"{shard} holds token {rows.max()}, but vocab_size is {self.vocab_size}"
+            raise UserError(f"{rule}; set vocab_size to the tokenizer's or make the data again")
+        return rows.astype(np.int64)
 
 
 def is_same_data(old, new):
@@ -279,14 +288,13 @@ class Loader:
                 batches = []
                 for micro_step in range(self._micro_steps):
                     first = step * per_step + (micro_step * self._ranks + self._rank) * B
-                    rows = np.empty((B, width), dtype=np.int64)
-                    for row, shard, start in zip(rows, shards[first : first + B], starts[first : first + B]):
-                        self._order.split.copy(shard, start, row)
-                    batch = self._objective.batch(rows, self._seen + first)
+                    here = slice(first, first + B)
+                    places = [*zip(shards[here].tolist(), starts[here].tolist(), itertools.repeat(width))]
+                    assert len(places) == B, f"rank {self._rank} of {self._ranks} lies beyond the step's sequences"
+                    batch = self._objective.batch(self._order.split.read(places, (B, width)), self._seen + first)
                     batches.append(tuple(part.pin_memory() for part in batch) if pins else batch)
                 yield batches
             self._seen += steps * per_step
-            self._order.split.release_pages()  # otherwise the process grows to the size of the data
 
 
 @contextlib.contextmanager
@@ -327,9 +335,8 @@ def eval_batches(split, objective, eval_tokens, batch_size, rank, ranks):
         places += [(shard, start, min(objective.stride, here - start)) for start in range(0, here, objective.stride)]
         left -= here
     for first in range(rank * batch_size, len(places) + rank * batch_size, batch_size * ranks):
-        rows = np.zeros((batch_size, objective.stride + objective.extra), dtype=np.int64)
+        here = places[first : first + batch_size]
         lengths = np.zeros(batch_size, dtype=np.int64)
-        for row, (shard, start, length) in enumerate(places[first : first + batch_size]):
-            split.copy(shard, start, rows[row, : length + objective.extra])
-            lengths[row] = length
-        yield objective.batch(rows, first, lengths)
+        lengths[: len(here)] = [length for *_, length in here]
+        windows = [(shard, start, length + objective.extra) for shard, start, length in here]
+        yield objective.batch(split.read(windows, (batch_size, objective.stride + objective.extra)), first, lengths)

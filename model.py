@@ -85,7 +85,7 @@ class ModelConfig(Config):
             fitting = f"n_kv_head {near_divisors(self.n_head, self.n_kv_head)} would fit"
             wrong.append(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}; {fitting}")
         if wrong:
-            raise UserError("\n".join(wrong))
+            raise UserError(*wrong)
 
     @property
     def is_causal(self):

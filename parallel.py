@@ -48,7 +48,7 @@ class ParallelConfig(Config):
             here = f"grad_compression {self.grad_compression} with strategy {self.strategy} and tp {self.tp}"
             wrong.append(f"{here}: it needs ddp without tp; use --strategy=ddp --tp=1, or --grad_compression=none")
         if wrong:
-            raise UserError("\n".join(wrong))
+            raise UserError(*wrong)
 
     def is_sharded(self, size):
         """Whether parameters are shards over `size` processes."""

@@ -74,7 +74,7 @@ class PrepareConfig(Config):
         if self.dataset == "fineweb10b" and self.tokenizer != "gpt2":
             wrong.append(f"tokenizer is {self.tokenizer}, but dataset fineweb10b is in gpt2 tokens; leave it out")
         if wrong:
-            raise UserError("\n".join(wrong))
+            raise UserError(*wrong)
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def tokenize(corpus, tokenizer_name, cfg, folder):
             remedy = f"change --val_fraction={cfg.val_fraction}, or add documents: equal ones fall into the same split"
             raise UserError(f"no document fell into the {split} split; {remedy}")
     meta = {"vocab_size": tokenizer.vocab_size, "specials": tokenizer.specials}
-    meta |= {"tokenizer": tokenizer_name, "notes": notes}
+    meta |= {"tokenizer": tokenizer_name, "notes": notes, "token_bytes": tokenizer.byte_counts()}
     if is_saved := tokenizer_name.endswith(".json"):  # make_tokenizer has put it beside the shards
         meta |= {"tokenizer": "tokenizer.json", "tokenizer_sha256": sha256(tokenizer_name)}
     meta["splits"] = {
@@ -375,7 +375,7 @@ def fetch_fineweb(cfg, folder):
         split["checksums"][path.name] = known.get(path.name) or checksums(shard)
         split["tokens"] += len(shard)
     meta = {"vocab_size": 50257, "tokenizer": "gpt2", "specials": {"<|endoftext|>": 50256}, "splits": splits}
-    write_meta(folder, meta | {"command": command(cfg)})
+    write_meta(folder, meta | {"command": command(cfg), "token_bytes": load_tokenizer("gpt2").byte_counts()})
     print(summary(meta), f"written to {folder}", sep="\n")
 
 

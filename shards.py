@@ -1,11 +1,14 @@
 """Token shards on disk, and meta.json, which describes them.
 
-A shard is a 24-byte header and its tokens, uint16 or uint32, and is memory-mapped. nanoGPT's raw train.bin, llm.c's and
-modded-nanogpt's files are read as they are.
+A shard is a 24-byte header and its tokens, uint16 or uint32. nanoGPT's raw train.bin, llm.c's and modded-nanogpt's
+files are read as they are.
 """
 
+import errno
+import functools
 import os
 import re
+import resource
 import struct
 import zlib
 from pathlib import Path
@@ -61,19 +64,103 @@ class ShardWriter:
         return self.counts
 
 
+class Shard:
+    """The tokens of a shard file, read anew by each slice.
+
+    Not a memory map: where a mapped file is cut short, the system kills the process without a word. checksums: those of
+    meta.json, where it has some.
+    """
+
+    def __init__(self, path, dtype, start, count, state, opened):
+        """start: the first token's place in bytes; state: state_of the file; opened: a function that opens a path."""
+        self.path, self.dtype, self.start, self.count = path, np.dtype(dtype), start, count
+        self.checksums, self._state, self._opened = None, state, opened
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, part):
+        first, last, _ = part.indices(self.count)
+        tokens = np.empty(max(0, last - first), self.dtype)
+        self.read(first, tokens)
+        return tokens
+
+    def __array__(self, dtype=None, copy=None):
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+    def prefetch(self, first, count):
+        """Lets the system read tokens without waiting for them: a batch's windows then come from the disk together."""
+        if hasattr(os, "posix_fadvise"):
+            place, size = self.start + first * self.dtype.itemsize, count * self.dtype.itemsize
+            file = self._open()
+            os.posix_fadvise(file.fileno(), place, size, os.POSIX_FADV_WILLNEED)
+
+    def read(self, first, out):
+        """Fills an array of the shard's dtype with the tokens from index first on; UserError where the file changed."""
+        place = self.start + first * self.dtype.itemsize
+        file = self._open()  # held by a name here, else another thread might close it
+        try:
+            n_read = os.preadv(file.fileno(), [out], place)
+            while n_read < out.nbytes and (more := os.preadv(file.fileno(), [out.view("u1")[n_read:]], place + n_read)):
+                n_read += more
+            state = state_of(file)
+        except OSError as error:
+            raise unreadable(self.path, error) from error
+        if state != self._state:
+            self._check_content(state)
+        if n_read < out.nbytes:
+            raise UserError(f"{self.path} cannot be read: {n_read} of {out.nbytes} bytes came; repeat the command")
+
+    def _open(self):
+        try:
+            return self._opened(self.path)
+        except OSError as error:
+            raise unreadable(self.path, error) from error
+
+    def _check_content(self, state):
+        """UserError unless a file that was written to, or touched, still holds what its checksums say."""
+        (size, _), self._state = self._state, state
+        if state[0] != size or not self.checksums or checksums(self) != self.checksums:
+            rule = f"{self.path} has changed while it was in use, from {size} to {state[0]} bytes"
+            raise UserError(f"{rule}; restore it and repeat the command, or make the data again with prepare.py")
+
+
+def unreadable(path, error):
+    """The UserError for the system's error at reading a shard."""
+    remedy = "raise ulimit -n" if error.errno == errno.EMFILE else "make it readable and repeat the command"
+    return UserError(f"{path} cannot be read ({error.strerror}); {remedy}")
+
+
+def state_of(file):
+    """(size in bytes, time of the last change in ns) of an open file."""
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def unbuffered(path):
+    """A file opened for reading."""
+    return open(path, "rb", buffering=0)
+
+
+def files_cache():
+    """A function as unbuffered, which keeps files open, at most a quarter of what the system allows a process."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return functools.lru_cache(None if limit == resource.RLIM_INFINITY else max(1, limit // 4))(unbuffered)
+
+
 def checksums(shard):
     """The CRC-32 of each BLOCK of a shard's tokens."""
     return [zlib.crc32(shard[start : start + BLOCK]) for start in range(0, len(shard), BLOCK)]
 
 
-def open_shard(path, vocab_size=None):
-    """The tokens of a shard file, memory-mapped; its first bytes tell whose format it is.
+def open_shard(path, vocab_size=None, opened=unbuffered):
+    """The Shard of a file, whose format its first bytes tell. opened: see Shard.
 
     A file without a header has the width that its tokens and vocab_size allow; UserError where both or neither fit.
     """
     path = Path(path)
     with open(path, "rb") as file:
-        head, size = file.read(1024), path.stat().st_size
+        head, (size, _) = file.read(1024), (state := state_of(file))
     if head.startswith(MAGIC):
         _, version, token_bytes, count = HEADER.unpack(head[: HEADER.size].ljust(HEADER.size, b"\0"))
         dtype, start = {2: np.uint16, 4: np.uint32}.get(token_bytes), HEADER.size
@@ -83,21 +170,25 @@ def open_shard(path, vocab_size=None):
     elif len(head) == 1024 and (magic := int.from_bytes(head[:4], "little")) in LLMC:
         dtype, start, count = LLMC[magic], 1024, int.from_bytes(head[8:12], "little")
     elif path.name in ("train.bin", "val.bin") and size % 2 == 0 and vocab_size:  # nanoGPT's have no header
-        dtype, start = _width_without_header(path, size, vocab_size), 0
+        halves = Shard(path, np.uint16, 0, size // 2, state, opened)
+        dtype, start = _width_without_header(halves, size, vocab_size), 0
         count = size // np.dtype(dtype).itemsize
     else:
         raise UserError(f"{path} is not a token shard of flatlm's or llm.c's; make the data again with prepare.py")
     if size != (promised := start + count * np.dtype(dtype).itemsize):
         sizes = f"it has {size} bytes, and its header promises {promised}"
         raise UserError(f"{path} is damaged: {sizes}; make the data again with prepare.py")
-    return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(count,)) if count else np.empty(0, dtype)
+    return Shard(path, dtype, start, count, state, opened)
 
 
-def _width_without_header(path, size, vocab_size):
-    """The dtype of a file that holds tokens alone, judged by 64 samples over its length."""
+def _width_without_header(halves, size, vocab_size):
+    """The dtype of a file that holds tokens alone, judged by 64 samples over its length.
+
+    halves: the file read as uint16, which are its tokens, or the lower and upper halves of tokens.
+    """
     if not size:
         return np.uint16
-    halves = np.memmap(path, dtype=np.uint16, mode="r")  # tokens, or the lower and upper halves of tokens
+    path = halves.path
     starts = np.linspace(0, max(0, len(halves) - 8192) // 2, 64, dtype=np.int64) * 2
     sample = np.concatenate([halves[start : start + 8192] for start in dict.fromkeys(starts.tolist())])
     narrow, wide = int(sample.max()), int(sample.view("<u4").max()) if size % 4 == 0 else vocab_size
@@ -148,7 +239,7 @@ SPLIT = dict.fromkeys(("tokens", "documents", "bytes"), COUNT) | {
 META = {
     "vocab_size!": range(1, LARGEST_VOCABULARY + 1), "splits!": {"train!": SPLIT, "val!": SPLIT, "*": SPLIT},
     "tokenizer": str, "tokenizer_sha256": str, "command": str, "notes": {"*": COUNT}, "settings": dict,
-    "input_files": dict,
+    "input_files": dict, "token_bytes": [COUNT],
 }  # fmt: skip
 
 

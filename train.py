@@ -9,6 +9,7 @@ The same command again continues from the newest checkpoint in out_dir.
 import dataclasses
 import functools
 import math
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from checkpoint import CheckpointConfig
 from config import Config, Count, Positive, UserError, run_script
 from data import DataConfig, eval_batches, objective_for, open_data, seq_len_of
-from interop.pretrained import bytes_of_tokens, resolve, start_from
+from interop.pretrained import resolve, start_from
 from launch import refresh_copies, replay
 from model import ModelConfig, Transformer
 from objective import ObjectiveConfig
@@ -79,7 +80,7 @@ def main(cfg):
         elif state.is_finished(cfg):
             return print_finished(cfg, state, world)
         train_data.seek(state.sequences_seen)
-        val_objective, token_bytes = objective_for(cfg, EVAL_MASK_SEED), bytes_of_tokens(cfg, world)
+        val_objective = objective_for(cfg, EVAL_MASK_SEED)
 
         with Log(cfg, world, model, optimizer, state, saver.changes, train_data.split) as log:
             while True:
@@ -94,7 +95,7 @@ def main(cfg):
                 # stop requested: skip the evaluation, we may be killed soon
                 if due and not request.is_requested and state.evaluated_at != state.step:
                     with log.paused():
-                        figures = evaluate(model, val_data, val_objective, cfg.data, world, token_bytes)
+                        figures = evaluate(model, val_data, val_objective, cfg.data, world)
                         state.val_loss, state.evaluated_at = figures["val_loss"], state.step
                         log.evaluation(state, figures)
                 ending = ending or state.has_reached_target(cfg)
@@ -180,11 +181,11 @@ def update(model, optimizer, scaler, cfg, norm):
 
 
 @torch.no_grad()
-def evaluate(model, split, objective, cfg, world, token_bytes=None):
+def evaluate(model, split, objective, cfg, world):
     """Mean loss and accuracy over the fixed windows of a split, the same for every batch size and number of ranks.
 
-    Also returns the accuracy of always predicting the most frequent target and, given the bytes of text that each token
-    id stands for, the bits per byte of the targets' text.
+    Also returns the accuracy of always predicting the most frequent target and, where the split knows the bytes of its
+    tokens, the bits per byte of the targets' text.
     """
     model.eval()
     sums, frequencies = torch.zeros(2, dtype=torch.float64), torch.zeros(model.cfg.vocab_size, dtype=torch.int64)
@@ -202,9 +203,9 @@ def evaluate(model, split, objective, cfg, world, token_bytes=None):
     if n_targets == 0:
         what = f"the first eval_tokens {cfg.eval_tokens} of the {split.name} split are special tokens alone"
         raise UserError(f"{what}; raise eval_tokens, or the split's share of the text by --val_fraction of prepare.py")
-    seen, n_bytes = frequencies.nonzero()[:, 0], 0
-    if token_bytes is not None and seen[-1] < len(token_bytes):  # or the data has another tokenizer's ids
-        n_bytes = (frequencies[seen] @ token_bytes[seen]).item()
+    n_bytes = 0
+    if model.cfg.is_causal and split.token_bytes:
+        n_bytes = sum(map(operator.mul, frequencies.tolist(), split.token_bytes))
     return {
         "val_loss": loss / n_targets,
         "val_accuracy": n_correct / n_targets,
@@ -223,5 +224,5 @@ def build(cfg, world, seed):
 
 
 if __name__ == "__main__":
-    run_script(main, Settings, __doc__)
+    run_script(main, Settings, __doc__, needs_console=False)
     end_process()

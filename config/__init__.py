@@ -34,13 +34,29 @@ import types
 import typing
 from pathlib import Path
 
+from console import ConsoleError, end, open_console, report
+
 ROOT = Path(__file__).resolve().parent.parent
 
 FOLDERS = ("text", "run", "perf", "interop", "config")  # source folders below ROOT
 
 
 class UserError(ValueError):
-    """A user's mistake: value, rule and remedy. A command ends with exit code 2; other exceptions are bugs."""
+    """A user's mistake: value, rule and remedy. A command ends with exit code 2; other exceptions are bugs.
+
+    Each argument becomes one line, whatever stands in the values that it quotes.
+    """
+
+    def __init__(self, *lines):
+        super().__init__(*(visible(line) for line in lines))
+
+    def __str__(self):
+        return "\n".join(self.args)
+
+
+def visible(text):
+    """The text with escapes for what cannot be printed, such as line breaks, terminal codes and lone surrogates."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +87,7 @@ class Config:
             limits = [limit for kind in kinds for limit in getattr(kind, "__metadata__", ()) if value is not None]
             wrong += [f"{field.name} is {value}; it must be {x.rule}{or_none}" for x in limits if not x.holds(value)]
         if wrong:
-            raise UserError("\n".join(wrong))
+            raise UserError(*wrong)
 
 
 # nanoGPT's names that are not near ours: our name, or where the meaning differs, a sentence that begins with it.
@@ -100,7 +116,7 @@ def load(settings_type, argv):
     command = _Command(settings_type, argv)
     cfg = command.compose()
     if command.errors:
-        raise UserError("\n".join(command.errors))
+        raise UserError(*command.errors)
     return cfg
 
 
@@ -143,7 +159,7 @@ class _Command:
         try:
             return function(*args, **names)
         except UserError as error:
-            self.errors.append(str(error))
+            self.errors += error.args
 
     def _read_argument(self, arg):
         name, equals, text = arg.partition("=")
@@ -227,38 +243,36 @@ def project_files(root=ROOT):
     return [path for folder in (".", *FOLDERS) for path in sorted((root / folder).glob("*.py"))]
 
 
-def run_script(main, settings_type, doc):
-    """Runs main(cfg) with the command line's settings, or prints the help; ends the process after an error."""
+def run_script(main, settings_type, doc, needs_console=True):
+    """Runs main(cfg) with the command line's settings, or prints the help; ends the process after an error.
+
+    needs_console: whether output that cannot be written is an error, too, as it is where the output is what was wanted.
+    """
     argv = sys.argv[1:]
+    open_console(needs_console)
     try:
         if "-h" in argv or "--help" in argv:
             print(help_text(settings_type, argv, doc))
         else:
             main(load(settings_type, argv))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        _end(130)
+        report("interrupted")
+        end(130)
     except SystemExit as ending:  # another rank reports the error
-        _end(ending.code)
-    except BrokenPipeError:  # the reader of our output has ended (`| head`): nothing more can be printed
-        os._exit(1)
+        end(ending.code)
+    except ConsoleError as fault:
+        end(1, fault)
     except UserError as error:
         # Under torchrun every rank meets the same wrong input: rank 0 prints it and torchrun ends the others while they
         # wait. A rank that still runs after the wait has an error that rank 0 does not have.
-        rank = int(os.environ.get("RANK", 0))
-        time.sleep(5 if rank else 0)
-        for line in str(error).splitlines():
-            print(f"error: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr)
-        _end(2)
+        rank = os.environ.get("RANK", "0")  # a text: it may be what is wrong
+        time.sleep(0 if rank == "0" else 5)
+        for line in error.args:
+            report(f"error: {'' if rank == '0' else f'rank {rank}: '}{line}")
+        end(2)
     except Exception:
-        traceback.print_exc()
-        _end(1)
-
-
-def _end(code):
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # not sys.exit: a process group left open by an error can hang or crash the interpreter's shutdown
+        report(traceback.format_exc())
+        end(1)
 
 
 # ---- presets

@@ -117,7 +117,7 @@ def read_config(folder):
     try:
         return config, *model_config(config)
     except UserError as error:
-        raise UserError(f"{path}: {'; '.join(str(error).splitlines())}") from error
+        raise UserError(f"{path}: {'; '.join(error.args)}") from error
 
 
 # ---- files of tensors

@@ -51,7 +51,7 @@ def import_nanogpt(path, out_dir, tokenizer=None):
         tensors, (decayed, _) = _tensors(saved, cfg)
         preset, lines = _preset(saved["config"], decayed, cfg, saved["iter_num"])
     except UserError as error:
-        raise UserError(f"{path}: {'; '.join(str(error).splitlines())}") from error
+        raise UserError(f"{path}: {'; '.join(error.args)}") from error
     preset["out_dir"] = str(out_dir)
     step, val_loss = saved["iter_num"], saved["best_val_loss"]
     state = {"step": step, "sequences_seen": step * preset["batch_tokens"] // cfg.block_size, "val_loss": val_loss}

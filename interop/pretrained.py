@@ -1,7 +1,6 @@
 """Initial weights, from a run or from a Hugging Face model, behind one interface."""
 
 import contextlib
-import threading
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -216,33 +215,6 @@ def start_from(cfg, model, world):
         print(f"weights    from {source.name}")
         if line := tokenizer_mismatch(source, cfg.data.data_dir):
             print(f"warning    {line}")
-
-
-def bytes_of_tokens(cfg, world, patience=20):
-    """The bytes of text that each token id of the run's data stands for, int64 (ids,), on rank 0, for causal models.
-
-    None elsewhere, and where they are unknown, with a line that says why: no tokenizer within `patience` seconds, or
-    one that changes text.
-    """
-    if not (world.is_main and cfg.model.is_causal):
-        return None
-    found = []
-
-    def look_up():
-        try:
-            with telling(lambda reason: reason):
-                found.append(torch.from_numpy(load_tokenizer(tokenizer_of(cfg.data.data_dir)).byte_counts()))
-        except UserError as error:
-            found.append(str(error))
-
-    thread = threading.Thread(target=look_up, daemon=True)  # tiktoken may wait minutes for a network that is not there
-    thread.start()
-    thread.join(patience)
-    answer = found[0] if found else f"the tokenizer did not come within {patience} seconds"
-    if isinstance(answer, str):
-        print(f"no bits per byte: {answer}", flush=True)
-        return None
-    return answer
 
 
 def tokenizer_mismatch(source, data_dir):

@@ -169,7 +169,6 @@ def loader_speed(folder, path, world, seq_len=1024, micro_batch_size=16):
     alone = dataclasses.replace(world, size=1, rank=0, mesh=None)
     for kind in ("cold", "cold", "cold", "warm", "warm", "warm"):
         if kind == "cold" and hasattr(os, "posix_fadvise"):
-            split.release_pages()  # mapped pages would stay
             with open(path, "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         elif kind == "warm":

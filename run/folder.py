@@ -1,6 +1,7 @@
 """A run's folder: its lock, source, tokenizer and log.jsonl; checkpoint.py writes the checkpoints."""
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import json
@@ -39,6 +40,7 @@ def writing_to(out_dir):
         yield
     except OSError as error:
         remedy = "use another --out_dir, or make room: then the same command continues"
+        remedy = "raise ulimit -n" if error.errno == errno.EMFILE else remedy
         raise UserError(f"out_dir {out_dir} cannot be written to ({error}); {remedy}") from error
 
 

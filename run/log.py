@@ -54,7 +54,7 @@ class Log:
         self.draws = world.is_main and importlib.util.find_spec("matplotlib") is not None
         if world.is_main:
             changes = changes + [f"changed source file: {name}" for name in self._open(state.step)]
-            self._print_start(model, per_rank, state, changes, train_split.tokens)
+            self._print_start(model, per_rank, state, changes, train_split)
             self._write({
                 "start": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
                 "step": state.step,
@@ -207,13 +207,17 @@ class Log:
             keep_tokenizer(self.cfg.data.data_dir, self.out_dir)
             return keep_source(self.out_dir, step)
 
-    def _print_start(self, model, per_rank, state, changes, train_tokens):
+    def _print_start(self, model, per_rank, state, changes, train_split):
         """Prints what trains where, and for how long. per_rank: parameters and bytes of the fullest rank."""
         cfg, world, data = self.cfg, self.world, self.cfg.data
         if state.step:
             print(f"resumed from step {state.step}, after {_duration(3600 * state.hours)}", *changes, sep="\n  ")
         if not self.draws:
             print("matplotlib is not installed, so there will be no curves.png")
+        if cfg.model.is_causal and not train_split.token_bytes:
+            unknown = f"{data.data_dir} has no token_bytes in a meta.json; prepare.py writes them"
+            changed = "the data's tokenizer changes text, so a token stands for no fixed number of bytes"
+            print(f"no bits per byte: {unknown if train_split.token_bytes is None else changed}")
         flops = f"{self.flops_per_token / 1e6:,.1f} MFLOPs per token by PaLM's count"
         if cfg.model.is_causal:
             causal = cost.flops_per_token(cfg.model, data.seq_len, self.head_share, causal=True)
@@ -235,10 +239,10 @@ class Log:
         parts = ", ".join(f"{name} {in_unit * gib:.2f}" for name, gib in self.predicted.items())
         print(f"memory     {_memory(predicted)} per rank predicted ({parts}), {there:.1f} GiB available")
         tokens = self.last_step * data.batch_tokens
-        epochs = tokens / train_tokens
+        epochs = tokens / train_split.tokens
         print(f"run        {self.last_step:,} steps, {tokens:,} tokens, {epochs:.3g} epochs, in {self.out_dir}")
         if epochs > 20:
-            often = f"the run reads its {train_tokens:,} training tokens {epochs:,.0f} times; after about 4 epochs"
+            often = f"the run reads its {train_split.tokens:,} training tokens {epochs:,.0f} times; after about 4 epochs"
             print(f"warning    {often} a model learns little more (arXiv 2305.16264): lower --max_steps, or add text")
         peak = f"mfu relative to {self.peak / 1e12:.4g} TFLOP/s, {self.peak_name}"
         kernels = cfg.parallel.how_kernels_start(world, cfg.model.n_layer)

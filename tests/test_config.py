@@ -497,3 +497,11 @@ def test_preset_that_only_the_command_line_completes_still_names_its_data(tmp_pa
     assert data.prepare_command(cfg) == f"python prepare.py {preset}"
     cfg = config.load(train.Settings, [str(preset), "--n_embd=20", "--data_dir=data/books"])
     assert data.prepare_command(cfg) == "python prepare.py --input=FILES --data_dir=data/books"
+
+
+def test_an_error_is_one_line_whatever_it_quotes():
+    """Line breaks, terminal codes and the bytes of a file's name that is no UTF-8 are shown as escapes."""
+    quoted = "a\nb\x1b[31m\u2028\udcff ü 語"
+    error = config.UserError(f"out_dir is {quoted}", "and more")
+    assert str(error) == "out_dir is a\\nb\\x1b[31m\\u2028\\udcff ü 語\nand more"
+    assert mistake("--no\nsetting=1").startswith("--no\\nsetting is not a setting")

@@ -3,7 +3,10 @@
 import hashlib
 import json
 import os
+import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ import torch
 import data
 import shards
 from config import UserError
+from conftest import ROOT
 from data import (
     DataConfig,
     Loader,
@@ -26,7 +30,7 @@ from data import (
 )
 from objective import IGNORE, Masked, NextToken, ObjectiveConfig
 from run.resume import changed_settings
-from shards import HEADER, MAGIC, ShardWriter, checksums, open_shard, read_meta
+from shards import HEADER, MAGIC, Shard, ShardWriter, checksums, open_shard, read_meta
 from world import World
 
 SHARDS = (101, 37, 64, 5)  # tokens; the last is shorter than a window
@@ -75,10 +79,7 @@ def split(folder):
 def sequences(split, numbers, seq_len=T, seed=1):
     """Tokens of the sequences of these numbers, a target more than seq_len each."""
     shard, start = TrainOrder(split, seq_len, seed).locate(numbers)
-    rows = np.empty((len(numbers), seq_len + 1), dtype=np.int64)
-    for row, *where in zip(rows, shard, start):
-        split.copy(*where, row)
-    return rows
+    return split.read([(*place, seq_len + 1) for place in zip(shard, start)], (len(numbers), seq_len + 1))
 
 
 def world(rank=0, ranks=1):
@@ -685,26 +686,121 @@ def test_remedy_for_huge_numbers_comes_at_once():
         accumulation_steps(DataConfig(batch_tokens=10**15, micro_batch_size=3), 1024, 1)
 
 
-def file_pages_mib():
-    """MiB of this process's memory that are pages of files."""
-    return int(Path("/proc/self/status").read_text().split("RssFile:")[1].split()[0]) / 1024
+# ---- files that change while they are read
+
+def with_checksums(folder):
+    """Adds the checksums of its shards to a data folder's meta.json, as prepare.py does."""
+    meta = json.loads((folder / "meta.json").read_text())
+    for name, split in meta["splits"].items():
+        split["checksums"] = {path.name: checksums(open_shard(path)) for path in folder.glob(f"{name}*")}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def refused_while_reading(split):
+    with pytest.raises(UserError) as caught:
+        loaded(split, 60)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, 20, 24, 50, 224])
+def test_shard_that_is_cut_while_it_is_read_ends_the_run_with_a_line(folder, split, size):
+    assert loaded(split, 60)
+    os.truncate(folder / "train_000000.bin", size)
+    rule = f"train_000000.bin has changed while it was in use, from 226 to {size} bytes; restore it and repeat"
+    assert rule in refused_while_reading(split)
+
+
+def test_shard_that_is_cut_during_evaluation_ends_the_run_with_a_line(folder):
+    split = Split(folder, "val", 1000)
+    os.truncate(folder / "val_000002.bin", 100)
+    with pytest.raises(UserError, match="val_000002.bin has changed while it was in use, from 152 to 100 bytes"):
+        evaluated(split)
+
+
+@pytest.mark.parametrize("way", ["in place", "another file"])
+def test_shard_that_is_replaced_by_one_of_its_size_ends_the_run_with_a_line(folder, tmp_path, way):
+    split, path = Split(with_checksums(folder), "train", 1000), folder / "train_000000.bin"
+    loaded(split, 60)
+    other = path.read_bytes()[:-1] + b"\1"
+    if way == "in place":
+        path.write_bytes(other)
+    else:
+        (tmp_path / "other").write_bytes(other)
+        os.replace(tmp_path / "other", path)
+        assert loaded(split, 60)  # of the old file, while it is open
+        split = split_of_closed_files(split)
+    os.utime(path, (7, 7))  # no clock decides
+    assert "train_000000.bin has changed while it was in use, from 226 to 226 bytes" in refused_while_reading(split)
+
+
+def split_of_closed_files(split):
+    """A split as it is after so many other shards that the cache of open files has dropped all of its own."""
+    for shard in split.shards:
+        shard._opened.cache_clear()
+    return split
+
+
+def test_touched_or_copied_shard_of_the_same_content_is_read_on_where_checksums_tell(folder, tmp_path):
+    split = Split(with_checksums(folder), "train", 1000)
+    before = [step[0][0].tolist() for step in loaded(split, 60)]
+    for path in folder.glob("train*"):
+        shutil.copy(path, tmp_path / "copy")
+        os.replace(tmp_path / "copy", path)
+        os.utime(path, (7, 7))
+    assert [step[0][0].tolist() for step in loaded(split_of_closed_files(split), 60)] == before
+
+
+def test_growing_shard_ends_the_run_with_a_line(folder, split):
+    with open(folder / "train_000000.bin", "ab") as file:
+        file.write(b"12")
+    assert "from 226 to 228 bytes" in refused_while_reading(split)
+
+
+def test_removed_shard_ends_the_run_with_a_line_once_it_is_opened_again(folder, split):
+    loaded(split, 60)
+    (folder / "train_000000.bin").unlink()
+    assert loaded(split, 60)
+    message = refused_while_reading(split_of_closed_files(split))
+    assert "train_000000.bin cannot be read (No such file or directory); make it readable and repeat" in message
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="a file that gives an I/O error is Linux's")
+def test_io_error_names_the_shard():
+    shard = Shard("/proc/self/mem", np.uint16, 0, 100, (0, 0), shards.unbuffered)  # nothing lies at address 0
+    with pytest.raises(UserError, match=r"/proc/self/mem cannot be read \(Input/output error\); make it readable"):
+        shard[:7]
+
+
+FEW_FILES = """
+import resource, sys
+import numpy as np
+from data import Split
+resource.setrlimit(resource.RLIMIT_NOFILE, (20, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+split = Split(sys.argv[1], "train", 1000)
+places = [(shard, 3, 7) for shard in np.random.default_rng(0).integers(0, 50, 300)]
+rows = split.read(places, (300, 7))
+assert (rows == [[10 * shard + 3 + i for i in range(7)] for shard, *_ in places]).all()
+"""
+
+
+def test_shards_are_read_where_there_are_more_than_a_process_may_open(tmp_path):
+    for name in ("train", "val"):
+        write_shards(tmp_path, name, [tokens_of(11, 10 * i) for i in range(50)])
+    told = subprocess.run([sys.executable, "-c", FEW_FILES, tmp_path], cwd=ROOT, stderr=-1)
+    assert told.returncode == 0, told.stderr.decode()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory by kind is told by Linux")
-def test_pages_that_the_loader_has_read_are_given_back(tmp_path):
-    """By the loader itself whenever it looks up new sequences, else the process would grow to the size of the data."""
-    write_shards(tmp_path / "data", "train", [np.zeros(2**24, np.uint16), np.zeros(2**24, np.uint16), np.zeros(0)])
-    split, seq_len, pages = Split(tmp_path / "data", "train", 1000), 1024, []
-    loader = Loader(TrainOrder(split, seq_len, 1), NextToken(seq_len), 0, 1, 64, world())
-    for _ in range(3 * 4096 // 64):
+def test_memory_does_not_grow_with_the_data_that_the_loader_has_read(tmp_path):
+    def file_pages_mib():
+        return int(Path("/proc/self/status").read_text().split("RssFile:")[1].split()[0]) / 1024
+
+    write_shards(tmp_path, "train", [np.zeros(2**24, np.uint16), np.zeros(2**23, np.uint16), np.zeros(0)])
+    split, before = Split(tmp_path, "train", 1000), file_pages_mib()
+    loader = Loader(TrainOrder(split, 1024, 1), NextToken(1024), 0, 1, 64, world())
+    for _ in range(2**24 // 1024 // 64):
         loader.next()
-        pages.append(file_pages_mib())
     loader.close()
-    assert max(before - after for before, after in zip(pages, pages[1:])) > 20
-    split.release_pages()
-    without = file_pages_mib()
-    for shard in split.shards:
-        shard.sum()  # reads all of it
-    assert file_pages_mib() - without > 60
-    split.release_pages()
-    assert file_pages_mib() - without < 4
+    assert file_pages_mib() - before < 8

@@ -217,7 +217,7 @@ def plainly_evaluated(data_dirs):
         model.init_weights(seed=1)
         echo(model)
         windows, losses, right, all_targets = windows_of_model(name), [], [], []
-        tokens = Split(data_dirs[name], "val", 37).shards[0].astype(np.int64)
+        tokens = Split(data_dirs[name], "val", 37).shards[0][:].astype(np.int64)
         for number, start in enumerate(range(0, len(tokens) - windows.extra, windows.stride)):
             row = tokens[start : start + windows.stride + windows.extra]
             if name == "gpt":

@@ -117,7 +117,7 @@ def test_ids_that_end_inside_a_character_decode_without_an_error(tokenizer):
 
 
 def test_the_bytes_of_ids_are_those_of_their_text_and_special_tokens_have_none(tokenizer):
-    counts = tokenizer.byte_counts()
+    counts = np.array(tokenizer.byte_counts())
     for text in HOSTILE + random_texts(30):
         assert counts[tokenizer.encode(text)].sum() == len(text.encode())
     assert len(counts) == tokenizer.vocab_size and not counts[[*tokenizer.specials.values()]].any()
@@ -130,8 +130,7 @@ def test_a_tokenizer_that_changes_text_has_no_bytes_of_ids(kind, tmp_path):
     path = vocab_file(tmp_path) if kind == "wordpiece" else str(tmp_path / "tokenizer.json")
     if kind != "wordpiece":
         (sentencepiece_like("llama2") if kind == "first blank" else byte_level_like("qwen3")).save(path)
-    with pytest.raises(UserError, match="a token stands for no fixed number of bytes"):
-        load_tokenizer(path).byte_counts()
+    assert load_tokenizer(path).byte_counts() == []
 
 
 def test_all_single_characters_come_back(tokenizer):
@@ -774,7 +773,7 @@ def test_characters_ids_are_their_places_in_the_list(characters):
         ids = characters.encode(text)
         assert ids.tolist() == [CHARACTERS.index(c) for c in text]
         assert characters.decode(ids) == b"".join(characters.decode_bytes([i]) for i in ids).decode() == text
-        assert characters.byte_counts()[ids].sum() == len(text.encode())
+        assert np.array(characters.byte_counts())[ids].sum() == len(text.encode())
 
 
 @pytest.mark.parametrize("text", ["c", "ab c", "B", "a\r\nb", "\ud800"])

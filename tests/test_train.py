@@ -43,7 +43,7 @@ from ranks import (
 )  # fmt: skip
 from run import log
 from shards import ShardWriter
-from text.tokenizer import BERT_SPECIALS, SPECIALS, load_tokenizer, train_bpe, write_character_tokenizer
+from text.tokenizer import SPECIALS, load_tokenizer, train_bpe
 from world import World
 
 ROOT = Path(train.__file__).parent
@@ -148,6 +148,7 @@ def test_bits_per_byte_are_of_the_text_that_is_evaluated_as_scoring_has_them(tmp
     writer, meta = ShardWriter(data_dir, "val", np.uint16, 10**6), json.loads((data_dir / "meta.json").read_text())
     writer.write(np.array([tokenizer.eot, *ids, tokenizer.eot], dtype=np.uint16))
     meta["splits"]["val"] = {"shards": writer.finish(), "tokens": 2 + len(ids), "bytes": len(text.encode())}
+    meta["token_bytes"] = tokenizer.byte_counts()
     (data_dir / "meta.json").write_text(json.dumps(meta))
     for eval_tokens in (44, len(ids), len(ids) + 1):
         out_dir = tmp_path / f"run_{eval_tokens}"
@@ -162,17 +163,18 @@ def test_bits_per_byte_are_of_the_text_that_is_evaluated_as_scoring_has_them(tmp
             assert n_bytes != round(eval_tokens * len(text.encode()) / len(ids))  # or any count would do
 
 
-def test_where_the_bytes_of_a_text_are_unknown_a_run_says_so_and_prints_no_bits_per_byte(tmp_path, no_curves, capsys):
-    """An uncased vocabulary; and ids that the named tokenizer does not have."""
-    vocab = [*BERT_SPECIALS, *"abcdefghij", *(f"##{c}" for c in "abcdefghij")]
-    (tmp_path / "vocab.txt").write_text("\n".join(vocab))
-    data_dir = write_data(tmp_path / "data", tokenizer="tokenizer.json")
-    load_tokenizer(str(tmp_path / "vocab.txt")).save(data_dir / "tokenizer.json")
+@pytest.mark.parametrize(("changes", "why"), [
+    ({"token_bytes": []}, "the data's tokenizer changes text"), ({}, "has no token_bytes in a meta.json"),
+])  # fmt: skip
+def test_where_the_bytes_of_tokens_are_unknown_a_run_prints_no_bits_per_byte_but_why(changes, why, tmp_path, no_curves, capsys):
+    data_dir = write_data(tmp_path / "data")
+    meta = json.loads((data_dir / "meta.json").read_text())
+    del meta["token_bytes"]
+    (data_dir / "meta.json").write_text(json.dumps(meta | changes))
     run(data_dir, tmp_path / "run", max_steps=1)
-    assert re.search(r"no bits per byte: the tokenizer .* does not keep blanks, capitals", capsys.readouterr().out)
-    write_character_tokenizer([*"abc"], data_dir / "tokenizer.json")
-    run(data_dir, tmp_path / "other", max_steps=1)
-    assert not records(tmp_path / "run", "val_bpb") and not records(tmp_path / "other", "val_bpb")
+    out = capsys.readouterr().out
+    assert "no bits per byte: " in out and why in out and "bits per byte" not in out.partition("\nmodel")[2]
+    assert not records(tmp_path / "run", "val_bpb")
 
 
 def test_the_loss_that_is_printed_is_the_mean_since_the_last_line(nine, data_dir, tmp_path, capsys, no_curves):
@@ -591,7 +593,7 @@ def test_init_from_takes_weights_and_nothing_else(data_dir, four, tmp_path, no_c
     assert list(records(out_dir)) == [1, 2]
     assert records(out_dir, "lr")[1] == pytest.approx(0.01 / 2)
     assert read_manifest(newest_checkpoint(out_dir))["state"]["sequences_seen"] == 12
-    tied = Transformer(load_model(four, "cpu")[0].cfg)
+    tied = Transformer(ModelConfig(**read_manifest(newest_checkpoint(four))["model"]))
     load_checkpoint(newest_checkpoint(four), tied)
     assert tied.head.weight is tied.wte.weight
 
