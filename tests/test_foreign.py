@@ -1,5 +1,7 @@
 """Whatever JSON others' files hold, a reader answers with a value or with one line, in bounded time and memory."""
 
+import contextlib
+import hashlib
 import json
 import resource
 import shutil
@@ -13,12 +15,15 @@ from safetensors.torch import save_file
 from test_tokenizer import byte_level_like, load_tokenizer, sentencepiece_like, unigram_like, vocab_file
 
 import foreign
+from checkpoint import CheckpointConfig, CheckpointWriter, newest_checkpoint, read_manifest
 from config import UserError
 from convert import export
 from hugging_face import saved
 from interop.hub import HubModel, read_config, tensors_in
 from interop.hub_tokenizer import load_hub_tokenizer
-from model import ModelConfig
+from interop.pretrained import load_model, run_config
+from model import ModelConfig, Transformer
+from world import World
 
 LIMIT_S, LIMIT_MIB = 60, 1024  # of one example; most take milliseconds
 ODD = [0, -1, 1, 2**31, 2**64, 10**6, 1e308, -0.0, True, False, None, "", "x", "../../x", "\0", "a\nb", "\ud800", [], {}, [[]],
@@ -245,14 +250,50 @@ def test_any_file_beside_a_tokenizer_is_read_or_refused_in_a_line(file, examples
     try_all(examples, sound, attempt)
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A run's only checkpoint, whose manifest has no checksum, to be spoilt."""
+    run_dir, model = tmp_path_factory.mktemp("run"), Transformer(ModelConfig(vocab_size=37, n_layer=1, n_head=1, n_embd=4))
+    writer = CheckpointWriter(run_dir, CheckpointConfig(), World(0, 1, torch.device("cpu"), "fp32"))
+    state = {"step": 3, "sequences_seen": 9, "hours": 0.1, "val_loss": 2.0, "recent": [[1.0, 2.0]], "went_back_to": None}
+    writer.save(3, model, None, {"settings": {"seq_len": 5, "init_from": None}, "state": state, "val_loss": 2.0})
+    writer.wait()
+    path = newest_checkpoint(run_dir)
+    manifest = read_manifest(path)
+    del manifest["checksum"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return path
+
+
 @many
-def test_any_settings_make_a_model_that_can_be_built_or_are_refused_in_a_line(examples, tmp_path):
-    sound = {name: value for name, value in vars(ModelConfig(vocab_size=37)).items()}
-    schema = {"model!": dict, "step!": range(2**63), "files!": {"*": str}}
+def test_any_manifest_is_loaded_or_refused_in_a_line(examples, checkpoint, tmp_path, capsys):
+    path = shutil.copytree(checkpoint, tmp_path / "ckpt" / checkpoint.name)
 
     def attempt(data):
-        (tmp_path / "manifest.json").write_bytes(data)
-        manifest = foreign.read_json(tmp_path / "manifest.json", schema)
-        foreign.settings_of(ModelConfig, manifest["model"], "manifest.json")
+        (path / "manifest.json").write_bytes(data)
+        load_model(tmp_path, "cpu")
+        run_config(tmp_path)
 
-    try_all(examples, {"model": sound, "step": 3, "files": {"a.safetensors": "0f"}}, attempt)
+    try_all(examples, read_manifest(checkpoint), attempt)
+
+
+@many
+def test_any_header_of_a_checkpoints_file_is_read_or_refused_in_a_line(examples, checkpoint, tmp_path, capsys):
+    path = shutil.copytree(checkpoint, tmp_path / "ckpt" / checkpoint.name)
+    manifest, [file] = read_manifest(path), path.glob("*.safetensors")
+    whole = file.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    sound = json.loads(whole[8 : 8 + size])
+    sound["__metadata__"]["DCP_SHARDING_INFO"] = json.loads(sound["__metadata__"]["DCP_SHARDING_INFO"])
+
+    def attempt(data):
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # JSON in a text in JSON
+            header = json.loads(data)
+            header["__metadata__"]["DCP_SHARDING_INFO"] = json.dumps(header["__metadata__"]["DCP_SHARDING_INFO"])
+            data = json.dumps(header).encode()
+        file.write_bytes(len(data).to_bytes(8, "little") + data + whole[8 + size :])
+        files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}
+        (path / "manifest.json").write_text(json.dumps(manifest | {"files": files}))
+        load_model(tmp_path, "cpu")
+
+    try_all(examples, sound, attempt)
