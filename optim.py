@@ -34,9 +34,14 @@ class OptimConfig(Config):
         if self.min_lr > self.learning_rate:
             raise UserError(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}; lower it")
 
-    def last_step(self, batch_tokens):
-        """Steps of the run: max_tokens / batch_tokens, rounded up, or max_steps."""
-        return self.max_steps if self.max_tokens is None else math.ceil(self.max_tokens / batch_tokens)
+    def last_step(self, batch_tokens, step=0, tokens=0):
+        """Last step of a run that has taken `step` steps with `tokens` tokens: by max_tokens, rounded up, or max_steps.
+
+        From where the run stands, since its earlier steps may have had another batch_tokens.
+        """
+        if self.max_tokens is None:
+            return self.max_steps
+        return step + max(0, -((tokens - self.max_tokens) // batch_tokens))  # minus twice: the quotient is rounded up
 
 
 def lr_at(step, cfg, last_step):

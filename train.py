@@ -106,7 +106,7 @@ def main(cfg):
                     break
 
                 # learning rate for this step
-                lr = lr_at(state.step, cfg.optim, cfg.optim.last_step(cfg.data.batch_tokens))
+                lr = lr_at(state.step, cfg.optim, state.last_step(cfg))
                 set_lr(optimizer, lr)
                 seed_step(cfg.run.seed, state.step, world.rank)
 

@@ -42,7 +42,6 @@ class Log:
     def __init__(self, cfg, world, model, optimizer, state, changes, train_split):
         """changes: lines that name what differs from the run that was resumed."""
         self.cfg, self.world = cfg, world
-        self.last_step = cfg.optim.last_step(cfg.data.batch_tokens)
         self.out_dir, self.hours_before = Path(cfg.run.out_dir), state.hours
         self.head_share = OBJECTIVES[cfg.model.objective].head_share(cfg.objective, cfg.data.seq_len)
         self.flops_per_token = cost.flops_per_token(cfg.model, cfg.data.seq_len, self.head_share)
@@ -114,13 +113,13 @@ class Log:
         self.n_steps += 1
         if bad:
             self._print(f"{self._step_text(state)}  skipped, number {state.bad_steps} in a row: {bad}")
-        if state.step % self.cfg.log.log_interval and state.step != self.last_step and not bad:
+        if state.step % self.cfg.log.log_interval and not state.is_at_end(self.cfg) and not bad:
             return
         steps, seconds = state.step - self.interval_step, now - self.interval_start
         tokens_per_s = steps * self.cfg.data.batch_tokens / seconds
         record = {
             "step": state.step,
-            "tokens": state.sequences_seen * self.cfg.data.seq_len,
+            "tokens": state.tokens(self.cfg),
             "loss": loss,
             "mean_loss": statistics.fmean(self.losses) if self.losses else loss,  # over the steps since the last line
             "lr": lr,
@@ -132,7 +131,7 @@ class Log:
         }
         self._start_interval(state, now)
         self._write(record | ({"skipped": bad} if bad else {}))
-        left = (self.last_step - state.step) * seconds / steps
+        left = (state.last_step(self.cfg) - state.step) * seconds / steps
         self._print(
             f"{self._step_text(state)} {_short(record['tokens']):>5} tok  loss {record['mean_loss']:7.4f}  lr {lr:.1e}"
             f"  norm {grad_norm:4.2f}  {_short(tokens_per_s):>5} tok/s  mfu {record['mfu']:.1%}"
@@ -161,8 +160,7 @@ class Log:
             self.file.close()
             with writing_to(self.out_dir):
                 self.file = open_log(self.out_dir, state.step)
-        tokens = state.sequences_seen * self.cfg.data.seq_len
-        self._write({"went_back_to": state.step, "step": state.step, "tokens": tokens})
+        self._write({"went_back_to": state.step, "step": state.step, "tokens": state.tokens(self.cfg)})
         self._print(f"rolled back to step {state.step}; training continues with the data after the bad steps")
         self._start_interval(state, time.perf_counter())
 
@@ -185,8 +183,8 @@ class Log:
         if self.wandb:  # it prints a summary of its own
             self.wandb.finish()
         loss = "" if state.val_loss is None else f", val loss {state.val_loss:.4f}"
-        print(f"{state.sequences_seen * self.cfg.data.seq_len:,} tokens in {_duration(3600 * state.hours)}")
-        print(f"{how}: step {state.step} of {self.last_step}{loss}; the run is in {self.out_dir}", flush=True)
+        print(f"{state.tokens(self.cfg):,} tokens in {_duration(3600 * state.hours)}")
+        print(f"{how}: step {state.step} of {state.last_step(self.cfg)}{loss}; the run is in {self.out_dir}", flush=True)
         if not is_finished:
             saved = self.cfg.checkpoint.save_interval
             more = "the same command continues" if saved else "nothing is saved (save_interval is none)"
@@ -238,9 +236,10 @@ class Log:
         in_unit = 1 if predicted >= LEAST_GIB else 2**10  # the sum's unit serves its parts
         parts = ", ".join(f"{name} {in_unit * gib:.2f}" for name, gib in self.predicted.items())
         print(f"memory     {_memory(predicted)} per rank predicted ({parts}), {there:.1f} GiB available")
-        tokens = self.last_step * data.batch_tokens
+        last_step = state.last_step(cfg)
+        tokens = state.tokens(cfg) + (last_step - state.step) * data.batch_tokens
         epochs = tokens / train_split.tokens
-        print(f"run        {self.last_step:,} steps, {tokens:,} tokens, {epochs:.3g} epochs, in {self.out_dir}")
+        print(f"run        {last_step:,} steps, {tokens:,} tokens, {epochs:.3g} epochs, in {self.out_dir}")
         if epochs > 20:
             often = f"the run reads its {train_split.tokens:,} training tokens {epochs:,.0f} times; after about 4 epochs"
             print(f"warning    {often} a model learns little more (arXiv 2305.16264): lower --max_steps, or add text")
@@ -249,7 +248,8 @@ class Log:
         print(f"device     {world.size} x {device_name(world.device)}, {world.precision}, {kernels}; {peak}", flush=True)
 
     def _step_text(self, state):
-        return f"step {state.step:>{len(str(self.last_step))}}/{self.last_step}"
+        last_step = state.last_step(self.cfg)
+        return f"step {state.step:>{len(str(last_step))}}/{last_step}"
 
     def _write(self, record):
         if self.file:
@@ -269,7 +269,8 @@ def print_finished(cfg, state, world):
     """Says that a run has nothing left to do."""
     if world.is_main:
         what = f"{cfg.run.out_dir} has finished, at step {state.step} with val loss {state.val_loss:.4f}"
-        print(f"{what}; raise max_steps to train on, or use another --out_dir")
+        limit = "max_steps" if cfg.optim.max_tokens is None else "max_tokens"
+        print(f"{what}; raise {limit} to train on, or use another --out_dir")
 
 
 def draw_curves(out_dir):

@@ -49,9 +49,17 @@ class State:
         """Whether the last evaluation is at or below target_loss."""
         return None not in (cfg.train.target_loss, self.val_loss) and self.val_loss <= cfg.train.target_loss
 
+    def tokens(self, cfg):
+        """Training tokens so far."""
+        return self.sequences_seen * cfg.data.seq_len
+
+    def last_step(self, cfg):
+        """Number of the run's last step."""
+        return cfg.optim.last_step(cfg.data.batch_tokens, self.step, self.tokens(cfg))
+
     def is_at_end(self, cfg):
         """Whether the run has taken its last step."""
-        return self.step >= cfg.optim.last_step(cfg.data.batch_tokens)
+        return self.step >= self.last_step(cfg)
 
     def is_finished(self, cfg):
         """Whether the run has reached its last step or its target."""

@@ -85,6 +85,8 @@ def test_max_tokens_sets_the_number_of_steps():
     assert OptimConfig(max_tokens=100).last_step(batch_tokens=42) == 3
     assert OptimConfig(max_tokens=84).last_step(batch_tokens=42) == 2
     assert OptimConfig(max_steps=5).last_step(batch_tokens=42) == 5
+    assert OptimConfig(max_tokens=85).last_step(batch_tokens=10, step=2, tokens=64) == 2 + 3
+    assert OptimConfig(max_tokens=60).last_step(batch_tokens=10, step=2, tokens=64) == 2
 
 
 @pytest.mark.parametrize("tied", [True, False])

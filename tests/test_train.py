@@ -252,6 +252,28 @@ def test_max_tokens_ends_a_run(data_dir, tmp_path, nine, no_curves):
     assert records(tmp_path) == records(nine)
 
 
+@pytest.mark.parametrize("batch_tokens", [21, 84])
+def test_max_tokens_counts_the_tokens_of_steps_with_another_batch_size(
+    batch_tokens, data_dir, four, tmp_path, capsys, no_curves
+):
+    """Five steps follow the four of 42 tokens: the log, the schedule and what is printed end with them."""
+    out_dir, tokens = copy_run(four, tmp_path / "run"), 4 * 42 + 5 * batch_tokens
+    run(data_dir, out_dir, batch_tokens=batch_tokens, max_tokens=tokens - 1, lr_decay_steps="none")
+    assert list(records(out_dir, "tokens").items())[-1] == (9, tokens)
+    told = capsys.readouterr().out
+    assert f"run        9 steps, {tokens} tokens, {tokens / 2000:.3g} epochs, in " in told and "step 9/9 " in told
+    assert f"{tokens} tokens in " in told and "finished: step 9 of 9, " in told
+    schedule = OptimConfig(learning_rate=1e-2, warmup_steps=2)
+    assert [records(out_dir, "lr")[step] for step in range(5, 10)] == [lr_at(step, schedule, 9) for step in range(4, 9)]
+    run(data_dir, out_dir, batch_tokens=42, max_tokens=tokens)
+    assert "has finished, at step 9" in (told := capsys.readouterr().out) and "raise max_tokens" in told
+
+
+def test_a_batch_size_that_changes_is_counted_in_the_tokens_of_max_steps(data_dir, four, tmp_path, capsys, no_curves):
+    run(data_dir, copy_run(four, tmp_path / "run"), batch_tokens=84, max_steps=6)
+    assert "run        6 steps, 336 tokens, " in capsys.readouterr().out
+
+
 def test_checkpoints_come_each_interval_and_last_and_the_newest_stay(data_dir, tmp_path, no_curves):
     run(data_dir, tmp_path, save_interval=2, keep_checkpoints=2, keep_every=4)
     assert steps_kept(tmp_path) == [4, 8, 9]
