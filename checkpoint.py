@@ -15,17 +15,28 @@ import re
 import shutil
 import threading
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+import foreign
 from config import Config, Count, UserError
 from data import sha256
-from model import TRAINING_ONLY, ModelConfig
+from model import TRAINING_ONLY, ModelConfig, parameter_shapes
 from world import local
 
 FILE_BYTES = 2**27
+ATTEMPTS = 9  # to read a checkpoint, where a run that trains removes it meanwhile
+COUNT = range(2**63)
+NUMBER = (float, None)
+# Kinds of a manifest's values (see foreign.check)
+MANIFEST = {
+    "step!": COUNT, "files!": {"*": str}, "model!": dict, "context": range(1, 2**31), "checksum": str, "scaler": dict,
+    "settings": {"seq_len": (range(1, 2**31), None), "init_from": (str, None)}, "val_loss": NUMBER,
+    "state": {"step": COUNT, "sequences_seen": COUNT, "hours": float, "val_loss": NUMBER, "evaluated_at": (COUNT, None),
+              "bad_steps": COUNT, "recent": [[float]], "went_back_to": (COUNT, None)},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -168,8 +179,7 @@ def on_all_ranks(world, function):
     try:
         value = function()
     except (Exception, CheckpointException) as error:
-        # torch.distributed.checkpoint wraps the errors of all ranks into one.
-        cause = next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
+        cause = _cause_of(error)
         is_plain = isinstance(cause, (OSError, ValueError))
         problem = str(cause) if is_plain else f"{type(cause).__name__}: {cause}", isinstance(cause, OSError)
     answers = [(value, problem)] if world is None else world.gather((value, problem))
@@ -194,35 +204,73 @@ def remove_old_checkpoints(out_dir, cfg):
             shutil.rmtree(doomed)
 
 
-def read_manifest(path):
-    """The manifest of a checkpoint."""
+def _cause_of(error):
+    """The first rank's error, where torch.distributed.checkpoint has wrapped those of all ranks into one."""
+    return next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
+
+
+class Removed(UserError):
+    """A checkpoint was removed while it was read, as a run does that keeps only its newest ones."""
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Turns what is raised while a checkpoint is read into a UserError; Removed where it is no longer there."""
     try:
-        manifest = json.loads((Path(path) / "manifest.json").read_text(encoding="utf-8"))
-        return {"files": manifest["files"], "model": manifest["model"], "step": manifest["step"], **manifest}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        why = f"{type(error).__name__}: {error}"
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        cause = _cause_of(error)
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+        if not Path(path).exists():
+            remedy = "try again, or raise keep_checkpoints of the run that writes there"
+            raise Removed(f"{path} was removed while it was read; {remedy}") from error
+        if isinstance(cause, UserError):
+            raise
+        reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+        raise UserError(f"{path} cannot be read ({reason}); name another checkpoint, or try again") from error
+
+
+def read_manifest(path, *needed):
+    """The manifest of a checkpoint; needed: names of entries that it must have beside those of every checkpoint."""
+    file = Path(path) / "manifest.json"
+    try:
+        manifest = foreign.read_json(file, MANIFEST | {f"{name}!": MANIFEST[name] for name in needed}, finite=False)
+        for name in manifest["files"]:
+            foreign.check_name(name, file)
+        return manifest
+    except UserError as error:
+        why = str(error).removesuffix(f"; {foreign.COPY_AGAIN}")
         raise UserError(f"{path} is damaged or not flatlm's: it has no readable manifest.json ({why})") from error
 
 
 def newest_checkpoint(run_dir, world=None):
     """The newest checkpoint of a run whose checksums match; prints which ones it skips.
 
-    UserError where there is none. With a world, its ranks split the reading.
+    UserError where there is none. With a world, its ranks split the reading. Where a run that trains in run_dir removes
+    a checkpoint meanwhile, the search begins again.
     """
-    paths = checkpoints(run_dir) if world is None else world.gather(checkpoints(run_dir))[0]
-    if not paths:
-        there = "does not exist" if not Path(run_dir).is_dir() else "holds no checkpoint (ckpt/step_*)"
-        raise UserError(f"{run_dir} {there}; train.py makes one, in its out_dir")
-    problems = []
-    for path in reversed(paths):
-        try:
-            on_all_ranks(world, lambda path=path: _check(path, world))
-        except Failure as error:
-            problems.append(str(error))
-            continue
-        if problems and (world is None or world.is_main):
-            print(*problems, f"taking {path.name} instead", sep="\n", flush=True)
-        return path
+    as_rank_0_sees = (lambda value: value) if world is None else (lambda value: world.gather(value)[0])
+    for attempt in range(ATTEMPTS):
+        paths, problems = as_rank_0_sees(checkpoints(run_dir)), []
+        if not paths:
+            there = "does not exist" if not Path(run_dir).is_dir() else "holds no checkpoint (ckpt/step_*)"
+            raise UserError(f"{run_dir} {there}; train.py makes one, in its out_dir")
+        for path in reversed(paths):
+            try:
+                on_all_ranks(world, lambda path=path: _check(path, world))
+            except Failure as error:
+                if attempt + 1 < ATTEMPTS and not as_rank_0_sees(path.exists()):
+                    break
+                problems.append(str(error))
+                continue
+            if problems and (world is None or world.is_main):
+                print(*problems, f"taking {path.name} instead", sep="\n", flush=True)
+            return path
+        else:
+            break
     raise UserError("; ".join([*problems, f"{run_dir} has no other checkpoint; bring one back, or start a new run"]))
 
 
@@ -241,8 +289,15 @@ def _check(path, world):
     files = manifest["files"]
     names = sorted({*files, *(file.name for file in path.glob("*.safetensors"))})
     for name in names if world is None else names[world.rank :: world.size]:
-        if not (path / name).exists() or sha256(path / name) != files.get(name):
-            raise UserError(f"{path / name} is missing or damaged: checksum mismatch")
+        file = path / name
+        foreign.check_inside(file)
+        if file.exists() and not file.is_file():
+            raise UserError(f"{file} is no regular file")
+        if not file.exists() or sha256(file) != files.get(name):
+            raise UserError(f"{file} is missing or damaged: checksum mismatch")
+        with open(file, "rb") as content:
+            if int.from_bytes(content.read(8), "little") > foreign.LARGEST_FILE:  # the length of a header in JSON
+                raise UserError(f"{file} is damaged: it has a header of more than {foreign.LARGEST_FILE:,} bytes")
 
 
 def load_checkpoint(path, model, optimizer=None):
@@ -255,23 +310,37 @@ def load_checkpoint(path, model, optimizer=None):
     if differing := ", ".join(f"{name} {found[name]} there, {wanted[name]} here" for name in names):
         raise UserError(f"{path} holds another model: {differing}; give the same settings")
     _quieten()
-    dcp.load(_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
-    model.context = context_of(manifest)
+    with reading(path):
+        dcp.load(_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+    model.context = context_of(manifest, model.cfg)
     return manifest
 
 
-def tensor_reader(path):
-    """A function from a parameter's name to its whole tensor on the CPU, read from a checkpoint."""
+def tensor_reader(path, cfg):
+    """A function from a parameter's name to its whole tensor on the CPU, read from a checkpoint.
+
+    cfg: the checkpoint's ModelConfig. UserError, before any memory is taken, where the files do not hold its tensors.
+    """
     import torch.distributed.checkpoint as dcp
 
     _quieten()
-    reader = dcp.HuggingFaceStorageReader(str(path))
-    metadata = reader.read_metadata()
-    reader.read_metadata = lambda: metadata  # otherwise dcp.load reads all files' headers for each tensor
+    shapes = parameter_shapes(cfg)
+    with reading(path):
+        reader = dcp.HuggingFaceStorageReader(str(path))
+        metadata = reader.read_metadata()
+        reader.read_metadata = lambda: metadata  # otherwise dcp.load reads all files' headers for each tensor
+        found = {name: [*tensor.size] for name, tensor in metadata.state_dict_metadata.items()}
+        for name, shape in shapes.items():
+            if (there := found.get(f"model.{name}", "nothing")) != shape:
+                raise UserError(f"{path} holds {there} for {name}, its model has {shape}; {foreign.COPY_AGAIN}")
+        n_bytes = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+        if sum(map(math.prod, shapes.values())) > n_bytes:  # a header may name shards that are not there
+            raise UserError(f"{path} has files of {n_bytes:,} bytes, which do not hold its model; {foreign.COPY_AGAIN}")
 
     def read(name):
-        tensor = torch.empty(metadata.state_dict_metadata[f"model.{name}"].size)
-        dcp.load({f"model.{name}": tensor}, storage_reader=reader, no_dist=True)
+        tensor = torch.full(shapes[name], math.nan)  # what no file holds must not pass for a weight
+        with reading(path):
+            dcp.load({f"model.{name}": tensor}, storage_reader=reader, no_dist=True)
         return tensor
 
     return read
@@ -279,19 +348,19 @@ def tensor_reader(path):
 
 def config_of_checkpoint(path, manifest):
     """The ModelConfig of a checkpoint; settings that did not exist when it was written have their defaults."""
-    if unknown := manifest["model"].keys() - {field.name for field in fields(ModelConfig)}:
-        raise UserError(f"{path} holds a model with settings that are unknown here: {', '.join(sorted(unknown))}")
-    return ModelConfig(**manifest["model"])
+    where = Path(path) / "manifest.json"
+    foreign.check(manifest["model"], {"vocab_size!": int}, where)
+    return foreign.settings_of(ModelConfig, manifest["model"], where)
 
 
-def context_of(manifest):
-    """The longest sequence that a checkpoint's model was trained on, in tokens, by its run or by its initial weights.
+def context_of(manifest, cfg):
+    """The longest sequence that a checkpoint's model, of settings cfg, saw in training, or its initial weights did.
 
     Nothing has trained learned positions beyond it, and rope's angles beyond it are unseen.
     """
-    block_size, settings = manifest["model"]["block_size"], manifest.get("settings", {})
+    block_size, settings = cfg.block_size, manifest.get("settings", {})
     if "context" in manifest:
-        return manifest["context"]
+        return min(block_size, manifest["context"])
     seq_len = None if settings.get("init_from") else settings.get("seq_len")  # an older checkpoint
     return min(block_size, seq_len or block_size)
 

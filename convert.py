@@ -25,7 +25,7 @@ from config import UserError, only, run_script
 from interop.families import config_of, family_of, their_tensors
 from interop.hub import ACCOMPANYING, HubModel, save_tensors
 from interop.nanogpt import import_nanogpt
-from interop.pretrained import load_tokenizer_of, model_location, open_model
+from interop.pretrained import load_tokenizer_of, model_location, with_model
 from interop.tokenizer import write_tokenizer
 from run.folder import RunConfig
 from text.files import bare_url, is_url
@@ -61,7 +61,7 @@ def main(cfg):
         print(*lines, written, sep="\n")
     else:
         tune_malloc(mmap_threshold=2**17)  # return freed tensors at once: glibc keeps those below 32 MiB
-        export(open_model(model_location(cfg)), cfg.convert.to_hf, cfg.convert.hf_dtype)
+        with_model(model_location(cfg), lambda source: export(source, cfg.convert.to_hf, cfg.convert.hf_dtype))
 
 
 def export(source, folder, dtype=None):

@@ -339,6 +339,7 @@ class Loader:
                     first = step * per_step + (micro_step * self._ranks + self._rank) * B
                     here = slice(first, first + B)
                     places = [*zip(shards[here].tolist(), starts[here].tolist(), itertools.repeat(width))]
+                    assert len(places) == B, f"rank {self._rank} of {self._ranks} lies beyond the step's sequences"
                     batch = self._objective.batch(self.order.split.read(places, (B, width)), self._seen + first)
                     batches.append(tuple(part.pin_memory() for part in batch) if pins else batch)
                 yield batches

@@ -21,18 +21,20 @@ LARGEST = {
 COPY_AGAIN = "copy it from its source again"
 
 
-def read_json(path, schema=None, lacking=None, largest=LARGEST_FILE):
+def read_json(path, schema=None, lacking=None, largest=LARGEST_FILE, finite=True):
     """The object in a JSON file, with values as the schema has them (see check).
 
     lacking: the answer where there is no file; None: UserError, as for all else that is wrong. largest: in bytes.
+    finite: whether NaN and infinities, which our own files may hold, are wrong.
     """
     if lacking is not None and not os.path.lexists(path):
         return lacking
+    number = _finite if finite else float
     try:
         text = read_bytes(path, largest).decode("utf-8-sig")
         if text.count("{") + text.count("[") > MOST_BRACKETS:
             raise ValueError(f"it has more than {MOST_BRACKETS:,} objects and lists")
-        value = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
+        value = json.loads(text, parse_int=_whole, parse_float=number, parse_constant=number)
         _check_depth(value)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is a UnicodeEncodeError

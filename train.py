@@ -230,5 +230,5 @@ def build(cfg, world, seed):
 
 
 if __name__ == "__main__":
-    run_script(main, Settings, __doc__)
+    run_script(main, Settings, __doc__, needs_console=False)
     end_process()

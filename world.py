@@ -5,6 +5,7 @@ import ctypes
 import datetime
 import hashlib
 import os
+import re
 import resource
 import sys
 import time
@@ -17,8 +18,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from config import Config, Positive, UserError
+from console import end
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+YEAR = 60 * 24 * 365  # minutes
 
 
 @dataclass(frozen=True)
@@ -161,11 +164,9 @@ def init_world(cfg, layout=None):
 
     cfg: a WorldConfig. layout: a ParallelConfig, which gives the shape of the mesh; None: replicas alone.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if size > 1 and "MASTER_ADDR" not in os.environ:
-        raise UserError(f"WORLD_SIZE is {size}, but there is no MASTER_ADDR; start several processes with torchrun")
+    rank, size, local_rank = processes_here()
     mesh_shape = layout.mesh_shape(size) if layout else (size, 1, 1)
-    device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
+    device = pick_device(cfg.device, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif device.type == "cpu":
@@ -177,10 +178,9 @@ def init_world(cfg, layout=None):
     if size == 1:
         yield World(rank, size, device, precision)
         return
-    shared = next(dist.rendezvous("env://"))[0]
-    store = own_store(shared, rank, size)
+    shared, store = meet(rank, size, cfg.timeout_minutes or YEAR)
     # Twice the watchdog's time: the watchdog names the rank that hangs, a collective's timeout does not.
-    timeout = datetime.timedelta(minutes=2 * cfg.timeout_minutes if cfg.timeout_minutes else 60 * 24 * 365)
+    timeout = datetime.timedelta(minutes=2 * (cfg.timeout_minutes or YEAR))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     mesh = init_device_mesh(device.type, mesh_shape, mesh_dim_names=("replicate", "shard", "tp"))
@@ -196,7 +196,57 @@ def init_world(cfg, layout=None):
     dist.destroy_process_group()
 
 
-def own_store(shared, rank, size):
+def processes_here():
+    """(rank, number of processes, rank on this machine) by torchrun's environment variables; (0, 1, 0) without them.
+
+    UserError where one of them is wrong by itself or beside the others.
+    """
+
+    def check(name, holds, rule):
+        if not holds:
+            remedy = "start several processes with torchrun, a single one without these variables"
+            value = os.environ.get(name, "not set") or "empty"
+            raise UserError(f"{name} is {value} in the environment; it must be {rule}; {remedy}")
+
+    def whole(name, default):
+        text = os.environ.get(name, str(default))
+        check(name, re.fullmatch("[0-9]{1,9}", text), "a whole number")
+        return int(text)
+
+    size, rank, local_rank = whole("WORLD_SIZE", 1), whole("RANK", 0), whole("LOCAL_RANK", 0)
+    local_size = whole("LOCAL_WORLD_SIZE", size)
+    check("WORLD_SIZE", size > 0, "at least 1")
+    check("RANK", rank < size, f"below WORLD_SIZE, here {size}")
+    check("LOCAL_WORLD_SIZE", local_size <= size, f"at most WORLD_SIZE, here {size}")
+    check("LOCAL_RANK", local_rank < local_size, f"below LOCAL_WORLD_SIZE, here {local_size}")
+    if size > 1:
+        address = os.environ.get("MASTER_ADDR", "")  # a name, or an address of version 4 or 6
+        is_address = re.fullmatch(r"[\w.-]+|[0-9a-f]*:[0-9a-f.]*:[\w:.%]*", address, re.IGNORECASE)
+        check("RANK", "RANK" in os.environ, f"set beside WORLD_SIZE, here {size}")
+        check("MASTER_ADDR", is_address, "the name or address of rank 0's machine, without a port")
+        check("MASTER_PORT", 0 < whole("MASTER_PORT", 0) < 2**16, "a port of that machine, from 1 to 65535")
+    return rank, size, local_rank
+
+
+def meet(rank, size, minutes):
+    """Waits until all processes are here; returns the store that they share and one for this start alone.
+
+    UserError where some do not come in so many minutes, or where torchrun ends meanwhile, whose store it is.
+    """
+    patience = datetime.timedelta(minutes=minutes)
+    try:
+        shared = next(dist.rendezvous("env://", timeout=patience))[0]
+        store = own_store(shared, rank, size, patience)
+        shared.set(f"here_{store.port}_{rank}", "")
+        shared.wait([f"here_{store.port}_{other}" for other in range(size)], patience)
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        why = str(error).strip().partition("\n")[0]
+        limit = f"{size} processes did not meet in timeout_minutes {minutes:g}, or torchrun has ended"
+        raise UserError(f"{limit} ({why}); start all of them again") from error
+    return shared, store
+
+
+def own_store(shared, rank, size, patience):
     """A key-value store for this start of the processes alone, kept by rank 0.
 
     torchrun's store lives through its restarts (pytorch/pytorch#135712): addresses that dead processes left there would
@@ -206,8 +256,9 @@ def own_store(shared, rank, size):
         store = dist.TCPStore(os.environ["MASTER_ADDR"], 0, size, is_master=True, wait_for_workers=False)
         shared.set("store_of_rank_0", str(store.port))
         return store
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + patience.total_seconds()
     while True:
+        shared.wait(["store_of_rank_0"], patience)
         port = int(shared.get("store_of_rank_0"))
         try:
             timeout = datetime.timedelta(seconds=1)
@@ -226,9 +277,7 @@ def end_process():
     keep that thread alive past destroy_process_group, and C++ then aborts with "terminate called without an active
     exception".
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    end(0)
 
 
 def seed_step(seed, step, rank):

@@ -34,6 +34,8 @@ import types
 import typing
 from pathlib import Path
 
+from console import ConsoleError, end, open_console, report
+
 ROOT = Path(__file__).resolve().parent.parent
 
 FOLDERS = ("text", "run", "perf", "interop", "config")  # source folders below ROOT
@@ -241,38 +243,36 @@ def project_files(root=ROOT):
     return [path for folder in (".", *FOLDERS) for path in sorted((root / folder).glob("*.py"))]
 
 
-def run_script(main, settings_type, doc):
-    """Runs main(cfg) with the command line's settings, or prints the help; ends the process after an error."""
+def run_script(main, settings_type, doc, needs_console=True):
+    """Runs main(cfg) with the command line's settings, or prints the help; ends the process after an error.
+
+    needs_console: whether output that cannot be written is an error, too, as it is where the output is what was wanted.
+    """
     argv = sys.argv[1:]
+    open_console(needs_console)
     try:
         if "-h" in argv or "--help" in argv:
             print(help_text(settings_type, argv, doc))
         else:
             main(load(settings_type, argv))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        _end(130)
+        report("interrupted")
+        end(130)
     except SystemExit as ending:  # another rank reports the error
-        _end(ending.code)
-    except BrokenPipeError:  # the reader of our output has ended (`| head`): nothing more can be printed
-        os._exit(1)
+        end(ending.code)
+    except ConsoleError as fault:
+        end(1, fault)
     except UserError as error:
         # Under torchrun every rank meets the same wrong input: rank 0 prints it and torchrun ends the others while they
         # wait. A rank that still runs after the wait has an error that rank 0 does not have.
-        rank = int(os.environ.get("RANK", 0))
-        time.sleep(5 if rank else 0)
+        rank = os.environ.get("RANK", "0")  # a text: it may be what is wrong
+        time.sleep(0 if rank == "0" else 5)
         for line in error.args:
-            print(f"error: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr)
-        _end(2)
+            report(f"error: {'' if rank == '0' else f'rank {rank}: '}{line}")
+        end(2)
     except Exception:
-        traceback.print_exc()
-        _end(1)
-
-
-def _end(code):
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # not sys.exit: a process group left open by an error can hang or crash the interpreter's shutdown
+        report(traceback.format_exc())
+        end(1)
 
 
 # ---- presets

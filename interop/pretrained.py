@@ -6,7 +6,17 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import checkpoints, config_of_checkpoint, context_of, newest_checkpoint, read_manifest, tensor_reader
+from checkpoint import (
+    ATTEMPTS,
+    Removed,
+    checkpoints,
+    config_of_checkpoint,
+    context_of,
+    newest_checkpoint,
+    read_manifest,
+    reading,
+    tensor_reader,
+)
 from config import UserError, preset_value
 from data import prepare_command, seq_len_of, vocab_size_of
 from foreign import telling
@@ -30,21 +40,15 @@ class RunModel:
 
     def __init__(self, run_dir, world=None):
         self.folder, self.path = Path(run_dir), newest_checkpoint(run_dir, world)
-        self.manifest = read_manifest(self.path)
-        whole, self.name = config_of_checkpoint(self.path, self.manifest), f"{run_dir}, step {self.manifest['step']}"
-        self.cfg = replace(whole, block_size=context_of(self.manifest))
+        with reading(self.path):
+            self.manifest = read_manifest(self.path)
+        whole = config_of_checkpoint(self.path, self.manifest)
+        # A tensor by its name, whole; UserError where the checkpoint is damaged, Removed where it has gone.
+        self.read = tensor_reader(self.path, whole)
+        self.name = f"{run_dir}, step {self.manifest['step']}"
+        self.cfg = replace(whole, block_size=context_of(self.manifest, whole))
         if self.cfg != whole:
             self.name += f", trained on sequences of {self.cfg.block_size} tokens (block_size {whole.block_size})"
-        with self._telling():
-            self._read = tensor_reader(self.path)
-
-    def read(self, name):
-        """A tensor by its name, whole; UserError where the checkpoint is damaged, or removed while it is read."""
-        with self._telling():
-            return self._read(name)
-
-    def _telling(self):
-        return telling(lambda reason: f"{self.path} cannot be read ({reason}); name another checkpoint, or try again")
 
     def load_tokenizer(self):
         """The tokenizer of the run's data; UserError where it is unknown."""
@@ -77,6 +81,19 @@ def model_location(cfg):
 def open_model(where, world=None):
     """The model of a run's folder, which has checkpoints, or of a Hugging Face folder or name."""
     return RunModel(where, world) if checkpoints(where) else HubModel(folder_of(where))
+
+
+def with_model(where, use, world=None):
+    """use(the opened model), again with a newer checkpoint where the run that writes them removes the one being read."""
+    for _ in range(ATTEMPTS):
+        answer = removed = None
+        try:
+            answer = use(open_model(where, world))
+        except Removed as error:
+            removed = error
+        if not any(world.gather(bool(removed)) if world else [removed]):
+            return answer
+    raise removed or Removed(f"the checkpoints of {where} were removed while they were read; try again")
 
 
 def starting_config(where, wanted, given):
@@ -118,10 +135,11 @@ def resolve(cfg):
 
 def run_config(run_dir):
     """The settings of a run's model, from the newest checkpoint with a readable manifest."""
-    for path in reversed(checkpoints(run_dir)):
-        with contextlib.suppress(UserError):
-            return config_of_checkpoint(path, read_manifest(path))
-    path = newest_checkpoint(run_dir)  # raises, and says what is wrong
+    for _ in range(ATTEMPTS):
+        for path in reversed(checkpoints(run_dir)):
+            with contextlib.suppress(UserError):
+                return config_of_checkpoint(path, read_manifest(path))
+        path = newest_checkpoint(run_dir)  # raises, and says what is wrong, unless it has come since
     return config_of_checkpoint(path, read_manifest(path))
 
 
@@ -142,13 +160,16 @@ def load_weights(source, model):
 
 def load_model(where, device):
     """(model ready to evaluate, its opened source), of a run's folder, or of a Hugging Face folder or name."""
-    source = open_model(where)
-    with torch.device("meta"):
-        model = Transformer(source.cfg)
-    model.to_empty(device=device)
-    model.tie_weights()
-    load_weights(source, model)
-    return model.eval(), source
+
+    def load(source):
+        with torch.device("meta"):
+            model = Transformer(source.cfg)
+        model.to_empty(device=device)
+        model.tie_weights()
+        load_weights(source, model)
+        return model.eval(), source
+
+    return with_model(where, load)
 
 
 def load_tokenizer_of(source, may_lack=False):
@@ -178,8 +199,12 @@ def start_from(cfg, model, world):
     model.context = cfg.data.seq_len
     if not cfg.run.init_from:
         return
-    source = open_model(cfg.run.init_from, world)
-    load_weights(source, model)
+
+    def load(source):
+        load_weights(source, model)
+        return source
+
+    source = with_model(cfg.run.init_from, load, world)
     model.context = min(cfg.model.block_size, max(cfg.data.seq_len, source.cfg.block_size))
     if world.is_main:
         with writing_to(cfg.run.out_dir):

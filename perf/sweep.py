@@ -11,7 +11,7 @@ from pathlib import Path
 
 from config import ROOT, UserError, as_dict, as_preset, load
 from data import accumulation_steps
-from world import pick_device
+from world import pick_device, processes_here
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "MemoryError", "Cannot allocate memory")
 KEYS = ("activation_checkpointing", "compile", "micro_batch_size")
@@ -24,7 +24,7 @@ def sweep(given, cfg):
 
     given: the settings of the command line; cfg: the same with open ones filled in.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if processes_here()[1] > 1:
         raise UserError("sweep starts processes itself, one after the other, for one device: run it without torchrun")
     accumulation_steps(cfg.data, cfg.data.seq_len, 1)  # raises where micro_batch_size does not fit
     sizes = sizes_around(cfg.data.micro_batch_size, cfg.data.batch_tokens // cfg.data.seq_len)

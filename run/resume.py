@@ -23,6 +23,8 @@ from run.folder import writing_to
 from run.health import WINDOW, first_bad_tensor
 from world import seed_step
 
+OF_A_RUN = ("settings", "state", "scaler")  # entries of a manifest that a run needs to continue
+
 
 @dataclass
 class State:
@@ -76,8 +78,8 @@ class Saver:
             if self.cfg.run.resume == "never":
                 remedy = "use another --out_dir, or --resume=auto to continue"
                 raise UserError(f"resume is never, and {self.cfg.run.out_dir} has checkpoints; {remedy}")
-            manifest = read_manifest(newest)
-            self.changes = changed_settings(manifest["settings"], self.settings, step_of(newest))
+            old = read_manifest(newest, *OF_A_RUN)["settings"]
+            self.changes = changed_settings(old, self.settings, step_of(newest))
             return self._load(newest)
 
     def is_due(self, state, ending):
@@ -130,6 +132,8 @@ class Saver:
         if manifest["scaler"]:
             self.scaler.load_state_dict(manifest["scaler"])
         self.writer.newest = step_of(path)
+        if unknown := manifest["state"].keys() - {f.name for f in dataclasses.fields(State)}:
+            raise UserError(f"{path}: {', '.join(sorted(unknown))} of its state is unknown here; use the code that wrote it")
         return State(**manifest["state"])
 
 

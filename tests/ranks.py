@@ -153,7 +153,7 @@ def launch(n, cfg, told=None, before=None):
     as to plant a fault.
     """
     port = free_port()
-    return [start(_train_rank, rank, n, port, cfg, told, before)[0] for rank in range(n)]
+    return [start(train_rank, rank, n, port, cfg, told, before)[0] for rank in range(n)]
 
 
 def run_script(script, arguments, folder, n_ranks=1, patience=1200):
@@ -201,7 +201,7 @@ def codes(processes, patience=1200):
     return ended
 
 
-def _train_rank(pipe, rank, n, port, cfg, told, before):
+def train_rank(pipe, rank, n, port, cfg, told, before):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port)}  # fmt: skip
@@ -214,7 +214,7 @@ def _train_rank(pipe, rank, n, port, cfg, told, before):
     sys.argv = ["train.py"]
     config.load = lambda *_: cfg
     with without_matplotlib():
-        config.run_script(train.main, train.Settings, "")
+        config.run_script(train.main, train.Settings, "", needs_console=False)
     end_process()
 
 

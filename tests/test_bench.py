@@ -569,6 +569,7 @@ def test_endings_of_a_trial_are_distinguished(monkeypatch):
 def test_a_sweep_is_refused_under_torchrun_and_for_batches_that_do_not_fit(monkeypatch):
     with pytest.raises(ValueError, match="batch_tokens 64 is not a multiple of 21"):
         bench.main(config.load(bench.Settings, [*SMALL, "--sweep", "--batch_tokens=64"]))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="run it without torchrun"):
         bench.main(config.load(bench.Settings, [*SMALL, "--sweep"]))

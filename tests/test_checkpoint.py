@@ -1,9 +1,12 @@
 """A checkpoint gives back what was saved, appears whole or not at all, and is refused when it is damaged."""
 
+import hashlib
+import itertools
 import json
 import os
 import pickle
 import shutil
+import threading
 from dataclasses import replace
 
 import pytest
@@ -20,12 +23,13 @@ from checkpoint import (
     remove_old_checkpoints,
 )  # fmt: skip
 from config import UserError
-from interop.pretrained import load_model
+from interop.pretrained import load_model, run_config, with_model
 from model import ModelConfig, Transformer
 from optim import OptimConfig, build_optimizer
+from ranks import on_ranks, run, write_data
 from run.folder import keep_source, tokenizer_of
 from run.resume import changed_settings
-from world import World
+from world import World, WorldConfig, init_world
 
 SMALL = ModelConfig(vocab_size=37, block_size=11, n_layer=3, n_head=5, n_embd=20)
 WORLD = World(0, 1, torch.device("cpu"), "fp32")
@@ -282,6 +286,167 @@ def test_folders_without_checkpoints_are_told_apart(tmp_path):
         newest_checkpoint(tmp_path / "gone")
     with pytest.raises(ValueError, match="holds no checkpoint"):
         newest_checkpoint(tmp_path)
+
+
+# ---- read while a run goes on
+
+def save_filled(run_dir, model, step):
+    """Saves a checkpoint in which all weights are the step; the one before is removed."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(step)
+    save_checkpoint(run_dir, step, model, None, {}, WORLD, keep_checkpoints=1)
+
+
+def is_whole(model, source):
+    return all((p == source.manifest["step"]).all() for p in model.parameters())
+
+
+def test_a_model_is_read_from_one_checkpoint_while_a_run_saves_and_removes_them(tmp_path):
+    writing, reads = build()[0], threading.Semaphore(0)
+    save_filled(tmp_path, writing, 1)
+
+    def go_on():
+        for step in range(2, 42):
+            if step % 4 == 2:
+                reads.acquire()  # four checkpoints during each read, however fast the machine
+            save_filled(tmp_path, writing, step)
+
+    thread = threading.Thread(target=go_on, daemon=True)
+    thread.start()
+    for _ in range(10):
+        reads.release()
+        assert is_whole(*load_model(tmp_path, "cpu"))
+        assert run_config(tmp_path) == SMALL
+    thread.join()
+
+
+def test_where_the_checkpoint_that_is_read_goes_the_newer_one_is_read(tmp_path):
+    writing, steps = build()[0], itertools.count(2)
+    save_filled(tmp_path, writing, 1)
+    reads = []
+
+    def use(source):
+        reads.append(source.manifest["step"])
+        if len(reads) < 3:
+            source.read("wte.weight")
+            save_filled(tmp_path, writing, next(steps))
+        return {name: source.read(name) for name, _ in writing.named_parameters()}
+
+    assert all((weight == 3).all() for weight in with_model(tmp_path, use).values()) and reads == [1, 2, 3]
+
+
+def test_a_checkpoint_that_always_goes_ends_in_a_line(tmp_path):
+    writing, steps = build()[0], itertools.count(2)
+    save_filled(tmp_path, writing, 1)
+
+    def use(source):
+        save_filled(tmp_path, writing, next(steps))
+        source.read("wte.weight")
+
+    with pytest.raises(UserError, match="step_00000009 was removed while it was read; .* raise keep_checkpoints"):
+        with_model(tmp_path, use)
+
+
+def both_ranks_read(run_dir):
+    """On each rank the steps that were read, where the checkpoint goes from under rank 1 alone."""
+    reads = []
+    with init_world(WorldConfig(device="cpu", precision="fp32")) as world:
+
+        def use(source):
+            source.read("wte.weight")
+            reads.append(source.manifest["step"])
+            world.gather(None)  # both have read
+            if world.rank == 1 and len(reads) == 1:
+                save_filled(run_dir, build()[0], 2)
+                source.read("wte.weight")
+
+        with_model(run_dir, use, world)
+    return reads
+
+
+def test_ranks_read_the_same_checkpoint_though_it_goes_from_under_one(tmp_path):
+    save_filled(tmp_path, build()[0], 1)
+    assert on_ranks(2, (both_ranks_read, tmp_path)) == [[[1, 2], [1, 2]]]
+
+
+# ---- from elsewhere
+
+def link_to_a_copy(path, elsewhere):
+    shutil.move(path, elsewhere)
+    path.symlink_to(elsewhere)
+
+
+def fifo(path, _):
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("name, spoil, told", [
+    ("*.safetensors", fifo, "is no regular file"), ("manifest.json", fifo, "it is no regular file"),
+    ("*.safetensors", link_to_a_copy, "is a link to .*, outside its folder"),
+    ("*.safetensors", lambda path, _: (path.unlink(), path.symlink_to("/dev/zero")), "is a link to /dev/zero, outside"),
+    ("manifest.json", lambda path, _: (path.unlink(), path.symlink_to("/dev/zero")), "it is no regular file"),
+])  # fmt: skip
+def test_a_checkpoint_of_other_things_than_files_is_refused_in_a_line(name, spoil, told, saved, tmp_path_factory):
+    spoil(next(newest_checkpoint(saved[0]).glob(name)), tmp_path_factory.mktemp("elsewhere") / "file")
+    with pytest.raises(UserError, match=told) as error:
+        load_model(saved[0], "cpu")
+    assert "\n" not in str(error.value)
+
+
+def rewritten(path, **changes):
+    """Writes other entries into a manifest that need no checksum."""
+    manifest = json.loads((path / "manifest.json").read_text()) | changes
+    manifest.pop("checksum", None)
+    (path / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if v is not None}))
+
+
+@pytest.mark.parametrize("changes, told", [
+    ({"files": {"../../../x.safetensors": "0"}}, "'../../../x.safetensors', which is no name of a file beside it"),
+    ({"model": {"vocab_size": 37, "n_layer": 10**9}}, "n_layer 1000000000"),
+    ({"model": {"vocab_size": None}}, "'vocab_size' is None"), ({"step": -1}, "'step' is -1"),
+    ({"model": {"vocab_size": 2**24, "n_embd": 2**20, "n_head": 1}}, r"holds \[64, 20\] for wte.weight, its model has"),
+    ({"context": 0}, "'context' is 0"), ({"state": {"recent": [["x"]]}}, "is 'x', where there must be a number"),
+])  # fmt: skip
+def test_a_manifest_that_says_what_none_of_ours_says_is_refused_in_a_line(changes, told, saved):
+    rewritten(newest_checkpoint(saved[0]), **changes)
+    with pytest.raises(UserError, match=told) as error:
+        load_model(saved[0], "cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_without_settings_cannot_continue_and_says_so(tmp_path, no_curves):
+    data_dir, out_dir = write_data(tmp_path / "data"), tmp_path / "run"
+    run(data_dir, out_dir, max_steps=1)
+    for name in ("settings", "state", "scaler"):
+        kept = (newest_checkpoint(out_dir) / "manifest.json").read_text()
+        rewritten(newest_checkpoint(out_dir), **{name: None})
+        with pytest.raises(UserError, match=f"where there must be an object with .*{name}"):
+            run(data_dir, out_dir)
+        (newest_checkpoint(out_dir) / "manifest.json").write_text(kept)
+    state = json.loads(kept)["state"] | {"mood": "good"}
+    rewritten(newest_checkpoint(out_dir), state=state)
+    with pytest.raises(UserError, match="mood of its state is unknown here"):
+        run(data_dir, out_dir)
+
+
+def test_files_that_torch_cannot_read_are_refused_in_a_line(saved):
+    """torch's CheckpointException is no Exception."""
+    run_dir, model, optimizer = saved
+    path = newest_checkpoint(run_dir)
+    file = next(path.glob("*.safetensors"))
+    for content, told in (
+        (b"x" * 99, "header of more than"), ((9).to_bytes(8, "little") + b"{" * 9, "SafetensorError"),
+        ((2).to_bytes(8, "little") + b"{}", "holds nothing for"),
+    ):  # fmt: skip
+        file.write_bytes(content)
+        rewritten(path, files={file.name: hashlib.sha256(content).hexdigest()})
+        with pytest.raises(UserError, match=told) as error:
+            load_model(run_dir, "cpu")
+        with pytest.raises(UserError, match="cannot be read"):
+            load_checkpoint(path, model, optimizer)
+        assert "\n" not in str(error.value)
 
 
 # ---- settings, source and tokenizer of a run
