@@ -67,6 +67,7 @@ class Saver:
         self.cfg, self.world = cfg, world
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.settings = as_dict(cfg) | {"data_fingerprint": data_fingerprint}
+        self.settings = json.loads(json.dumps(self.settings))  # as a manifest has them: a schedule's steps as texts
         self.writer = CheckpointWriter(cfg.run.out_dir, cfg.checkpoint, world)
         self.changes = []  # lines `name: old -> new` of the settings that differ from the resumed run's
 
@@ -139,7 +140,6 @@ class Saver:
 
 def changed_settings(old, new, step=0):
     """Lines `name: old -> new` of the settings that a run changes at a step; UserError where one must not change."""
-    new = json.loads(json.dumps(new))  # as a manifest has them
     fixed = {f.name for owner in (ModelConfig, ObjectiveConfig) for f in dataclasses.fields(owner)}
     fixed |= {"seq_len", "seed", "optimizer", "data_fingerprint"}
     changes = {name: f"{name}: {old[name]} -> {new[name]}" for name in new if name in old and old[name] != new[name]}
