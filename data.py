@@ -5,6 +5,7 @@ A data folder holds {train,val}_000000.bin, ... and meta.json; shards.py reads a
 
 import collections
 import contextlib
+import copy
 import hashlib
 import itertools
 import re
@@ -17,17 +18,42 @@ from pathlib import Path
 
 import numpy as np
 
+import mixture
 from config import Config, Count, UserError, preset_value
 from shards import BLOCK, files_cache, is_own_shard, open_shard, read_meta, unfinished
 
 
 @dataclass(frozen=True)
 class DataConfig(Config):
-    data_dir: str | None = None  # folder of token shards, made by prepare.py
+    data_dir: str | dict | None = None  # folder of token shards, by prepare.py; a mixture is {folder: share of tokens}
+    data_schedule: dict | None = None  # shares of a mixture that change: {step: {folder: share}}, from that step on
     seq_len: Count | None = None  # tokens of a training sequence; none: block_size
     batch_tokens: Count = 524288  # global batch: tokens per optimizer step, over all ranks and micro-steps
     micro_batch_size: Count = 16  # sequences per forward pass on one rank; gradient accumulation follows from it
     eval_tokens: Count = 10_485_760  # tokens of the validation split to evaluate on, at most
+
+    def __post_init__(self):
+        super().__post_init__()
+        if wrong := mixture.faults(self.data_dir, self.data_schedule):
+            raise UserError(*wrong)
+
+    @property
+    def folders(self):
+        """The data folders: one, or those of a mixture."""
+        return [*self.data_dir] if isinstance(self.data_dir, dict) else [self.data_dir]
+
+    @property
+    def folder(self):
+        """The data folder whose meta.json counts: a mixture's folders share a tokenizer."""
+        return self.folders[0]
+
+    def phases(self, sequences_per_step):
+        """[(number of the first sequence, each folder's sequences of mixture.WINDOW)]."""
+        by_step = {0: self.data_dir if isinstance(self.data_dir, dict) else {self.data_dir: 1}}
+        by_step |= self.data_schedule or {}
+        return [
+            (step * sequences_per_step, mixture.per_window(by_step[step], self.folders)) for step in sorted(by_step)
+        ]
 
 
 def seq_len_of(cfg):
@@ -74,11 +100,14 @@ def vocab_size_of(data_dir, make_command):
     raise UserError(f"{data_dir} has no meta.json to take vocab_size from; set --vocab_size, or finish: {make_command}")
 
 
-def prepare_command(cfg):
-    """The command that makes a script's data: from its presets, if they set data_dir, else from the user's own text."""
-    if cfg.presets and preset_value(cfg.presets, "data_dir") == cfg.data.data_dir:
+def prepare_command(cfg, folder=None):
+    """The command that makes a script's data: from its presets, if they set data_dir, else from the user's own text.
+
+    folder: one of a mixture's.
+    """
+    if len(cfg.data.folders) == 1 and cfg.presets and preset_value(cfg.presets, "data_dir") == cfg.data.data_dir:
         return shlex.join(["python", "prepare.py", *cfg.presets])
-    return f"python prepare.py --input=FILES --data_dir={cfg.data.data_dir}"
+    return f"python prepare.py --input=FILES --data_dir={folder or cfg.data.folder}"
 
 
 def _folder(data_dir, make_command):
@@ -107,9 +136,10 @@ class Split:
     token_bytes: the bytes of text that each id stands for; empty where a tokenizer changes text, None where unknown.
     """
 
-    def __init__(self, data_dir, split, vocab_size, make_command="python prepare.py --help"):
+    def __init__(self, data_dir, split, vocab_size, make_command="python prepare.py --help", opened=None):
+        """opened: a function that opens shards, from files_cache, which several splits may share."""
         folder, meta = _folder(data_dir, make_command), read_meta(data_dir)
-        self.name, self.vocab_size = split, vocab_size
+        self.folder, self.name, self.vocab_size = str(data_dir), split, vocab_size
         # The split's name as a word: medieval_train.bin is not validation data.
         self.paths = sorted(p for p in folder.glob("*.bin") if re.search(rf"(^|[_.-]){split}[_.-]", p.name))
         if fault := _fault(folder, split, self.paths, meta):
@@ -117,22 +147,37 @@ class Split:
         if meta and meta["vocab_size"] > vocab_size:
             sizes = f"vocab_size is {vocab_size}, but {folder} was made with a vocabulary of {meta['vocab_size']}"
             raise UserError(f"{sizes}; set vocab_size to none, or prepare the data with the initial weights' tokenizer")
-        opened = files_cache()
+        opened = opened or files_cache()
         self.shards = [open_shard(path, vocab_size, opened) for path in self.paths]
         for path, shard in zip(self.paths, self.shards) if meta else ():
             if len(shard) != (promised := meta["splits"][split]["shards"][path.name]):
                 raise UserError(f"{path} holds {len(shard)} tokens, meta.json says {promised}; {make_command} makes it")
         self.tokens = sum(map(len, self.shards))
-        self.checksums = meta["splits"][split].get("checksums", {}) if meta else {}
         self.token_bytes = meta.get("token_bytes")
+        self.tokenizer = [meta.get(key) for key in ("tokenizer", "tokenizer_sha256", "vocab_size", "specials")]
+        checksums = meta["splits"][split].get("checksums", {}) if meta else {}
         for path, shard in zip(self.paths, self.shards):
-            shard.checksums = self.checksums.get(path.name)
+            shard.checksums = checksums.get(path.name)
         self.dtype = max((shard.dtype for shard in self.shards), key=lambda dtype: dtype.itemsize)
         self._check_blocks(make_command)
 
+    @classmethod
+    def joined(cls, splits):
+        """The shards of a mixture's splits, one split after the other; UserError where their tokenizers differ."""
+        joined = copy.copy(splits[0])
+        for split in splits[1:]:
+            if split.tokenizer != joined.tokenizer:
+                names = f"{joined.folder} has the tokenizer {joined.tokenizer[0]}, {split.folder} {split.tokenizer[0]}"
+                raise UserError(f"{names}, or another of that name; prepare the folders of a mixture with the same one")
+        joined.paths = [path for split in splits for path in split.paths]
+        joined.shards = [shard for split in splits for shard in split.shards]
+        joined.tokens = sum(split.tokens for split in splits)
+        joined.dtype = max((split.dtype for split in splits), key=lambda dtype: dtype.itemsize)
+        return joined
+
     def _check_blocks(self, make_command, most=8):
         """Compares some blocks of tokens, drawn anew at each start, with their checksums in meta.json."""
-        sums = [self.checksums.get(path.name, []) for path in self.paths]
+        sums = [shard.checksums or [] for shard in self.shards]
         blocks = [(shard, block) for shard in range(len(sums)) for block in range(len(sums[shard]))]
         for i in np.random.default_rng().permutation(len(blocks))[:most]:
             shard, block = blocks[i]
@@ -157,7 +202,7 @@ class Split:
             start = place - firsts[shard]
             samples.update(self.shards[shard][start : start + 1024].tobytes())
         parts = [ends, samples]
-        if sums := [self.checksums[path.name] for path in self.paths if path.name in self.checksums]:
+        if sums := [shard.checksums for shard in self.shards if shard.checksums is not None]:
             parts.append(hashlib.sha256(repr(sums).encode()))
         return ".".join(part.hexdigest()[:16] for part in parts)
 
@@ -226,7 +271,11 @@ class TrainOrder:
         self.per_epoch = int(self.ends[-1])
         if self.per_epoch == 0:
             lacks = f"no shard of 2 x {stride} tokens (its longest has {max(map(len, split.shards))})"
-            raise UserError(f"the {split.name} split has {lacks}; lower seq_len or block_size, or add text")
+            raise UserError(f"the {split.name} split of {split.folder} has {lacks}; lower seq_len or block_size, or add text")
+
+    def epochs(self, n):
+        """{folder: how often n sequences read it}, for this order's folder."""
+        return {self.split.folder: n * self.stride / self.split.tokens}
 
     def locate(self, numbers):
         """(shard, start) for each sequence number, as arrays."""
@@ -250,7 +299,7 @@ class Loader:
 
     def __init__(self, order, objective, seen, micro_steps, micro_batch_size, world, ahead=3):
         """objective: turns windows of tokens into a batch. The world gives data_rank, data_ranks and the device."""
-        self.split, self._order, self._objective, self._seen = order.split, order, objective, seen
+        self.order, self._objective, self._seen = order, objective, seen
         self._micro_steps, self._micro_batch_size = micro_steps, micro_batch_size
         self._rank, self._ranks, self._device = world.data_rank, world.data_ranks, world.device
         self._ahead, self._thread = ahead, None
@@ -283,7 +332,7 @@ class Loader:
         per_step, pins = B * self._ranks * self._micro_steps, self._device.type == "cuda"
         while True:
             steps = max(1, 4096 // per_step)  # permute many indices per call; overhead dominates small calls
-            shards, starts = self._order.locate(self._seen + np.arange(steps * per_step))
+            shards, starts = self.order.locate(self._seen + np.arange(steps * per_step))
             for step in range(steps):
                 batches = []
                 for micro_step in range(self._micro_steps):
@@ -291,7 +340,7 @@ class Loader:
                     here = slice(first, first + B)
                     places = [*zip(shards[here].tolist(), starts[here].tolist(), itertools.repeat(width))]
                     assert len(places) == B, f"rank {self._rank} of {self._ranks} lies beyond the step's sequences"
-                    batch = self._objective.batch(self._order.split.read(places, (B, width)), self._seen + first)
+                    batch = self._objective.batch(self.order.split.read(places, (B, width)), self._seen + first)
                     batches.append(tuple(part.pin_memory() for part in batch) if pins else batch)
                 yield batches
             self._seen += steps * per_step
@@ -299,12 +348,17 @@ class Loader:
 
 @contextlib.contextmanager
 def open_data(cfg, world):
-    """Yields the Loader of a run's training split and its validation Split."""
-    command = prepare_command(cfg)
-    train, val = (Split(cfg.data.data_dir, name, cfg.model.vocab_size, command) for name in ("train", "val"))
-    objective = objective_for(cfg, cfg.run.seed)
+    """Yields the Loader of a run's training split and its validation Splits, one a data folder."""
+    vocab_size, opened, seed = cfg.model.vocab_size, files_cache(), cfg.run.seed
+    train, val = (
+        [Split(folder, name, vocab_size, prepare_command(cfg, folder), opened) for folder in cfg.data.folders]
+        for name in ("train", "val")
+    )
+    objective = objective_for(cfg, seed)
     micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, world.data_ranks)
-    order = TrainOrder(train, objective.stride, cfg.run.seed)
+    orders = [TrainOrder(split, objective.stride, seed) for split in train]
+    phases = cfg.data.phases(cfg.data.batch_tokens // cfg.data.seq_len)
+    order = mixture.Mixture(orders, Split.joined(train), phases, seed) if len(train) > 1 else orders[0]
     with contextlib.closing(Loader(order, objective, 0, micro_steps, cfg.data.micro_batch_size, world)) as loader:
         yield loader, val
 
@@ -314,7 +368,7 @@ def objective_for(cfg, seed):
     from objective import OBJECTIVES  # here, since it imports torch, which prepare.py does without
 
     objective = OBJECTIVES[cfg.model.objective]
-    return objective.build(cfg.objective, cfg.data.seq_len, seed, read_meta(cfg.data.data_dir))
+    return objective.build(cfg.objective, cfg.data.seq_len, seed, read_meta(cfg.data.folder))
 
 
 # ---- the windows of evaluation

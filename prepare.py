@@ -85,7 +85,9 @@ class Settings:
 
 
 def main(cfg):
-    folder = Path(cfg.data.data_dir or default_folder(cfg.prepare))
+    if len(cfg.data.folders) > 1:
+        raise UserError(f"data_dir is a mixture of {', '.join(cfg.data.folders)}; prepare each by --data_dir=FOLDER")
+    folder = Path(cfg.data.folder or default_folder(cfg.prepare))
     if is_prepared(cfg, folder):
         return
     is_local = cfg.prepare.dataset is None and not is_url(cfg.prepare.input)

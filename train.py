@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from checkpoint import CheckpointConfig
 from config import Config, Count, Positive, UserError, run_script
-from data import DataConfig, eval_batches, objective_for, open_data, seq_len_of
+from data import DataConfig, Split, eval_batches, objective_for, open_data, seq_len_of
 from interop.pretrained import resolve, start_from
 from launch import refresh_copies, replay
 from model import ModelConfig, Transformer
@@ -71,7 +71,7 @@ def main(cfg):
         guarded(cfg, world) as stop,
     ):
         model, optimizer, scaler = build(cfg, world, cfg.run.seed)
-        data_fingerprint = f"{train_data.split.fingerprint()}-{val_data.fingerprint()}"
+        data_fingerprint = f"{train_data.order.split.fingerprint()}-{Split.joined(val_data).fingerprint()}"
         saver = Saver(cfg, world, model, optimizer, scaler, data_fingerprint)
         state = saver.resume()
         if state is None:
@@ -82,7 +82,7 @@ def main(cfg):
         train_data.seek(state.sequences_seen)
         val_objective = objective_for(cfg, EVAL_MASK_SEED)
 
-        with Log(cfg, world, model, optimizer, state, saver.changes, train_data.split) as log:
+        with Log(cfg, world, model, optimizer, state, saver.changes, train_data.order) as log:
             while True:
                 world.progress.step = state.step
                 request = Stop.NO if state.is_at_end(cfg) else stop.agreed(log.is_out_of_time, saver.writer.failed)
@@ -180,38 +180,44 @@ def update(model, optimizer, scaler, cfg, norm):
     scaler.step(optimizer)
 
 
-@torch.no_grad()
-def evaluate(model, split, objective, cfg, world):
-    """Mean loss and accuracy over the fixed windows of a split, the same for every batch size and number of ranks.
+def evaluate(model, splits, objective, cfg, world):
+    """Mean loss and accuracy over the fixed windows of splits, the same for every batch size and number of ranks.
 
-    Also returns the accuracy of always predicting the most frequent target and, where the split knows the bytes of its
-    tokens, the bits per byte of the targets' text.
+    Also returns the accuracy of always predicting the most frequent target and, where the splits know the bytes of their
+    tokens, the bits per byte of the targets' text. Several splits get equal parts of eval_tokens; val_losses has the
+    loss of each by its folder's name.
     """
     model.eval()
-    sums, frequencies = torch.zeros(2, dtype=torch.float64), torch.zeros(model.cfg.vocab_size, dtype=torch.int64)
-    share = cfg.eval_tokens, cfg.micro_batch_size, world.data_rank, world.data_ranks
-    for batch in eval_batches(split, objective, *share):
-        with world.phase("evaluation"), world.autocast():
-            loss_and_correct = model(*(part.to(world.device) for part in batch), count_correct=True)
-        sums += torch.stack(loss_and_correct).cpu()
-        frequencies += torch.bincount(batch[1][batch[1] != IGNORE], minlength=len(frequencies))
+    share = cfg.eval_tokens // len(splits), cfg.micro_batch_size, world.data_rank, world.data_ranks
+    sums = {split.folder: sums_over(model, eval_batches(split, objective, *share), world) for split in splits}
     model.train()
     reshard(model)
-    loss, n_correct = world.sum_over_data(sums).tolist()
-    frequencies = world.sum_over_data(frequencies)
-    n_targets = frequencies.sum().item()
-    if n_targets == 0:
-        what = f"the first eval_tokens {cfg.eval_tokens} of the {split.name} split are special tokens alone"
+    loss, n_correct, frequencies = map(sum, zip(*sums.values()))
+    n_targets, n_bytes = frequencies.sum().item(), 0
+    if empty := [folder for folder, (*_, n) in sums.items() if not n.any()]:
+        what = f"the first tokens of the validation split of {empty[0]}, by eval_tokens {cfg.eval_tokens}, are special alone"
         raise UserError(f"{what}; raise eval_tokens, or the split's share of the text by --val_fraction of prepare.py")
-    n_bytes = 0
-    if model.cfg.is_causal and split.token_bytes:
-        n_bytes = sum(map(operator.mul, frequencies.tolist(), split.token_bytes))
+    if model.cfg.is_causal and splits[0].token_bytes:
+        n_bytes = sum(map(operator.mul, frequencies.tolist(), splits[0].token_bytes))
     return {
         "val_loss": loss / n_targets,
         "val_accuracy": n_correct / n_targets,
         "val_accuracy_of_commonest": frequencies.max().item() / n_targets,
         **({"val_bpb": loss / math.log(2) / n_bytes} if n_bytes else {}),
+        **({"val_losses": {name: loss / n.sum().item() for name, (loss, _, n) in sums.items()}} if len(sums) > 1 else {}),
     }
+
+
+@torch.no_grad()
+def sums_over(model, batches, world):
+    """(sum of losses, number of right answers, number of each token among the targets) over all ranks' batches."""
+    sums, frequencies = torch.zeros(2, dtype=torch.float64), torch.zeros(model.cfg.vocab_size, dtype=torch.int64)
+    for batch in batches:
+        with world.phase("evaluation"), world.autocast():
+            loss_and_correct = model(*(part.to(world.device) for part in batch), count_correct=True)
+        sums += torch.stack(loss_and_correct).cpu()
+        frequencies += torch.bincount(batch[1][batch[1] != IGNORE], minlength=len(frequencies))
+    return *world.sum_over_data(sums).tolist(), world.sum_over_data(frequencies)
 
 
 def build(cfg, world, seed):

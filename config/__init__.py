@@ -334,8 +334,8 @@ def _from_text(text, type_):
 def checked(value, type_):
     """The value converted to its setting's type; TypeError where it has another."""
     for kind in _kinds(type_):
-        if kind in (types.NoneType, bool, str):
-            if isinstance(value, kind) and value != "":
+        if kind in (types.NoneType, bool, str, dict):
+            if isinstance(value, kind) and value not in ("", {}):
                 return value
         elif kind in (int, float):
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -348,6 +348,7 @@ def checked(value, type_):
 
 def _described(type_):
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "none"}
+    names[dict] = "{...}, in a preset"
     return " or ".join(names.get(kind) or "one of " + ", ".join(typing.get_args(kind)) for kind in _kinds(type_))
 
 

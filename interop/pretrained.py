@@ -125,7 +125,7 @@ def resolve(cfg):
         has_begun = cfg.run.out_dir and checkpoints(cfg.run.out_dir)
         model = starting_config(cfg.run.out_dir if has_begun else cfg.run.init_from, cfg.model, cfg.given)
     else:
-        vocab_size = cfg.model.vocab_size or vocab_size_of(cfg.data.data_dir, prepare_command(cfg))
+        vocab_size = cfg.model.vocab_size or vocab_size_of(cfg.data.folder, prepare_command(cfg))
         model = replace(cfg.model, vocab_size=vocab_size)
     cfg = replace(cfg, model=model)
     cfg = replace(cfg, data=replace(cfg.data, seq_len=seq_len_of(cfg)))
@@ -213,7 +213,7 @@ def start_from(cfg, model, world):
             if source.extra:
                 save_tensors(source.extra, path)
         print(f"weights    from {source.name}")
-        if line := tokenizer_mismatch(source, cfg.data.data_dir):
+        if line := tokenizer_mismatch(source, cfg.data.folder):
             print(f"warning    {line}")
 
 

@@ -45,7 +45,7 @@ def read_json(path, made_by):
 
 def with_default_vocab(cfg):
     """(settings, note): GPT-2's vocabulary size where nothing gives one. The note says so, or is None."""
-    data_dir = cfg.data.data_dir
+    data_dir = cfg.data.folder
     if cfg.model.vocab_size or cfg.run.init_from or (data_dir and os.path.isdir(data_dir)):
         return cfg, None
     if data_dir:

@@ -39,9 +39,9 @@ class LogConfig(Config):
 class Log:
     """The log of a run, on all ranks alike; only rank 0 prints and writes."""
 
-    def __init__(self, cfg, world, model, optimizer, state, changes, train_split):
+    def __init__(self, cfg, world, model, optimizer, state, changes, order):
         """changes: lines that name what differs from the run that was resumed."""
-        self.cfg, self.world = cfg, world
+        self.cfg, self.world, self.order = cfg, world, order
         self.out_dir, self.hours_before = Path(cfg.run.out_dir), state.hours
         self.head_share = OBJECTIVES[cfg.model.objective].head_share(cfg.objective, cfg.data.seq_len)
         self.flops_per_token = cost.flops_per_token(cfg.model, cfg.data.seq_len, self.head_share)
@@ -53,7 +53,7 @@ class Log:
         self.draws = world.is_main and importlib.util.find_spec("matplotlib") is not None
         if world.is_main:
             changes = changes + [f"changed source file: {name}" for name in self._open(state.step)]
-            self._print_start(model, per_rank, state, changes, train_split)
+            self._print_start(model, per_rank, state, changes, order)
             self._write({
                 "start": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
                 "step": state.step,
@@ -129,6 +129,8 @@ class Log:
             "data_wait_ms": self.world.worst(1e3 * self.waited / steps),
             "memory_gib": self.world.worst(peak_memory_gib(self.world.device)),
         }
+        if len(epochs := self.order.epochs(state.sequences_seen)) > 1:
+            record["epochs"] = epochs
         self._start_interval(state, now)
         self._write(record | ({"skipped": bad} if bad else {}))
         left = (state.last_step(self.cfg) - state.step) * seconds / steps
@@ -148,6 +150,7 @@ class Log:
                 text += f"  {figures['val_bpb']:.4f} bits per byte"
         else:
             text += f"  masked {accuracy} (the most frequent token alone {figures['val_accuracy_of_commonest']:.1%})"
+        text += "".join(f"  {loss:.4f} in {folder}" for folder, loss in figures.get("val_losses", {}).items())
         self._write(record)
         self._print(text)
         if self.draws and state.step:  # a single point is no curve
@@ -202,20 +205,20 @@ class Log:
                 (self.out_dir / name).unlink(missing_ok=True)
             (self.out_dir / "config.py").write_text(as_preset(self.cfg))
             self.file = open_log(self.out_dir, step)
-            keep_tokenizer(self.cfg.data.data_dir, self.out_dir)
+            keep_tokenizer(self.cfg.data.folder, self.out_dir)
             return keep_source(self.out_dir, step)
 
-    def _print_start(self, model, per_rank, state, changes, train_split):
+    def _print_start(self, model, per_rank, state, changes, order):
         """Prints what trains where, and for how long. per_rank: parameters and bytes of the fullest rank."""
         cfg, world, data = self.cfg, self.world, self.cfg.data
         if state.step:
             print(f"resumed from step {state.step}, after {_duration(3600 * state.hours)}", *changes, sep="\n  ")
         if not self.draws:
             print("matplotlib is not installed, so there will be no curves.png")
-        if cfg.model.is_causal and not train_split.token_bytes:
-            unknown = f"{data.data_dir} has no token_bytes in a meta.json; prepare.py writes them"
+        if cfg.model.is_causal and not order.split.token_bytes:
+            unknown = f"{data.folder} has no token_bytes in a meta.json; prepare.py writes them"
             changed = "the data's tokenizer changes text, so a token stands for no fixed number of bytes"
-            print(f"no bits per byte: {unknown if train_split.token_bytes is None else changed}")
+            print(f"no bits per byte: {unknown if order.split.token_bytes is None else changed}")
         flops = f"{self.flops_per_token / 1e6:,.1f} MFLOPs per token by PaLM's count"
         if cfg.model.is_causal:
             causal = cost.flops_per_token(cfg.model, data.seq_len, self.head_share, causal=True)
@@ -238,11 +241,14 @@ class Log:
         print(f"memory     {_memory(predicted)} per rank predicted ({parts}), {there:.1f} GiB available")
         last_step = state.last_step(cfg)
         tokens = state.tokens(cfg) + (last_step - state.step) * data.batch_tokens
-        epochs = tokens / train_split.tokens
-        print(f"run        {last_step:,} steps, {tokens:,} tokens, {epochs:.3g} epochs, in {self.out_dir}")
-        if epochs > 20:
-            often = f"the run reads its {train_split.tokens:,} training tokens {epochs:,.0f} times; after about 4 epochs"
-            print(f"warning    {often} a model learns little more (arXiv 2305.16264): lower --max_steps, or add text")
+        epochs = order.epochs(tokens // data.seq_len)
+        each = ", ".join(f"{n:.3g} epochs of {folder}" for folder, n in epochs.items())
+        each = each if len(epochs) > 1 else f"{epochs[data.folder]:.3g} epochs"
+        print(f"run        {last_step:,} steps, {tokens:,} tokens, {each}, in {self.out_dir}")
+        for folder, n in epochs.items():
+            if n > 20:
+                often = f"the run reads the training tokens of {folder} {n:,.0f} times; after about 4 epochs"
+                print(f"warning    {often} a model learns little more (arXiv 2305.16264): lower --max_steps, or add text")
         peak = f"mfu relative to {self.peak / 1e12:.4g} TFLOP/s, {self.peak_name}"
         kernels = cfg.parallel.how_kernels_start(world, cfg.model.n_layer)
         print(f"device     {world.size} x {device_name(world.device)}, {world.precision}, {kernels}; {peak}", flush=True)

@@ -1,6 +1,7 @@
 """Where a run stands, and how it gets there: resume from a checkpoint, save, roll back after bad steps."""
 
 import dataclasses
+import json
 import math
 from dataclasses import asdict, dataclass, field
 
@@ -15,6 +16,7 @@ from checkpoint import (
 )
 from config import UserError, as_dict
 from data import is_same_data
+from mixture import shares_until
 from model import ModelConfig
 from objective import ObjectiveConfig
 from run.folder import writing_to
@@ -73,6 +75,7 @@ class Saver:
         self.cfg, self.world = cfg, world
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.settings = as_dict(cfg) | {"data_fingerprint": data_fingerprint}
+        self.settings = json.loads(json.dumps(self.settings))  # as a manifest has them: a schedule's steps as texts
         self.writer = CheckpointWriter(cfg.run.out_dir, cfg.checkpoint, world)
         self.changes = []  # lines `name: old -> new` of the settings that differ from the resumed run's
 
@@ -84,7 +87,8 @@ class Saver:
             if self.cfg.run.resume == "never":
                 remedy = "use another --out_dir, or --resume=auto to continue"
                 raise UserError(f"resume is never, and {self.cfg.run.out_dir} has checkpoints; {remedy}")
-            self.changes = changed_settings(read_manifest(newest, *OF_A_RUN)["settings"], self.settings)
+            old = read_manifest(newest, *OF_A_RUN)["settings"]
+            self.changes = changed_settings(old, self.settings, step_of(newest))
             return self._load(newest)
 
     def is_due(self, state, ending):
@@ -142,13 +146,17 @@ class Saver:
         return State(**manifest["state"])
 
 
-def changed_settings(old, new):
-    """Lines `name: old -> new` of the settings that a resumed run changes; UserError where one must not change."""
+def changed_settings(old, new, step=0):
+    """Lines `name: old -> new` of the settings that a run changes at a step; UserError where one must not change."""
     fixed = {f.name for owner in (ModelConfig, ObjectiveConfig) for f in dataclasses.fields(owner)}
     fixed |= {"seq_len", "seed", "optimizer", "data_fingerprint"}
     changes = {name: f"{name}: {old[name]} -> {new[name]}" for name in new if name in old and old[name] != new[name]}
     if "data_fingerprint" in changes and is_same_data(str(old["data_fingerprint"]), new["data_fingerprint"]):
         del changes["data_fingerprint"]
+    if shares_until(step, old) != shares_until(step, new):
+        fixed |= {"data_dir", "data_schedule"}
+    if old.get("data_schedule"):  # whose steps are so many sequences
+        fixed.add("batch_tokens")
     if refused := "; ".join(line for name, line in changes.items() if name in fixed):
         rule = "a run cannot continue with another model, data, objective, seed or optimizer"
         raise UserError(f"{rule}; here {refused}; use the old values, or a new run with --out_dir=")
