@@ -19,7 +19,6 @@ from checkpoint import (
 )
 from config import UserError, preset_value
 from data import prepare_command, seq_len_of, vocab_size_of
-from foreign import telling
 from interop.families import resolved
 from interop.hub import HubModel, folder_of, open_tensors, read_config, save_tensors
 from model import TRAINING_ONLY, ModelConfig, Transformer
