@@ -87,8 +87,14 @@ OF_FORWARD = [("none", shape) for shape in SHAPES]
 CHECKPOINTED = [("selective", "gpt"), ("selective", "modern"), ("selective", "dropout"), ("full", "modern")]
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize(("checkpointing", "shape"), OF_FORWARD + CHECKPOINTED)
+SLOW = [("fp32", "selective", "gpt"), ("bf16", "selective", "modern"), ("fp32", "selective", "dropout"),
+        ("bf16", "full", "modern")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("precision", "checkpointing", "shape"), [
+    pytest.param(*case, marks=[pytest.mark.slow] * (case in SLOW))
+    for case in ((precision, *kind) for precision in ("bf16", "fp32") for kind in OF_FORWARD + CHECKPOINTED)
+])  # fmt: skip
 def test_activation_bytes_of_a_block_are_what_autograd_saves(shape, precision, checkpointing):
     """For the second block, at 256 tokens and at 1,024, where CPUs in bf16 use torch's attention kernel, too."""
     for seq_len in (256, 1024):

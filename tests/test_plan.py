@@ -1,8 +1,6 @@
 """A plan's figures follow from each other, keep the order that holds on any hardware, and are printed."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -12,6 +10,7 @@ import plan
 from conftest import ROOT
 from perf import hardware, report_plan
 from perf.memory import flags, with_settings
+from ranks import run_script
 
 JSON = {"n_params", "flops_per_token", "flops_per_token_causal", "memory_gib", "fits", "step_s", "tokens_per_s_per_gpu",
         "mfu", "days", "gpu_hours", "kwh", "cost"}  # fmt: skip
@@ -42,9 +41,8 @@ def run(tmp_path, monkeypatch, capsys, no_curves):
 
 
 def test_command_prints_its_figures_as_one_object_on_the_last_line(tmp_path):
-    command = "plan.py config/gpt2_124m.py --gpu=h100-sxm --n_gpus=8 --max_tokens=10e9 --json".split()
-    command[:1] = [sys.executable, str(ROOT / "plan.py")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    arguments = "config/gpt2_124m.py --gpu=h100-sxm --n_gpus=8 --max_tokens=10e9 --json".split()
+    done = run_script(ROOT / "plan.py", arguments, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     f = json.loads(done.stdout.splitlines()[-1])
     assert JSON <= f.keys()

@@ -93,9 +93,6 @@ def run(command, folder, extra=""):
     """Runs a command of the pages in a folder, made small, on two ranks where it has several."""
     words = shlex.split(command)
     script = next((word for word in words if word.endswith(".py") and "/" not in word), None)
-    if words[0] == "torchrun":
-        words[:1] = [sys.executable, "-m", "torch.distributed.run"]
-        words = ["--nproc_per_node=2" if word.startswith("--nproc_per_node") else word for word in words]
     words = [sys.executable if word == "python" else str(ROOT / script) if word == script else word for word in words]
     if words[0] == "lm_eval":
         words[0] = str(Path(sys.executable).with_name("lm_eval"))
@@ -104,7 +101,7 @@ def run(command, folder, extra=""):
         words += ["--max_steps=6", "--device=cpu"]
     elif command != "python bench.py":  # that one measures the machine, not a model
         words += shlex.split(TINY.get(script, "")) + shlex.split(extra)
-    if script not in (None, "prepare.py") and "--tp" not in command:  # with --tp, torchrun itself is tried
+    if script not in (None, "prepare.py"):  # torchrun itself is tried in test_guard.py
         at = words.index(str(ROOT / script))
         return run_script(words[at], words[at + 1 :], folder, n_ranks=2 if command.startswith("torchrun") else 1)
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=TIME_LIMIT)
