@@ -117,7 +117,7 @@ def read_requests(prompt, text):
 
     FILE:x.jsonl has an object a line, {"text": ...} or {"context": ..., "continuation": ...}; any other is one text.
     """
-    if not (prompt or "").startswith("FILE:") or not prompt.endswith(".jsonl"):
+    if not (prompt.startswith("FILE:") and prompt.endswith(".jsonl")):
         if not text:
             raise UserError('there is no text to score; give one, as in --prompt="import os" or --prompt=FILE:x.jsonl')
         return [(None, text)]
