@@ -29,8 +29,8 @@ def loglikelihood(model, tokenizer, pairs):
     requests = [encode_pair(tokenizer, *pair) for pair in pairs]
     for (_, continuation), (_, text) in zip(requests, pairs):
         if not 0 < len(continuation) <= model.cfg.block_size:
-            what = f"the continuation {_start(text)} has {len(continuation)} tokens of its own"
-            raise UserError(f"{what}; it must have 1 to {model.cfg.block_size} (the model's context), or be scored as a text")
+            what = f"the continuation {_start(text)} has {len(continuation)} tokens of its own; it must have"
+            raise UserError(f"{what} 1 to {model.cfg.block_size} (the model's context), or be scored as a text")
     return score_tokens(model, requests)
 
 
