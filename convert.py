@@ -70,6 +70,8 @@ def export(source, folder, dtype=None):
     UserError where the folder is not empty, or transformers has no such model.
     """
     family, final = family_of(source.cfg), Path(folder)
+    if re.search(r"[\ud800-\udfff]", str(folder)):
+        raise UserError(f"to_hf {folder} is not UTF-8, as safetensors wants its paths; name another folder")
     tokenizer = load_tokenizer_of(source, may_lack=True)
     partial = final / ".flatlm_export"
     try:

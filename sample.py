@@ -32,7 +32,7 @@ GROUP = 16  # steps that a GPU computes between two waits of the host
 
 @dataclass(frozen=True)
 class SampleConfig(Config):
-    prompt: str | None = None  # text to continue, or to fill at each [MASK]; FILE:path reads a file, - reads stdin
+    prompt: str = ""  # text to continue, or to fill at each [MASK]; FILE:path reads a file, - reads stdin
     score: bool = False  # print the prompt's log-likelihood instead; with FILE:x.jsonl, each line's
     num_samples: Count = 1  # continuations of the prompt, in one batch
     max_new_tokens: Count = 256  # tokens per continuation, at most; a token that ends texts ends it earlier
@@ -120,15 +120,20 @@ def as_batch(ids, model, device):
 
 
 def read_prompt(prompt):
-    """The prompt's text: the setting's own, or read from the file or stdin that it names."""
-    if prompt == "-":
-        return sys.stdin.read()
-    if prompt and prompt.startswith("FILE:"):
-        try:
-            return Path(prompt[5:]).read_bytes().decode("utf-8")  # keeps line ends
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"prompt file {prompt[5:]} cannot be read as UTF-8 text ({error})") from error
-    return prompt or ""
+    """The prompt's text: the setting's own, or read from the file or stdin that it names; UserError where it has none."""
+    where = f"prompt file {prompt[5:]}" if prompt.startswith("FILE:") else "stdin" if prompt == "-" else "prompt"
+    try:
+        if prompt.startswith("FILE:"):
+            text = Path(prompt[5:]).read_bytes().decode("utf-8")  # keeps line ends
+        else:
+            # Python keeps bytes that it cannot decode, in the C locale all but ASCII, as halves of surrogate pairs.
+            text = sys.stdin.read() if prompt == "-" else prompt
+            text = text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{where} cannot be read as UTF-8 text ({error})") from error
+    if prompt and not text:
+        raise UserError(f"{where} is empty; leave --prompt out to start from nothing")
+    return text
 
 
 def generate(model, ids, cfg, seed, vocab_size, never=()):

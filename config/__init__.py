@@ -16,6 +16,7 @@ __post_init__, which raises a UserError, a line for each mistake. A preset is a 
 its own namespace.
 """
 
+import ast
 import contextlib
 import dataclasses
 import difflib
@@ -224,6 +225,8 @@ def help_text(settings_type, argv, doc):
     """A script's docstring and settings, each with its value under these arguments, comment and choices."""
     command = _Command(settings_type, argv)  # its mistakes, --help among them, are not looked at
     texts, width = comments(settings_type), min(120, shutil.get_terminal_size((120, 24)).columns)
+    if doc is None:  # python -OO drops it
+        doc = ast.get_docstring(ast.parse(inspect.getsource(sys.modules[settings_type.__module__])), clean=False)
     lines, last = [doc.strip(), "", "Settings, written --name=value or, in a preset file, name = value:"], None
     for name, (section, field) in command.settings.items():
         if section != last:

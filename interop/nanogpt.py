@@ -66,7 +66,8 @@ def import_nanogpt(path, out_dir, tokenizer=None):
             if error.is_of_disk:
                 raise OSError(error) from error
             raise
-        (Path(out_dir) / "config.py").write_text("".join(f"{name} = {value!r}\n" for name, value in preset.items()))
+        text = "".join(f"{name} = {value!r}\n" for name, value in preset.items())
+        (Path(out_dir) / "config.py").write_text(text, encoding="utf-8")
     return lines
 
 

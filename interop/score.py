@@ -29,8 +29,8 @@ def loglikelihood(model, tokenizer, pairs):
     requests = [encode_pair(tokenizer, *pair) for pair in pairs]
     for (_, continuation), (_, text) in zip(requests, pairs):
         if not 0 < len(continuation) <= model.cfg.block_size:
-            what = f"the continuation {_start(text)} has {len(continuation)} tokens of its own"
-            raise UserError(f"{what}; it must have 1 to {model.cfg.block_size} (the model's context), or be scored as a text")
+            what = f"the continuation {_start(text)} has {len(continuation)} tokens of its own; it must have"
+            raise UserError(f"{what} 1 to {model.cfg.block_size} (the model's context), or be scored as a text")
     return score_tokens(model, requests)
 
 
@@ -117,7 +117,7 @@ def read_requests(prompt, text):
 
     FILE:x.jsonl has an object a line, {"text": ...} or {"context": ..., "continuation": ...}; any other is one text.
     """
-    if not (prompt or "").startswith("FILE:") or not prompt.endswith(".jsonl"):
+    if not (prompt.startswith("FILE:") and prompt.endswith(".jsonl")):
         if not text:
             raise UserError('there is no text to score; give one, as in --prompt="import os" or --prompt=FILE:x.jsonl')
         return [(None, text)]

@@ -1,5 +1,6 @@
 """A checkpoint gives back what was saved, appears whole or not at all, and is refused when it is damaged."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -303,22 +304,15 @@ def is_whole(model, source):
 
 
 def test_a_model_is_read_from_one_checkpoint_while_a_run_saves_and_removes_them(tmp_path):
-    writing, reads = build()[0], threading.Semaphore(0)
+    writing = build()[0]
     save_filled(tmp_path, writing, 1)
-
-    def go_on():
-        for step in range(2, 42):
-            if step % 4 == 2:
-                reads.acquire()  # four checkpoints during each read, however fast the machine
-            save_filled(tmp_path, writing, step)
-
-    thread = threading.Thread(target=go_on, daemon=True)
-    thread.start()
-    for _ in range(10):
-        reads.release()
+    for first in range(2, 42, 4):  # four checkpoints during each read, however fast the machine
+        saves = [functools.partial(save_filled, tmp_path, writing, step) for step in range(first, first + 4)]
+        thread = threading.Thread(target=lambda saves=saves: [save() for save in saves], daemon=True)
+        thread.start()
         assert is_whole(*load_model(tmp_path, "cpu"))
         assert run_config(tmp_path) == SMALL
-    thread.join()
+        thread.join()
 
 
 def test_where_the_checkpoint_that_is_read_goes_the_newer_one_is_read(tmp_path):

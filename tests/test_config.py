@@ -332,6 +332,7 @@ def test_settings_written_as_a_preset_load_to_the_same_settings(preset, script):
 def test_help_lists_every_setting_with_its_value_and_its_comment(script):
     text = config.help_text(script.Settings, [], script.__doc__)
     assert text.startswith(script.__doc__.strip())
+    assert config.help_text(script.Settings, [], None) == text  # as under python -OO, which drops docstrings
     comments = config.comments(script.Settings)
     for name, (_, field) in config.settings_of(script.Settings).items():
         shown = {"None": "none", "True": "true", "False": "false"}.get(str(field.default), str(field.default))

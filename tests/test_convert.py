@@ -282,6 +282,21 @@ def test_what_a_copy_leaves_out_is_told(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "left out: notes.txt, tekken.json"
 
 
+@pytest.mark.parametrize("name", ["a $HOME b", "-dash", "new\nline", "ünï"])
+def test_a_folders_name_may_be_any_text(name, tmp_path, capsys):
+    run = make_run(tmp_path / name / "run", GPT2)
+    convert.main(config.load(convert.Settings, [f"--out_dir={run}", f"--to_hf={tmp_path / name / 'hf'}"]))
+    assert load_model(str(tmp_path / name / "hf"), "cpu")[0].cfg.n_layer == 3
+
+
+def test_a_folder_whose_name_is_no_utf8_is_refused_in_a_line(exported, tmp_path):
+    with pytest.raises(UserError, match="is not UTF-8"):
+        export(open_model(exported["gpt2"][0]), tmp_path / os.fsdecode(b"h\xff"))
+    copied = shutil.copytree(exported["gpt2"][0], tmp_path / os.fsdecode(b"r\xff"))
+    with pytest.raises(UserError, match="cannot be read .*not valid UTF-8"):
+        open_model(str(copied))
+
+
 def test_a_checkpoint_that_goes_while_it_is_read_is_told_in_a_line(tmp_path):
     """torch's CheckpointException is no Exception."""
     source = open_model(make_run(tmp_path / "run", GPT2))

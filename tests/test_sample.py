@@ -361,6 +361,24 @@ def test_prompts_come_from_files_stdin_and_nowhere(run_dir, capsys, tmp_path, mo
     monkeypatch.setattr("sys.stdin", io.StringIO("aé"))
     assert sampled(capsys, *greedy, "--prompt=-") == expected
     assert sampled(capsys, *greedy)
+    in_c_locale = "aé".encode().decode("ascii", "surrogateescape")
+    assert sampled(capsys, *greedy, f"--prompt={in_c_locale}") == expected
+    monkeypatch.setattr("sys.stdin", io.StringIO(in_c_locale))
+    assert sampled(capsys, *greedy, "--prompt=-") == expected
+
+
+@pytest.mark.parametrize("text", ["None", "none"])
+def test_a_prompt_is_text_whatever_it_says(run_dir, capsys, text):
+    assert sampled(capsys, f"--out_dir={run_dir}", f"--prompt={text}", "--max_new_tokens=1").startswith(text)
+
+
+def test_a_prompt_that_is_empty_or_no_text_is_refused(run_dir, capsys, tmp_path, monkeypatch):
+    (tmp_path / "empty").touch()
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    for prompt, told in (("-", "stdin is empty; leave --prompt out"), ("\udcff", "prompt cannot be read as UTF-8"),
+                         (f"FILE:{tmp_path / 'empty'}", "empty is empty"), ("\ud800", "cannot be read as UTF-8")):  # fmt: skip
+        with pytest.raises(UserError, match=told):
+            sampled(capsys, f"--out_dir={run_dir}", f"--prompt={prompt}")
 
 
 def test_a_prompt_longer_than_the_context_is_refused(run_dir, capsys):

@@ -208,7 +208,7 @@ def test_a_wrong_line_is_named_with_its_number_the_rule_and_the_remedy(line, pro
     assert "\n" not in str(error.value) and ";" in str(error.value)
 
 
-@pytest.mark.parametrize("prompt, text", [(None, ""), ("", ""), ("-", ""), ("FILE:x.txt", ""), ("FILE:x.jsonl", "\n")])
+@pytest.mark.parametrize("prompt, text", [("", ""), ("-", ""), ("FILE:x.txt", ""), ("FILE:x.jsonl", "\n")])
 def test_nothing_to_score_is_refused(prompt, text):
     with pytest.raises(UserError, match="(there is no text to score; give one|x.jsonl has no texts; write one)"):
         read_requests(prompt, text)
