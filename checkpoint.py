@@ -145,6 +145,8 @@ def write_checkpoint(out_dir, step, tensors, numbers, facts, world):
         return {path.name: sha256(path) for path in partial.glob(f"shard-{world.rank + 1:05d}-*.safetensors")}
 
     def finish():
+        with contextlib.suppress(OSError):  # the log of the steps before, so that a power cut leaves both
+            _sync(Path(out_dir) / "log.jsonl")
         manifest = {"step": step, **facts, "files": files}
         manifest["checksum"] = _checksum(manifest)
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")

@@ -15,8 +15,8 @@ class Console:
     One that is not needed is tried again each time: a disk may have room again.
     """
 
-    def __init__(self, stream, is_needed):
-        self.stream, self.is_needed, self.has_failed = stream, is_needed, False
+    def __init__(self, stream, name, is_needed):
+        self.stream, self.name, self.is_needed, self.has_failed = stream, name, is_needed, False
 
     def write(self, text):
         """Writes a text."""
@@ -37,7 +37,7 @@ class Console:
                 raise ConsoleError(error.errno, error.strerror) from error
             if not self.has_failed:
                 self.has_failed = True
-                report(f"warning: {self.stream.name} cannot be written ({error}); the run goes on without it")
+                report(f"warning: {self.name} cannot be written ({error}); the run goes on without")
 
 
 def open_console(is_needed):
@@ -46,7 +46,8 @@ def open_console(is_needed):
         if getattr(sys, name) is None:  # closed (`>&-`): the next file to be opened would take its place
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
     sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be UTF-8, and a terminal may lack a letter
-    sys.stdout, sys.stderr = Console(sys.stdout, is_needed), Console(sys.stderr, is_needed=False)
+    sys.stdout = Console(sys.stdout, "standard output", is_needed)
+    sys.stderr = Console(sys.stderr, "standard error", is_needed=False)
 
 
 def report(text):

@@ -268,10 +268,11 @@ def run_script(main, settings_type, doc, needs_console=True):
     except UserError as error:
         # Under torchrun every rank meets the same wrong input: rank 0 prints it and torchrun ends the others while they
         # wait. A rank that still runs after the wait has an error that rank 0 does not have.
-        rank = os.environ.get("RANK", "0")  # a text: it may be what is wrong
-        time.sleep(0 if rank == "0" else 5)
+        rank = os.environ.get("RANK", "")
+        rank = int(rank) if rank.isdecimal() else 0  # another text may be what is wrong
+        time.sleep(5 if rank else 0)
         for line in error.args:
-            report(f"error: {'' if rank == '0' else f'rank {rank}: '}{line}")
+            report(f"error: {f'rank {rank}: ' if rank else ''}{line}")
         end(2)
     except Exception:
         report(traceback.format_exc())

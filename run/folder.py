@@ -6,6 +6,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -15,6 +16,7 @@ from typing import Annotated, Literal
 
 import foreign
 from config import ROOT, Config, Range, UserError, project_files
+from console import report
 from data import sha256
 
 Seed = Annotated[int, Range("at least 0 and below 2**63", lambda n: 0 <= n < 2**63)]
@@ -44,6 +46,33 @@ def writing_to(out_dir):
         raise UserError(f"out_dir {out_dir} cannot be written to ({error}); {remedy}") from error
 
 
+# Names under which a run writes or removes files, but for .lock and what holds a step or a time in its name.
+FILES = ("config.py", "meta.json", "tokenizer.json", "finished", "stopped", "log.jsonl", "curves.png", "wandb_id")
+
+
+def check_is_ours(out_dir):
+    """UserError where a folder has files of a run's names that no run wrote."""
+    folder, log = Path(out_dir), Path(out_dir) / "log.jsonl"
+    preset, lock = (_text_of(folder / name) for name in ("config.py", ".lock"))
+    # An assignment a line, of these names among others; a power cut may have emptied the file.
+    names = re.findall(r"^(\w+) = ", preset, re.MULTILINE)
+    is_preset = len(names) == len(preset.splitlines()) and {"out_dir", "data_dir", "batch_tokens", "seed"} <= {*names}
+    is_run = is_preset or any(folder.glob("ckpt/step_*/manifest.json"))
+    is_run = is_run or log.is_file() and any(record and "start" in record for _, record in read_log(log))
+    is_ours = {"config.py": is_preset or is_run and not preset}
+    others = [name for name in FILES if os.path.lexists(folder / name) and not is_ours.get(name, is_run)]
+    if lock and not lock.startswith("process "):
+        others.append(".lock")
+    if others:
+        rule = f"holds {', '.join(others)}, which no run wrote"
+        raise UserError(f"out_dir {out_dir} {rule}; use another --out_dir, or move such files away")
+
+
+def _text_of(path):
+    """The text of a file; an empty one where there is none."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
 @contextlib.contextmanager
 def locked(out_dir, world, patience=30):
     """Locks a run's folder; the lock ends with rank 0's process, too.
@@ -54,6 +83,7 @@ def locked(out_dir, world, patience=30):
     with contextlib.ExitStack() as stack:
         if world.is_main:
             with writing_to(out_dir):
+                check_is_ours(out_dir)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 holder = lock_file(stack.enter_context(open(path, "a+", encoding="utf-8")))
                 lock = path.read_bytes()
@@ -122,21 +152,34 @@ def tokenizer_of(run_dir):
     return str(file)
 
 
-def open_log(out_dir, step):
-    """Opens log.jsonl to append from a step on; drops later lines, and a line that was cut short.
+def read_log(path):
+    """(line, record) for each line of log.jsonl, as bytes and a dict with a step; None for one that holds no such."""
+    for line in path.read_bytes().splitlines(keepends=True):
+        record = None
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+        yield line, record if isinstance(record, dict) and type(record.get("step")) is int else None
 
-    A run that starts at step 0 renames an older log to log_1.jsonl, log_2.jsonl and so on.
+
+def open_log(out_dir, step):
+    """Opens log.jsonl to append bytes from a step on; drops later lines, and a line that was cut short.
+
+    A run that starts at step 0 renames an older log to log_1.jsonl, log_2.jsonl and so on. A log with lines that cannot
+    be read is kept whole under such a name.
     """
     path = Path(out_dir) / "log.jsonl"
+    aside = next(p for i in itertools.count(1) if not (p := path.with_name(f"log_{i}.jsonl")).exists())
     if path.exists() and step == 0:
-        os.replace(path, next(p for i in itertools.count(1) if not (p := path.with_name(f"log_{i}.jsonl")).exists()))
+        os.replace(path, aside)
     elif path.exists():
+        lines = [(line, record) for line, record in read_log(path) if line.endswith(b"\n")]
+        if damaged := sum(record is None for _, record in lines):
+            shutil.copyfile(path, aside)
+            report(f"warning: {path} has {damaged} lines that cannot be read; they are left out, and kept in {aside}")
         partial = path.with_name(f".{path.name}")
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                if line.endswith("\n") and json.loads(line)["step"] <= step:
-                    kept.append(line)
-        partial.write_text("".join(kept), encoding="utf-8")
+        with open(partial, "wb") as file:
+            file.writelines(line for line, record in lines if record and record["step"] <= step)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
-    return open(path, "a", encoding="utf-8")
+    return open(path, "ab", buffering=0)

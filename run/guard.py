@@ -5,6 +5,7 @@ Threads watch for signals and hangs, since the main thread may be deep in a kern
 
 import contextlib
 import enum
+import itertools
 import os
 import platform
 import signal
@@ -29,14 +30,16 @@ class Stop(enum.IntEnum):
     OUT_OF_TIME = 1  # by max_minutes
     SIGUSR1 = 2
     SIGINT = 3
-    SIGTERM = 4
-    FILE = 5  # a file named stop in the run's folder
-    SAVE_FAILED = 6
+    SIGHUP = 4  # the terminal is closed
+    SIGQUIT = 5
+    SIGTERM = 6
+    FILE = 7  # a file named stop in the run's folder
+    SAVE_FAILED = 8
 
     @property
     def is_requested(self):
         """Whether somebody asks, who may soon kill the process."""
-        return self in (Stop.SIGUSR1, Stop.SIGINT, Stop.SIGTERM, Stop.FILE)
+        return Stop.OUT_OF_TIME < self < Stop.SAVE_FAILED
 
 
 @contextlib.contextmanager
@@ -53,9 +56,9 @@ def guarded(cfg, world):
 
 
 class StopRequests:
-    """SIGTERM, SIGINT, SIGUSR1 or a file named stop end a run after its step; a second SIGINT ends it at once."""
+    """A signal or a file named stop ends a run after its step; a second SIGINT ends it at once."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 
     def __init__(self, out_dir, world):
         self.file, self.world, self._looked, self._request = Path(out_dir) / "stop", world, 0.0, Stop.NO
@@ -65,7 +68,8 @@ class StopRequests:
         os.set_blocking(self._write, False)
         self._wakeup_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         # With a Python handler, even an empty one, a signal's number comes down the pipe at once.
-        self._handlers = {s: signal.signal(s, lambda *_: None) for s in self.SIGNALS}
+        ignored = [s for s in (signal.SIGHUP,) if signal.getsignal(s) == signal.SIG_IGN]  # by nohup
+        self._handlers = {s: signal.signal(s, lambda *_: None) for s in self.SIGNALS if s not in ignored}
         self._thread = threading.Thread(target=self._listen, daemon=True, name="signals")
         self._thread.start()
         return self
@@ -83,7 +87,7 @@ class StopRequests:
         # The file once a second, since a look may go over a network.
         if self.world.is_main and not self._request and time.monotonic() - self._looked > 1:
             self._looked = time.monotonic()
-            if self.file.exists():
+            if os.path.exists(self.file):  # which takes a disk's errors for no
                 self._request = Stop.FILE
         seen = Stop.SAVE_FAILED if save_failed else self._request or (Stop.OUT_OF_TIME if out_of_time else Stop.NO)
         return Stop(int(self.world.worst(seen)))
@@ -188,11 +192,13 @@ def crash_reports(out_dir, world, settings):
 
     def write(text):
         """Writes a report of this rank; returns the line's end that names it."""
-        file = Path(out_dir) / f"crash_{time.strftime('%Y%m%d_%H%M%S', time.gmtime())}_rank_{world.rank}.txt"
+        stem = f"crash_{time.strftime('%Y%m%d_%H%M%S', time.gmtime())}"
+        names = (f"{stem}{f'_{i}' if i else ''}_rank_{world.rank}.txt" for i in itertools.count())
+        file = next(path for name in names if not os.path.lexists(path := Path(out_dir) / name))
         where = f"rank {world.rank} of {world.size} on {platform.node()}, {world.progress.place}"
         versions = f"Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}"
         try:
-            file.write_text(f"{where}\n{versions}\n\n{text}\n{settings}", encoding="utf-8")
+            file.write_text(f"{where}\n{versions}\n\n{text}\n{settings}", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             return f"no report could be written ({error})"
         return f"the report, with settings and versions, is {file}"

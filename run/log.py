@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 
 from config import ROOT, Config, Count, UserError, as_dict, as_preset
+from console import report
 from objective import OBJECTIVES
 from perf import cost
 from perf.hardware import peak_flops
 from perf.memory import memory, params_and_bytes, setup_here
-from run.folder import keep_source, keep_tokenizer, open_log, writing_to
+from run.folder import keep_source, keep_tokenizer, open_log, read_log, writing_to
 from world import device_name, memory_bytes, peak_memory_gib, reset_peak_memory
 
 LEAST_GIB = 0.1  # memory below it prints in MiB
@@ -49,7 +50,7 @@ class Log:
         reset_peak_memory(world.device)  # the matmul that measured the peak had its own
         per_rank = [world.worst(figure) for figure in params_and_bytes(optimizer)]
         self.predicted = {k: n / 2**30 for k, n in memory(cfg.model, setup_here(cfg, world)).items() if n}  # GiB
-        self.n_steps, self.file, self.wandb = 0, None, None
+        self.n_steps, self.file, self.unwritten, self.wandb, self.failed = 0, None, b"", None, set()
         self.draws = world.is_main and importlib.util.find_spec("matplotlib") is not None
         if world.is_main:
             changes = changes + [f"changed source file: {name}" for name in self._open(state.step)]
@@ -68,7 +69,8 @@ class Log:
                 "predicted_memory_gib": sum(self.predicted.values()),
             })  # fmt: skip
             if cfg.log.wandb:
-                self.wandb = start_wandb(cfg, self.out_dir, state.step)
+                with self.telling("wandb"):
+                    self.wandb = start_wandb(cfg, self.out_dir, state.step)
         self.started = time.perf_counter()
         self._start_interval(state, self.started)
 
@@ -76,11 +78,24 @@ class Log:
         return self
 
     def __exit__(self, *error):
+        self._write_lines()
         if self.file:
-            with contextlib.suppress(OSError):  # a full disk, which was reported before
+            with contextlib.suppress(OSError):  # a disk that fails, which was reported before
                 self.file.close()
-        if self.wandb:
-            self.wandb.finish(exit_code=1 if error[0] else 0)  # a second time does nothing
+        self._to_wandb(lambda run: run.finish(exit_code=1 if error[0] else 0))  # a second time does nothing
+
+    @contextlib.contextmanager
+    def telling(self, what):
+        """A context for what only tells of the run: where it fails, that is said once, and the run goes on."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # disks, services, and whatever a library raises
+            if what not in self.failed:
+                self.failed.add(what)
+                why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                report(f"warning: {what} failed ({why}); the run goes on without")
 
     @property
     def is_out_of_time(self):
@@ -154,15 +169,15 @@ class Log:
         self._write(record)
         self._print(text)
         if self.draws and state.step:  # a single point is no curve
-            with writing_to(self.out_dir):
+            with self.telling("curves.png"):
                 draw_curves(self.out_dir)
 
     def rolled_back(self, state):
         """Logs a rollback, and drops the lines of log.jsonl past its checkpoint."""
         if self.file:
-            self.file.close()
-            with writing_to(self.out_dir):
-                self.file = open_log(self.out_dir, state.step)
+            with self.telling("log.jsonl"):
+                self.file.close()
+                self.file, self.unwritten = open_log(self.out_dir, state.step), b""
         self._write({"went_back_to": state.step, "step": state.step, "tokens": state.tokens(self.cfg)})
         self._print(f"rolled back to step {state.step}; training continues with the data after the bad steps")
         self._start_interval(state, time.perf_counter())
@@ -174,17 +189,14 @@ class Log:
         state.hours = self.hours_before + (time.perf_counter() - self.started) / 3600
         is_finished = state.is_finished(self.cfg)
         if is_finished:
-            reached = f", target_loss {self.cfg.train.target_loss} reached"
-            how = f"finished{reached if state.has_reached_target(self.cfg) else ''}"
-            with writing_to(self.out_dir):
-                (self.out_dir / "finished").write_text(f"{how}\n")
+            how = mark_finished(self.cfg, state)
+            with self.telling("stop"):
                 (self.out_dir / "stop").unlink(missing_ok=True)  # a request that came too late
         else:
             out_of_time = f"after max_minutes {self.cfg.train.max_minutes}"
             names = {"OUT_OF_TIME": out_of_time, "FILE": f"by {self.out_dir / 'stop'}"}
             how = f"stopped {names.get(stop.name, f'by {stop.name}')}"
-        if self.wandb:  # it prints a summary of its own
-            self.wandb.finish()
+        self._to_wandb(lambda run: run.finish())  # it prints a summary of its own
         loss = "" if state.val_loss is None else f", val loss {state.val_loss:.4f}"
         print(f"{state.tokens(self.cfg):,} tokens in {_duration(3600 * state.hours)}")
         print(f"{how}: step {state.step} of {state.last_step(self.cfg)}{loss}; the run is in {self.out_dir}", flush=True)
@@ -203,8 +215,11 @@ class Log:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             for name in ("finished", "stopped"):
                 (self.out_dir / name).unlink(missing_ok=True)
-            (self.out_dir / "config.py").write_text(as_preset(self.cfg))
-            self.file = open_log(self.out_dir, step)
+            partial = self.out_dir / ".config.py"
+            partial.write_text(as_preset(self.cfg), encoding="utf-8")
+            os.replace(partial, self.out_dir / "config.py")
+            with self.telling("log.jsonl"):
+                self.file = open_log(self.out_dir, step)
             keep_tokenizer(self.cfg.data.folder, self.out_dir)
             return keep_source(self.out_dir, step)
 
@@ -258,22 +273,41 @@ class Log:
         return f"step {state.step:>{len(str(last_step))}}/{last_step}"
 
     def _write(self, record):
-        if self.file:
+        if self.world.is_main:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-            with writing_to(self.out_dir):
-                self.file.write(json.dumps(finite) + "\n")  # JSON has no NaN
-                self.file.flush()
-        if self.wandb:
-            self.wandb.log(record)
+            self.unwritten += json.dumps(finite).encode() + b"\n"  # JSON has no NaN
+            self._write_lines()
+        self._to_wandb(lambda run: run.log(record))
+
+    def _write_lines(self):
+        """Writes what log.jsonl still lacks: where a disk is full, lines wait until it has room."""
+        with self.telling("log.jsonl"):
+            while self.unwritten and self.file:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+
+    def _to_wandb(self, call):
+        if self.wandb and "wandb" not in self.failed:
+            with self.telling("wandb"):
+                call(self.wandb)
 
     def _print(self, text):
         if self.world.is_main:
             print(text, flush=True)
 
 
+def mark_finished(cfg, state):
+    """Writes the file `finished`; returns its text."""
+    reached = f", target_loss {cfg.train.target_loss} reached" if state.has_reached_target(cfg) else ""
+    with writing_to(cfg.run.out_dir):
+        (Path(cfg.run.out_dir) / "finished").write_text(f"finished{reached}\n")
+    return f"finished{reached}"
+
+
 def print_finished(cfg, state, world):
-    """Says that a run has nothing left to do."""
+    """Says that a run has nothing left to do; marks it as finished where its last start could not."""
     if world.is_main:
+        if not (Path(cfg.run.out_dir) / "finished").exists():
+            mark_finished(cfg, state)
         what = f"{cfg.run.out_dir} has finished, at step {state.step} with val loss {state.val_loss:.4f}"
         limit = "max_steps" if cfg.optim.max_tokens is None else "max_tokens"
         print(f"{what}; raise {limit} to train on, or use another --out_dir")
@@ -283,7 +317,7 @@ def draw_curves(out_dir):
     """Draws losses, learning rate and gradient norm of log.jsonl as curves.png."""
     from matplotlib.figure import Figure
 
-    records = [json.loads(line) for line in (out_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [record for _, record in read_log(out_dir / "log.jsonl") if record]
     figure = Figure(figsize=(8, 7), layout="constrained")
     loss, lr, norm = all_axes = figure.subplots(3, sharex=True, height_ratios=(3, 1, 1))
     for axes, name, style in (
@@ -292,12 +326,12 @@ def draw_curves(out_dir):
         (lr, "lr", {"linewidth": 1}),
         (norm, "grad_norm", {"linewidth": 1}),
     ):
-        if points := [(r["step"], r[name]) for r in records if r.get(name) is not None]:
+        if points := [(r["step"], r[name]) for r in records if isinstance(r.get(name), (int, float))]:
             axes.plot(*zip(*points), **style)
     for axes, label in zip(all_axes, ("loss, nats per token", "learning rate", "gradient norm")):
         axes.set(ylabel=label)
         axes.grid(alpha=0.3)
-    loss.set(title=out_dir.name)
+    loss.set_title(os.fsencode(out_dir.name).decode(errors="replace"), parse_math=False)  # $ is a letter here
     loss.legend()
     norm.set(xlabel="step")
     figure.savefig(out_dir / ".curves.png", dpi=120)

@@ -10,15 +10,18 @@ import threading
 import time
 
 import pytest
+import torch
 
 import config
 from checkpoint import checkpoints, newest_checkpoint
 from conftest import ROOT
 from data import Loader
 from ranks import codes, launch, logged, records, run, settings, torchrun, wait_until, write_data
+from run.guard import crash_reports
+from world import World
 
 LONG = {"max_steps": 4000, "save_interval": 1000, "lr_decay_steps": "none"}
-STOPS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+STOPS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT]
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +41,31 @@ def check_stopped(out_dir, told, by):
 
 # ---- asked to stop
 
+def heed_hangups(rank, heed):
+    """As in a terminal, or under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL if heed else signal.SIG_IGN)
+
+
 @pytest.mark.parametrize("number", STOPS)
 def test_a_signal_makes_a_run_finish_its_step_save_and_say_how_to_go_on(number, data_dir, tmp_path):
     out_dir = tmp_path / "run"
-    processes = launch(1, settings(data_dir, out_dir, **LONG), tmp_path / "told")
+    processes = launch(1, settings(data_dir, out_dir, **LONG), tmp_path / "told", (heed_hangups, True))
     wait_until(lambda: logged(out_dir) >= 5)
     os.kill(processes[0].pid, number)
     assert codes(processes) == [0]
     check_stopped(out_dir, tmp_path / "told", number.name)
+
+
+def test_under_nohup_a_closed_terminal_stops_no_run(data_dir, tmp_path):
+    out_dir = tmp_path / "run"
+    processes = launch(1, settings(data_dir, out_dir, **LONG), tmp_path / "told", (heed_hangups, False))
+    wait_until(lambda: logged(out_dir) >= 5)
+    os.kill(processes[0].pid, signal.SIGHUP)
+    at = logged(out_dir)
+    wait_until(lambda: logged(out_dir) > at + 5)
+    os.kill(processes[0].pid, signal.SIGTERM)
+    assert codes(processes) == [0]
+    check_stopped(out_dir, tmp_path / "told", "SIGTERM")
 
 
 @pytest.mark.parametrize("who", ["one", "all"])
@@ -104,7 +124,7 @@ def test_a_second_sigint_stops_at_once_but_not_one_that_comes_with_the_first(dat
 def test_a_signal_to_torchrun_stops_the_run_and_its_workers_end_well(number, data_dir, tmp_path):
     """torchrun itself then ends with 1; SIGUSR1 it must be told to hand on."""
     out_dir = tmp_path / "run"
-    options = ["--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"]
+    options = ["--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT"]
     process = torchrun(2, ROOT / "train.py", settings(data_dir, out_dir, **LONG), tmp_path / "told", *options)
     wait_until(lambda: logged(out_dir) >= 5)
     process.send_signal(number)
@@ -318,6 +338,15 @@ train.end_process()
     assert f"error on rank 1, step 3, data; the report, with settings and versions, is {reports[1]}" in text
     assert text.count("RuntimeError: ") == 2 and "Connection closed" not in text  # ours, and torchrun's summary
     assert "terminate called" not in text
+
+
+def test_reports_of_one_second_have_names_of_their_own(tmp_path):
+    world = World(0, 1, torch.device("cpu"), "fp32")
+    with crash_reports(tmp_path, world, "settings") as write:
+        for i in range(30):
+            assert "the report, with settings and versions, is " in write(f"crash {i} at \udcff")
+    texts = [path.read_text() for path in tmp_path.glob("crash_*_rank_0.txt")]
+    assert sorted(int(text.split("crash ")[1].split()[0]) for text in texts) == list(range(30))
 
 
 def limit_memory(rank):
