@@ -153,7 +153,7 @@ def tokenizer_of(run_dir):
 
 
 def read_log(path):
-    """(line, record) for each line of log.jsonl, as bytes and a dict with a step; None for one that holds no such."""
+    """(line, record) for each line of log.jsonl, as bytes and a dict with a step; None where a line holds no such."""
     for line in path.read_bytes().splitlines(keepends=True):
         record = None
         with contextlib.suppress(ValueError, RecursionError):

@@ -199,7 +199,8 @@ class Log:
         self._to_wandb(lambda run: run.finish())  # it prints a summary of its own
         loss = "" if state.val_loss is None else f", val loss {state.val_loss:.4f}"
         print(f"{state.tokens(self.cfg):,} tokens in {_duration(3600 * state.hours)}")
-        print(f"{how}: step {state.step} of {state.last_step(self.cfg)}{loss}; the run is in {self.out_dir}", flush=True)
+        of_steps = f"step {state.step} of {state.last_step(self.cfg)}"
+        print(f"{how}: {of_steps}{loss}; the run is in {self.out_dir}", flush=True)
         if not is_finished:
             saved = self.cfg.checkpoint.save_interval
             more = "the same command continues" if saved else "nothing is saved (save_interval is none)"
