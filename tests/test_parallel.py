@@ -202,7 +202,7 @@ def evaluated(name, data_dir, micro_batch_size):
         model = echo(build(world, replace(MODELS[name], dropout=0.5)))
         cfg = DataConfig(data_dir=data_dir, seq_len=T, micro_batch_size=micro_batch_size, eval_tokens=1000)
         states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-        figures = evaluate(model, Split(data_dir, "val", 37), windows_of_model(name), cfg, world)
+        figures = evaluate(model, [Split(data_dir, "val", 37)], windows_of_model(name), cfg, world)
         assert torch.equal(states[0], torch.get_rng_state()), "evaluation drew from torch's random state"
         assert states[1:] == (np.random.get_state()[1].tolist(), random.getstate())
         assert model.training
