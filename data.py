@@ -8,6 +8,7 @@ import contextlib
 import copy
 import hashlib
 import itertools
+import os
 import re
 import shlex
 import time
@@ -20,7 +21,8 @@ import numpy as np
 
 import mixture
 from config import Config, Count, UserError, preset_value
-from shards import BLOCK, files_cache, is_own_shard, open_shard, read_meta, unfinished
+from foreign import is_regular
+from shards import BLOCK, files_cache, is_own_shard, open_shard, read_meta, unfinished, unreadable
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,10 @@ def prepare_command(cfg, folder=None):
 def _folder(data_dir, make_command):
     if data_dir is None:
         raise UserError("data_dir is none; set it to a folder that prepare.py made")
-    if not Path(data_dir).is_dir():
+    if not os.path.isdir(data_dir):
         raise UserError(f"data_dir {data_dir} does not exist or is no folder; make it: {make_command}")
+    if not os.access(data_dir, os.R_OK | os.X_OK):
+        raise UserError(f"data_dir {data_dir} cannot be read (Permission denied); make it readable")
     return Path(data_dir)
 
 
@@ -126,8 +130,17 @@ def _fault(folder, split, paths, meta):
         return f"holds no {split} tokens"
     if not meta and any(map(is_own_shard, paths)):
         return "holds shards but no meta.json, which comes last: an unfinished prepare"
+    if (digest := meta.get("tokenizer_sha256")) and not _has_hash(folder / "tokenizer.json", digest):
+        return "lacks the tokenizer.json of its shards, or has another one"
     odd = sorted({path.name for path in paths} ^ set(meta["splits"][split]["shards"])) if meta else []
     return f"does not hold the {split} shards of its meta.json: {', '.join(odd)} is missing or extra" if odd else None
+
+
+def _has_hash(path, digest):
+    try:
+        return is_regular(path) and sha256(path) == digest
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 class Split:

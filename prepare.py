@@ -18,6 +18,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import threading
 import urllib.parse
@@ -129,7 +130,8 @@ def is_prepared(cfg, folder):
 def settings_of_tokens(cfg):
     """The settings that the tokens depend on, by which finished data is recognised, without a URL's secrets."""
     settings = {k: v for k, v in as_dict(cfg).items() if k not in ("data_dir", "workers", "max_shards")}
-    return settings | {"input": cfg.prepare.input and public(cfg.prepare.input)}
+    settings |= {"input": cfg.prepare.input and public(cfg.prepare.input)}
+    return {k: shown(v) if isinstance(v, str) else v for k, v in settings.items()}
 
 
 def changes_of_input(cfg, folder, old):
@@ -148,7 +150,8 @@ def changes_of_input(cfg, folder, old):
 def command(cfg):
     """The command line that makes this data, without a URL's secrets."""
     where = cfg.input or ""
-    return shlex.join(word.replace(where, public(where)) if where else word for word in ["python", *sys.argv])
+    words = [shown(word.replace(where, public(where)) if where else word) for word in ["python", *sys.argv]]
+    return shlex.join(words)
 
 
 def default_folder(cfg):
@@ -214,9 +217,13 @@ def tokenize(corpus, tokenizer_name, cfg, folder):
         writers[split].write(tokens)
         counts[split].update(count, tokens=len(tokens))
         notes.update({"pieces with bytes that are not UTF-8, replaced by U+FFFD": n_bad} if n_bad else {})
+    if changes := changes_of_input(cfg, folder, corpus.inventory):
+        notes[f"change of the input while it was read ({changes})"] = 1
     for split, count in counts.items():
         if not count["tokens"]:
             remedy = f"change --val_fraction={cfg.val_fraction}, or add documents: equal ones fall into the same split"
+            if changes:
+                remedy = f"the input has changed while it was read ({changes}): repeat the command"
             raise UserError(f"no document fell into the {split} split; {remedy}")
     meta = {"vocab_size": tokenizer.vocab_size, "specials": tokenizer.specials}
     meta |= {"tokenizer": tokenizer_name, "notes": notes, "token_bytes": tokenizer.byte_counts()}
@@ -284,7 +291,8 @@ _loaded_once = functools.cache(load_tokenizer)  # once per worker
 
 
 def _end_with_parent():
-    """Ends a worker when its parent ends or is killed; it would wait for work for ever."""
+    """Ends a worker when its parent ends or is killed, by Ctrl-C too; it would wait for work for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted worker may leave the pool in a deadlock
 
     def watch():
         multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])

@@ -67,6 +67,8 @@ class ShardWriter:
                 with open(partial, "r+b", buffering=0) as file:
                     file.write(HEADER.pack(MAGIC, VERSION, self.dtype.itemsize, count))
                     os.fsync(file.fileno())
+                    if file.seek(0, os.SEEK_END) != HEADER.size + count * self.dtype.itemsize:
+                        raise OSError(f"{partial} was changed by another program")
                 os.replace(partial, self.folder / name)
         return self.counts
 
@@ -177,8 +179,13 @@ def open_shard(path, vocab_size=None, opened=unbuffered):
     A file without a header has the width that its tokens and vocab_size allow; UserError where both or neither fit.
     """
     path = Path(path)
-    with open(path, "rb") as file:
-        head, (size, _) = file.read(1024), (state := state_of(file))
+    if not is_regular(path):  # such as a pipe, at which to read is to wait
+        raise UserError(f"{path} is no regular file; make the data again with prepare.py")
+    try:
+        with open(path, "rb") as file:
+            head, (size, _) = file.read(1024), (state := state_of(file))
+    except OSError as error:
+        raise unreadable(path, error) from error
     if head.startswith(MAGIC):
         _, version, token_bytes, count = HEADER.unpack(head[: HEADER.size].ljust(HEADER.size, b"\0"))
         dtype, start = {2: np.uint16, 4: np.uint32}.get(token_bytes), HEADER.size
@@ -225,8 +232,7 @@ def _width_without_header(halves, size, vocab_size):
 
 def is_own_shard(path):
     """Whether prepare.py wrote a file, judged by its first bytes."""
-    with open(path, "rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
+    return _head(path, len(MAGIC)) == MAGIC
 
 
 def unfinished(folder):
@@ -243,8 +249,13 @@ def unfinished(folder):
 
 
 def _head(path, size):
-    with open(path, "rb") as file:
-        return file.read(size)
+    if not is_regular(path):
+        return b"\xff" * size  # nothing that prepare.py writes begins so
+    try:
+        with open(path, "rb") as file:
+            return file.read(size)
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 # ---- meta.json
@@ -276,6 +287,8 @@ def read_meta(data_dir):
         token_id = range(meta["vocab_size"])
         check(meta, {"specials": {"*": token_id}, "continuations": [token_id]}, path)
     except UserError as error:
+        if isinstance(error.__cause__, OSError):
+            raise unreadable(path, error.__cause__) from error
         why = str(error).removesuffix(f"; {COPY_AGAIN}")
         raise UserError(f"{path} is damaged ({why}); remove it and make the data again with prepare.py") from error
     return meta | {"splits": {name: {"shards": {}} | split for name, split in meta["splits"].items()}}

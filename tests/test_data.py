@@ -602,6 +602,32 @@ def test_shard_with_an_unknown_header_is_refused(folder):
     assert "train_000001.bin is not a token shard" in refused(folder)
 
 
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to nothing"])
+@pytest.mark.parametrize("has_meta", [True, False])
+def test_shard_that_is_no_regular_file_is_refused_without_waiting(folder, kind, has_meta):
+    path = folder / "train_000001.bin"
+    path.unlink()
+    {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "link to nothing": lambda: path.symlink_to("no")}[kind]()
+    if not has_meta:
+        (folder / "meta.json").unlink()
+    assert "train_000001.bin is no regular file" in refused(folder) if has_meta else "no meta.json" in refused(folder)
+
+
+def test_data_without_its_tokenizer_or_with_another_one_is_refused(folder):
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "tokenizer.json").write_text("{}")
+    meta |= {"tokenizer": "tokenizer.json", "tokenizer_sha256": hashlib.sha256(b"{}").hexdigest()}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert Split(folder, "train", 1000).tokens
+    for change in (lambda path: path.write_text("{} "), Path.unlink, os.mkfifo):
+        change(folder / "tokenizer.json")
+        assert "lacks the tokenizer.json of its shards, or has another one; make the data" in refused(folder)
+
+
+def test_folder_whose_name_is_too_long_is_one_line(tmp_path):
+    assert "does not exist" in refused(tmp_path / ("x" * 300))
+
+
 def test_missing_extra_and_swapped_shards_are_refused(folder):
     path = folder / "train_000001.bin"
     moved = path.rename(folder / "train_000009.bin")

@@ -30,7 +30,7 @@ from config import UserError
 from conftest import ROOT
 from data import Split
 from run.folder import keep_tokenizer, tokenizer_of
-from shards import HEADER, open_shard, read_meta
+from shards import HEADER, ShardWriter, open_shard, read_meta
 from text import corpus, files
 from text.tokenizer import SPECIALS, load_tokenizer
 
@@ -847,6 +847,61 @@ def test_full_disk_is_one_line_and_nothing_is_left_that_looks_whole(tmp_path, ca
     assert again["splits"] == whole["splits"]
     names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("data", "whole")]
     assert names[0] == names[1] and "meta.json" in names[0]
+
+
+@pytest.mark.parametrize("name", ["train_000000.bin", "train_000000.bin.part"])
+def test_pipe_in_place_of_a_shard_is_refused_without_waiting(tmp_path, name):
+    (tmp_path / "data").mkdir()
+    os.mkfifo(tmp_path / "data" / name)
+    message = refused(tmp_path / "data", f"--input={write_txt(tmp_path / 'in')}")
+    assert f"holds files that prepare.py did not write: {name}; use another" in message
+
+
+def test_names_that_are_no_unicode_make_data_that_can_be_read(tmp_path):
+    path = tmp_path / os.fsdecode(b"in\xff.txt")
+    path.write_text("a text " * 99)
+    for _ in range(2):  # the second time, it is recognised
+        meta = run(tmp_path / os.fsdecode(b"data\xff"), f"--input={path}")
+    assert meta["settings"]["input"].endswith("in\\xff.txt")
+    assert Split(tmp_path / os.fsdecode(b"data\xff"), "train", 261).tokens
+
+
+def test_shard_that_another_program_changes_while_it_is_written_is_one_line(tmp_path):
+    for change in (lambda path: path.unlink(), lambda path: os.truncate(path, 30)):
+        writer = ShardWriter(tmp_path, "train", np.uint16, 100)
+        writer.write(np.arange(50))
+        change(tmp_path / "train_000000.bin.part")
+        with pytest.raises(UserError, match="train_000000.bin.part was changed by another program"):
+            writer.write(np.arange(20))
+            writer.finish()
+        assert not (tmp_path / "train_000000.bin").exists()
+
+
+def test_input_that_changes_while_it_is_read_is_told(tmp_path, text_file, capsys, monkeypatch):
+    path, encoded = text_file("a text " * 99), prepare.encoded
+
+    def growing(*args):
+        yield from encoded(*args)
+        with open(path, "a") as file:
+            file.write("more")
+
+    monkeypatch.setattr(prepare, "encoded", growing)
+    run(tmp_path / "data", f"--input={path}")
+    assert "  1 change of the input while it was read (bytes 693 -> 697" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_prepare_and_its_workers(tmp_path):
+    (tmp_path / "in.txt").write_text("a line of text\n" * 3_000_000)
+    command = [sys.executable, str(ROOT / "prepare.py"), f"--input={tmp_path}/in.txt", "--tokenizer=byte", "--workers=2"]
+    for wait in (0, 0.05, 0.1):
+        group = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stdout=-3, stderr=-1)
+        part, deadline = tmp_path / "data/in/train_000000.bin.part", time.monotonic() + 60
+        while not part.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(wait)
+        os.killpg(group.pid, signal.SIGINT)
+        assert (group.wait(60), group.stderr.read().decode().splitlines()[-1]) == (130, "interrupted")
+        part.unlink()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="semaphores are files on Linux alone")

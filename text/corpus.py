@@ -47,7 +47,10 @@ class Corpus:
         self.root = Path(os.path.commonpath([path.parent for path in self.files]))
         sizes, newest, names = [], 0, hashlib.sha256()
         for path in self.files:
-            status = path.stat()
+            try:
+                status = path.stat()
+            except OSError as error:  # removed since it was found
+                raise UserError(f"{shown(path)} cannot be read ({error.strerror}); repeat the command") from error
             sizes.append(status.st_size)
             newest = max(newest, status.st_mtime)
             names.update(b"%s %d\n" % (self._name(path), status.st_size))
