@@ -234,8 +234,11 @@ def meet(rank, size, minutes):
     UserError where some do not come in so many minutes, or where torchrun ends meanwhile, whose store it is.
     """
     patience = datetime.timedelta(minutes=minutes)
+    # torchrun's store is there before its processes are: where it cannot be reached, torchrun has ended.
+    has_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    connecting = min(patience, datetime.timedelta(minutes=1)) if has_torchrun else patience
     try:
-        shared = next(dist.rendezvous("env://", timeout=patience))[0]
+        shared = next(dist.rendezvous("env://", timeout=connecting))[0]
         store = own_store(shared, rank, size, patience)
         shared.set(f"here_{store.port}_{rank}", "")
         shared.wait([f"here_{store.port}_{other}" for other in range(size)], patience)
