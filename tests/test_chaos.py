@@ -97,13 +97,13 @@ def workers_of(pid):
 
 def test_kill_9_of_a_rank_at_random_moments_is_healed_by_torchruns_restarts(tmp_path):
     data_dir, out_dir, n = write_data(tmp_path / "data"), tmp_path / "killed", 2
-    changes = CHANGES | {"max_steps": 150, "save_interval": 7}
+    changes = CHANGES | {"max_steps": 80, "save_interval": 7}
     run = torchrun(
         n, ROOT / "train.py", settings(data_dir, out_dir, **changes), tmp_path / "told", f"--max-restarts={KILLS}"
     )
     generator, kills = random.Random(os.environ.get("CHAOS_SEED", n)), 0
     try:
-        while kills < KILLS // 6 and run.poll() is None:
+        while kills < max(1, KILLS // 12) and run.poll() is None:
             wait_for_a_moment(out_dir, lambda: run.poll() is None, generator)
             workers = workers_of(run.pid) if run.poll() is None else []
             if len(workers) == n:  # else they are being started
@@ -123,11 +123,11 @@ def test_saving_costs_training_little(tmp_path):
     """Steps of a model whose checkpoint has 500 MB, saved every 5; prints what README says (-s)."""
     data_dir = write_data(tmp_path / "data", train_tokens=200_000)
     shape = {"n_embd": 640, "n_layer": 9, "n_head": 10, "block_size": 256, "seq_len": 256, "micro_batch_size": 4,
-             "batch_tokens": 1024, "eval_tokens": 512, "max_steps": 15, "eval_interval": 1000, "precision": "auto",
+             "batch_tokens": 1024, "eval_tokens": 512, "eval_interval": 1000, "precision": "auto",
              "keep_checkpoints": 1}  # fmt: skip
     seconds = {}
-    for interval in ("none", 5):
-        cfg = settings(data_dir, tmp_path / str(interval), **shape, save_interval=interval)
+    for interval, steps in (("none", 6), (5, 15)):
+        cfg = settings(data_dir, tmp_path / str(interval), **shape, save_interval=interval, max_steps=steps)
         assert codes(launch(1, cfg, tmp_path / "told", (note_pauses, tmp_path / "pauses"))) == [0]
         steps = [json.loads(line) for line in (tmp_path / str(interval) / "log.jsonl").read_text().splitlines()]
         seconds[interval] = [shape["batch_tokens"] / step["tokens_per_s"] for step in steps if "loss" in step]
