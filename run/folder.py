@@ -54,13 +54,12 @@ def check_is_ours(out_dir):
     """UserError where a folder has files of a run's names that no run wrote."""
     folder, log = Path(out_dir), Path(out_dir) / "log.jsonl"
     preset, lock = (_text_of(folder / name) for name in ("config.py", ".lock"))
-    # An assignment a line, of these names among others; a power cut may have emptied the file.
+    # An assignment a line, of these names among others
     names = re.findall(r"^(\w+) = ", preset, re.MULTILINE)
     is_preset = len(names) == len(preset.splitlines()) and {"out_dir", "data_dir", "batch_tokens", "seed"} <= {*names}
     is_run = is_preset or any(folder.glob("ckpt/step_*/manifest.json"))
     is_run = is_run or log.is_file() and any(record and "start" in record for _, record in read_log(log))
-    is_ours = {"config.py": is_preset or is_run and not preset}
-    others = [name for name in FILES if os.path.lexists(folder / name) and not is_ours.get(name, is_run)]
+    others = [name for name in FILES if os.path.lexists(folder / name) and not is_run]
     if lock and not lock.startswith("process "):
         others.append(".lock")
     if others:

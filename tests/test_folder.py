@@ -51,20 +51,12 @@ def test_the_datas_own_folder_is_refused(tmp_path, no_curves):
     assert contents(data_dir) == before
 
 
-def test_a_preset_in_a_runs_folder_that_no_run_wrote_is_refused_by_its_name_alone(data_dir, three, tmp_path, no_curves):
-    out_dir = copy_run(three, tmp_path / "run")
-    (out_dir / "config.py").write_text(OTHERS["config.py"])
-    with pytest.raises(UserError, match="holds config.py, which no run wrote"):
-        run(data_dir, out_dir)
-    assert (out_dir / "config.py").read_text() == OTHERS["config.py"]
-
-
 def without_comments(text):
     """A preset as a run imported from nanoGPT has it."""
     return "".join(line.split("  # ")[0] + "\n" for line in text.splitlines())
 
 
-@pytest.mark.parametrize("change", [None, lambda text: text, lambda text: "", without_comments])
+@pytest.mark.parametrize("change", [None, lambda text: "# mine\n" + text, lambda text: "", without_comments])
 def test_a_runs_own_folder_goes_on_whatever_became_of_its_preset(change, data_dir, three, tmp_path, no_curves):
     out_dir = copy_run(three, tmp_path / "run")
     (out_dir / "notes.txt").write_text("mine")
