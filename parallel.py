@@ -267,7 +267,7 @@ def tensor_parallel_plan(n_layer):
     heads = styles.SequenceParallel(sequence_dim=2, use_local_output=True)
     return {
         "wte": styles.RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
-        "wpe": Replicated(dim=0),
+        "wpe": Replicated(dim=-1),  # positions (T,), or (B, T) with documents
         "wtt": Replicated(dim=1),
         "norm_e": part,
         "blocks.*.norm[12]": part,

@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from checkpoint import CheckpointConfig
 from config import Config, Count, Positive, UserError, run_script
-from data import DataConfig, eval_batches, objective_for, open_data, seq_len_of
+from data import DataConfig, each, eval_batches, objective_for, open_data, seq_len_of
 from interop.pretrained import resolve, start_from
 from launch import refresh_copies, replay
 from model import ModelConfig, Transformer
@@ -142,7 +142,8 @@ def train_step(model, optimizer, scaler, batches, cfg, world, recent=()):
     for i, batch in enumerate(batches, start=1):
         sync_gradients(model, last=i == len(batches))
         forward_backward = functools.partial(micro_step, model, scaler, world, f"{i} of {len(batches)}")
-        loss += replay(model.graphs, "micro-step", forward_backward, n_targets, *batch, undo=clear)
+        recording = {"undo": clear, "may_record": i == 1}  # undone, warming up takes the step's gradients with it
+        loss += replay(model.graphs, "micro-step", forward_backward, n_targets, *batch, **recording)
     with world.phase("optimizer"):
         scaler.unscale_(optimizer)
         norm = get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
@@ -190,7 +191,7 @@ def evaluate(model, split, objective, cfg, world):
     share = cfg.eval_tokens, cfg.micro_batch_size, world.data_rank, world.data_ranks
     for batch in eval_batches(split, objective, *share):
         with world.phase("evaluation"), world.autocast():
-            loss_and_correct = model(*(part.to(world.device) for part in batch), count_correct=True)
+            loss_and_correct = model(*each(batch, lambda part: part.to(world.device)), count_correct=True)
         sums += torch.stack(loss_and_correct).cpu()
         frequencies += torch.bincount(batch[1][batch[1] != IGNORE], minlength=len(frequencies))
     model.train()
