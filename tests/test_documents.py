@@ -1,19 +1,27 @@
 """Document masks and sliding windows: each document as if alone, each token with the keys that its window has."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from model import ModelConfig, Transformer
-from objective import Masked, NextToken
+from config import UserError
+from interop.families import family_of
+from launch import compile_model
+from model import Cache, ModelConfig, Transformer
+from objective import OBJECTIVES, Masked, NextToken, ObjectiveConfig
 from ops import IGNORE, locate
-from ranks import write_data
+from optim import OptimConfig, build_optimizer
+from parallel import ParallelConfig, distribute, recompute_blocks
+from ranks import on_ranks, step_settings, write_data
+from train import train_step
+from world import World, WorldConfig, init_world
 
 B, T, V, END = 3, 11, 37, 5  # END: the id that ends documents
-GPT = ModelConfig(vocab_size=V, block_size=13, n_layer=3, n_head=4, n_embd=20, head_dim=6, n_inner=33)
+GPT = ModelConfig(vocab_size=V, block_size=13, n_layer=3, n_head=4, n_embd=20, head_dim=6, n_inner=38)
 MODELS = {
     "gpt": GPT,
     "modern": replace(GPT, n_kv_head=2, norm="rmsnorm", position="rope", mlp="swiglu", qk_norm=True, bias=False),
@@ -21,6 +29,7 @@ MODELS = {
     "modern bert": replace(GPT, objective="mlm", norm="rmsnorm", position="rope", mlp="swiglu"),
 }  # fmt: skip
 KINDS = pytest.mark.parametrize("cfg", MODELS.values(), ids=MODELS)
+DECODERS = pytest.mark.parametrize("cfg", [GPT, MODELS["modern"]], ids=["gpt", "modern"])
 WINDOWS = pytest.mark.parametrize("windows", [{}, {"window": 3}, {"window": 3, "global_every": 2}, {"window": 2}], ids=str)
 SPECIALS = {"<|endoftext|>": 31, "<|pad|>": 32, "<|mask|>": 33, "<|cls|>": 34, "<|sep|>": 35}
 LENGTHS = ((4, 1, 6), (11,), (2, 7, 1, 1))  # of each row's documents
@@ -81,6 +90,195 @@ def test_documents_side_by_side_are_documents_one_by_one(cfg, windows):
         for ours, part in zip(documents_of(logits), documents_of(ids)):
             torch.testing.assert_close(ours, model(part), rtol=0, atol=1e-4)
         assert not torch.allclose(logits, model(ids), atol=1e-2), "documents make no difference"
+
+
+@KINDS
+def test_targets_and_tokens_of_other_documents_change_nothing(cfg):
+    model, (ids, targets) = random_model(cfg), a_batch()
+    inside = torch.zeros(B, T, dtype=torch.bool)
+    inside[0, 5:] = True  # the third document of the first row
+    other = ids.where(inside, (ids + 1) % V)
+    with torch.no_grad():
+        ours, theirs = (model(x, documents=starts_of())[inside] for x in (ids, other))
+    assert torch.equal(ours, theirs)
+
+
+@KINDS
+def test_more_or_fewer_starts_behind_the_last_document_change_nothing(cfg):
+    model, (ids, targets) = random_model(cfg), a_batch()
+    with torch.no_grad():
+        losses = {model(ids, targets, documents=starts_of(padding=n)).item() for n in (0, 1, 40)}
+    assert len(losses) == 1
+
+
+@KINDS
+def test_padding_beside_documents_influences_no_other_token(cfg):
+    model, (ids, targets) = random_model(cfg), a_batch()
+    real = torch.arange(T) < torch.tensor([[10], [7], [11]])
+    with torch.no_grad():
+        ours, theirs = (model(x, attention_mask=real, documents=starts_of())[real] for x in (ids, ids.where(real, 3)))
+    assert torch.equal(ours, theirs) and ours.isfinite().all()
+
+
+# ---- windows
+
+
+def seen_by(model, ids):
+    """(T, T): which tokens change a query's logits, by changing one at a time."""
+    with torch.no_grad():
+        logits = model(ids)
+        changed = [model(ids.clone().index_fill_(1, torch.tensor([j]), (ids[0, j].item() + 1) % V)) for j in range(T)]
+    return torch.stack([(other - logits).abs().amax(-1)[0] > 1e-6 for other in changed], dim=1)
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+@pytest.mark.parametrize("window", [1, 2, 5, T - 1, T, T + 1])
+def test_a_token_sees_itself_and_window_minus_one_before_it_and_in_encoders_after_it(window, objective):
+    model = random_model(replace(GPT, n_layer=1, objective=objective, window=window))
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    expected = distance.abs() < window
+    expected = expected & (distance >= 0) if objective == "clm" else expected
+    assert torch.equal(seen_by(model, a_batch()[0][:1]), expected)
+
+
+def test_every_nth_layer_sees_all_tokens():
+    cfg = replace(GPT, n_layer=7, window=3, global_every=3)
+    assert [cfg.window_of(layer) for layer in range(7)] == [3, 3, None, 3, 3, None, 3]
+    assert [block.attn.window for block in Transformer(cfg).blocks] == [3, 3, None, 3, 3, None, 3]
+    with pytest.raises(UserError, match="global_every is 2, but window is none: all layers are global; set --window"):
+        replace(GPT, global_every=2)
+
+
+@DECODERS
+@pytest.mark.parametrize("prompt", [1, 4, T])
+def test_cached_logits_beyond_the_window_are_the_uncached_ones(prompt, cfg):
+    model, (ids, _) = random_model(replace(cfg, window=3, global_every=2)), a_batch()
+    with torch.no_grad():
+        whole, cache = model(ids), Cache(model.cfg, B, "cpu", torch.float32)
+        steps = [model(ids[:, :prompt], cache=cache)]
+        steps += [model(ids[:, i : i + 1], cache=cache) for i in range(prompt, T)]
+        torch.testing.assert_close(torch.cat(steps, dim=1), whole[:, prompt - 1 :], rtol=0, atol=1e-4)
+        cache = Cache(model.cfg, B, "cpu", torch.float32, n_tokens=16)
+        steps = [model(ids[:, :prompt], cache=cache)]
+        steps += [model(ids[:, i : i + 1], cache=cache, place=torch.tensor([i])) for i in range(prompt, T)]
+        torch.testing.assert_close(torch.cat(steps, dim=1), whole[:, prompt - 1 :], rtol=0, atol=1e-4)
+
+
+@DECODERS
+def test_generation_computes_the_windows_keys_alone(cfg):
+    model, (ids, _) = random_model(replace(cfg, window=3)), a_batch()
+    with torch.no_grad():
+        cache = Cache(model.cfg, B, "cpu", torch.float32)
+        model(ids[:, :9], cache=cache)
+        for layer in cache.layers:
+            layer.k[:, :, :7], layer.v[:, :, :7] = math.nan, math.nan
+        assert model(ids[:, 9:10], cache=cache).isfinite().all()
+
+
+@DECODERS
+def test_a_padded_prompt_goes_on_within_the_window(cfg):
+    """Padding on the left, as batches of prompts have it: the mask covers all tokens so far."""
+    model, (ids, _) = random_model(replace(cfg, position="rope", window=4)), a_batch()
+    real = torch.arange(T) >= torch.tensor([[2], [0], [5]])
+    with torch.no_grad():
+        expected, cache = model(ids, attention_mask=real)[:, -1:], Cache(model.cfg, B, "cpu", torch.float32)
+        model(ids[:, :-1], attention_mask=real[:, :-1], cache=cache)
+        torch.testing.assert_close(model(ids[:, -1:], attention_mask=real, cache=cache), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("cfg", [replace(GPT, head_dim=None, window=3), replace(MODELS["bert"], head_dim=None, window=3),
+                                 replace(MODELS["modern"], qk_norm=False, window=3, global_every=2),
+                                 replace(MODELS["modern"], window=3)], ids=["gpt", "bert", "global layers", "qwen3"])  # fmt: skip
+def test_windows_that_transformers_cannot_compute_are_not_exported(cfg):
+    with pytest.raises(UserError, match="transformers cannot compute this model; .*(window is 3|global_every is 2), not None"):
+        family_of(cfg)
+
+
+# ---- layouts
+
+
+def trained(cfg, kind="none", compiled=False, bf16=False):
+    """(loss, gradients) of a batch of documents."""
+    model, (ids, targets) = random_model(cfg), a_batch()
+    if kind == "selective":
+        recompute_blocks(model, kind)
+    if compiled:
+        compile_model(model, 1, World(0, 1, torch.device("cpu"), "fp32"))
+    if kind == "full":
+        recompute_blocks(model, kind)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = model(ids, targets, documents=starts_of())
+    return loss.item(), gradients(model, loss)
+
+
+@KINDS
+@pytest.mark.parametrize("kind", ["full", "selective"])
+def test_activation_checkpointing_changes_no_bit_beside_documents_and_windows(kind, cfg):
+    cfg = replace(cfg, window=3, global_every=2)
+    (loss, ours), (expected, theirs) = trained(cfg, kind), trained(cfg)
+    assert loss == expected and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, kind", [("gpt", "none"), ("modern", "full"), ("modern bert", "selective")])
+def test_compiled_documents_and_windows_are_the_eager_ones(name, kind):
+    cfg = replace(MODELS[name], window=3, global_every=2)
+    (loss, ours), (expected, theirs) = trained(cfg, kind, compiled=True), trained(cfg)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    check_near(ours, theirs)
+
+
+@KINDS
+def test_in_bf16_documents_and_windows_are_as_near_as_bf16_is(cfg):
+    """Trained by matmuls, evaluated by torch's kernel."""
+    cfg = replace(cfg, window=3, global_every=2)
+    (loss, ours), (expected, theirs) = trained(cfg, bf16=True), trained(cfg)
+    assert loss == pytest.approx(expected, rel=0.02)
+    check_near(ours, theirs, 0.1)
+    model, (ids, targets) = random_model(cfg), a_batch()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(ids, targets, documents=starts_of()).item() == pytest.approx(expected, rel=0.02)
+
+
+def steps_of(name, windows, steps=3, **layout):
+    """Losses and gradient norms of steps on two sequences a rank or four alone, and a loss without gradients."""
+    cfg, layout = replace(MODELS[name], **windows), ParallelConfig(**layout)
+    with init_world(WorldConfig(device="cpu", precision="fp32"), layout) as world:
+        with torch.device("meta"):
+            model = Transformer(cfg)
+        distribute(model, layout, world, seed=1)
+        optimizer = build_optimizer(model, OptimConfig(optimizer="sgd", learning_rate=1.0, warmup_steps=0), world)
+        meta = {"vocab_size": V, "specials": SPECIALS}
+        made = OBJECTIVES[cfg.objective].build(ObjectiveConfig(mask_prob=0.4, document_mask=True), 8, 1, meta)
+        rows = np.random.default_rng(3).integers(30, size=(4, made.stride + made.extra))
+        rows[[0, 0, 1, 3], [1, 4, 3, 0]] = SPECIALS["<|endoftext|>"]
+        size = 4 // world.data_ranks
+        mine = slice(world.data_rank * size, (world.data_rank + 1) * size)
+        batch = made.batch(rows[mine], first=mine.start)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        figures = [train_step(model, optimizer, scaler, [batch], step_settings(1.0), world)[:2] for _ in range(steps)]
+        with torch.no_grad():
+            loss = model(*batch)
+        return [*figures, (world.sum_over_data(loss).item(),)]
+
+
+CASES = [("gpt", {"tp": 2}), ("bert", {"tp": 2}), ("modern", {"tp": 2}), ("modern", {"strategy": "fsdp"}), ("gpt", {}),
+         ("modern", {"tp": 2, "activation_checkpointing": "full"}),
+         ("gpt", {"strategy": "fsdp", "activation_checkpointing": "full"})]  # fmt: skip
+
+
+def test_documents_and_windows_on_two_ranks_are_those_on_one(no_curves):
+    windows = {"window": 3, "global_every": 2}
+    answers = on_ranks(2, *((steps_in, name, windows, layout) for name, layout in CASES))
+    alone = {name: steps_of(name, windows) for name in {name for name, _ in CASES}}
+    for (name, layout), ranks in zip(CASES, answers):
+        for figures, expected in itertools.product(ranks, [alone[name]]):
+            for found, wanted in zip(figures, expected, strict=True):
+                assert found == pytest.approx(wanted, rel=1e-5), (name, layout)
+
+
+def steps_in(name, windows, layout):
+    return steps_of(name, windows, **layout)
 
 
 # ---- from tokens to documents
