@@ -185,6 +185,8 @@ def recompute_blocks(model, kind):
     """
     context = {}
     if kind == "selective":
+        import torch.nn.attention.varlen  # registers the operator that is named below
+
         aten = torch.ops.aten
         saved = [aten.mm.default, aten.addmm.default]
         # With dropout, attention must run again: its kernel draws random numbers, and later draws must not shift.
@@ -194,6 +196,7 @@ def recompute_blocks(model, kind):
             aten._scaled_dot_product_flash_attention.default,
             aten._scaled_dot_product_efficient_attention.default,
             aten._scaled_dot_product_cudnn_attention.default,
+            torch.ops.torch_attn._varlen_attn.default,
         ]  # fmt: skip
         context["context_fn"] = functools.partial(create_selective_checkpoint_contexts, saved)
 

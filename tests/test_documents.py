@@ -194,6 +194,103 @@ def test_windows_that_transformers_cannot_compute_are_not_exported(cfg):
         family_of(cfg)
 
 
+# ---- the kernel of GPUs
+
+
+def varlen_by_its_documentation(q, k, v, starts, max_len, window_size, d_out=None):
+    """What torch documents of varlen_attn: each sequence alone, keys from left before the query to right behind it.
+
+    Or, for the gradient of its output, the gradients of q, k and v.
+    """
+    shared, (left, right) = q.shape[1] // k.shape[1], window_size
+    results = [torch.zeros_like(x) for x in ([q] if d_out is None else [q, k, v])]
+    for first, end in itertools.pairwise(starts.tolist()):
+        assert 0 <= end - first <= max_len
+        behind = torch.arange(end - first)[:, None] - torch.arange(end - first)  # of the query, minus the key's
+        seen = ((behind <= left) | (left < 0)) & ((-behind <= right) | (right < 0))
+        for head in range(q.shape[1]):
+            Q, K, V = q[first:end, head], k[first:end, head // shared], v[first:end, head // shared]
+            P = (Q @ K.T / Q.shape[1] ** 0.5).masked_fill(~seen, -math.inf).softmax(-1)
+            if d_out is None:
+                results[0][first:end, head] = P @ V
+                continue
+            d = d_out[first:end, head]
+            d_scores = P * (d @ V.T - (d * (P @ V)).sum(1, keepdim=True)) / Q.shape[1] ** 0.5
+            results[0][first:end, head] = d_scores @ K
+            results[1][first:end, head // shared] += d_scores.T @ Q
+            results[2][first:end, head // shared] += P.T @ d
+    return results
+
+
+CALLS = []
+
+
+@pytest.fixture
+def varlen_on_a_cpu():
+    """torch's operator of varlen_attn, which has a kernel for CUDA alone, by its documentation; yields its calls."""
+    CALLS.clear()
+    yield CALLS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def varlen_kernels():
+    import torch.nn.attention.varlen  # registers the operators
+
+    def forward(q, k, v, starts, _, max_q, max_k, is_causal, scale, window_size, *more):
+        assert starts.dtype == torch.int32 and scale is None and is_causal == (window_size == [-1, 0])
+        CALLS.append(window_size)
+        [out] = varlen_by_its_documentation(q, k, v, starts, max_q, window_size)
+        return out, q.new_zeros(q.shape[1], len(q), dtype=torch.float), torch.zeros(2, dtype=torch.uint64)
+
+    def backward(d_out, q, k, v, out, lse, starts, _, max_q, max_k, is_causal, rng, scale, window_size, *more):
+        return tuple(varlen_by_its_documentation(q, k, v, starts, max_q, window_size, d_out))
+
+    torch.library.register_kernel("torch_attn::_varlen_attn", "cpu", forward)
+    torch.library.register_kernel("torch_attn::_varlen_attn_backward", "cpu", backward)
+
+
+@KINDS
+@WINDOWS
+def test_gpus_kernel_is_asked_for_what_masks_leave(cfg, windows, varlen_on_a_cpu, monkeypatch):
+    expected, theirs = trained(replace(cfg, **windows))
+    monkeypatch.setattr("model.can_pack", lambda *_: True)
+    loss, ours = trained(replace(cfg, **windows))
+    assert len(varlen_on_a_cpu) == 3 and loss == pytest.approx(expected, rel=1e-5)
+    check_near(ours, theirs)
+
+
+def test_selective_activation_checkpointing_keeps_what_gpus_kernel_returns(varlen_on_a_cpu, monkeypatch):
+    monkeypatch.setattr("model.can_pack", lambda *_: True)
+    (loss, ours), (expected, theirs) = trained(GPT, "selective"), trained(GPT)
+    assert len(varlen_on_a_cpu) == 3 + 3 and loss == expected
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("cfg", [GPT, MODELS["modern bert"]], ids=["gpt", "modern bert"])
+def test_windows_alone_go_by_gpus_kernel_and_layers_that_see_all_do_not(cfg, varlen_on_a_cpu, monkeypatch):
+    (ids, targets), model = a_batch(), random_model(replace(cfg, window=3, global_every=2))
+    losses = [model(ids, targets)]
+    monkeypatch.setattr("model.can_pack", lambda *_: True)
+    losses.append(model(ids, targets))
+    assert len(varlen_on_a_cpu) == 2 and losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
+    check_near(*(gradients(model, loss) for loss in losses))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@KINDS
+@WINDOWS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_documents_and_windows_on_a_gpu_are_those_on_a_cpu(dtype, cfg, windows):
+    cfg, (ids, targets) = replace(cfg, head_dim=8, **windows), a_batch()
+    (expected, theirs), model = trained(cfg), random_model(cfg).cuda()
+    with torch.autocast("cuda", dtype), torch.profiler.profile() as profiler:
+        loss = model(ids.cuda(), targets.cuda(), documents=starts_of().cuda())
+    assert "torch_attn::_varlen_attn" in {event.name for event in profiler.events()}
+    assert loss.item() == pytest.approx(expected, rel=0.02)
+    check_near({name: g.cpu() for name, g in gradients(model, loss).items()}, theirs, 0.1)
+
+
 # ---- layouts
 
 
