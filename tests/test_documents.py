@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from config import UserError
+from data import Split, objective_for
 from interop.families import family_of
 from launch import compile_model
 from model import Cache, ModelConfig, Transformer
@@ -16,8 +17,8 @@ from objective import OBJECTIVES, Masked, NextToken, ObjectiveConfig
 from ops import IGNORE, locate
 from optim import OptimConfig, build_optimizer
 from parallel import ParallelConfig, distribute, recompute_blocks
-from ranks import on_ranks, step_settings, write_data
-from train import train_step
+from ranks import on_ranks, records, run, settings, step_settings, write_data
+from train import evaluate, train_step
 from world import World, WorldConfig, init_world
 
 B, T, V, END = 3, 11, 37, 5  # END: the id that ends documents
@@ -411,3 +412,61 @@ def test_batches_have_as_many_starts_unless_documents_are_very_short():
         rows[:, ::every] = END
         sizes.append(len(windows.batch(rows, 0)[-1]) - 1)
     assert sizes == [8, 16, 16, 64]
+
+
+def test_a_masked_models_documents_end_with_sep_and_padding_is_one_of_its_own():
+    windows = Masked(9, 0.3, 1, V, SPECIALS, document_mask=True)
+    end, sep = SPECIALS["<|endoftext|>"], SPECIALS["<|sep|>"]
+    rows = rows_of([1, 2, end, 3, 4, 5, 6], [7, end, end, 8, 0, 0, 0])
+    ids, targets, positions, *unused, starts = windows.batch(rows, 0, np.array([7, 4]))
+    assert unused == [None, None] and targets.shape == positions.shape
+    assert (ids == sep).tolist() == [[t in (3, 8) for t in range(9)], [t in (2, 3, 5) for t in range(9)]]
+    assert starts.unique().tolist() == [0, 4, 9, 12, 13, 15, 18]
+
+
+@pytest.mark.parametrize("specials", [None, {"<|pad|>": 3}])
+def test_data_that_names_no_end_of_text_is_refused_in_a_line(specials):
+    meta = {"vocab_size": V, "specials": specials} if specials else {}
+    with pytest.raises(UserError, match="document_mask is on; it needs data whose meta.json names .*; this data has none"):
+        NextToken.build(ObjectiveConfig(document_mask=True), 7, 1, meta)
+    assert NextToken.build(ObjectiveConfig(), 7, 1, meta).document_end is None
+
+
+@pytest.mark.parametrize("changes", [
+    {}, pytest.param({"objective": "mlm", "norm_position": "post"}, marks=pytest.mark.slow),
+    pytest.param({"position": "rope", "window": 3}, marks=pytest.mark.slow),
+], ids=["gpt", "bert", "rope and window"])  # fmt: skip
+def test_a_run_with_documents_learns_resumes_and_is_another(changes, data, tmp_path, no_curves):
+    figures = {}
+    for name, mask, steps in (("on", True, 9), ("off", False, 9), ("resumed", True, 4), ("resumed", True, 9)):
+        run(data, tmp_path / name, document_mask=mask, max_steps=steps, save_interval=2, **changes)
+        figures[name] = records(tmp_path / name), records(tmp_path / name, "val_loss")[9 if steps == 9 else 4]
+    assert figures["on"] == figures["resumed"] != figures["off"]
+    assert figures["on"][0][9] < figures["on"][0][1]
+
+
+def test_evaluation_is_the_mean_over_documents_one_by_one(data):
+    """Each document of each window alone; the token behind an end of text is predicted by nothing."""
+    cfg = settings(data, "out", document_mask="true")
+    split, made = Split(data, "val", V), objective_for(replace(cfg, data=replace(cfg.data, seq_len=7)), 0)
+    model, world = random_model(replace(GPT, window=3)), World(0, 1, torch.device("cpu"), "fp32")
+    figures = evaluate(model, split, made, replace(cfg.data, seq_len=7, eval_tokens=140, micro_batch_size=3), world)
+    losses, end = [], SPECIALS["<|endoftext|>"]
+    tokens = split.shards[0][:141].astype(np.int64)
+    for start in range(0, 140, 7):
+        window, first = tokens[start : start + 8], 0
+        for last in [*np.flatnonzero(window == end), 7]:
+            if last > first:
+                part = torch.from_numpy(window[first : last + 1])[None]
+                logits = model(part[:, :-1])
+                losses.append(torch.nn.functional.cross_entropy(logits[0], part[0, 1:], reduction="none"))
+            first = last + 1
+    assert figures["val_loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+
+
+def test_without_documents_and_windows_nothing_is_masked():
+    model, (ids, targets), seen = random_model(GPT), a_batch(), []
+    run_blocks = model.run_blocks
+    model.run_blocks = lambda x, rope, masks, caches: seen.append(masks) or run_blocks(x, rope, masks, caches)
+    model(ids, targets)
+    assert seen == [{None: None}] and [len(NextToken(6).batch(rows_of(range(7)), 0))] == [2]
