@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from config import UserError, only, run_script
-from data import DataConfig, accumulation_steps, open_data, seq_len_of
+from data import DataConfig, accumulation_steps, each, open_data, seq_len_of
 from interop.pretrained import resolve
 from model import ModelConfig
 from objective import OBJECTIVES, ObjectiveConfig
@@ -157,13 +157,13 @@ def measure(cfg, world):
 def random_batches(cfg, micro_steps, world):
     """The same micro-batches of random tokens for each step, without end."""
     vocab_size = cfg.model.vocab_size
-    specials = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[MASK]": 3}  # any ids do
+    specials = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[MASK]": 3}  # any ids do; [SEP] ends documents
     meta = {"vocab_size": vocab_size, "specials": specials, "continuations": range(4, vocab_size, 3)}
     windows = OBJECTIVES[cfg.model.objective].build(cfg.objective, cfg.data.seq_len, 0, meta)
     random = np.random.default_rng(world.data_rank)
     shape = (cfg.data.micro_batch_size, windows.stride + windows.extra)
     batches = [windows.batch(random.integers(vocab_size, size=shape), first=i) for i in range(micro_steps)]
-    return itertools.repeat([tuple(part.to(world.device) for part in batch) for batch in batches])
+    return itertools.repeat([each(batch, lambda part: part.to(world.device)) for batch in batches])
 
 
 def real_batches(cfg, world):

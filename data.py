@@ -304,6 +304,11 @@ class TrainOrder:
         return shard, offset + (window - first) * self.stride
 
 
+def each(batch, function):
+    """A batch with function applied to its tensors; an argument that the model is to leave out is None."""
+    return tuple(part if part is None else function(part) for part in batch)
+
+
 class Loader:
     """Batches of a run from sequence number `seen` on, read ahead by a thread.
 
@@ -331,7 +336,7 @@ class Loader:
             self._ready.append(self._thread.submit(next, self._steps))
         step = self._ready.popleft().result()  # raises what reading raised
         waited = time.perf_counter() - start
-        return [tuple(part.to(self._device, non_blocking=True) for part in batch) for batch in step], waited
+        return [each(batch, lambda part: part.to(self._device, non_blocking=True)) for batch in step], waited
 
     def close(self):
         """Ends the thread."""
@@ -354,7 +359,7 @@ class Loader:
                     places = [*zip(shards[here].tolist(), starts[here].tolist(), itertools.repeat(width))]
                     assert len(places) == B, f"rank {self._rank} of {self._ranks} lies beyond the step's sequences"
                     batch = self._objective.batch(self.order.split.read(places, (B, width)), self._seen + first)
-                    batches.append(tuple(part.pin_memory() for part in batch) if pins else batch)
+                    batches.append(each(batch, lambda part: part.pin_memory()) if pins else batch)
                 yield batches
             self._seen += steps * per_step
 

@@ -17,6 +17,7 @@ DEEPEST = 64  # levels of nesting
 LARGEST = {
     "vocab_size": 2**24, "block_size": 2**31 - 1, "n_layer": 1024, "n_head": 2**16, "n_kv_head": 2**16,
     "head_dim": 2**16, "n_embd": 2**20, "n_inner": 2**22, "rope_context": 2**31 - 1, "n_token_types": 2**16,
+    "window": 2**31 - 1,
 }  # fmt: skip
 COPY_AGAIN = "copy it from its source again"
 

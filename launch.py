@@ -37,19 +37,19 @@ def compile_model(model, n_segments, world):
         return
 
     @torch.compile
-    def run_segment(forwards, x, rope, mask):
+    def run_segment(forwards, x, rope, masks):
         for forward in forwards:
-            x = forward(x, rope, mask)
+            x = forward(x, rope, masks)
         return x
 
     size = -(-len(forwards) // n_segments)
 
-    def run_blocks(x, rope=None, mask=None, caches=None):
+    def run_blocks(x, rope=None, masks=None, caches=None):
         if not torch.is_grad_enabled():
-            return one_by_one(x, rope, mask, caches)
+            return one_by_one(x, rope, masks, caches)
         assert caches is None, "a cache is for generation, without gradients"
         for first in range(0, len(forwards), size):
-            x = run_segment(forwards[first : first + size], x, rope, mask)
+            x = run_segment(forwards[first : first + size], x, rope, masks)
         return x
 
     model.run_blocks = run_blocks
@@ -100,7 +100,7 @@ def refresh_copies(model):
 class Captured:
     """A function of tensors, replayed as a CUDA graph from its first call on.
 
-    Inputs keep their shapes; outputs are overwritten by the next call. The first call runs the function WARM_UPS times
+    Inputs keep their shapes, or are None; outputs are overwritten by the next call. The first call runs the function WARM_UPS times
     to warm up, then calls undo(), which takes back what that changed, and records it, which changes nothing; random
     numbers then come as if there had been no warm-up. UserError where the function cannot be recorded.
     """
@@ -113,12 +113,13 @@ class Captured:
         if self.graph is None:
             self._record(inputs)
         for static, given in zip(self.inputs, inputs, strict=True):
-            static.copy_(given)
+            if given is not None:
+                static.copy_(given)
         self.graph.replay()
         return self.outputs
 
     def _record(self, inputs):
-        self.inputs = [x.clone() for x in inputs]
+        self.inputs = [None if x is None else x.clone() for x in inputs]
         random_state = torch.cuda.get_rng_state()
         side = torch.cuda.Stream()  # torch's documentation asks for another stream than the default one
         side.wait_stream(torch.cuda.current_stream())
@@ -143,13 +144,16 @@ class Captured:
         self.graph = graph
 
 
-def replay(graphs, name, function, *inputs, **options):
-    """function(*inputs), by the graph of that name, which the first call records; directly where graphs is None.
+def replay(graphs, name, function, *inputs, may_record=True, **options):
+    """function(*inputs), by the graph of that name for inputs of these shapes, which the first such call records.
 
-    options: Captured's, for the first call.
+    Directly where graphs is None, or this call may not record what a warm-up would spoil. options: Captured's.
     """
     if graphs is None:
         return function(*inputs)
-    if name not in graphs:
-        graphs[name] = Captured(function, **options)
-    return graphs[name](*inputs)
+    by_shape, shapes = graphs.setdefault(name, {}), tuple(None if x is None else x.shape for x in inputs)
+    if shapes not in by_shape:
+        if not may_record:
+            return function(*inputs)
+        by_shape[shapes] = Captured(function, **options)
+    return by_shape[shapes](*inputs)

@@ -26,9 +26,12 @@ from ops import (
     RMSNorm,
     Vocabulary,
     attend,
+    can_pack,
     linear_cross_entropy,
     linear_together,
+    locate,
     loss_pass,
+    mask_of,
     residual_dtype,
     rope_table,
     rotate,
@@ -62,6 +65,8 @@ class ModelConfig(Config):
     norm_position: Literal["pre", "post"] = "pre"  # pre: before each sublayer, GPT-2; post: after each sum, BERT
     norm_eps: NotNegative = 1e-5  # epsilon added to the variance in norms
     qk_norm: bool = False  # normalize queries and keys in each head
+    window: Count | None = None  # tokens that a token sees backwards, itself included, in encoders also ahead; none: all
+    global_every: Count | None = None  # every n-th layer sees all tokens despite the window; none: no layer
     position: Literal["learned", "rope"] = "learned"  # learned: an embedding; rope: rotated queries and keys
     rope_theta: Positive = 10_000.0  # base of rope's wavelengths
     rope_scale: Positive = 1.0  # factor by which rope stretches long wavelengths, as Llama 3.1 does; 1: none
@@ -84,6 +89,8 @@ class ModelConfig(Config):
         if self.n_head % self.kv_heads:
             fitting = f"n_kv_head {near_divisors(self.n_head, self.n_kv_head)} would fit"
             wrong.append(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}; {fitting}")
+        if self.global_every and not self.window:
+            wrong.append(f"global_every is {self.global_every}, but window is none: all layers are global; set --window")
         if wrong:
             raise UserError(*wrong)
 
@@ -112,6 +119,10 @@ class ModelConfig(Config):
         """Width of the MLP."""
         return self.n_inner or 4 * self.n_embd
 
+    def window_of(self, layer):
+        """The window of a layer, counted from 0; None where it sees all tokens."""
+        return None if self.global_every and (layer + 1) % self.global_every == 0 else self.window
+
     @property
     def padded_vocab_size(self):
         """Rows of the embedding: vocab_size rounded up to 64, for fast matmuls (50257 becomes 50304)."""
@@ -129,11 +140,11 @@ def _norm(cfg, width):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, causal or bidirectional."""
+    """Multi-head self-attention, causal or bidirectional, to all tokens or those in a window."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, window=None):
         super().__init__()
-        self.head_width, self.causal, self.dropout = cfg.head_width, cfg.is_causal, cfg.dropout
+        self.head_width, self.causal, self.dropout, self.window = cfg.head_width, cfg.is_causal, cfg.dropout, window
         queries, keys = cfg.n_head * cfg.head_width, cfg.kv_heads * cfg.head_width
         # Separate matrices: a shard of each is whole heads, and Muon sees each one.
         self.q = Linear(cfg.n_embd, queries, bias=cfg.bias)
@@ -143,8 +154,9 @@ class Attention(nn.Module):
         self.k_norm = _norm(cfg, cfg.head_width) if cfg.qk_norm else None
         self.proj = Linear(queries, cfg.n_embd, bias=cfg.bias)
 
-    def forward(self, x, rope=None, mask=None, cache=None):
+    def forward(self, x, rope=None, masks=None, cache=None):
         B, T, _ = x.shape
+        mask = None if masks is None else masks[self.window]
         # -1 stands for the heads, fewer than cfg.n_head under tensor parallelism.
         q, k, v = (y.view(B, T, -1, self.head_width) for y in linear_together(x, self.q, self.k, self.v))  # B T H D
         if self.q_norm is not None:
@@ -154,8 +166,8 @@ class Attention(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)
         q, k = q.type_as(v), k.type_as(v)  # rope's table is float32
         if cache is not None:
-            k, v = cache(k, v)  # B H S D, S tokens so far; a function of Cache.by_layer
-        # After the prompt, tokens come one at a time and see everything in the cache.
+            k, v = cache(k, v)  # B H S D, S tokens so far, or in the window; a function of Cache.by_layer
+        # After the prompt, tokens come one at a time and see everything that the cache returns.
         causal = self.causal and mask is None and (cache is None or T > 1)
         y = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # B T C
@@ -181,20 +193,20 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A Transformer block: attention and MLP, each with a norm and a residual connection."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, window=None):
         super().__init__()
         self.pre = cfg.norm_position == "pre"
         self.norm1 = _norm(cfg, cfg.n_embd)
-        self.attn = Attention(cfg)
+        self.attn = Attention(cfg, window)
         self.norm2 = _norm(cfg, cfg.n_embd)
         self.mlp = MLP(cfg)
         self.dropout = _dropout(cfg)
 
-    def forward(self, x, rope=None, mask=None, cache=None):
+    def forward(self, x, rope=None, masks=None, cache=None):
         if self.pre:
-            x = x + self.dropout(self.attn(self.norm1(x), rope, mask, cache))
+            x = x + self.dropout(self.attn(self.norm1(x), rope, masks, cache))
             return x + self.dropout(self.mlp(self.norm2(x)))
-        x = self.norm1(x + self.dropout(self.attn(x, rope, mask, cache)))
+        x = self.norm1(x + self.dropout(self.attn(x, rope, masks, cache)))
         return self.norm2(x + self.dropout(self.mlp(x)))
 
 
@@ -224,7 +236,8 @@ class Transformer(nn.Module):
         self.wtt = nn.Embedding(cfg.n_token_types, cfg.n_embd) if cfg.n_token_types else None
         self.norm_e = _norm(cfg, cfg.n_embd) if post else nn.Identity()
         self.dropout = _dropout(cfg)
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        windows = [cfg.window_of(layer) for layer in range(cfg.n_layer)]
+        self.blocks, self.windows = nn.ModuleList(Block(cfg, window) for window in windows), {*windows}
         self.norm_f = nn.Identity() if post else _norm(cfg, cfg.n_embd)
         self.transform = Transform(cfg) if masked else nn.Identity()
         self.head = Linear(cfg.n_embd, cfg.padded_vocab_size, bias=masked and cfg.bias)
@@ -245,6 +258,7 @@ class Transformer(nn.Module):
         positions=None,
         attention_mask=None,
         token_types=None,
+        documents=None,
         cache=None,
         place=None,
         count_correct=False,
@@ -252,31 +266,37 @@ class Transformer(nn.Module):
         """Logits (B, T, V) for ids (B, T) or, with targets (B, T), the float32 sum of their losses.
 
         Targets that equal IGNORE do not count. positions (B, K) selects tokens: logits are then (B, K, V), targets
-        (B, K). attention_mask (B, T) is False at padding, token_types (B, T) default to 0. With a cache, ids continue
-        its tokens, attention_mask covers all tokens so far, and logits are the last token's alone, (B, 1, V). With
-        place (1,), ids (B, 1) stand at that position, and the model reads no length: its kernels are the same at each
-        position, so that a CUDA graph may repeat them; the caller keeps place below the cache's capacity.
-        count_correct, without gradients, also returns the number of targets that have the largest logit.
+        (B, K). attention_mask (B, T) is False at padding, token_types (B, T) default to 0. documents, the starts of
+        ops.locate, are computed as if each were a sequence of its own. With a cache, ids continue its tokens,
+        attention_mask covers all tokens so far, and logits are the last token's alone, (B, 1, V). With place (1,), ids
+        (B, 1) stand at that position, and the model reads no length: its kernels are the same at each position, so
+        that a CUDA graph may repeat them; the caller keeps place below the cache's capacity. count_correct, without
+        gradients, also returns the number of targets that have the largest logit.
         """
-        cfg, T, mask = self.cfg, ids.shape[1], None
+        cfg, T, masks = self.cfg, ids.shape[1], None
         caches = None if cache is None else cache.by_layer(place)
         if place is not None:
             assert T == 1 and attention_mask is None, "at a given place there is one token, which sees all before it"
-            mask = cache.mask(place)
+            masks = {window: cache.mask(place, window) for window in self.windows}
         else:
             start = 0 if cache is None else cache.length
             if start + T > cfg.block_size:
                 raise UserError(f"{start + T} tokens do not fit into block_size {cfg.block_size}; shorten the sequence")
             assert start == 0 or T == 1, f"{T} tokens behind a cache of {start}: after a prompt they come one at a time"
             place = torch.arange(start, start + T, device=ids.device)
+        if documents is not None:
+            assert cache is None, "documents are for whole sequences, a cache is for one document"
+            documents = documents, *locate(documents, ids.shape)
+            place = documents[-1]  # B T
         x = self.embed(ids, place, token_types)  # B T C
         rope = None
         if self.wpe is None:
-            rope = rope_table(place, cfg.head_width, cfg.rope_theta, cfg.rope_scale, cfg.rope_context)
-        if attention_mask is not None:
-            mask = attention_mask.bool()[:, None, None, :]  # B 1 1 T
-            mask = mask & (place <= place[:, None]) if cfg.is_causal else mask
-        x = self.run_blocks(x, rope, mask, caches)
+            rope = rope_table(place[..., None, :], cfg.head_width, cfg.rope_theta, cfg.rope_scale, cfg.rope_context)
+        if masks is None:  # one of each kind for all layers
+            packed = can_pack(x, cfg.head_width, cfg.dropout if self.training else 0.0)
+            given = documents, attention_mask, packed
+            masks = {window: mask_of(x, ids.shape, cfg.is_causal, window, *given) for window in self.windows}
+        x = self.run_blocks(x, rope, masks, caches)
         if positions is not None:
             # An embedding: unlike a gather's, its gradient repeats bitwise and never waits for the device.
             first = T * torch.arange(len(ids), device=ids.device)[:, None]  # B 1
@@ -304,10 +324,10 @@ class Transformer(nn.Module):
             x = x + self.wtt(torch.zeros_like(ids) if token_types is None else token_types)
         return self.dropout(self.norm_e(x).to(residual_dtype(x)))
 
-    def run_blocks(self, x, rope=None, mask=None, caches=None):
-        """The last block's output (B, T, C) for the first one's input."""
+    def run_blocks(self, x, rope=None, masks=None, caches=None):
+        """The last block's output (B, T, C) for the first one's input; masks: {window: mask}."""
         for block, cache in zip(self.blocks, caches or itertools.repeat(None)):
-            x = block(x, rope, mask, cache)
+            x = block(x, rope, masks, cache)
         return x
 
     @torch.no_grad()
@@ -350,17 +370,18 @@ class Cache:
     """Keys and values of the tokens so far, for generation: one preallocated tensor per layer."""
 
     class Layer:
-        def __init__(self, shape, **kind):
-            self.length = 0
+        def __init__(self, window, shape, **kind):
+            self.window, self.length = window, 0
             self.k, self.v = torch.zeros(shape, **kind), torch.zeros(shape, **kind)  # a mask hides no NaN
 
         def append(self, k, v):
-            """Appends k and v (B, H, T, D); returns views of all tokens so far."""
+            """Appends k and v (B, H, T, D); returns views of all tokens so far, or of those that a single one sees."""
             end = self.length + k.shape[2]
+            first = max(0, end - self.window) if self.window and k.shape[2] == 1 else 0
             self.k[:, :, self.length : end] = k
             self.v[:, :, self.length : end] = v
             self.length = end
-            return self.k[:, :, :end], self.v[:, :, :end]
+            return self.k[:, :, first:end], self.v[:, :, first:end]
 
         def put(self, place, k, v):
             """Writes k and v (B, H, 1, D) at place (1,), a tensor; returns the whole tensors, which need a mask."""
@@ -369,7 +390,8 @@ class Cache:
     def __init__(self, cfg, batch_size, device, dtype, n_tokens=None):
         """n_tokens: the capacity; None: block_size."""
         shape = (batch_size, cfg.kv_heads, n_tokens or cfg.block_size, cfg.head_width)
-        self.layers = [Cache.Layer(shape, device=device, dtype=dtype) for _ in range(cfg.n_layer)]
+        windows = [cfg.window_of(layer) for layer in range(cfg.n_layer)]
+        self.layers = [Cache.Layer(window, shape, device=device, dtype=dtype) for window in windows]
 
     @property
     def length(self):
@@ -385,8 +407,9 @@ class Cache:
         """A function for each layer, which adds keys and values at the end, or at place, and returns all."""
         return [layer.append if place is None else functools.partial(layer.put, place) for layer in self.layers]
 
-    def mask(self, place):
-        """The mask (1, 1, 1, S) that attention adds to its scores: 0 up to place (1,), -inf behind it."""
+    def mask(self, place, window=None):
+        """The mask (1, 1, 1, S) that attention adds to its scores: -inf behind place (1,) and before the window."""
         k = self.layers[0].k
-        behind = torch.arange(k.shape[2], device=k.device) > place
-        return torch.zeros(1, 1, 1, k.shape[2], device=k.device, dtype=k.dtype).masked_fill(behind, -math.inf)
+        at = torch.arange(k.shape[2], device=k.device)
+        unseen = at > place if window is None else (at > place) | (at <= place - window)
+        return torch.zeros(1, 1, 1, k.shape[2], device=k.device, dtype=k.dtype).masked_fill(unseen, -math.inf)

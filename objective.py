@@ -7,18 +7,21 @@ import torch
 
 from config import Config, Fraction, UserError
 from ops import IGNORE
+from shards import end_of_text
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig(Config):
     mask_prob: Fraction = 0.15  # mlm: share of a sequence's tokens to predict
     whole_word_masking: bool = False  # mlm: mask whole words; needs a WordPiece tokenizer
+    document_mask: bool = False  # train on each document as if alone: attention ends, and positions begin, at end-of-text
 
 
 class NextToken:
     """The next token as the target of each: windows start `stride` tokens apart, with `extra` tokens behind them."""
 
     causal = True  # the model sees earlier tokens alone
+    document_end = None  # token id behind which a document begins that sees nothing before itself
 
     def __init__(self, seq_len):
         self.stride, self.extra = seq_len, 1
@@ -26,7 +29,13 @@ class NextToken:
     @classmethod
     def build(cls, cfg, seq_len, seed, meta):
         """The objective of a run. cfg: an ObjectiveConfig; meta: the data's meta.json."""
-        return cls(seq_len)
+        objective = cls(seq_len)
+        if cfg.document_mask:
+            objective.document_end = end_of_text(meta.get("specials", {}))
+            if objective.document_end is None:
+                rule = "whose meta.json names the token that ends documents among its specials; this data has none"
+                raise UserError(f"document_mask is on; it needs data {rule}: use prepare.py, or leave it off")
+        return objective
 
     @staticmethod
     def head_share(cfg, seq_len):
@@ -34,11 +43,18 @@ class NextToken:
         return 1.0
 
     def batch(self, rows, first, lengths=None):
-        """(ids, targets), both (B, T), from windows (B, T + 1); targets beyond lengths (B,) are ignored."""
+        """(ids, targets), both (B, T), from windows (B, T + 1); targets beyond lengths (B,) are ignored.
+
+        With document_end, targets that begin a document are ignored, and the model's argument `documents` comes last.
+        """
         ids, targets = rows[:, :-1], rows[:, 1:]
         if lengths is not None:
             targets = np.where(np.arange(self.stride) < lengths[:, None], targets, IGNORE)
-        return torch.from_numpy(ids).contiguous(), torch.from_numpy(targets).contiguous()
+        if self.document_end is None:
+            return torch.from_numpy(ids).contiguous(), torch.from_numpy(targets).contiguous()
+        ends = ids == self.document_end
+        targets = torch.from_numpy(np.where(ends, IGNORE, targets))
+        return torch.from_numpy(ids).contiguous(), targets, None, None, None, document_starts(ends)
 
 
 class Masked:
@@ -61,23 +77,24 @@ class Masked:
             remedy = "leave it off, or prepare the data with --tokenizer=vocab.txt, BERT's"
             raise UserError(f"whole_word_masking is on, but {rule}; {remedy}")
         continuations = meta["continuations"] if cfg.whole_word_masking else ()
-        return cls(seq_len, cfg.mask_prob, seed, meta["vocab_size"], meta.get("specials", {}), continuations)
+        specials = meta.get("specials", {})
+        return cls(seq_len, cfg.mask_prob, seed, meta["vocab_size"], specials, continuations, cfg.document_mask)
 
     @staticmethod
     def head_share(cfg, seq_len):
         """Share of a sequence's tokens that go through the model's head: the targets."""
         return n_masked(seq_len, cfg.mask_prob) / seq_len
 
-    def __init__(self, seq_len, mask_prob, seed, vocab_size, specials, continuations=()):
+    def __init__(self, seq_len, mask_prob, seed, vocab_size, specials, continuations=(), document_mask=False):
         """specials: {name: id} of the tokenizer, with a mask, cls, sep and pad token under a usual name."""
         if seq_len < 3:
             raise UserError(f"seq_len is {seq_len}; masked training needs at least 3: [CLS], a token and [SEP]")
         if (count := n_masked(seq_len, mask_prob)) > seq_len - 2:
             what = f"mask_prob {mask_prob} of seq_len {seq_len} is {count} tokens"
             raise UserError(f"{what}, and between [CLS] and [SEP] are only {seq_len - 2}; lower mask_prob")
-        self.stride, self.mask_prob = seq_len - 2, mask_prob
+        self.stride, self.mask_prob, self.document_mask = seq_len - 2, mask_prob, document_mask
         self.mask, self.cls, self.sep, self.pad = (special_id(specials, role) for role in ("mask", "cls", "sep", "pad"))
-        self.eot = specials.get("<|endoftext|>", self.sep)
+        self.eot = end_of_text({"[SEP]": self.sep} | specials)
         self.is_special = np.isin(np.arange(vocab_size), list(specials.values()))
         self.continues = np.isin(np.arange(vocab_size), continuations)
         self.replacements = np.flatnonzero(~self.is_special)
@@ -89,7 +106,8 @@ class Masked:
         """(ids (B, T), targets (B, K), positions (B, K)) from windows (B, T - 2); first: number of the first sequence.
 
         Where windows hold fewer tokens, by lengths (B,), a fourth part is attention_mask (B, T), False after the end of
-        a sequence.
+        a sequence. With document_mask the model's argument `documents` comes last instead: they end with [SEP], so that
+        padding is a document of its own.
         """
         B, T = len(rows), self.stride + 2
         lengths = np.full(B, self.stride) if lengths is None else lengths
@@ -105,6 +123,8 @@ class Masked:
         new = np.where(share < 0.8, self.mask, np.where(share < 0.9, other, old))
         np.put_along_axis(ids, positions, np.where(predicted, new, old), 1)
         batch = ids, np.where(predicted, old, IGNORE), positions
+        if self.document_mask:
+            return *map(torch.from_numpy, batch), None, None, document_starts(ids == self.sep)
         return tuple(map(torch.from_numpy, batch if attention_mask.all() else (*batch, attention_mask)))
 
     def _framed(self, rows, lengths):
@@ -121,6 +141,21 @@ class Masked:
             start = np.where(self.continues[ids], 0, np.arange(ids.shape[1]))
             random = np.take_along_axis(random, np.maximum.accumulate(start, axis=1), 1)
         return np.where(self.is_special[ids], np.iinfo(np.uint64).max, random)
+
+
+def document_starts(ends):
+    """The starts (M + 1,) of documents, as ops.locate has them, from a mask (B, T) that is True where one ends.
+
+    M is the same for most batches, so that compiled code and CUDA graphs serve them all. It doubles where a batch has
+    more than 4 documents a row, or one for 128 tokens.
+    """
+    (B, T), begins = ends.shape, np.roll(ends, 1, axis=1)
+    begins[:, 0] = True
+    starts, size = np.flatnonzero(begins), B * max(4, T // 128)
+    while size < len(starts):
+        size *= 2
+    padding = (0, size + 1 - len(starts))
+    return torch.from_numpy(np.pad(starts, padding, constant_values=B * T).astype(np.int32))
 
 
 def n_masked(seq_len, mask_prob):

@@ -6,6 +6,7 @@ model.py has the legend of tensor dimensions.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from torch import nn
 
 IGNORE = -100  # target that takes no part in the loss
 BY_MATMULS = 512  # tokens up to which a CPU in bf16 trains attention by matmuls
+# torch 2.11's varlen_attn lets groups of queries share keys and values unasked.
+SHARED_HEADS = {"enable_gqa": True} if torch.__version__ >= "2.12" else {}
 
 
 def residual_dtype(x):
@@ -23,6 +26,12 @@ def residual_dtype(x):
     device = x.device.type
     autocast_to_bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
     return torch.bfloat16 if autocast_to_bf16 else x.dtype
+
+
+def matmul_dtype(x):
+    """The dtype of matmuls with x: autocast's where it is on, else x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class LayerNorm(nn.LayerNorm):
@@ -77,7 +86,7 @@ def linear_together(x, *layers, stacked=None):
 
 
 def rope_table(positions, head_dim, theta, scale=1.0, context=None):
-    """Cosines and signed sines (T, D) for rotate, at positions (T,); arXiv 2104.09864.
+    """Cosines and signed sines (..., T, D) for rotate, at positions (..., T); arXiv 2104.09864.
 
     scale divides the frequencies that turn less than once in a context, leaves those that turn 4 times and more, and
     interpolates between: Llama 3.1's extension of the context (arXiv 2407.21783).
@@ -88,9 +97,9 @@ def rope_table(positions, head_dim, theta, scale=1.0, context=None):
         left = (context / (2 * math.pi / frequencies) - 1) / 3
         between = (1 - left) * frequencies / scale + left * frequencies
         frequencies = between.where(left < 1, frequencies).where(left > 0, frequencies / scale)
-    angles = positions[:, None] * frequencies  # T D/2
+    angles = positions[..., None] * frequencies  # ... T D/2
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, rope):
@@ -100,14 +109,80 @@ def rotate(x, rope):
     return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin)
 
 
+# ---- attention
+
+
+class Packed(NamedTuple):
+    """Documents and a window, for a kernel that computes nothing of what they hide; it stands in place of a mask."""
+
+    starts: torch.Tensor  # (M + 1,) int32: see locate
+    before: int  # tokens before itself that a query sees; -1: all of its document
+    after: int  # the same after itself
+
+
+def locate(starts, shape):
+    """(number of the document, place in it) of each token in a batch of this shape (B, T), both (B, T).
+
+    starts (M + 1,), int32, ascending, are the first tokens of documents among B * T; a row begins one, too. The last
+    ones are B * T, which begins none, so that batches with fewer documents have the same shape.
+    """
+    at = torch.arange(shape.numel(), dtype=starts.dtype, device=starts.device)
+    document = torch.searchsorted(starts, at, right=True) - 1
+    return document.view(shape), (at - starts[document]).view(shape)
+
+
+def mask_of(x, shape, causal, window=None, documents=None, attention_mask=None, packed=False):
+    """What attend takes as the mask of a batch of shape (B, T); None where every token, or every earlier one, is seen.
+
+    A token sees itself, and of its own document those at most window - 1 tokens before it, unless causal also after it.
+    documents: (starts, number of each token's document); attention_mask (B, T): False at padding. packed: the answer
+    may be a Packed. x: the first block's input, for its device and dtype.
+    """
+    B, T = shape
+    if attention_mask is not None and T == 1:
+        attention_mask = attention_mask[:, -(window or 0) :]  # a windowed layer's Cache returns no more keys
+    window = None if window is None or window >= T else window
+    if attention_mask is None and window is None and documents is None:
+        return None
+    if packed and attention_mask is None:
+        starts = documents[0] if documents else torch.arange(0, B * T + 1, T, dtype=torch.int32, device=x.device)
+        before = -1 if window is None else window - 1
+        return Packed(starts, before, 0 if causal else before)
+    seen = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=x.device)
+    if attention_mask is not None:
+        seen = attention_mask.bool()[:, None, None, :]  # B 1 1 T
+    place = torch.arange(T, device=x.device)
+    if causal:
+        seen = seen & (place <= place[:, None])
+    if window is not None:
+        seen = seen & ((place - place[:, None]).abs() < window)
+    if documents is None and window is None:
+        return seen
+    if documents is not None:
+        document = documents[1][:, None]  # B 1 T
+        seen = seen & (document[..., None] == document[:, :, None])  # B 1 T T
+    # Numbers to add to scores: torch would make them of a boolean mask in each layer, and keep them for backward.
+    dtype = matmul_dtype(x)
+    return torch.zeros((), dtype=dtype, device=x.device).where(seen, torch.finfo(dtype).min)
+
+
+def can_pack(x, head_width, dropout):
+    """Whether torch's kernel for Packed takes heads of this width: flash attention, in half precision on CUDA."""
+    if x.device.type != "cuda" or dropout or matmul_dtype(x).itemsize != 2:
+        return False
+    return head_width % 8 == 0 and head_width <= 256 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
 def attend(q, k, v, mask=None, causal=False, dropout=0.0):
     """softmax(q k' / sqrt(D)) v for q (B, H, T, D), k and v (B, H, S, D), or fewer heads, shared by groups of queries.
 
-    mask (B, 1, 1 or T, S) is True where a query may look. Uses torch's kernel, except for training on a CPU in bf16
-    with sequences up to BY_MATMULS, where the kernel takes, gradients included, 1.7 to 5 times as long as matmuls do
-    (torch 2.13). Matmuls round the scores to bf16, which the kernel does not.
+    mask (B, 1, 1 or T, S) is True where a query may look, or is added to the scores, or is a Packed. Uses torch's
+    kernels, except for training on a CPU in bf16 with sequences up to BY_MATMULS, where they take, gradients included,
+    1.7 to 5 times as long as matmuls do (torch 2.13). Matmuls round the scores to bf16, which the kernels do not.
     """
     (B, H, T, D), S = q.shape, k.shape[2]
+    if isinstance(mask, Packed):
+        return _attend_packed(q, k, v, mask)
     if T == 1 and mask is not None and k.shape[1] != H:
         # A group's queries stand as tokens: torch's memory-efficient kernel, which takes masks, knows no groups.
         y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, D), k, v, mask, dropout)
@@ -117,10 +192,22 @@ def attend(q, k, v, mask=None, causal=False, dropout=0.0):
     q, k, v = (x[:, :, None].expand(-1, -1, H // x.shape[1], -1, -1).flatten(0, 2) for x in (q, k, v))  # B*H S D
     mask = torch.ones(T, S, dtype=torch.bool).tril() if causal else mask
     # finfo.min, not -inf: a fully masked row would be NaN.
-    bias = q.new_zeros(1) if mask is None else q.new_zeros(1).where(mask, torch.finfo(q.dtype).min)
+    if mask is None or mask.dtype == torch.bool:
+        mask = q.new_zeros(1) if mask is None else q.new_zeros(1).where(mask, torch.finfo(q.dtype).min)
+    bias = mask
     bias = bias.expand(B, H, -1, -1).flatten(0, 1) if bias.dim() == 4 else bias
     weights = torch.baddbmm(bias, q, k.mT, alpha=D**-0.5).softmax(-1)
     return (F.dropout(weights, dropout) @ v).view(B, H, T, D)
+
+
+def _attend_packed(q, k, v, mask):
+    """attend's by flash attention over all tokens of a batch as one row; it has no dropout."""
+    from torch.nn.attention.varlen import varlen_attn  # here, since it imports the compiler
+
+    B, H, T, D = q.shape
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # N H D
+    size = {"window_size": (mask.before, mask.after), **SHARED_HEADS}
+    return varlen_attn(q, k, v, mask.starts, mask.starts, T, T, **size).view(B, T, H, D).transpose(1, 2)
 
 
 # ---- the loss

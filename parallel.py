@@ -185,6 +185,8 @@ def recompute_blocks(model, kind):
     """
     context = {}
     if kind == "selective":
+        import torch.nn.attention.varlen  # registers the operator that is named below
+
         aten = torch.ops.aten
         saved = [aten.mm.default, aten.addmm.default]
         # With dropout, attention must run again: its kernel draws random numbers, and later draws must not shift.
@@ -194,6 +196,7 @@ def recompute_blocks(model, kind):
             aten._scaled_dot_product_flash_attention.default,
             aten._scaled_dot_product_efficient_attention.default,
             aten._scaled_dot_product_cudnn_attention.default,
+            torch.ops.torch_attn._varlen_attn.default,
         ]  # fmt: skip
         context["context_fn"] = functools.partial(create_selective_checkpoint_contexts, saved)
 
@@ -267,7 +270,7 @@ def tensor_parallel_plan(n_layer):
     heads = styles.SequenceParallel(sequence_dim=2, use_local_output=True)
     return {
         "wte": styles.RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
-        "wpe": Replicated(dim=0),
+        "wpe": Replicated(dim=-1),  # positions (T,), or (B, T) with documents
         "wtt": Replicated(dim=1),
         "norm_e": part,
         "blocks.*.norm[12]": part,

@@ -33,10 +33,20 @@ import numpy as np
 from config import Config, Count, Fraction, Range, UserError, as_dict, only, run_script, settings_of
 from data import DataConfig, sha256
 from run.folder import lock_file
-from shards import ShardWriter, checksums, is_own_shard, open_shard, read_meta, unfinished, write_meta, writing_to
+from shards import (
+    END_OF_TEXT,
+    ShardWriter,
+    checksums,
+    is_own_shard,
+    open_shard,
+    read_meta,
+    unfinished,
+    write_meta,
+    writing_to,
+)
 from text.corpus import DATASETS, Corpus
 from text.files import is_url, public, shown
-from text.tokenizer import END_OF_TEXT, SMALLEST_BPE, load_tokenizer, train_bpe
+from text.tokenizer import SMALLEST_BPE, load_tokenizer, train_bpe
 
 TASK_BYTES = 1 << 20  # text per task of a worker
 BPE_BYTES = 200 << 20  # most text to train a BPE on

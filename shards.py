@@ -272,6 +272,15 @@ META = {
 }  # fmt: skip
 
 
+# Names of the token that ends a document; where a tokenizer has several, the first one counts.
+END_OF_TEXT = ("<|endoftext|>", "[SEP]", "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")
+
+
+def end_of_text(specials):
+    """The id of the token that ends documents, for BERT [SEP]; None where there is none. specials: {name: id}."""
+    return next((specials[name] for name in END_OF_TEXT if name in specials), None)
+
+
 def read_meta(data_dir):
     """The content of a data folder's meta.json; {} where there is none, as with other projects' files.
 

@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from checkpoint import CheckpointConfig
 from config import Config, Count, Positive, UserError, run_script
-from data import DataConfig, Split, eval_batches, objective_for, open_data, seq_len_of
+from data import DataConfig, Split, each, eval_batches, objective_for, open_data, seq_len_of
 from interop.pretrained import resolve, start_from
 from launch import refresh_copies, replay
 from model import ModelConfig, Transformer
@@ -143,7 +143,8 @@ def train_step(model, optimizer, scaler, batches, cfg, world, recent=()):
     for i, batch in enumerate(batches, start=1):
         sync_gradients(model, last=i == len(batches))
         forward_backward = functools.partial(micro_step, model, scaler, world, f"{i} of {len(batches)}")
-        loss += replay(model.graphs, "micro-step", forward_backward, n_targets, *batch, undo=clear)
+        recording = {"undo": clear, "may_record": i == 1}  # undone, warming up takes the step's gradients with it
+        loss += replay(model.graphs, "micro-step", forward_backward, n_targets, *batch, **recording)
     with world.phase("optimizer"):
         scaler.unscale_(optimizer)
         norm = get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
@@ -214,7 +215,7 @@ def sums_over(model, batches, world):
     sums, frequencies = torch.zeros(2, dtype=torch.float64), torch.zeros(model.cfg.vocab_size, dtype=torch.int64)
     for batch in batches:
         with world.phase("evaluation"), world.autocast():
-            loss_and_correct = model(*(part.to(world.device) for part in batch), count_correct=True)
+            loss_and_correct = model(*each(batch, lambda part: part.to(world.device)), count_correct=True)
         sums += torch.stack(loss_and_correct).cpu()
         frequencies += torch.bincount(batch[1][batch[1] != IGNORE], minlength=len(frequencies))
     return *world.sum_over_data(sums).tolist(), world.sum_over_data(frequencies)

@@ -139,7 +139,8 @@ ROPE_KINDS = {"rope_parameters": (ROPE_ENTRIES, None), "rope_scaling": (ROPE_ENT
     key: ROPE_ENTRIES[key] for key in ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
 }
 
-CLASSIC = {"norm": "layernorm", "position": "learned", "qk_norm": False}
+ALL_SEEN = {"window": None, "global_every": None}
+CLASSIC = {"norm": "layernorm", "position": "learned", "qk_norm": False} | ALL_SEEN
 MODERN = {"objective": "clm", "norm": "rmsnorm", "norm_position": "pre", "position": "rope", "n_token_types": None}
 GELUS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 LLAMA3_FACTORS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -181,17 +182,20 @@ LLAMA = Family(
     keys=COMMON_KEYS | {"num_key_value_heads": "n_kv_head", "head_dim": "head_dim", "rms_norm_eps": "norm_eps"},
     defaults={"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
               "hidden_act": "silu"},
-    activations={"silu": "swiglu"}, fixed=MODERN | {"qk_norm": False}, filled={}, needs=CAUSAL | FULL,
+    activations={"silu": "swiglu"}, fixed=MODERN | {"qk_norm": False} | ALL_SEEN, filled={}, needs=CAUSAL | FULL,
     dropouts=("attention_dropout",), biases=("attention_bias", "mlp_bias"), ignored=r"\.rotary_emb\.inv_freq$",
 )  # fmt: skip
 MISTRAL = replace(
-    LLAMA, name="Mistral", model_type="mistral", architecture="MistralForCausalLM", needs=CAUSAL,
-    defaults=LLAMA.defaults | {"num_key_value_heads": 8}, more=("sliding_window", "use_sliding_window"),
+    LLAMA, name="Mistral", model_type="mistral", architecture="MistralForCausalLM",
+    keys=LLAMA.keys | {"sliding_window": "window"},
+    defaults=LLAMA.defaults | {"num_key_value_heads": 8, "sliding_window": 4096}, more=("use_sliding_window",),
+    fixed=MODERN | {"qk_norm": False, "bias": False, "global_every": None}, biases=(),
+    needs=CAUSAL | {"attention_bias": False, "mlp_bias": False},
 )  # fmt: skip
 QWEN3 = replace(
     LLAMA, name="Qwen3", model_type="qwen3", architecture="Qwen3ForCausalLM",
     defaults=LLAMA.defaults | {"head_dim": 128, "num_key_value_heads": 32},
-    fixed=MODERN | {"qk_norm": True, "bias": False}, biases=("attention_bias",),
+    fixed=MODERN | {"qk_norm": True, "bias": False} | ALL_SEEN, biases=("attention_bias",),
     needs=CAUSAL | {"attention_bias": False},
     more=("sliding_window", "use_sliding_window", "layer_types", "max_window_layers"),
 )  # fmt: skip
@@ -208,7 +212,7 @@ def family_of(cfg):
     elif cfg.position == "learned":
         family = GPT2
     else:
-        family = QWEN3 if cfg.qk_norm else LLAMA
+        family = QWEN3 if cfg.qk_norm else MISTRAL if cfg.window else LLAMA
     ours, theirs = resolved(cfg), family.fixed
     if cfg.position == "learned":
         theirs = theirs | {"n_kv_head": cfg.n_head, "head_dim": cfg.n_embd / cfg.n_head}
@@ -275,10 +279,10 @@ def model_config(config):
     settings = family.filled | settings | {name: own[name] for name in family.filled if name in own}
     longest = settings["block_size"]
     if family.fixed["position"] == "rope":
-        longest = _sliding_window(config)
+        longest = None if "window" in settings else _sliding_window(config)
         settings["block_size"] = min(n for n in (settings["block_size"], longest, own.get("block_size")) if n)
         rope, unsupported_rope = _rope_settings(config)
-        settings |= rope | {"bias": config.get(family.biases[0], False)}
+        settings |= rope | {"bias": any(config.get(key, False) for key in family.biases)}
         unsupported += unsupported_rope
     if unsupported:
         raise UserError(f"it has {', '.join(unsupported)}, which our models do not compute; use another model")
@@ -321,12 +325,12 @@ def _unsupported(family, config):
 
 
 def _sliding_window(config):
-    """Tokens in the sliding window of some layer; None where no layer has one."""
+    """Tokens in the sliding window of some layer of Qwen3's, whose choice of layers ours lack; None: no window."""
     layers = config.get("layer_types") or ["sliding_attention"]
     if odd := {*layers} - {"sliding_attention", "full_attention"}:
         raise UserError(f"it has layers of other types, {', '.join(sorted(odd))}")
     is_used = config.get("use_sliding_window") and "sliding_attention" in layers
-    window = config.get("sliding_window", 4096) if is_used or config["model_type"] == "mistral" else None
+    window = config.get("sliding_window", 4096) if is_used else None
     if window is not None and window <= 0:
         raise UserError(f"it has sliding_window {window!r}, where there must be a whole number above 0")
     return window

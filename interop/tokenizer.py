@@ -7,7 +7,8 @@ from operator import itemgetter
 from pathlib import Path
 
 from config import UserError
-from text.tokenizer import END_OF_TEXT, HARD_TEXTS, ByteTokenizer, TiktokenTokenizer, byte_of_character
+from shards import END_OF_TEXT
+from text.tokenizer import HARD_TEXTS, ByteTokenizer, TiktokenTokenizer, byte_of_character
 
 # {role: names that tokenizers have for the special token of that role}; the first that a tokenizer has counts.
 ROLES = {

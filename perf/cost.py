@@ -44,6 +44,7 @@ class Setup:
     cuda_graphs: bool = False  # allowed: one compiled process on CUDA captures its steps
     on_cpu: bool = False
     head_share: float = 1.0  # share of tokens that go through the head
+    document_mask: bool = False
     host_speed: float = 1.0  # relative to the host that LAUNCH_S describes
     weight_bytes: float = 4  # bytes per parameter; this and the following differ in other projects
     gradient_bytes: float = 4
@@ -83,6 +84,13 @@ class Setup:
         """Whether attention runs as plain matmuls instead of torch's kernel."""
         return self.on_cpu and self.precision == "bf16" and self.seq_len <= BY_MATMULS
 
+    def masks(self, cfg):
+        """The windows of a model's layers whose attention takes a mask, so that it computes what the mask hides."""
+        if not self.on_cpu and self.precision != "fp32" and not cfg.dropout:
+            return []  # a kernel that computes what is seen alone
+        windows = map(cfg.window_of, range(cfg.n_layer))
+        return [w for w in windows if self.document_mask or (w is not None and w < self.seq_len)]
+
     @property
     def stream(self):
         """Bytes of a number in the residual stream."""
@@ -104,6 +112,7 @@ def setup_of(cfg, mesh_shape, micro_steps, precision, device_type, **others):
         cuda_graphs=p.cuda_graphs is not False,
         on_cpu=device_type == "cpu",
         head_share=OBJECTIVES[cfg.model.objective].head_share(cfg.objective, cfg.data.seq_len),
+        document_mask=cfg.objective.document_mask,
         **others,
     )  # fmt: skip
 
@@ -146,12 +155,20 @@ def flops_per_token(cfg, seq_len, head_share=1.0, causal=False):
     """FLOPs of forward and backward per token: 6 per weight in a matmul, plus attention's.
 
     PaLM's convention (arXiv 2204.02311, appendix B) counts the whole seq_len x seq_len attention; causal counts the
-    half that a causal model needs. head_share: share of tokens that go through the head, the masked ones of a masked
-    model. Activation checkpointing never adds to the count.
+    half that a causal model needs; both leave out what windows hide, but nothing that document masks do. head_share:
+    share of tokens that go through the head, the masked ones of a masked model. Activation checkpointing never adds to
+    the count.
     """
     head = cfg.vocab_size * cfg.n_embd + (cfg.n_embd**2 if not cfg.is_causal else 0)
-    attention = (6 if causal and cfg.is_causal else 12) * cfg.n_layer * cfg.n_head * cfg.head_width * seq_len
+    keys = sum(keys_seen(cfg, layer, seq_len) for layer in range(cfg.n_layer))
+    attention = (6 if causal and cfg.is_causal else 12) * cfg.n_head * cfg.head_width * keys
     return round(6 * (cfg.n_layer * block_weights(cfg) + head_share * head) + attention)
+
+
+def keys_seen(cfg, layer, seq_len):
+    """Keys that a query sees in a layer, on average over a sequence and in both directions: half are before it."""
+    window = min(cfg.window_of(layer) or seq_len, seq_len)
+    return 2 * window - window**2 / max(1, seq_len)
 
 
 # ---- what ranks send each other
@@ -262,13 +279,16 @@ def work(cfg, s):
     repeat_matmuls, repeat_attention, repeat_rest = REPEATED[s.checkpointing]
     tokens = s.tokens / s.tp
     # Fused attention is 2 matmuls forward and, as it keeps no scores, 5 backward; causal, it needs half of each.
-    attention = 2 * tokens * cfg.n_layer * q * s.seq_len * (7 + 2 * repeat_attention)
+    masked, layers = s.masks(cfg), range(cfg.n_layer)
+    half = 0.5 if cfg.is_causal else 1
+    keys = [s.seq_len if cfg.window_of(n) in masked else half * keys_seen(cfg, n, s.seq_len) for n in layers]
+    keys = cfg.n_layer * s.seq_len if s.attends_by_matmuls else sum(keys)
     # Bytes read and written: norms 2 * 5 d, residual sums 2 * 6 d, half of both in the residual stream's precision; the
     # activation function, inputs and outputs of attention. The matmuls' own traffic is in their rate.
     elementwise = 11 * d * (2 + s.stream) + 2 * ((13 if cfg.is_gated else 5) * f + 8 * (q + kv))
     return Work(
         matmuls=2 * tokens * cfg.n_layer * block_weights(cfg) * (3 + repeat_matmuls),
-        attention=attention * (0.5 if cfg.is_causal and not s.attends_by_matmuls else 1),
+        attention=2 * tokens * q * keys * (7 + 2 * repeat_attention),
         elementwise_bytes=tokens * cfg.n_layer * elementwise * (1 + repeat_rest / 3),  # forward is a third of it
         head=6 * tokens * s.head_share * cfg.n_embd * (cfg.vocab_size + (cfg.n_embd if not cfg.is_causal else 0)),
         # Eager cross-entropy is mostly in float32; compiled, it reads bf16 logits three times and writes gradients.

@@ -45,6 +45,8 @@ def memory(cfg, s):
     masks = (s.stream if s.on_cpu else 1) * d if cfg.dropout else 0
     outside = s.stream * d + 8 + masks  # the first or last norm, and dropout after the embedding
     activations = s.tokens * (cfg.n_layer * block_activation_bytes(cfg, s, s.checkpointing) + outside)
+    mask = s.width * s.seq_len * (s.tokens if s.document_mask else s.seq_len)
+    activations += mask * len({*s.masks(cfg)})  # one for all layers with the same window
     recomputed = 0 if s.checkpointing == "none" else s.tokens * block_activation_bytes(cfg, s)
     head, head_left = head_bytes(cfg, s)
     # Gradients that flow through a block: two of the residual stream, two of the MLP's width.

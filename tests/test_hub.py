@@ -204,11 +204,17 @@ def test_a_longer_context_is_refused_for_learned_positions_and_taken_by_rope(fol
     assert starting(folders["llama"][1], block_size=99).block_size == 99
 
 
-def test_a_sliding_window_bounds_the_context(copy):
-    folder = copy("mistral", sliding_window=9)
+def test_qwen3s_sliding_window_bounds_the_context(copy):
+    changes = {"sliding_window": 9, "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"] * 2}
+    folder = copy("qwen3", **changes)
     assert starting(folder).block_size == 9
     with pytest.raises(UserError, match="block_size is 10, but .* holds at most 9 tokens"):
         starting(folder, block_size=10)
+
+
+def test_mistrals_sliding_window_is_ours_and_bounds_no_context(copy):
+    cfg = starting(copy("mistral", sliding_window=9), block_size=99)
+    assert (cfg.window, cfg.global_every, cfg.block_size) == (9, None, 99)
 
 
 def without(folder, *keys):
@@ -217,12 +223,13 @@ def without(folder, *keys):
     return folder
 
 
-@pytest.mark.parametrize("changes, longest", [
+@pytest.mark.parametrize("changes, window", [
     ({}, 4096), ({"use_sliding_window": False, "sliding_window": 9}, 9), ({"sliding_window": None}, None),
 ])  # fmt: skip
-def test_mistral_has_a_sliding_window_unless_it_says_none(changes, longest, copy):
+def test_mistral_has_a_sliding_window_unless_it_says_none(changes, window, copy):
     folder = without(copy("mistral", **changes), *([] if changes else ["sliding_window"]))
-    assert read_config(folder)[2] == longest
+    _, cfg, longest = read_config(folder)
+    assert (cfg.window, longest) == (window, None)
 
 
 @pytest.mark.parametrize("changes, longest", [
@@ -247,10 +254,12 @@ def test_what_a_config_leaves_out_is_as_in_transformers(kind, name):
     assert left_open <= {"n_inner", "head_dim", "num_key_value_heads"}, "which follow from others"
 
 
-def test_within_its_sliding_window_a_model_is_transformers(tmp_path):
-    theirs, folder = saved("mistral", tmp_path, sliding_window=7)
+@pytest.mark.parametrize("window", [1, 2, 7, T - 1, T, None])
+def test_beyond_its_sliding_window_a_mistral_is_transformers(window, tmp_path):
+    theirs, folder = saved("mistral", tmp_path, sliding_window=window)
+    ids = torch.randint(V, (3, T), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        torch.testing.assert_close(ours(folder)(IDS), logits_of(theirs, IDS), rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours(folder)(ids), logits_of(theirs, ids), rtol=0, atol=1e-4)
 
 
 def test_what_the_user_has_set_must_be_as_it_is_there(folders):

@@ -134,11 +134,12 @@ RUNS = {
     "modern": ["--norm=rmsnorm", "--mlp=swiglu", "--position=rope", "--n_kv_head=2", "--qk_norm", "--bias=false"],
     "masked": ["--objective=mlm", "--norm_position=post", "--dropout=0.1"], "untied": ["--tie_embeddings=false"],
     "muon": ["--optimizer=muon"], "sgd": ["--optimizer=sgd"], "adafactor": ["--optimizer=adafactor"],
+    "documents": ["--document_mask=true", "--window=40", "--global_every=2", "--precision=fp32"],
     "few tokens": ["--micro_batch_size=1", "--batch_tokens=128"],
 }  # fmt: skip
 
 
-OFTEN = ("2 micro-steps", "full", "modern", "masked")
+OFTEN = ("2 micro-steps", "full", "modern", "masked", "documents")
 
 
 @pytest.mark.parametrize("run", [pytest.param(r, marks=[] if r in OFTEN else pytest.mark.slow) for r in RUNS])

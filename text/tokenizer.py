@@ -16,11 +16,10 @@ import numpy as np
 import foreign
 from config import UserError
 from foreign import telling
+from shards import end_of_text
 
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|mask|>", "<|cls|>", "<|sep|>")  # the last ids of byte and bpe
 BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-# Names of the token that ends a document; where a tokenizer has several, the first one counts.
-END_OF_TEXT = ("<|endoftext|>", "[SEP]", "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")
 SMALLEST_BPE = 256 + len(SPECIALS)  # vocabulary size of a bpe without merges
 
 # Texts on which tokenizers differ
@@ -65,8 +64,7 @@ class Tokenizer:
         self.name, self.specials = name, specials
         self._bytes = {id_: special.encode() for special, id_ in specials.items()} | texts
         self.vocab_size = 1 + max(self._bytes)
-        # id of the end-of-text token, for BERT [SEP]; None where there is none
-        self.eot = next((specials[name] for name in END_OF_TEXT if name in specials), None)
+        self.eot = end_of_text(specials)
         self.stops = {self.eot} - {None}  # ids that end a generated text
 
     def decode(self, ids):
