@@ -450,7 +450,7 @@ def test_evaluation_is_the_mean_over_documents_one_by_one(data):
     cfg = settings(data, "out", document_mask="true")
     split, made = Split(data, "val", V), objective_for(replace(cfg, data=replace(cfg.data, seq_len=7)), 0)
     model, world = random_model(replace(GPT, window=3)), World(0, 1, torch.device("cpu"), "fp32")
-    figures = evaluate(model, split, made, replace(cfg.data, seq_len=7, eval_tokens=140, micro_batch_size=3), world)
+    figures = evaluate(model, [split], made, replace(cfg.data, seq_len=7, eval_tokens=140, micro_batch_size=3), world)
     losses, end = [], SPECIALS["<|endoftext|>"]
     tokens = split.shards[0][:141].astype(np.int64)
     for start in range(0, 140, 7):
