@@ -93,7 +93,8 @@ def draw_cleaning(figure, rows):
     steps_axes.set(title=f"documents dropped, of {rows[0]['documents']:,}", xlabel="documents")
     steps_axes.margins(x=0.25)
     for row, label in ((rows[0], "before"), (rows[-1], "after")):
-        bits = sorted((int(bits), n) for bits, n in row["lengths"].items())
-        length_axes.plot([2 ** (b - 0.5) for b, _ in bits], [n for _, n in bits], marker="o", label=label)
+        numbers = {int(bits): n for bits, n in row["lengths"].items()}
+        bits = range(min(numbers, default=1) - 1, max(numbers, default=1) + 2)
+        length_axes.plot([2 ** (b - 0.5) for b in bits], [numbers.get(b, 0) for b in bits], marker="o", label=label)
     length_axes.set(xscale="log", title="length of documents", xlabel="bytes", ylabel="documents, by powers of 2")
     length_axes.legend()

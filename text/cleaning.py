@@ -49,16 +49,15 @@ def folder_of(where):
 class Input:
     """Reads a task's share of the input. skipped: {reason: how many were left out}, once all is read."""
 
-    def __init__(self, cfg, listing):
-        """listing: the path of a JSON file, whose "files" are the input's paths."""
-        self.cfg, self.listing, self.skipped = cfg, listing, {}
+    def __init__(self, cfg, work):
+        """work: a folder with started.json, whose "files" are the input's paths."""
+        self.cfg, self.work, self.skipped = cfg, work, {}
 
     def __call__(self, _, rank, world_size):
         from datatrove.data import Document
 
         end_with_parent(os.getpid())
-        with folder_of(os.path.dirname(self.listing)).open(os.path.basename(self.listing)) as file:
-            paths = [Path(path) for path in json.load(file)["files"]]
+        paths = [Path(path) for path in json.loads(folder_of(self.work).cat_file("started.json"))["files"]]
         # Tasks that outnumber the files share each file's documents in turn.
         mine = paths[rank::world_size] or [paths[rank % len(paths)]]
         share, n_shares = rank // len(paths), len(range(rank % len(paths), world_size, len(paths)))
@@ -269,8 +268,8 @@ class LanguageModel:
         if self.path is None:
             from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-            self.model = LanguageIdentifier.from_pickled_model(MODEL_FILE, norm_probs=True)
-            labels = list(self.model.nb_classes)
+            self.model = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+            labels = self.model.labels
         else:
             from fasttext.FastText import _FastText
 
