@@ -12,6 +12,7 @@ the work; docs/data.md describes the steps.
 import collections
 import contextlib
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -244,16 +245,16 @@ def check_installed(cfg):
     """UserError where the input is not named, a package is missing, or the language has no word splitter."""
     if cfg.input is None:
         raise UserError("input is not set; give --input=FILE, a folder, a glob in quotes or a URL")
+    packages = ("datatrove", "ftfy", "lxml_html_clean", "py3langid", "spacy", "trafilatura", "warcio")
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise UserError(f"clean.py needs {', '.join(missing)}; install all that it uses with: pip install '.[clean]'")
     os.environ.setdefault("TQDM_DISABLE", "1")  # datatrove's own bars
-    try:
-        import ftfy, lxml_html_clean, py3langid, spacy, trafilatura  # noqa: E401, F401, I001
-        from datatrove.utils.logging import logger
-        from datatrove.utils.word_tokenizers import load_word_tokenizer
-    except ImportError as error:
-        raise UserError(f"clean.py needs {error.name}; install all it uses with: pip install '.[clean]'") from error
+    from datatrove.utils.logging import logger
+    from datatrove.utils.word_tokenizers import load_word_tokenizer
+
     logger.disable("datatrove")
     try:
-        load_word_tokenizer(cfg.language).word_tokenize("a")
+        load_word_tokenizer(cfg.language)
     except (ValueError, ImportError) as error:
         raise UserError(f"language {cfg.language} has no word splitter here ({error}); name another") from error
 
@@ -320,6 +321,7 @@ def run(cfg, stages, work):
             executors[-1].run()  # submits what it depends on, too
             print(f"{left} tasks are submitted to Slurm; when its jobs have ended, the same command writes the report")
         return not left
+    cleaning.end_with_parent()
     with tqdm(total=sum(n for *_, n in stages), unit="task", disable=not sys.stderr.isatty()) as bar:
         for (name, _, n), executor in zip(stages, executors):
             bar.set_description(name)

@@ -4,7 +4,6 @@ import importlib.util
 import itertools
 
 from config import UserError
-from perf.memory import CATEGORIES
 
 
 def write_picture(path, size, draw, *args):
@@ -61,6 +60,8 @@ def draw_memory(figure, changes, device):
 
 def draw_plan(figure, rows):
     """Draws memory per GPU by category, and days, against the number of GPUs."""
+    from perf.memory import CATEGORIES  # slow to import
+
     memory_axes, time_axes = figure.subplots(1, 2)
     same = [same for same, _ in rows if same]
     bottom, labels = [0.0] * len(same), [f"{row['n_gpus']:,}" for row in same]

@@ -10,7 +10,6 @@ import hashlib
 import heapq
 import importlib
 import json
-import multiprocessing.connection
 import os
 import re
 import threading
@@ -56,7 +55,6 @@ class Input:
     def __call__(self, _, rank, world_size):
         from datatrove.data import Document
 
-        end_with_parent(os.getpid())
         paths = [Path(path) for path in json.loads(folder_of(self.work).cat_file("started.json"))["files"]]
         # Tasks that outnumber the files share each file's documents in turn.
         mine = paths[rank::world_size] or [paths[rank % len(paths)]]
@@ -76,32 +74,33 @@ class Input:
 
 def _texts(corpus, path, kind):
     """Yields (text, {}) for each document of a file."""
-    try:
-        for pieces in corpus.documents_of(path):
-            data, limit = pieces if isinstance(pieces, bytes) else b"".join(pieces), corpus.cfg.max_document_bytes
-            if data.strip() and len(data) <= limit:
-                yield data.decode("utf-8", errors="replace"), {}
-            else:
-                corpus.skipped[f"documents of more than {limit:,} bytes" if data.strip() else "empty documents"] += 1
-    except UserError:
-        if kind not in HTML:
-            raise
-        from trafilatura.utils import decode_file  # a page names its encoding
+    if kind in HTML:
+        from trafilatura.utils import decode_file  # by the encoding that a page names, or looks like
 
-        yield decode_file(path.read_bytes()), {}
+        with corpus.counting_damage(path):
+            yield decode_file(path.read_bytes()), {}
+        return
+    limit = corpus.cfg.max_document_bytes
+    for pieces in corpus.documents_of(path):
+        data = pieces if isinstance(pieces, bytes) else b"".join(pieces)
+        if data.strip() and len(data) <= limit:
+            yield data.decode("utf-8", errors="replace"), {}
+        else:
+            corpus.skipped[f"documents of more than {limit:,} bytes" if data.strip() else "empty documents"] += 1
 
 
 def _web_texts(corpus, path, _):
     """Yields (text, {url, date}) for each page of a WARC or WET file."""
     from warcio.exceptions import ArchiveLoadFailed
 
-    try:
-        for document in make("readers.WarcReader", str(path.parent)).read_file(path.name):
-            yield document.text, {name: document.metadata[name] for name in ("url", "date")}
-    except ImportError as error:
-        raise UserError(f"{shown(path)} cannot be read: {error}; install libmagic, no Python package") from error
-    except (ArchiveLoadFailed, EOFError, OSError) as error:
-        corpus.skipped[f"files cut short, damaged or unreadable: {shown(path)} ({error})"] = 1
+    with corpus.counting_damage(path):
+        try:
+            for document in make("readers.WarcReader", str(path.parent)).read_file(path.name):
+                yield document.text, {name: document.metadata[name] for name in ("url", "date")}
+        except ImportError as error:
+            raise UserError(f"{shown(path)} cannot be read: {error}; install libmagic, no Python package") from error
+        except ArchiveLoadFailed as error:
+            raise EOFError(str(error)) from error
 
 
 class Stored:
@@ -111,25 +110,22 @@ class Stored:
         self.folder = folder
 
     def __call__(self, _, rank, world_size):
-        end_with_parent(os.getpid())
         reader, name = make("readers.JsonlReader", self.folder, add_file_path=False), f"{rank:05d}.jsonl.gz"
         if reader.data_folder.isfile(name):  # a task without documents writes no file
             yield from reader.read_files_shard([name])
 
 
 @functools.cache
-def end_with_parent(pid):
-    """Ends this process, pid, when its parent is killed: two of a kind would write the same files after a restart."""
-    import multiprocess  # datatrove's
-
-    parents = [parent for parent in (multiprocess.parent_process(), multiprocessing.parent_process()) if parent]
+def end_with_parent():
+    """From now on, processes that this one forks, and theirs, end when it is killed: no orphan writes after a restart."""
+    read, write = os.pipe()
 
     def watch():
-        multiprocessing.connection.wait([parent.sentinel for parent in parents])
-        os._exit(1)
+        with contextlib.suppress(OSError):  # a child of a child has it closed already
+            os.close(write)
+        threading.Thread(target=lambda: os._exit(len(os.read(read, 1)) + 1), daemon=True).start()
 
-    if parents:
-        threading.Thread(target=watch, daemon=True).start()
+    os.register_at_fork(after_in_child=watch)
 
 
 # ---- counting
@@ -207,7 +203,6 @@ def html_to_text():
 
 
 def _extract(extract, text):
-    end_with_parent(os.getpid())  # datatrove extracts in a process of its own
     return extract(text) if MARKUP.match(text) else text
 
 

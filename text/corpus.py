@@ -137,7 +137,7 @@ class Corpus:
 
     def documents_of(self, path):
         """Yields a file's documents as bytes, or as FilePieces where it is one document; counts in skipped the rest."""
-        with self._counting_damage(path):
+        with self.counting_damage(path):
             for text in self._read(path):
                 if text is None:
                     self.skipped[f"documents of more than {self.cfg.max_document_bytes:,} bytes"] += 1
@@ -147,7 +147,8 @@ class Corpus:
                     yield text
 
     @contextlib.contextmanager
-    def _counting_damage(self, path):
+    def counting_damage(self, path):
+        """Counts a file that turns out to be cut short, damaged or unreadable, in place of an error."""
         try:
             yield
         except (EOFError, OSError) as error:
@@ -171,7 +172,7 @@ class Corpus:
         return _split_file(self._blocks(file), separator, self.cfg.max_document_bytes)
 
     def _blocks(self, file):
-        with self._counting_damage(file.path):
+        with self.counting_damage(file.path):
             yield from file.blocks()
 
     def _json_texts(self, path, lines):
