@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import bench
+import clean
 import config
 import convert
 import data
@@ -21,7 +22,8 @@ from conftest import ROOT
 from model import Transformer
 
 SCRIPTS = {
-    "train": train, "prepare": prepare, "sample": sample, "bench": bench, "plan": plan, "convert": convert
+    "train": train, "prepare": prepare, "sample": sample, "bench": bench, "plan": plan, "convert": convert,
+    "clean": clean,
 }  # fmt: skip
 PRESETS = sorted(f"config/{path.name}" for path in (ROOT / "config").glob("[!_]*.py"))
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from config import UserError
 from text.corpus import Corpus
-from text.files import JSON_LINES, TEXTS, ending_of, shown
+from text.files import JSON_LINES, TEXTS, TextFile, ending_of, shown
 
 HTML, WEB = (".html", ".htm", ".xhtml"), (".warc", ".wet")
 ENDINGS = (*TEXTS, *JSON_LINES, ".parquet", *HTML, *WEB)  # of files that a folder is searched for
@@ -95,12 +95,13 @@ def _web_texts(corpus, path, _):
 
     with corpus.counting_damage(path):
         try:
-            for document in make("readers.WarcReader", str(path.parent)).read_file(path.name):
+            for document in make("readers.WarcReader", str(path.parent), compression=None).read_file(path.name):
                 yield document.text, {name: document.metadata[name] for name in ("url", "date")}
         except ImportError as error:
             raise UserError(f"{shown(path)} cannot be read: {error}; install libmagic, no Python package") from error
         except ArchiveLoadFailed as error:
             raise EOFError(str(error)) from error
+        collections.deque(TextFile(path).chunks(1 << 20), maxlen=0)  # warcio would not tell of a cut
 
 
 class Stored:

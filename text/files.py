@@ -203,7 +203,7 @@ class TextFile:
         self.packing = next((packing for packing, magic in PACKED.items() if head.startswith(magic)), None)
         self.is_parquet = ending == ".parquet" or head.startswith(b"PAR1")
         self.content = head if len(head) < HEAD_BYTES and not self.packing else None  # a small file is opened once
-        head = next(self._chunks(HEAD_BYTES), b"") if self.packing else head
+        head = next(self.chunks(HEAD_BYTES), b"") if self.packing else head
         self.mark = next((mark for mark in MARKS if head.startswith(mark)), b"")
         self.encoding = MARKS.get(self.mark) or encoding or "utf-8"
         self.is_empty = not self.is_parquet and head == self.mark
@@ -214,7 +214,7 @@ class TextFile:
 
     def blocks(self):
         """Yields the text as UTF-8 bytes, a character never cut; UserError where over 1 % is invalid."""
-        tally, chunks = Tally(), self._chunks(PIECE_BYTES, len(self.mark))
+        tally, chunks = Tally(), self.chunks(PIECE_BYTES, len(self.mark))
         decode = _utf8_blocks if codecs.lookup(self.encoding).name == "utf-8" else _decoded_blocks
         for chunk, block, n_bad in decode(chunks, self.encoding):
             tally.add(chunk, n_bad)
@@ -224,8 +224,8 @@ class TextFile:
             yield block
         tally.check(shown(self.path), self.encoding, slack=32)
 
-    def _chunks(self, size, skip=0):
-        """The file's bytes, decompressed, in chunks of at least size; the first skip bytes are left out."""
+    def chunks(self, size, skip=0):
+        """Yields the file's bytes, decompressed, in chunks of at least size, without the first skip; EOFError if damaged."""
         with io.BytesIO(self.content) if self.content is not None else open(self.path, "rb") as file:
             read = iter(lambda: file.read(size), b"") if self.packing is None else _unpacked(file, self.packing, size)
             for chunk in read:
