@@ -30,17 +30,13 @@ from text.files import ending_of, find_files, is_url, public
 
 FINDERS = 16  # most tasks that look for exact duplicates, each among a part of the hashes
 TASK_BYTES = 64 << 20  # input of a task, about
+SPLIT = {"gopher", "gopher_repetition", "c4", "fineweb", "near", "decontaminate"}  # steps that split words
 OF_THE_MACHINES = ("workers", "executor", "slurm_partition", "slurm_time", "memory_gib", "clean_dir")  # not of the text
 
 
 @dataclass(frozen=True)
 class CleanConfig(CorpusConfig):
-    steps: tuple = (
-        "html",
-        "fix",
-        "exact",
-        "near",
-    )  # steps in order, as in --steps=fix,exact; docs/data.md has them all
+    steps: tuple = ("html", "fix", "exact", "near")  # in order, as in --steps=fix,exact; docs/data.md describes all
     clean_dir: str = "data/clean"  # folder of the clean text, local or as in s3://bucket/folder
     language: str = "en"  # ISO 639-1 code of the language to keep, which also decides how words and sentences are split
     language_threshold: Share = 0.65  # language: its least probability
@@ -60,7 +56,7 @@ class CleanConfig(CorpusConfig):
     near_words: Count = 5  # near: successive words that are compared
     perplexity_run: str | None = None  # perplexity: folder of a run, or of a Hugging Face model, that reads the text
     perplexity_keep: UpToOne = 0.7  # perplexity: share of documents to keep, the likeliest ones
-    tasks: Count | None = None  # parts of the work; none: one per 64 MiB of input and, up to 16, one per file
+    tasks: Count | None = None  # parts of the work; none: one per 64 MiB of input, and up to 4 for as many files
     executor: Literal["local", "slurm", "ray"] = "local"  # where tasks run
     slurm_partition: str | None = None  # Slurm's partition
     slurm_time: str = "24:00:00"  # Slurm's time limit of a task
@@ -126,13 +122,15 @@ def lines(cfg, at, n):
     hashes = make("dedup.SentenceDedupSignature", f"{at}/hashes", n, config, cfg.language)
     hashes.get_hashes = functools.partial(cleaning.hashes_of_lines, hashes.hash_fc, cfg.min_line_words)
     find = [make("dedup.SentenceFindDedups", f"{at}/hashes", f"{at}/found", config=config)]
-    drop = [make("dedup.SentenceDedupFilter", f"{at}/found", config, language=cfg.language)]
-    return Across([], [hashes], [(find, n)], drop)
+    drop = make("dedup.SentenceDedupFilter", f"{at}/found", config, language=cfg.language)
+    hashes.tokenizer = drop.tokenizer = cleaning.Splitter(cfg.language)
+    return Across([], [hashes], [(find, n)], [drop])
 
 
 def near(cfg, at, n):
     config = make("dedup.MinhashConfig", cfg.near_words, cfg.near_bands, cfg.near_rows)
     hashes = make("dedup.MinhashDedupSignature", f"{at}/hashes", config, cfg.language)
+    hashes.word_tokenizer = cleaning.Splitter(cfg.language)
     pairs = [make("dedup.MinhashDedupBuckets", f"{at}/hashes", f"{at}/pairs", config=config)]
     clusters = [make("dedup.MinhashDedupCluster", f"{at}/pairs", f"{at}/found", config)]
     find = [(pairs, cfg.near_bands), (clusters, 1)]
@@ -151,7 +149,9 @@ def perplexity(cfg, at, n):
 
 def decontaminate(cfg, at, n):
     config = make("decont.NGramsDecontConfig", cfg.eval_words)
-    return [make("decont.NGramsDecontFilter", f"{at}/index", config, language=cfg.language)]
+    step = make("decont.NGramsDecontFilter", f"{at}/index", config, language=cfg.language)
+    step.tokenizer = cleaning.Splitter(cfg.language)
+    return [step]
 
 
 STEPS = {
@@ -223,7 +223,7 @@ def main(cfg):
     corpus = Corpus(cfg, None, find_files(cfg.input, Path(where), cleaning.ENDINGS))
     if "html" not in cfg.steps and any(ending_of(p.name)[0] in (*cleaning.HTML, ".warc") for p in corpus.files):
         raise UserError(f"input {public(cfg.input)} has web pages, and steps lack html; begin --steps= with it")
-    n = cfg.tasks or min(1000, corpus.bytes // TASK_BYTES + min(len(corpus.files), 16))
+    n = cfg.tasks or min(1000, corpus.bytes // TASK_BYTES + min(len(corpus.files), 4))
     started = {"settings": settings_of_text(cfg) | {"tasks": n}, "input": corpus.inventory}
     check_same(started, folder, where)
     if folder.isfile("report.json"):
@@ -254,7 +254,9 @@ def check_installed(cfg):
 
     logger.disable("datatrove")
     try:
-        load_word_tokenizer(cfg.language)
+        splitter = load_word_tokenizer(cfg.language)
+        if not SPLIT.isdisjoint(cfg.steps):
+            splitter.word_tokenize("a")  # loads it, for all processes that are forked
     except (ValueError, ImportError) as error:
         raise UserError(f"language {cfg.language} has no word splitter here ({error}); name another") from error
 

@@ -324,6 +324,7 @@ def test_settings_written_as_a_preset_load_to_the_same_settings(preset, script):
         "bench": ["--json=x.json", "--n_layer=3"],
         "convert": ["--to_hf=x", "--hf_dtype=bfloat16"],
         "plan": ["--json", "--gpu=a100-80", "--gpu_price=0.5"],
+        "clean": ["--steps=fix,near", "--near_bands=20"],
     }[script.__name__]  # fmt: skip
     cfg = load(*argv, script=script)
     again = load(preset(config.as_preset(cfg)), script=script)

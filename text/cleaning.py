@@ -248,46 +248,55 @@ def _words(text):
     return re.findall(r"\w+", text.casefold())
 
 
+@functools.cache  # once per process, not per task
+def load_language_model(path):
+    """(a function of texts that gives {language: probability}, the languages), of a fastText file or of py3langid."""
+    if path is None:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+        model = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+        return (lambda text: dict(model.rank(text))), model.labels
+    from fasttext.FastText import _FastText
+
+    try:
+        model = _FastText(path)
+    except ValueError as error:
+        remedy = "give a fastText model such as lid.176.bin, or none for py3langid's"
+        raise UserError(f"language_model {path} is no fastText model ({error}); {remedy}") from error
+
+    def score(text):
+        labels, scores = model.predict(" ".join(text.split()), k=-1)
+        return {label.removeprefix("__label__"): float(score) for label, score in zip(labels, scores)}
+
+    return score, [label.removeprefix("__label__") for label in model.get_labels()]
+
+
 class LanguageModel:
-    """Scores a language for datatrove's LanguageFilter, by a local fastText file or by py3langid's own model."""
+    """Scores a language for datatrove's LanguageFilter."""
 
     def __init__(self, language, path):
         self.language, self.path = language, path
-        if path and not os.path.isfile(path):
-            remedy = "give a fastText model such as lid.176.bin, or none for py3langid's"
-            raise UserError(f"language_model {path} is no file; {remedy}")
-        self._labels()
-        self.model = None  # each process loads it anew
-
-    def _labels(self):
-        """Loads the model; UserError where it does not know the language."""
-        if self.path is None:
-            from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-            self.model = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-            labels = self.model.labels
-        else:
-            from fasttext.FastText import _FastText
-
-            try:
-                self.model = _FastText(self.path)
-            except ValueError as error:
-                raise UserError(f"language_model {self.path} is no fastText model ({error}); check it") from error
-            labels = [label.removeprefix("__label__") for label in self.model.get_labels()]
-        if self.language not in labels:
-            rule = f"language {self.language} is unknown to {self.path or 'py3langid'}"
+        labels = load_language_model(path)[1]
+        if language not in labels:
+            rule = f"language {language} is unknown to {path or 'py3langid'}"
             raise UserError(f"{rule}; its {len(labels)} are {', '.join(sorted(labels)[:8])} ...")
 
     def predict(self, document):
         """((the likeliest language, its probability), {the wanted language: its probability})."""
-        if self.model is None:
-            self._labels()
-        if self.path is None:
-            scores = {label: float(score) for label, score in self.model.rank(document.text)}
-        else:
-            found = zip(*self.model.predict(" ".join(document.text.split()), k=-1))
-            scores = {label.removeprefix("__label__"): float(score) for label, score in found}
+        scores = load_language_model(self.path)[0](document.text)
         return max(scores.items(), key=lambda pair: pair[1]), {self.language: scores.get(self.language, 0.0)}
+
+
+class Splitter:
+    """Splits words as datatrove's splitter for a language, which a process loads once and not for each task."""
+
+    def __init__(self, language):
+        self.language = language
+
+    def word_tokenize(self, text):
+        from datatrove.utils.word_tokenizers import load_word_tokenizer
+
+        return load_word_tokenizer(self.language).word_tokenize(text)
 
 
 class Perplexity:
