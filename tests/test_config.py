@@ -338,6 +338,7 @@ def test_help_lists_every_setting_with_its_value_and_its_comment(script):
     comments = config.comments(script.Settings)
     for name, (_, field) in config.settings_of(script.Settings).items():
         shown = {"None": "none", "True": "true", "False": "false"}.get(str(field.default), str(field.default))
+        shown = ",".join(field.default) if isinstance(field.default, tuple) else shown
         start = text.index(f"\n    --{name}={shown} ")
         shown = " ".join(text[start:].split("\n    --")[1].split("\n\n")[0].split())
         assert comments[name] in shown, f"{name} lacks its comment"
