@@ -30,7 +30,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from config import Config, Count, Fraction, Range, UserError, as_dict, only, run_script, settings_of
+from config import Count, Fraction, Range, UserError, as_dict, only, run_script, settings_of
 from data import DataConfig, sha256
 from run.folder import lock_file
 from shards import (
@@ -44,7 +44,7 @@ from shards import (
     write_meta,
     writing_to,
 )
-from text.corpus import DATASETS, Corpus
+from text.corpus import DATASETS, Corpus, CorpusConfig
 from text.files import is_url, public, shown
 from text.tokenizer import SMALLEST_BPE, load_tokenizer, train_bpe
 
@@ -56,19 +56,13 @@ BpeSize = Annotated[int, Range(f"at least {SMALLEST_BPE} and at most 2**24", lam
 
 
 @dataclass(frozen=True)
-class PrepareConfig(Config):
+class PrepareConfig(CorpusConfig):
     dataset: Literal[*DATASETS, "fineweb10b"] | None = None  # corpus by name, in place of input
-    input: str | None = None  # files, folder, glob (in quotes) or URL of text; fineweb10b: a local folder of its shards
-    text_field: str = "text"  # text's field in .jsonl objects, its column in .parquet files
-    doc_separator: str | None = None  # text between the documents of a .txt file; none: each file is one document
-    encoding: str | None = None  # encoding of text files without a Unicode mark, such as gb18030; none: UTF-8
-    max_document_bytes: Count = 256_000_000  # largest line or row, or document between separators; more is passed over
     tokenizer: str = "gpt2"  # byte, bpe (trained on the corpus), a tiktoken name, or a tokenizer.json or vocab.txt
     bpe_vocab_size: BpeSize = 4096  # vocabulary size of tokenizer bpe, special tokens included
     val_fraction: Fraction = 0.01  # validation share of the documents, chosen by hash; a single document gives its tail
     shard_tokens: Count = 100_000_000  # tokens per shard file
     max_shards: Count | None = None  # training shards of fineweb10b to download; none: all 103
-    workers: Count | None = None  # processes; none: one per core
 
     def __post_init__(self):
         super().__post_init__()
@@ -78,10 +72,6 @@ class PrepareConfig(Config):
             wrong.append(f"neither input nor dataset is set; give --input=FILE, or --dataset=, one of {names}")
         if self.input is not None and self.dataset not in (None, "fineweb10b"):
             wrong.append(f"input {public(self.input)} and dataset {self.dataset} are both set; give one")
-        if not _is_encoding(self.encoding or "utf-8"):
-            wrong.append(
-                f"encoding {self.encoding} is unknown; name one of Python's, such as utf-16-le, gb18030 or cp1252"
-            )
         if self.dataset == "fineweb10b" and self.tokenizer != "gpt2":
             wrong.append(f"tokenizer is {self.tokenizer}, but dataset fineweb10b is in gpt2 tokens; leave it out")
         if wrong:
@@ -172,14 +162,6 @@ def default_folder(cfg):
         url = urllib.parse.urlsplit(public(where))
         parts = [part for part in (url.hostname, *url.path.split("/")) if part]
     return Path("data", cfg.dataset or (Path(parts[-1]).stem.strip("./") if parts else "") or "text")
-
-
-def _is_encoding(name):
-    try:
-        b"a".decode(name, "replace")  # codecs that are no text's are refused, too
-    except (LookupError, ValueError):
-        return False
-    return True
 
 
 # ---- tokens

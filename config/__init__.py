@@ -234,6 +234,7 @@ def help_text(settings_type, argv, doc):
             last = section
         value = command.values.get(name, field.default)
         shown = str(value).lower() if value is None or isinstance(value, bool) else str(value)
+        shown = ",".join(value) if isinstance(value, tuple) else shown
         choices = _choices(field.type) + ["none"] * (types.NoneType in _kinds(field.type))
         text = f"{texts[name]} [{', '.join(choices)}]" if _choices(field.type) else texts[name]
         head = f"    {f'--{name}={shown}':<31} "
@@ -329,6 +330,8 @@ def _from_text(text, type_):
         return None
     if bool in kinds and word in ("true", "false"):
         return word == "true"
+    if tuple in kinds:
+        return tuple(name.strip() for name in text.split(",") if name.strip())
     for number in (int, float) if int in kinds or float in kinds else ():
         with contextlib.suppress(ValueError):
             return number(text)
@@ -341,6 +344,9 @@ def checked(value, type_):
         if kind in (types.NoneType, bool, str, dict):
             if isinstance(value, kind) and value not in ("", {}):
                 return value
+        elif kind is tuple:
+            if isinstance(value, (tuple, list)) and all(isinstance(name, str) for name in value):
+                return tuple(value)
         elif kind in (int, float):
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if is_number and (kind is float or value == int(value)):
@@ -353,6 +359,7 @@ def checked(value, type_):
 def _described(type_):
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "none"}
     names[dict] = "{...}, in a preset"
+    names[tuple] = "names with commas between them"
     return " or ".join(names.get(kind) or "one of " + ", ".join(typing.get_args(kind)) for kind in _kinds(type_))
 
 
@@ -378,7 +385,8 @@ def comments(settings_type):
     """{name: trailing comment} for every setting of a script."""
     found = {}
     for section in _sections(settings_type):
-        found.update(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(section.type), re.MULTILINE))
+        for class_ in filter(dataclasses.is_dataclass, section.type.__mro__):  # settings that it inherits, too
+            found.update(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(class_), re.MULTILINE))
     bare = settings_of(settings_type).keys() - found.keys()
     assert not bare, f"settings without a trailing comment, their help text: {', '.join(sorted(bare))}"
     return found

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from config import UserError
+from interop.pretrained import load_model, load_tokenizer_of
 from ops import IGNORE
+from world import pick_device
 
 
 class Score(NamedTuple):
@@ -107,6 +109,18 @@ def score_tokens(model, requests):
                 raise UserError("the model's logits are not finite; take an earlier checkpoint, or --precision=fp32")
             scores[i] = Score(-loss, len(requests[i][1]), is_greedy)
     return scores
+
+
+def open_scorer(where):
+    """A function of texts that returns the nats per token of each, under the model of a run or a Hugging Face folder."""
+    model, source = load_model(where, pick_device("auto"))
+    tokenizer = load_tokenizer_of(source)
+
+    def nats_per_token(texts):
+        scores = loglikelihood_rolling(model, tokenizer, texts)
+        return [-score.log_likelihood / score.n_tokens for score in scores]
+
+    return nats_per_token
 
 
 # ---- in and out

@@ -1,10 +1,9 @@
-"""Figures of a benchmark and of a plan as pictures, where matplotlib is installed."""
+"""Figures of a benchmark, a plan and of cleaning as pictures, where matplotlib is installed."""
 
 import importlib.util
 import itertools
 
 from config import UserError
-from perf.memory import CATEGORIES
 
 
 def write_picture(path, size, draw, *args):
@@ -61,6 +60,8 @@ def draw_memory(figure, changes, device):
 
 def draw_plan(figure, rows):
     """Draws memory per GPU by category, and days, against the number of GPUs."""
+    from perf.memory import CATEGORIES  # slow to import
+
     memory_axes, time_axes = figure.subplots(1, 2)
     same = [same for same, _ in rows if same]
     bottom, labels = [0.0] * len(same), [f"{row['n_gpus']:,}" for row in same]
@@ -81,3 +82,20 @@ def draw_plan(figure, rows):
         axis.set_major_formatter("{x:,g}")
     figure.legend(*memory_axes.get_legend_handles_labels(), loc="outside lower left", ncols=7, fontsize=8)
     time_axes.legend(fontsize=8)
+
+
+def draw_cleaning(figure, rows):
+    """Draws clean.py's steps: documents that each dropped, and documents by length before and after."""
+    steps_axes, length_axes = figure.subplots(1, 2)
+    steps = rows[:0:-1]  # from below
+    bars = steps_axes.barh([row["step"] for row in steps], [row["dropped"] for row in steps])
+    total = max(1, rows[0]["documents"])
+    steps_axes.bar_label(bars, [f"{row['dropped']:,} ({row['dropped'] / total:.1%})" for row in steps], padding=3)
+    steps_axes.set(title=f"documents dropped, of {rows[0]['documents']:,}", xlabel="documents")
+    steps_axes.margins(x=0.25)
+    for row, label in ((rows[0], "before"), (rows[-1], "after")):
+        numbers = {int(bits): n for bits, n in row["lengths"].items()}
+        bits = range(min(numbers, default=1) - 1, max(numbers, default=1) + 2)
+        length_axes.plot([2 ** (b - 0.5) for b in bits], [numbers.get(b, 0) for b in bits], marker="o", label=label)
+    length_axes.set(xscale="log", title="length of documents", xlabel="bytes", ylabel="documents, by powers of 2")
+    length_axes.legend()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import bench
+import clean
 import config
 import convert
 import data
@@ -21,7 +22,8 @@ from conftest import ROOT
 from model import Transformer
 
 SCRIPTS = {
-    "train": train, "prepare": prepare, "sample": sample, "bench": bench, "plan": plan, "convert": convert
+    "train": train, "prepare": prepare, "sample": sample, "bench": bench, "plan": plan, "convert": convert,
+    "clean": clean,
 }  # fmt: skip
 PRESETS = sorted(f"config/{path.name}" for path in (ROOT / "config").glob("[!_]*.py"))
 
@@ -322,6 +324,7 @@ def test_settings_written_as_a_preset_load_to_the_same_settings(preset, script):
         "bench": ["--json=x.json", "--n_layer=3"],
         "convert": ["--to_hf=x", "--hf_dtype=bfloat16"],
         "plan": ["--json", "--gpu=a100-80", "--gpu_price=0.5"],
+        "clean": ["--steps=fix,near", "--near_bands=20"],
     }[script.__name__]  # fmt: skip
     cfg = load(*argv, script=script)
     again = load(preset(config.as_preset(cfg)), script=script)
@@ -336,6 +339,7 @@ def test_help_lists_every_setting_with_its_value_and_its_comment(script):
     comments = config.comments(script.Settings)
     for name, (_, field) in config.settings_of(script.Settings).items():
         shown = {"None": "none", "True": "true", "False": "false"}.get(str(field.default), str(field.default))
+        shown = ",".join(field.default) if isinstance(field.default, tuple) else shown
         start = text.index(f"\n    --{name}={shown} ")
         shown = " ".join(text[start:].split("\n    --")[1].split("\n\n")[0].split())
         assert comments[name] in shown, f"{name} lacks its comment"

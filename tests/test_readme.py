@@ -1,5 +1,6 @@
 """Every command of README.md and docs/ runs as it stands there, cut down to seconds by settings put behind it."""
 
+import importlib.util
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pages import page
 from test_harness import write_tasks
 from test_nanogpt import ARGS, checkpoint_of, optimizer_of, parameters
 
@@ -42,6 +44,7 @@ TINY = {
     "bench.py": f"{TINY_STEP} --bench_steps=3 --bench_warmup=1 --picture=false",
     "sample.py": "--max_new_tokens=5 --device=cpu",
     "prepare.py": "--workers=2",
+    "clean.py": "--workers=2",
 }
 
 
@@ -58,6 +61,9 @@ def folder(tmp_path_factory):
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] paris is the capital of france . ##1 ##2 0 1 2 3 4 5 6 7 8 9".split()
     (folder / "vocab.txt").write_text("\n".join(words))
     make_theirs(folder)
+    (folder / "crawl").mkdir()
+    for i in range(20):
+        (folder / "crawl" / f"{i}.html").write_text(page(f"page{i}"))
     (folder / "tasks").mkdir()
     write_tasks(folder / "tasks")
     (folder / "fineweb").mkdir()
@@ -101,7 +107,7 @@ def run(command, folder, extra=""):
         words += ["--max_steps=6", "--device=cpu"]
     elif command != "python bench.py":  # that one measures the machine, not a model
         words += shlex.split(TINY.get(script, "")) + shlex.split(extra)
-    if script not in (None, "prepare.py"):  # torchrun itself is tried in test_guard.py
+    if script not in (None, "prepare.py", "clean.py"):  # torchrun itself is tried in test_guard.py
         at = words.index(str(ROOT / script))
         return run_script(words[at], words[at + 1 :], folder, n_ranks=2 if command.startswith("torchrun") else 1)
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=TIME_LIMIT)
@@ -160,6 +166,8 @@ SHOWN = [
 def test_readme_command_runs(command, folder):
     if needs_gpt2_tokenizer(command) and not Path(os.environ["TIKTOKEN_CACHE_DIR"]).is_dir():
         pytest.skip("the gpt2 tokenizer is not on this machine, and tests fetch nothing")
+    if ("clean.py" in command or "data/web" in command) and importlib.util.find_spec("datatrove") is None:
+        pytest.skip("datatrove is absent: pip install '.[clean]'")
     local = ""  # settings that replace what the command would fetch
     if "prepare.py" in command and "--input" not in command:
         local = "--input=fineweb --max_shards=1" if "gpt2" in command else local

@@ -13,9 +13,10 @@ import os
 import re
 import sysconfig
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError
+from config import Config, Count, UserError
 from text import files
 from text.files import Tally, TextFile, download, ending_of, find_files, shown
 
@@ -34,15 +35,41 @@ def stdlib_files(_):
 DATASETS = {"stdlib": stdlib_files, "shakespeare": lambda folder: [download(SHAKESPEARE, folder / "download")]}
 
 
+@dataclass(frozen=True)
+class CorpusConfig(Config):
+    input: str | None = None  # files, folder, glob (in quotes) or URL of text; fineweb10b: a local folder of its shards
+    text_field: str = "text"  # text's field in .jsonl objects, its column in .parquet files
+    doc_separator: str | None = None  # text between the documents of a .txt file; none: each file is one document
+    encoding: str | None = None  # encoding of text files without a Unicode mark, such as gb18030; none: UTF-8
+    max_document_bytes: Count = 256_000_000  # largest line or row, or document between separators; more is passed over
+    workers: Count | None = None  # processes; none: one per core
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not _is_encoding(self.encoding or "utf-8"):
+            remedy = "name one of Python's, such as utf-16-le, gb18030 or cp1252"
+            raise UserError(f"encoding {self.encoding} is unknown; {remedy}")
+
+
+def _is_encoding(name):
+    try:
+        b"a".decode(name, "replace")  # codecs that are no text's are refused, too
+    except (LookupError, ValueError):
+        return False
+    return True
+
+
 class Corpus:
     """The documents of the input. skipped: {reason: how many were left out} by the last pass.
 
     inventory: the number of files, their bytes, the newest one's time, and a hash of their names and sizes.
     """
 
-    def __init__(self, cfg, folder):
-        self.cfg, self.skipped, self.fields = cfg, collections.Counter(), {}
-        found = (DATASETS[cfg.dataset](folder), {}) if cfg.dataset else find_files(cfg.input, folder)
+    def __init__(self, cfg, folder, found=None):
+        """found: (paths, {what was left out: how many}) in place of the files that dataset or input name."""
+        self.cfg, self.skipped, self.fields, self.total = cfg, collections.Counter(), {}, Tally()
+        if found is None:
+            found = (DATASETS[cfg.dataset](folder), {}) if cfg.dataset else find_files(cfg.input, folder)
         self.files, self.left_out = found
         self.root = Path(os.path.commonpath([path.parent for path in self.files]))
         sizes, newest, names = [], 0, hashlib.sha256()
@@ -108,19 +135,23 @@ class Corpus:
     def _documents(self):
         """Yields (key, iterable of its bytes) for each document that is not empty."""
         for path in self.files:
-            with self._counting_damage(path):
-                for text in self._read(path):
-                    if text is None:
-                        self.skipped[f"documents of more than {self.cfg.max_document_bytes:,} bytes"] += 1
-                    elif not text:
-                        self.skipped["empty documents"] += 1
-                    elif isinstance(text, bytes):
-                        yield text, [text]
-                    else:
-                        yield self._name(path), text
+            for text in self.documents_of(path):
+                yield (text, [text]) if isinstance(text, bytes) else (self._name(path), text)
+
+    def documents_of(self, path):
+        """Yields a file's documents as bytes, or as FilePieces where it is one document; counts in skipped the rest."""
+        with self.counting_damage(path):
+            for text in self._read(path):
+                if text is None:
+                    self.skipped[f"documents of more than {self.cfg.max_document_bytes:,} bytes"] += 1
+                elif not text:
+                    self.skipped["empty documents"] += 1
+                else:
+                    yield text
 
     @contextlib.contextmanager
-    def _counting_damage(self, path):
+    def counting_damage(self, path):
+        """Counts a file that turns out to be cut short, damaged or unreadable, in place of an error."""
         try:
             yield
         except (EOFError, OSError) as error:
@@ -144,7 +175,7 @@ class Corpus:
         return _split_file(self._blocks(file), separator, self.cfg.max_document_bytes)
 
     def _blocks(self, file):
-        with self._counting_damage(file.path):
+        with self.counting_damage(file.path):
             yield from file.blocks()
 
     def _json_texts(self, path, lines):

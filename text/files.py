@@ -57,17 +57,16 @@ def shown(path):
     return os.fsencode(path).decode("utf-8", errors="backslashreplace")
 
 
-def find_files(where, folder):
+def find_files(where, folder, endings=(*TEXTS, *JSON_LINES, ".parquet")):
     """(the files that a path, folder, glob or URL names, sorted; {what a folder holds besides: how many}).
 
-    A URL is fetched below the folder.
+    endings: of the files that a folder is searched for. A URL is fetched below the folder that is given.
     """
     if is_url(where):
         return [download(where, folder / "download")], {}
     if os.path.isdir(where):
-        found, left_out = _files_of_folder(where, folder)
-        endings = ", ".join((*TEXTS, *JSON_LINES, ".parquet"))
-        remedy = f"it must hold {endings}; for other text, give a glob such as --input='{where}/**/*'"
+        found, left_out = _files_of_folder(where, folder, endings)
+        remedy = f"it must hold {', '.join(endings)}; for other text, give a glob such as --input='{where}/**/*'"
     else:
         found, left_out = {Path(p) for p in [where, *glob.glob(where, recursive=True)] if os.path.isfile(p)}, {}
         remedy = "check the path, and put a glob in quotes"
@@ -77,8 +76,8 @@ def find_files(where, folder):
     return sorted(found), left_out
 
 
-def _files_of_folder(where, data_dir):
-    """A folder's files of known endings, without hidden ones and data_dir; linked folders are followed, each once."""
+def _files_of_folder(where, data_dir, endings):
+    """A folder's files of these endings, without hidden ones and data_dir; linked folders are followed, each once."""
     found, left_out, visited = [], collections.Counter(), {os.path.realpath(where), os.path.realpath(data_dir)}
 
     def count_error(_):
@@ -96,7 +95,7 @@ def _files_of_folder(where, data_dir):
             ending, packing = ending_of(name)
             if name.startswith("."):
                 left_out["hidden files"] += 1
-            elif ending not in (*TEXTS, *JSON_LINES, ".parquet"):
+            elif ending not in endings:
                 left_out[f"{ending}{packing} files" if ending or packing else "files without an ending"] += 1
             elif os.path.isfile(path := os.path.join(here, name)):
                 found.append(Path(path))
@@ -204,7 +203,7 @@ class TextFile:
         self.packing = next((packing for packing, magic in PACKED.items() if head.startswith(magic)), None)
         self.is_parquet = ending == ".parquet" or head.startswith(b"PAR1")
         self.content = head if len(head) < HEAD_BYTES and not self.packing else None  # a small file is opened once
-        head = next(self._chunks(HEAD_BYTES), b"") if self.packing else head
+        head = next(self.chunks(HEAD_BYTES), b"") if self.packing else head
         self.mark = next((mark for mark in MARKS if head.startswith(mark)), b"")
         self.encoding = MARKS.get(self.mark) or encoding or "utf-8"
         self.is_empty = not self.is_parquet and head == self.mark
@@ -215,7 +214,7 @@ class TextFile:
 
     def blocks(self):
         """Yields the text as UTF-8 bytes, a character never cut; UserError where over 1 % is invalid."""
-        tally, chunks = Tally(), self._chunks(PIECE_BYTES, len(self.mark))
+        tally, chunks = Tally(), self.chunks(PIECE_BYTES, len(self.mark))
         decode = _utf8_blocks if codecs.lookup(self.encoding).name == "utf-8" else _decoded_blocks
         for chunk, block, n_bad in decode(chunks, self.encoding):
             tally.add(chunk, n_bad)
@@ -225,8 +224,8 @@ class TextFile:
             yield block
         tally.check(shown(self.path), self.encoding, slack=32)
 
-    def _chunks(self, size, skip=0):
-        """The file's bytes, decompressed, in chunks of at least size; the first skip bytes are left out."""
+    def chunks(self, size, skip=0):
+        """Yields the file's bytes, decompressed, in chunks of at least size, without the first skip; EOFError if damaged."""
         with io.BytesIO(self.content) if self.content is not None else open(self.path, "rb") as file:
             read = iter(lambda: file.read(size), b"") if self.packing is None else _unpacked(file, self.packing, size)
             for chunk in read:
