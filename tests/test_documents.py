@@ -95,7 +95,7 @@ def test_documents_side_by_side_are_documents_one_by_one(cfg, windows):
 
 @KINDS
 def test_targets_and_tokens_of_other_documents_change_nothing(cfg):
-    model, (ids, targets) = random_model(cfg), a_batch()
+    model, (ids, _) = random_model(cfg), a_batch()
     inside = torch.zeros(B, T, dtype=torch.bool)
     inside[0, 5:] = True  # the third document of the first row
     other = ids.where(inside, (ids + 1) % V)
@@ -106,7 +106,7 @@ def test_targets_and_tokens_of_other_documents_change_nothing(cfg):
 
 @KINDS
 def test_more_or_fewer_starts_behind_the_last_document_change_nothing(cfg):
-    model, (ids, targets) = random_model(cfg), a_batch()
+    model, (ids, _) = random_model(cfg), a_batch()
     with torch.no_grad():
         losses = {model(ids, targets, documents=starts_of(padding=n)).item() for n in (0, 1, 40)}
     assert len(losses) == 1
@@ -114,7 +114,7 @@ def test_more_or_fewer_starts_behind_the_last_document_change_nothing(cfg):
 
 @KINDS
 def test_padding_beside_documents_influences_no_other_token(cfg):
-    model, (ids, targets) = random_model(cfg), a_batch()
+    model, (ids, _) = random_model(cfg), a_batch()
     real = torch.arange(T) < torch.tensor([[10], [7], [11]])
     with torch.no_grad():
         ours, theirs = (model(x, attention_mask=real, documents=starts_of())[real] for x in (ids, ids.where(real, 3)))
@@ -297,7 +297,7 @@ def test_documents_and_windows_on_a_gpu_are_those_on_a_cpu(dtype, cfg, windows):
 
 def trained(cfg, kind="none", compiled=False, bf16=False):
     """(loss, gradients) of a batch of documents."""
-    model, (ids, targets) = random_model(cfg), a_batch()
+    model, (ids, _) = random_model(cfg), a_batch()
     if kind == "selective":
         recompute_blocks(model, kind)
     if compiled:
@@ -333,7 +333,7 @@ def test_in_bf16_documents_and_windows_are_as_near_as_bf16_is(cfg):
     (loss, ours), (expected, theirs) = trained(cfg, bf16=True), trained(cfg)
     assert loss == pytest.approx(expected, rel=0.02)
     check_near(ours, theirs, 0.1)
-    model, (ids, targets) = random_model(cfg), a_batch()
+    model, (ids, _) = random_model(cfg), a_batch()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert model(ids, targets, documents=starts_of()).item() == pytest.approx(expected, rel=0.02)
 
