@@ -106,7 +106,7 @@ def test_targets_and_tokens_of_other_documents_change_nothing(cfg):
 
 @KINDS
 def test_more_or_fewer_starts_behind_the_last_document_change_nothing(cfg):
-    model, (ids, _) = random_model(cfg), a_batch()
+    model, (ids, targets) = random_model(cfg), a_batch()
     with torch.no_grad():
         losses = {model(ids, targets, documents=starts_of(padding=n)).item() for n in (0, 1, 40)}
     assert len(losses) == 1
