@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import re
 import signal
@@ -411,3 +412,27 @@ def test_second_clean_in_a_folder_is_refused_while_the_first_one_works(tmp_path)
     with clean.locked(str(tmp_path / "out")):
         with pytest.raises(UserError, match="is in use by another clean.py, process [0-9]+ on .*; wait for its end"):
             clean_up(tmp_path / "out", f"--input={tmp_path / 'in.txt'}", "--steps=fix")
+
+
+@pytest.mark.slow
+def test_slurm_jobs_write_what_local_processes_do_and_the_same_command_then_reports(planted, tmp_path, monkeypatch, capsys):
+    (tmp_path / "bin").mkdir()
+    # Stand-ins for Slurm's commands: a job runs when it is submitted, each of its array's tasks after the other.
+    sbatch = """#!/bin/bash
+for last; do :; done
+for i in $(seq 0 $(sed -n 's/.*--array=0-\\([0-9]*\\).*/\\1/p' $last)); do
+  SLURM_ARRAY_TASK_ID=$i SLURM_NODELIST=here bash $last >> {log} 2>&1
+done
+echo Submitted batch job 7
+"""
+    srun = '#!/bin/bash\nwhile [[ $1 == -* ]]; do [[ $1 == -n ]] && shift; shift; done\nexec "$@"\n'
+    for name, text in {"sbatch": sbatch, "srun": srun, "scontrol": "#!/bin/bash\necho here\n"}.items():
+        (tmp_path / "bin" / name).write_text(text.replace("{log}", str(tmp_path / "slurm.log")))
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    argv = [f"--input={planted}", "--steps=fix,exact", "--tasks=2"]
+    slurm = [f"--clean_dir={tmp_path / 'slurm'}", *argv, "--executor=slurm", "--slurm_partition=cpu"]
+    clean.main(config.load(clean.Settings, slurm))
+    assert "6 tasks are submitted to Slurm" in capsys.readouterr().out
+    clean.main(config.load(clean.Settings, slurm))
+    assert texts_in(tmp_path / "slurm") == clean_up(tmp_path / "local", *argv)[0]
