@@ -103,10 +103,24 @@ def keep_if(decide):
     return [make("filters.LambdaFilter", decide)]
 
 
-def language(cfg, at, n):
+def rules(name, cfg, **settings):
+    return [make(f"filters.{name}", language=cfg.language, **settings)]
+
+
+def language(cfg, *_):
     step = make("filters.LanguageFilter", [cfg.language], cfg.language_threshold)
     step.model = cleaning.LanguageModel(cfg.language, cfg.language_model)  # datatrove would fetch one
     return [step]
+
+
+def gopher(cfg, *_):
+    fewest = 2 if cfg.language == "en" else None  # the stop words are English
+    return rules("GopherQualityFilter", cfg, min_doc_words=cfg.min_words, min_stop_words=fewest)
+
+
+def c4(cfg, *_):
+    settings = {"filter_no_terminal_punct": cfg.c4_line_ends, "min_num_sentences": cfg.min_sentences}
+    return rules("C4QualityFilter", cfg, **settings)
 
 
 def exact(cfg, at, n):
@@ -155,45 +169,25 @@ def decontaminate(cfg, at, n):
 
 
 STEPS = {
-    "html": lambda cfg, at, n: [cleaning.html_to_text()],
-    "fix": lambda cfg, at, n: [
-        cleaning.remove_invisible,
-        make("formatters.FTFYFormatter", normalization="NFC", fix_line_breaks=True),
-    ],
-    # One replacement each: by datatrove's several in turn, duplicates would come to differ.
-    "pii": lambda cfg, at, n: [
-        make("formatters.PIIFormatter", email_replacement="email@example.com", ip_replacement="22.214.171.124")
-    ],
+    "html": lambda *_: [cleaning.html_to_text()],
+    "fix": lambda *_: [cleaning.remove_invisible, make("formatters.FTFYFormatter", **REPAIRS)],
+    "pii": lambda *_: [make("formatters.PIIFormatter", **REPLACEMENTS)],
     "language": language,
-    "length": lambda cfg, at, n: keep_if(functools.partial(cleaning.is_within, cfg.min_chars, cfg.max_chars)),
-    "blocklist": lambda cfg, at, n: keep_if(cleaning.Blocklist(cfg.blocklist)),
-    "gopher_repetition": lambda cfg, at, n: [make("filters.GopherRepetitionFilter", language=cfg.language)],
-    # Its stop words are English.
-    "gopher": lambda cfg, at, n: [
-        make(
-            "filters.GopherQualityFilter",
-            min_doc_words=cfg.min_words,
-            min_stop_words=2 if cfg.language == "en" else None,
-            language=cfg.language,
-        )
-    ],
-    "c4": lambda cfg, at, n: [
-        make(
-            "filters.C4QualityFilter",
-            filter_no_terminal_punct=cfg.c4_line_ends,
-            min_num_sentences=cfg.min_sentences,
-            language=cfg.language,
-        )
-    ],
-    "fineweb": lambda cfg, at, n: [
-        make("filters.FineWebQualityFilter", line_punct_thr=cfg.min_line_ends, language=cfg.language)
-    ],
+    "length": lambda cfg, *_: keep_if(functools.partial(cleaning.is_within, cfg.min_chars, cfg.max_chars)),
+    "blocklist": lambda cfg, *_: keep_if(cleaning.Blocklist(cfg.blocklist)),
+    "gopher_repetition": lambda cfg, *_: rules("GopherRepetitionFilter", cfg),
+    "gopher": gopher,
+    "c4": c4,
+    "fineweb": lambda cfg, *_: rules("FineWebQualityFilter", cfg, line_punct_thr=cfg.min_line_ends),
     "perplexity": perplexity,
     "exact": exact,
     "lines": lines,
     "near": near,
     "decontaminate": decontaminate,
 }
+REPAIRS = {"normalization": "NFC", "fix_line_breaks": True}
+# One replacement each: by datatrove's several in turn, duplicates would come to differ.
+REPLACEMENTS = {"email_replacement": "email@example.com", "ip_replacement": "22.214.171.124"}
 
 
 def stages_of(cfg, work, n):
@@ -235,8 +229,7 @@ def main(cfg):
         if not folder.isfile(".work/started.json"):
             if "decontaminate" in cfg.steps:
                 index_eval_texts(cfg, stages, work)
-            with folder.open(".work/started.json", "wt") as file:
-                json.dump(started, file)
+            write_json(folder, ".work/started.json", started)
         if run(cfg, stages, work):
             finish(started, folder, where, stages)
 
@@ -269,6 +262,13 @@ def settings_of_text(cfg):
             status = os.stat(settings[name])
             settings[name] = f"{settings[name]} ({status.st_size} bytes, {status.st_mtime})"
     return settings | {"input": public(cfg.input), "steps": list(cfg.steps)}
+
+
+def write_json(folder, name, value):
+    """Writes a file that has its name once it is whole."""
+    with folder.open(f"{name}.part", "wt") as file:
+        json.dump(value, file)
+    folder.mv(f"{name}.part", name)
 
 
 def check_same(started, folder, where):
@@ -319,8 +319,12 @@ def run(cfg, stages, work):
         executors.append(executor_of(cfg, parts, n, f"{work}/logs/{name}", executors[-1] if executors else None))
     if cfg.executor == "slurm":
         left = sum(len(executor.get_incomplete_ranks()) for executor in executors)
-        if left:
+        submitted = folder_of(work)
+        if left and submitted.isfile("submitted"):
+            print(f"{left} tasks have not ended; where jobs have failed, remove {work}/submitted to submit them again")
+        elif left:
             executors[-1].run()  # submits what it depends on, too
+            submitted.touch("submitted")
             print(f"{left} tasks are submitted to Slurm; when its jobs have ended, the same command writes the report")
         return not left
     cleaning.end_with_parent()
@@ -384,8 +388,7 @@ def finish(started, folder, where, stages):
     folder.makedirs("text", exist_ok=True)
     for path in folder.list_files(".work/text"):
         folder.mv(path, f"text/{os.path.basename(path)}")
-    with folder.open("report.json", "wt") as file:
-        json.dump(report, file)
+    write_json(folder, "report.json", report)
     folder.rm(".work", recursive=True)
     print_report(report, f"{where}/text is for: python prepare.py --input={where}/text\n{where}/dropped has samples")
 

@@ -1,7 +1,9 @@
 """Cleaning: what each step finds and spares of planted faults, the same text by any workers, restarts, refusals."""
 
+import contextlib
 import gzip
 import json
+import os
 import random
 import re
 import signal
@@ -19,7 +21,7 @@ import train
 from config import UserError
 from conftest import ROOT
 from interop.score import open_scorer
-from ranks import settings
+from ranks import settings, without_matplotlib
 
 pytest.importorskip("datatrove", reason="datatrove is absent: pip install '.[clean]'")
 
@@ -31,6 +33,14 @@ FRENCH = (
     "Le maire a déclaré hier que le nouveau pont sur la rivière ne serait pas terminé avant l'année prochaine. Beaucoup "
     "d'habitants ne sont pas contents, parce qu'ils doivent faire un long détour chaque matin. "
 )
+
+
+
+
+@pytest.fixture(autouse=True)
+def no_picture_in_quick_tests(request):
+    with contextlib.nullcontext() if request.node.get_closest_marker("slow") else without_matplotlib():
+        yield
 
 
 GOOD = {f"good{i}": document(f"good{i}") for i in range(60)}
@@ -145,19 +155,17 @@ def altered(text, least):
     return copy
 
 
-def test_near_duplicates_are_found_as_often_as_minhash_promises_and_unrelated_ones_kept(tmp_path):
+@pytest.mark.parametrize(("least", "promised"), [
+    (0.9, (0.95, 1)), pytest.param(0.5, (0, 0.2), marks=pytest.mark.slow),
+])  # fmt: skip
+def test_near_duplicates_are_found_as_often_as_minhash_promises_and_unrelated_ones_kept(tmp_path, least, promised):
     originals = {f"good{i}": document(f"good{i}", 20) for i in range(60)}
-    found = {}
-    for least in (0.9, 0.5):
-        copies, folder = [altered(text, least) for text in originals.values()], tmp_path / str(least)
-        assert all(least <= similarity(*pair) < least + 0.05 for pair in zip(originals.values(), copies))
-        folder.mkdir()
-        texts, _ = run(folder, [*originals.values(), *copies], "near", "--tasks=2")
-        assert names(texts) == set(originals)  # one of each is kept, of either text
-        found[least] = 2 - len(texts) / len(originals)
-    promised = {least: 1 - (1 - least**8) ** 14 for least in found}
-    assert promised[0.9] > 0.999 and found[0.9] >= 0.95
-    assert promised[0.5] < 0.06 and found[0.5] < 0.2
+    copies = [altered(text, least) for text in originals.values()]
+    assert all(least <= similarity(*pair) < least + 0.05 for pair in zip(originals.values(), copies))
+    texts, _ = run(tmp_path, [*originals.values(), *copies], "near", "--tasks=2")
+    assert names(texts) == set(originals)  # one of each is kept, of either text
+    assert promised[0] <= 2 - len(texts) / len(originals) <= promised[1]
+    assert promised[0] <= 1 - (1 - least**8) ** 14 <= promised[1]
 
 
 def test_documents_that_share_13_words_with_evaluation_texts_are_dropped_and_those_with_12_kept(tmp_path):
@@ -171,6 +179,7 @@ def test_documents_that_share_13_words_with_evaluation_texts_are_dropped_and_tho
     assert names(record["text"] for record in dropped["decontaminate"]) == set(inside)
 
 
+@pytest.mark.slow
 def test_documents_that_a_model_finds_likeliest_are_kept(tmp_path):
     (tmp_path / "good.txt").write_text("\n".join(GOOD.values()))
     argv = [f"--input={tmp_path / 'good.txt'}", f"--data_dir={tmp_path / 'data'}", "--tokenizer=byte", "--workers=1"]
@@ -285,6 +294,7 @@ def test_workers_do_not_change_the_text(planted, tmp_path):
     assert ran[0] == ran[1] and len(ran[0][0]) == 129
 
 
+@pytest.mark.slow
 def test_tasks_that_outnumber_the_files_share_their_documents(planted, tmp_path):
     few, many = (clean_up(tmp_path / n, f"--input={planted}", "--steps=fix,exact", f"--tasks={n}")[0] for n in "27")
     assert sorted(few) == sorted(many)
@@ -411,3 +421,27 @@ def test_second_clean_in_a_folder_is_refused_while_the_first_one_works(tmp_path)
     with clean.locked(str(tmp_path / "out")):
         with pytest.raises(UserError, match="is in use by another clean.py, process [0-9]+ on .*; wait for its end"):
             clean_up(tmp_path / "out", f"--input={tmp_path / 'in.txt'}", "--steps=fix")
+
+
+@pytest.mark.slow
+def test_slurm_jobs_write_what_local_processes_do_and_the_same_command_then_reports(planted, tmp_path, monkeypatch, capsys):
+    (tmp_path / "bin").mkdir()
+    # Stand-ins for Slurm's commands: a job runs when it is submitted, each of its array's tasks after the other.
+    sbatch = """#!/bin/bash
+for last; do :; done
+for i in $(seq 0 $(sed -n 's/.*--array=0-\\([0-9]*\\).*/\\1/p' $last)); do
+  SLURM_ARRAY_TASK_ID=$i SLURM_NODELIST=here bash $last >> {log} 2>&1
+done
+echo Submitted batch job 7
+"""
+    srun = '#!/bin/bash\nwhile [[ $1 == -* ]]; do [[ $1 == -n ]] && shift; shift; done\nexec "$@"\n'
+    for name, text in {"sbatch": sbatch, "srun": srun, "scontrol": "#!/bin/bash\necho here\n"}.items():
+        (tmp_path / "bin" / name).write_text(text.replace("{log}", str(tmp_path / "slurm.log")))
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    argv = [f"--input={planted}", "--steps=fix,exact", "--tasks=2"]
+    slurm = [f"--clean_dir={tmp_path / 'slurm'}", *argv, "--executor=slurm", "--slurm_partition=cpu"]
+    clean.main(config.load(clean.Settings, slurm))
+    assert "6 tasks are submitted to Slurm" in capsys.readouterr().out
+    clean.main(config.load(clean.Settings, slurm))
+    assert texts_in(tmp_path / "slurm") == clean_up(tmp_path / "local", *argv)[0]

@@ -1,6 +1,6 @@
 """Steps of clean.py around datatrove's own: what reads and counts documents, and filters that datatrove lacks.
 
-A step is a callable (documents, rank, world size) that yields documents, which datatrove's executors run like their own.
+A step is a callable (documents, rank, world size) that yields documents; datatrove's executors run it like their own.
 """
 
 import collections
@@ -118,7 +118,7 @@ class Stored:
 
 @functools.cache
 def end_with_parent():
-    """From now on, processes that this one forks, and theirs, end when it is killed: no orphan writes after a restart."""
+    """From now on, processes that this one forks, and theirs, end when it is killed: no orphan writes on."""
     read, write = os.pipe()
 
     def watch():
