@@ -3,6 +3,7 @@
 import collections
 import ctypes
 import functools
+import math
 import os
 import random
 import subprocess
@@ -232,10 +233,12 @@ def plainly_evaluated(data_dirs):
             losses.append(F.cross_entropy(logits, targets, reduction="none").double())
             right.append(logits.argmax(-1) == targets)
             all_targets += targets.tolist()
+        loss = torch.cat(losses).mean().item()
         return {
-            "val_loss": torch.cat(losses).mean().item(),
+            "val_loss": loss,
             "val_accuracy": torch.cat(right).double().mean().item(),
             "val_accuracy_of_commonest": collections.Counter(all_targets).most_common(1)[0][1] / len(all_targets),
+            **({"val_bpb": loss / math.log(2)} if name == "gpt" else {}),  # each of its ids is a byte
         }, len(all_targets)
 
     return functools.cache(figures)
@@ -250,7 +253,8 @@ def test_the_plain_evaluation_is_of_every_target_and_tells_right_from_wrong(name
 
 def check_evaluation(figures, expected):
     assert figures.keys() == expected.keys()
-    assert figures["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-6)
+    for name in {"val_loss", "val_bpb"} & figures.keys():
+        assert figures[name] == pytest.approx(expected[name], rel=1e-6)
     for name in ("val_accuracy", "val_accuracy_of_commonest"):
         assert figures[name] == pytest.approx(expected[name], rel=1e-12)
 

@@ -893,15 +893,24 @@ def test_input_that_changes_while_it_is_read_is_told(tmp_path, text_file, capsys
 def test_ctrl_c_ends_prepare_and_its_workers(tmp_path):
     (tmp_path / "in.txt").write_text("a line of text\n" * 3_000_000)
     command = [sys.executable, str(ROOT / "prepare.py"), f"--input={tmp_path}/in.txt", "--tokenizer=byte", "--workers=2"]
-    for wait in (0, 0.05, 0.1):
+    interrupted = 0
+    for wait in (0, 0.05, 0.1) * 20:
         group = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stdout=-3, stderr=-1)
-        part, deadline = tmp_path / "data/in/train_000000.bin.part", time.monotonic() + 60
-        while not part.exists() and time.monotonic() < deadline:
+        part, deadline = tmp_path / "data/in/train_000000.bin.part", time.monotonic() + 600
+        while not part.exists() and group.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(wait)
-        os.killpg(group.pid, signal.SIGINT)
-        assert (group.wait(60), group.stderr.read().decode().splitlines()[-1]) == (130, "interrupted")
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group.pid, signal.SIGINT)
+        if group.wait(600) == 0:  # this process came too late, on a busy machine
+            shutil.rmtree(tmp_path / "data")
+            continue
+        assert (group.returncode, group.stderr.read().decode().splitlines()[-1]) == (130, "interrupted")
         part.unlink()
+        interrupted += 1
+        if interrupted == 3:
+            break
+    assert interrupted
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="semaphores are files on Linux alone")
