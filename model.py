@@ -65,7 +65,7 @@ class ModelConfig(Config):
     norm_position: Literal["pre", "post"] = "pre"  # pre: before each sublayer, GPT-2; post: after each sum, BERT
     norm_eps: NotNegative = 1e-5  # epsilon added to the variance in norms
     qk_norm: bool = False  # normalize queries and keys in each head
-    window: Count | None = None  # tokens that a token sees backwards, itself included, in encoders also ahead; none: all
+    window: Count | None = None  # tokens that one sees backwards, itself included, in encoders also ahead; none: all
     global_every: Count | None = None  # every n-th layer sees all tokens despite the window; none: no layer
     position: Literal["learned", "rope"] = "learned"  # learned: an embedding; rope: rotated queries and keys
     rope_theta: Positive = 10_000.0  # base of rope's wavelengths
@@ -90,7 +90,7 @@ class ModelConfig(Config):
             fitting = f"n_kv_head {near_divisors(self.n_head, self.n_kv_head)} would fit"
             wrong.append(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}; {fitting}")
         if self.global_every and not self.window:
-            wrong.append(f"global_every is {self.global_every}, but window is none: all layers are global; set --window")
+            wrong.append(f"global_every is {self.global_every}, but window is none, so all layers are; set --window")
         if wrong:
             raise UserError(*wrong)
 

@@ -14,7 +14,7 @@ from shards import end_of_text
 class ObjectiveConfig(Config):
     mask_prob: Fraction = 0.15  # mlm: share of a sequence's tokens to predict
     whole_word_masking: bool = False  # mlm: mask whole words; needs a WordPiece tokenizer
-    document_mask: bool = False  # train on each document as if alone: attention ends, and positions begin, at end-of-text
+    document_mask: bool = False  # each document as if alone: attention and positions begin anew behind end-of-text
 
 
 class NextToken:

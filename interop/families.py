@@ -140,7 +140,7 @@ ROPE_KINDS = {"rope_parameters": (ROPE_ENTRIES, None), "rope_scaling": (ROPE_ENT
 }
 
 ALL_SEEN = {"window": None, "global_every": None}
-CLASSIC = {"norm": "layernorm", "position": "learned", "qk_norm": False} | ALL_SEEN
+CLASSIC = ALL_SEEN | {"norm": "layernorm", "position": "learned", "qk_norm": False}
 MODERN = {"objective": "clm", "norm": "rmsnorm", "norm_position": "pre", "position": "rope", "n_token_types": None}
 GELUS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 LLAMA3_FACTORS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -187,10 +187,9 @@ LLAMA = Family(
 )  # fmt: skip
 MISTRAL = replace(
     LLAMA, name="Mistral", model_type="mistral", architecture="MistralForCausalLM",
-    keys=LLAMA.keys | {"sliding_window": "window"},
-    defaults=LLAMA.defaults | {"num_key_value_heads": 8, "sliding_window": 4096}, more=("use_sliding_window",),
-    fixed=MODERN | {"qk_norm": False, "bias": False, "global_every": None}, biases=(),
-    needs=CAUSAL | {"attention_bias": False, "mlp_bias": False},
+    keys=LLAMA.keys | {"sliding_window": "window"}, needs=CAUSAL | dict.fromkeys(LLAMA.biases, False), biases=(),
+    fixed=MODERN | {"qk_norm": False, "bias": False, "global_every": None}, more=("use_sliding_window",),
+    defaults=LLAMA.defaults | {"num_key_value_heads": 8, "sliding_window": 4096},
 )  # fmt: skip
 QWEN3 = replace(
     LLAMA, name="Qwen3", model_type="qwen3", architecture="Qwen3ForCausalLM",
@@ -270,8 +269,7 @@ def resolved(cfg):
 def model_config(config):
     """(our settings, longest sequence that we compute as transformers does; None: any) from a config.json's content.
 
-    The values have the kinds of their family. UserError where a key is missing, unknown or has an impossible value, or
-    our models do not compute what it asks for.
+    The values have their family's kinds. UserError where a key is missing, unknown, impossible, or asks for other work.
     """
     family = FAMILIES[config["model_type"]]
     settings, unsupported = _plain_settings(family, config), _unsupported(family, config)
@@ -325,13 +323,13 @@ def _unsupported(family, config):
 
 
 def _sliding_window(config):
-    """Tokens in the sliding window of some layer of Qwen3's, whose choice of layers ours lack; None: no window."""
+    """Tokens in the sliding window of some of Qwen3's layers; None where no layer has one."""
     layers = config.get("layer_types") or ["sliding_attention"]
     if odd := {*layers} - {"sliding_attention", "full_attention"}:
         raise UserError(f"it has layers of other types, {', '.join(sorted(odd))}")
-    is_used = config.get("use_sliding_window") and "sliding_attention" in layers
-    window = config.get("sliding_window", 4096) if is_used else None
-    if window is not None and window <= 0:
+    if not config.get("use_sliding_window") or "sliding_attention" not in layers:
+        return None
+    if (window := config.get("sliding_window", 4096)) is not None and window <= 0:
         raise UserError(f"it has sliding_window {window!r}, where there must be a whole number above 0")
     return window
 

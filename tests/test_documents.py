@@ -31,7 +31,9 @@ MODELS = {
 }  # fmt: skip
 KINDS = pytest.mark.parametrize("cfg", MODELS.values(), ids=MODELS)
 DECODERS = pytest.mark.parametrize("cfg", [GPT, MODELS["modern"]], ids=["gpt", "modern"])
-WINDOWS = pytest.mark.parametrize("windows", [{}, {"window": 3}, {"window": 3, "global_every": 2}, {"window": 2}], ids=str)
+WINDOWS = pytest.mark.parametrize(
+    "windows", [{}, {"window": 3}, {"window": 3, "global_every": 2}, {"window": 2}], ids=str
+)
 SPECIALS = {"<|endoftext|>": 31, "<|pad|>": 32, "<|mask|>": 33, "<|cls|>": 34, "<|sep|>": 35}
 LENGTHS = ((4, 1, 6), (11,), (2, 7, 1, 1))  # of each row's documents
 
@@ -94,7 +96,7 @@ def test_documents_side_by_side_are_documents_one_by_one(cfg, windows):
 
 
 @KINDS
-def test_targets_and_tokens_of_other_documents_change_nothing(cfg):
+def test_tokens_of_other_documents_change_nothing(cfg):
     model, (ids, _) = random_model(cfg), a_batch()
     inside = torch.zeros(B, T, dtype=torch.bool)
     inside[0, 5:] = True  # the third document of the first row
@@ -146,7 +148,7 @@ def test_every_nth_layer_sees_all_tokens():
     cfg = replace(GPT, n_layer=7, window=3, global_every=3)
     assert [cfg.window_of(layer) for layer in range(7)] == [3, 3, None, 3, 3, None, 3]
     assert [block.attn.window for block in Transformer(cfg).blocks] == [3, 3, None, 3, 3, None, 3]
-    with pytest.raises(UserError, match="global_every is 2, but window is none: all layers are global; set --window"):
+    with pytest.raises(UserError, match="global_every is 2, but window is none, so all layers are; set --window"):
         replace(GPT, global_every=2)
 
 
@@ -191,7 +193,9 @@ def test_a_padded_prompt_goes_on_within_the_window(cfg):
                                  replace(MODELS["modern"], qk_norm=False, window=3, global_every=2),
                                  replace(MODELS["modern"], window=3)], ids=["gpt", "bert", "global layers", "qwen3"])  # fmt: skip
 def test_windows_that_transformers_cannot_compute_are_not_exported(cfg):
-    with pytest.raises(UserError, match="transformers cannot compute this model; .*(window is 3|global_every is 2), not None"):
+    with pytest.raises(
+        UserError, match="transformers cannot compute this model; .*(window is 3|global_every is 2), not None"
+    ):
         family_of(cfg)
 
 
@@ -427,7 +431,9 @@ def test_a_masked_models_documents_end_with_sep_and_padding_is_one_of_its_own():
 @pytest.mark.parametrize("specials", [None, {"<|pad|>": 3}])
 def test_data_that_names_no_end_of_text_is_refused_in_a_line(specials):
     meta = {"vocab_size": V, "specials": specials} if specials else {}
-    with pytest.raises(UserError, match="document_mask is on; it needs data whose meta.json names .*; this data has none"):
+    with pytest.raises(
+        UserError, match="document_mask is on; it needs data whose meta.json names .*; this data has none"
+    ):
         NextToken.build(ObjectiveConfig(document_mask=True), 7, 1, meta)
     assert NextToken.build(ObjectiveConfig(), 7, 1, meta).document_end is None
 
