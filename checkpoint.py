@@ -239,7 +239,8 @@ def read_manifest(path, *needed):
     """The manifest of a checkpoint; needed: names of entries that it must have beside those of every checkpoint."""
     file = Path(path) / "manifest.json"
     try:
-        manifest = foreign.read_json(file, MANIFEST | {f"{name}!": MANIFEST[name] for name in needed}, finite=False)
+        kinds = MANIFEST | {f"{name}!": MANIFEST[name] for name in needed}
+        manifest = foreign.read_json(file, kinds, finite=False, has_paths=True)
         for name in manifest["files"]:
             foreign.check_name(name, file)
         return manifest
@@ -288,6 +289,8 @@ def _check(path, world):
     manifest = read_manifest(path)
     if "checksum" in manifest and _checksum(manifest) != manifest["checksum"]:  # older ones have none
         raise UserError(f"{path / 'manifest.json'} is damaged: checksum mismatch")
+    if manifest["step"] != step_of(path):
+        raise UserError(f"{path} holds step {manifest['step']}; rename it, or give copies other names")
     files = manifest["files"]
     names = sorted({*files, *(file.name for file in path.glob("*.safetensors"))})
     for name in names if world is None else names[world.rank :: world.size]:
@@ -400,6 +403,6 @@ def _tensors(model, optimizer):
 
 def _sync(path):
     """Waits until a file, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
     os.fsync(handle)
     os.close(handle)

@@ -93,7 +93,8 @@ def export(source, folder, dtype=None):
         n_bytes = write_weights(their_tensors(source.cfg, source.read, source.extra), partial, dtype, itemsize)
         name = Path(os.path.abspath(folder)).name
         if not (partial / "README.md").exists():
-            (partial / "README.md").write_text(card(source, family, name, tokenizer), encoding="utf-8")
+            text = card(source, family, name, tokenizer)  # which may name a file that is not UTF-8
+            (partial / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
         for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, final / path.name)
     except OSError as error:
@@ -213,9 +214,12 @@ def training_facts(source):
     foreign.check(manifest, MANIFEST, source.path / "manifest.json")
     state, settings, data = manifest.get("state", {}), manifest.get("settings", {}), {}
     with contextlib.suppress(UserError):  # a damaged file was reported before
-        data = foreign.read_json(source.folder / "meta.json", DATA, lacking={})
+        data = foreign.read_json(source.folder / "meta.json", DATA, lacking={}, has_paths=True)
+    shares = settings.get("data_dir")
+    if isinstance(shares, dict):  # a mixture, of whose folders the run has the first one's meta.json alone
+        data = {key: data[key] for key in ("settings", "tokenizer") if key in data}
     log = source.folder / "log.jsonl"
-    lines = log.read_text(encoding="utf-8") if log.exists() else ""
+    lines = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     losses = re.findall(r'"loss": ([-+.\de]+)', lines)
     bits = re.findall(rf'"step": {state.get("evaluated_at")}, .*"val_bpb": ([-+.\de]+)', lines)
     rows = {
@@ -234,6 +238,12 @@ def training_facts(source):
         rows[f"{name} tokens of the data"] = f"{split.get('tokens', 0):,}"
     table = ["| training | |", "|---|---|"] + [f"| {name} | {value} |" for name, value in rows.items() if value]
     shown = {name: without_places(value) if isinstance(value, str) else value for name, value in settings.items()}
+    if isinstance(shares, dict):
+        shown["data_dir"] = {without_places(folder): share for folder, share in shares.items()}
+        shown["data_schedule"] = {
+            int(step): {without_places(folder): share for folder, share in of_step.items()}
+            for step, of_step in (settings.get("data_schedule") or {}).items()
+        } or None
     start = str(settings.get("init_from"))
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", start) and not os.path.exists(start):
         shown["init_from"] = start  # a name on the hub

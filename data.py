@@ -38,6 +38,9 @@ class DataConfig(Config):
         super().__post_init__()
         if wrong := mixture.faults(self.data_dir, self.data_schedule):
             raise UserError(*wrong)
+        if self.eval_tokens < len(self.folders):
+            rule = f"is too few for {len(self.folders)} folders, each of which gives an equal part"
+            raise UserError(f"eval_tokens {self.eval_tokens} {rule}; raise it")
 
     @property
     def folders(self):

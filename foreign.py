@@ -22,11 +22,12 @@ LARGEST = {
 COPY_AGAIN = "copy it from its source again"
 
 
-def read_json(path, schema=None, lacking=None, largest=LARGEST_FILE, finite=True):
+def read_json(path, schema=None, lacking=None, largest=LARGEST_FILE, finite=True, has_paths=False):
     """The object in a JSON file, with values as the schema has them (see check).
 
     lacking: the answer where there is no file; None: UserError, as for all else that is wrong. largest: in bytes.
-    finite: whether NaN and infinities, which our own files may hold, are wrong.
+    finite: whether NaN and infinities, which our own files may hold, are wrong. has_paths: whether texts may be paths
+    that are not UTF-8; Python has a half of a surrogate pair for each of their other bytes.
     """
     if lacking is not None and not os.path.lexists(path):
         return lacking
@@ -38,7 +39,8 @@ def read_json(path, schema=None, lacking=None, largest=LARGEST_FILE, finite=True
         value = json.loads(text, parse_int=_whole, parse_float=number, parse_constant=number)
         _check_depth(value)
         if "\\ud" in text or "\\uD" in text:
-            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is a UnicodeEncodeError
+            errors = "surrogateescape" if has_paths else "strict"
+            json.dumps(value, ensure_ascii=False).encode(errors=errors)  # raises at half a surrogate pair
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); {COPY_AGAIN}") from error
     if not isinstance(value, dict):

@@ -292,7 +292,7 @@ def read_meta(data_dir):
     try:
         if not is_regular(path):  # such as a link to nothing
             raise UserError("it is no regular file")
-        meta = read_json(path, META, largest=META_BYTES)
+        meta = read_json(path, META, largest=META_BYTES, has_paths=True)
         token_id = range(meta["vocab_size"])
         check(meta, {"specials": {"*": token_id}, "continuations": [token_id]}, path)
     except UserError as error:

@@ -293,7 +293,7 @@ def _run_preset(path):
     except SyntaxError as error:
         where = f"{error.filename or path}, line {error.lineno or 1}"
         raise UserError(f"{where}: {type(error).__name__}: {error.msg}") from error
-    except Exception as error:  # a user's file may raise anything
+    except (Exception, SystemExit) as error:  # a user's file may raise anything
         # The innermost top-level line, which may be in an imported preset; none where the file cannot be read.
         lines = [f for f in traceback.extract_tb(error.__traceback__) if f.name == "<module>"]
         where = f"{lines[-1].filename}, line {lines[-1].lineno}" if lines else path

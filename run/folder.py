@@ -29,6 +29,12 @@ class RunConfig(Config):
     resume: Literal["auto", "never"] = "auto"  # auto: continue from the newest checkpoint in out_dir; never: refuse to
     init_from: str | None = None  # weights to start from: a run's folder, or a Hugging Face model's folder or name
 
+    def __post_init__(self):
+        super().__post_init__()
+        if re.search(r"[\ud800-\udfff]", self.out_dir or ""):
+            rule = "is not UTF-8, as safetensors wants the paths of checkpoints"
+            raise UserError(f"out_dir {self.out_dir} {rule}; use another --out_dir, or rename the folder")
+
 
 def run_dir_of(cfg):
     """The run's folder: out_dir, or out/ and the last preset's name; None where neither is given."""
@@ -139,7 +145,7 @@ def tokenizer_of(run_dir):
     if not path.exists():  # its data came from another project
         raise UserError(f"{run_dir} has no meta.json, so its tokenizer is unknown; {remedy}")
     try:
-        meta = foreign.read_json(path, {"tokenizer!": str, "tokenizer_sha256": (str, None)})
+        meta = foreign.read_json(path, {"tokenizer!": str, "tokenizer_sha256": (str, None)}, has_paths=True)
     except UserError as error:
         raise UserError(f"{path} names no tokenizer ({error}); {remedy}") from error
     name, digest = meta["tokenizer"], meta.get("tokenizer_sha256")
@@ -153,6 +159,8 @@ def tokenizer_of(run_dir):
 
 def read_log(path):
     """(line, record) for each line of log.jsonl, as bytes and a dict with a step; None where a line holds no such."""
+    if not path.is_file():  # a pipe would be waited for
+        raise OSError(f"{path} is no regular file")
     for line in path.read_bytes().splitlines(keepends=True):
         record = None
         with contextlib.suppress(ValueError, RecursionError):

@@ -215,7 +215,8 @@ class Log:
         with writing_to(self.out_dir):
             self.out_dir.mkdir(parents=True, exist_ok=True)
             for name in ("finished", "stopped"):
-                (self.out_dir / name).unlink(missing_ok=True)
+                with contextlib.suppress(IsADirectoryError):  # by `mkdir stop`
+                    (self.out_dir / name).unlink(missing_ok=True)
             partial = self.out_dir / ".config.py"
             partial.write_text(as_preset(self.cfg), encoding="utf-8")
             os.replace(partial, self.out_dir / "config.py")

@@ -87,8 +87,14 @@ class Saver:
             if self.cfg.run.resume == "never":
                 remedy = "use another --out_dir, or --resume=auto to continue"
                 raise UserError(f"resume is never, and {self.cfg.run.out_dir} has checkpoints; {remedy}")
-            old = read_manifest(newest, *OF_A_RUN)["settings"]
-            self.changes = changed_settings(old, self.settings, step_of(newest))
+            manifest, step = read_manifest(newest, *OF_A_RUN), step_of(newest)
+            old, seen = manifest["settings"], manifest["state"].get("sequences_seen", 0)
+            per_step = self.cfg.data.batch_tokens // self.cfg.data.seq_len
+            # After a rollback the data is further than the steps.
+            self.changes = changed_settings(old, self.settings, max(step, math.ceil(seen / per_step)))
+            if self.cfg.data.data_schedule and not old.get("data_schedule") and seen != step * per_step:
+                rule = f"data_schedule counts steps of {per_step} sequences, but {step} steps have read {seen}"
+                raise UserError(f"{rule}; go on without it, or start a new run by --init_from={self.cfg.run.out_dir}")
             return self._load(newest)
 
     def is_due(self, state, ending):

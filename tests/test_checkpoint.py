@@ -257,6 +257,13 @@ def test_a_manifest_whose_numbers_have_changed_is_found_out(saved, capsys):
     assert "manifest.json is damaged: checksum mismatch\ntaking step_00000007" in told
 
 
+def test_a_checkpoint_under_another_steps_name_is_passed_over(saved, capsys):
+    run_dir, *_ = saved
+    shutil.copytree(newest_checkpoint(run_dir), run_dir / "ckpt/step_00000900")
+    assert newest_checkpoint(run_dir).name == "step_00000007"
+    assert "step_00000900 holds step 7; rename it" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"step": 7}'])
 def test_a_damaged_manifest_is_refused(saved, content):
     run_dir, model, _ = saved

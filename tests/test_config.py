@@ -300,6 +300,7 @@ def test_missing_preset_names_the_nearest():
     ("n_layer = 3\nn_head = undefined\n", "line 2: NameError: name 'undefined' is not defined"),
     ("import json\nn_layer = 3\nn_head = json.loads('{')\n", "line 3: JSONDecodeError: "),
     ("n_layer = 3\nfrom config.nothing import *\n", "line 2: ModuleNotFoundError: No module named 'config.nothing'"),
+    ("n_layer = 3\nimport sys\nsys.exit()\n", "line 3: SystemExit: "),
     ("n_layer = 3\ndef f(x):\n    return 1 // x\nn_head = f(0)\n", "line 4: ZeroDivisionError: "),
 ])  # fmt: skip
 def test_preset_that_fails_is_answered_with_its_own_line(preset, text, expected):

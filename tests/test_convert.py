@@ -346,6 +346,30 @@ def test_the_model_card_tells_no_secrets_of_urls_and_no_places_of_the_machine(tm
     assert "init_from = 'openai-community/gpt2'" in (tmp_path / "hub" / "README.md").read_text()
 
 
+def test_the_model_card_of_a_mixture_names_folders_and_no_places_nor_the_first_folders_tokens(tmp_path):
+    run = make_run(tmp_path / "run", GPT2)
+    source = open_model(run)
+    source.manifest["settings"] |= {
+        "data_dir": {"/home/me/web": 0.7, "/home/me/code": 0.3}, "data_schedule": {"9": {"/home/me/web": 1}},
+    }  # fmt: skip
+    export(source, tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "data_dir = {'web': 0.7, 'code': 0.3}\ndata_schedule = {9: {'web': 1}}" in card
+    assert "home" not in card and "of the data" not in card and "data made by" not in card
+
+
+def test_a_card_is_written_whatever_the_log_and_the_datas_names_are(tmp_path):
+    run = make_run(tmp_path / "run", GPT2)
+    with open(tmp_path / "run" / "log.jsonl", "ab") as log:
+        log.write(b'{"step": 1, "loss": 2.5}\n\xff\n')
+    meta = json.loads((tmp_path / "run" / "meta.json").read_text())
+    meta["command"] = f"python prepare.py --input={os.fsdecode(bytes([97, 255]))}.txt"
+    (tmp_path / "run" / "meta.json").write_text(json.dumps(meta))
+    export(open_model(run), tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "2.5000 nats a token" in card and r"a\udcff.txt" in card
+
+
 def test_tensors_of_several_dtypes_go_out_as_they_came(tmp_path):
     _, folder = saved("llama", tmp_path / "theirs")
     tensors = {name: t if "norm" in name else t.half() for name, t in load_file(folder / "model.safetensors").items()}

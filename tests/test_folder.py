@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 
@@ -103,6 +104,37 @@ def test_a_line_that_a_kill_cut_short_is_no_damage(data_dir, three, tmp_path, ca
     run(data_dir, out_dir, max_steps=4)
     assert list(records(out_dir)) == [1, 2, 3, 4]
     assert not (out_dir / "log_1.jsonl").exists() and "warning" not in capsys.readouterr().err
+
+
+def test_a_log_that_is_a_pipe_keeps_no_run_from_going_on(data_dir, three, tmp_path, capsys):
+    out_dir = copy_run(three, tmp_path / "run")
+    (out_dir / "log.jsonl").unlink()
+    os.mkfifo(out_dir / "log.jsonl")
+    run(data_dir, out_dir, max_steps=4)
+    told = capsys.readouterr().err
+    assert "log.jsonl failed (OSError: " in told and "is no regular file" in told
+    assert (out_dir / "finished").exists()
+
+
+def test_a_folder_named_stop_stops_a_run_which_can_go_on(data_dir, tmp_path, no_curves):
+    (tmp_path / "stop").mkdir()
+    run(data_dir, tmp_path, max_steps=3)
+    assert not (tmp_path / "finished").exists() and (tmp_path / "stopped").is_dir()
+    run(data_dir, tmp_path, max_steps=3)
+    assert (tmp_path / "finished").exists()
+
+
+def test_a_folder_whose_name_is_no_utf8_is_refused_before_training(data_dir, tmp_path):
+    with pytest.raises(UserError, match="is not UTF-8, as safetensors wants"):
+        run(data_dir, tmp_path / os.fsdecode(b"a\xff"), max_steps=3)
+    assert not any(tmp_path.iterdir())
+
+
+def test_data_whose_name_is_no_utf8_is_trained_on_and_continued(data_dir, tmp_path, no_curves):
+    odd = shutil.copytree(data_dir, tmp_path / os.fsdecode(b"d\xff"))
+    for max_steps in (1, 2):
+        run(odd, tmp_path / "run", max_steps=max_steps)
+    assert list(records(tmp_path / "run")) == [1, 2]
 
 
 def test_the_log_is_on_the_disk_before_the_checkpoint_of_its_steps_is(data_dir, tmp_path, monkeypatch, no_curves):

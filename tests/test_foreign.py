@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import resource
 import shutil
 import time
@@ -62,6 +63,13 @@ def test_a_value_of_another_kind_is_refused_by_its_place(value, told):
 def test_a_file_beyond_the_bounds_is_refused(text, told, tmp_path):
     (tmp_path / "x.json").write_bytes(text)
     with pytest.raises(UserError, match=f"x.json .*{told}.*copy it from its source again"):
+        foreign.read_json(tmp_path / "x.json")
+
+
+def test_paths_that_are_no_utf8_are_read_where_there_may_be_some(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps({"x": os.fsdecode(b"a\xff")}))
+    assert foreign.read_json(tmp_path / "x.json", has_paths=True) == {"x": os.fsdecode(b"a\xff")}
+    with pytest.raises(UserError, match="surrogates not allowed"):
         foreign.read_json(tmp_path / "x.json")
 
 

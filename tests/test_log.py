@@ -78,7 +78,7 @@ def test_lines_that_a_full_disk_refuses_are_written_once_it_has_room(data_dir, t
 
 # ---- curves.png
 
-@pytest.mark.parametrize("name", ["a$_$b", os.fsdecode(b"a\xffb"), "$"])
+@pytest.mark.parametrize("name", ["a$_$b", "a\tb", "$"])
 def test_curves_of_a_run_of_any_name_are_drawn(name, data_dir, tmp_path, capsys):
     open_console(is_needed=True)  # as a script does
     out_dir = run(data_dir, tmp_path / name, max_steps=1)

@@ -189,6 +189,17 @@ def test_shares_that_were_drawn_by_cannot_change_but_later_ones_can(folders, tmp
     assert records(tmp_path / "run", "epochs")[8][code] > records(tmp_path / "run", "epochs")[7][code]
 
 
+@pytest.mark.parametrize("batch_tokens", [21, 84])
+def test_a_schedule_is_refused_where_earlier_steps_had_another_batch(batch_tokens, folders, tmp_path, no_curves):
+    """A schedule's steps stand for so many sequences each."""
+    web, code, _ = folders.values()
+    train.main(mixed(preset_of(tmp_path, {web: 3, code: 1}), tmp_path / "run", max_steps=6))
+    later = preset_of(tmp_path, {web: 3, code: 1}, {20: {web: 1}})
+    with pytest.raises(UserError, match=f"data_schedule counts steps of {batch_tokens // 7} sequences, but 6 .* read 36"):
+        train.main(mixed(later, tmp_path / "run", max_steps=8, batch_tokens=batch_tokens))
+    train.main(mixed(later, tmp_path / "run", max_steps=8))
+
+
 # ---- wrong input
 
 
@@ -217,6 +228,8 @@ def test_folders_that_cannot_be_mixed_are_named(folders, tmp_path, no_curves):
         train.main(mixed(preset_of(tmp_path, {folders["web"]: 1, str(other): 1}), tmp_path / "run"))
     with pytest.raises(UserError, match=r"nowhere does not exist .* --data_dir=\S*nowhere"):
         train.main(mixed(preset_of(tmp_path, {folders["web"]: 1, str(tmp_path / "nowhere"): 1}), tmp_path / "run"))
+    with pytest.raises(UserError, match="eval_tokens 1 is too few for 2 folders"):
+        mixed(preset_of(tmp_path, {folders["web"]: 1, str(other): 1}), tmp_path / "run", eval_tokens=1)
     tiny = write_data(tmp_path / "tiny", train_tokens=5)
     with pytest.raises(UserError, match="tiny.* no shard of 2 x 7 tokens"):
         train.main(mixed(preset_of(tmp_path, {folders["web"]: 1, str(tiny): 1}), tmp_path / "run"))

@@ -423,6 +423,7 @@ def test_thirty_steps_learn_a_batch(shape, optimizer, rate):
 @pytest.mark.parametrize("wrong", [
     {"learning_rate": -1.0}, {"min_lr": 1.0}, {"beta1": 1.0}, {"beta2": -0.1}, {"grad_clip": 0.0}, {"max_tokens": 0},
     {"lr_decay_steps": 0}, {"warmup_steps": -1}, {"muon_momentum": 1.0}, {"muon_momentum": -0.1}, {"max_steps": -1},
+    {"lr_decay_steps": 700},  # which is all warmup
 ])  # fmt: skip
 def test_impossible_settings_are_named_with_their_value(wrong):
     (name, value), = wrong.items()
