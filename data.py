@@ -223,7 +223,7 @@ class Split:
         return ".".join(part.hexdigest()[:16] for part in parts)
 
     def read(self, places, shape):
-        """Windows of tokens, int64 of a shape: row i holds those of places[i], (shard, start, length), and then zeros."""
+        """Windows of tokens, int64 of a shape: row i holds those of places[i], (shard, start, length), then zeros."""
         for shard, start, length in places:
             self.shards[shard].prefetch(start, length)
         rows = np.zeros(shape, self.dtype)
@@ -287,7 +287,9 @@ class TrainOrder:
         self.per_epoch = int(self.ends[-1])
         if self.per_epoch == 0:
             lacks = f"no shard of 2 x {stride} tokens (its longest has {max(map(len, split.shards))})"
-            raise UserError(f"the {split.name} split of {split.folder} has {lacks}; lower seq_len or block_size, or add text")
+            raise UserError(
+                f"the {split.name} split of {split.folder} has {lacks}; lower seq_len or block_size, or add text"
+            )
 
     def epochs(self, n):
         """{folder: how often n sequences read it}, for this order's folder."""

@@ -21,7 +21,10 @@ def faults(data_dir, schedule):
         for step in schedule or ()
         if type(step) is not int or step < 1
     ]
-    for name, shares in [("data_dir", data_dir), *((f"data_schedule at step {k}", v) for k, v in (schedule or {}).items())]:
+    for name, shares in [
+        ("data_dir", data_dir),
+        *((f"data_schedule at step {k}", v) for k, v in (schedule or {}).items()),
+    ]:
         wrong += [f"{name} {line}" for line in _faults_of_shares(shares, data_dir)]
     return wrong
 
@@ -63,8 +66,8 @@ def shares_until(step, settings):
 class Mixture:
     """The order of training sequences from several folders, a pure function of seed, shares and data.
 
-    Each WINDOW of sequences has the same places for each folder, drawn once by the seed; so any WINDOW in a row holds the
-    shares exactly. A folder's sequences follow its own order, an epoch after the other.
+    Each WINDOW of sequences has the same places for each folder, drawn once by the seed; so any WINDOW in a row holds
+    the shares exactly. A folder's sequences follow its own order, an epoch after the other.
     """
 
     def __init__(self, orders, split, phases, seed):

@@ -35,7 +35,9 @@ class OptimConfig(Config):
             raise UserError(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}; lower it")
         decay, warmup = self.lr_decay_steps, self.warmup_steps
         if decay is not None and decay <= warmup and self.schedule != "constant":
-            raise UserError(f"lr_decay_steps {decay} is not above warmup_steps {warmup}; raise it, or lower warmup_steps")
+            raise UserError(
+                f"lr_decay_steps {decay} is not above warmup_steps {warmup}; raise it, or lower warmup_steps"
+            )
 
     def last_step(self, batch_tokens, step=0, tokens=0):
         """Last step of a run that has taken `step` steps with `tokens` tokens: by max_tokens, rounded up, or max_steps.

@@ -184,9 +184,9 @@ def update(model, optimizer, scaler, cfg, norm):
 def evaluate(model, splits, objective, cfg, world):
     """Mean loss and accuracy over the fixed windows of splits, the same for every batch size and number of ranks.
 
-    Also returns the accuracy of always predicting the most frequent target and, where the splits know the bytes of their
-    tokens, the bits per byte of the targets' text. Several splits get equal parts of eval_tokens; val_losses has the
-    loss of each by its folder's name.
+    Also returns the accuracy of always predicting the most frequent target and, where the splits know the bytes of
+    their tokens, the bits per byte of the targets' text. Several splits get equal parts of eval_tokens; val_losses has
+    the loss of each by its folder's name.
     """
     model.eval()
     share = cfg.eval_tokens // len(splits), cfg.micro_batch_size, world.data_rank, world.data_ranks
@@ -196,7 +196,7 @@ def evaluate(model, splits, objective, cfg, world):
     loss, n_correct, frequencies = map(sum, zip(*sums.values()))
     n_targets, n_bytes = frequencies.sum().item(), 0
     if empty := [folder for folder, (*_, n) in sums.items() if not n.any()]:
-        what = f"the first tokens of the validation split of {empty[0]}, by eval_tokens {cfg.eval_tokens}, are special alone"
+        what = f"eval_tokens {cfg.eval_tokens} reads special tokens alone from the validation split of {empty[0]}"
         raise UserError(f"{what}; raise eval_tokens, or the split's share of the text by --val_fraction of prepare.py")
     if model.cfg.is_causal and splits[0].token_bytes:
         n_bytes = sum(map(operator.mul, frequencies.tolist(), splits[0].token_bytes))
@@ -205,7 +205,11 @@ def evaluate(model, splits, objective, cfg, world):
         "val_accuracy": n_correct / n_targets,
         "val_accuracy_of_commonest": frequencies.max().item() / n_targets,
         **({"val_bpb": loss / math.log(2) / n_bytes} if n_bytes else {}),
-        **({"val_losses": {name: loss / n.sum().item() for name, (loss, _, n) in sums.items()}} if len(sums) > 1 else {}),
+        **(
+            {"val_losses": {name: loss / n.sum().item() for name, (loss, _, n) in sums.items()}}
+            if len(sums) > 1
+            else {}
+        ),
     }
 
 

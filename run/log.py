@@ -265,10 +265,14 @@ class Log:
         for folder, n in epochs.items():
             if n > 20:
                 often = f"the run reads the training tokens of {folder} {n:,.0f} times; after about 4 epochs"
-                print(f"warning    {often} a model learns little more (arXiv 2305.16264): lower --max_steps, or add text")
+                print(
+                    f"warning    {often} a model learns little more (arXiv 2305.16264): lower --max_steps, or add text"
+                )
         peak = f"mfu relative to {self.peak / 1e12:.4g} TFLOP/s, {self.peak_name}"
         kernels = cfg.parallel.how_kernels_start(world, cfg.model.n_layer)
-        print(f"device     {world.size} x {device_name(world.device)}, {world.precision}, {kernels}; {peak}", flush=True)
+        print(
+            f"device     {world.size} x {device_name(world.device)}, {world.precision}, {kernels}; {peak}", flush=True
+        )
 
     def _step_text(self, state):
         last_step = state.last_step(self.cfg)

@@ -148,7 +148,9 @@ class Saver:
             self.scaler.load_state_dict(manifest["scaler"])
         self.writer.newest = step_of(path)
         if unknown := manifest["state"].keys() - {f.name for f in dataclasses.fields(State)}:
-            raise UserError(f"{path}: {', '.join(sorted(unknown))} of its state is unknown here; use the code that wrote it")
+            raise UserError(
+                f"{path}: {', '.join(sorted(unknown))} of its state is unknown here; use the code that wrote it"
+            )
         return State(**manifest["state"])
 
 

@@ -301,7 +301,7 @@ def test_documents_and_windows_on_a_gpu_are_those_on_a_cpu(dtype, cfg, windows):
 
 def trained(cfg, kind="none", compiled=False, bf16=False):
     """(loss, gradients) of a batch of documents."""
-    model, (ids, _) = random_model(cfg), a_batch()
+    model, (ids, targets) = random_model(cfg), a_batch()
     if kind == "selective":
         recompute_blocks(model, kind)
     if compiled:
@@ -337,7 +337,7 @@ def test_in_bf16_documents_and_windows_are_as_near_as_bf16_is(cfg):
     (loss, ours), (expected, theirs) = trained(cfg, bf16=True), trained(cfg)
     assert loss == pytest.approx(expected, rel=0.02)
     check_near(ours, theirs, 0.1)
-    model, (ids, _) = random_model(cfg), a_batch()
+    model, (ids, targets) = random_model(cfg), a_batch()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert model(ids, targets, documents=starts_of()).item() == pytest.approx(expected, rel=0.02)
 
