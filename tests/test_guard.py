@@ -191,10 +191,10 @@ def test_a_file_that_may_not_grow_stops_the_run_with_one_line_and_the_last_check
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 1 MB."""
+    """A file system of 1.5 MB: the source that a run keeps, and a few checkpoints."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1536k", "none", disk], capture_output=True).returncode:
         pytest.skip("this user may not mount a small disk")
     yield disk
     subprocess.run(["umount", "-l", disk], check=True)
