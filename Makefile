@@ -39,7 +39,7 @@ setup: .venv/installed
 	@touch $@
 
 test: .venv/installed-test
-	$(RUN) -m pytest -q -n 2 --dist loadfile
+	$(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/installed-test
 	$(RUN) -m pytest -q -m slow

@@ -22,6 +22,7 @@ def no_curves():
 
 def pytest_collection_modifyitems(items):
     """Files that take longest come first, so that of two workers none is left with one of them at the end."""
-    longest = ("test_shard.py", "test_readme.py", "test_train.py", "test_bench.py", "test_guard.py")
-    order = {name: place for place, name in enumerate(longest)}
+    longest = ("shard", "readme", "train", "guard", "bench", "hub_tokenizer", "prepare", "documents", "health", "memory",
+               "machine", "world", "clean", "log")  # fmt: skip
+    order = {f"test_{name}.py": place for place, name in enumerate(longest)}
     items.sort(key=lambda item: order.get(item.path.name, len(longest)))
