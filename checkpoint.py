@@ -207,7 +207,7 @@ def remove_old_checkpoints(out_dir, cfg):
 
 
 def _cause_of(error):
-    """The first rank's error, where torch.distributed.checkpoint has wrapped those of all ranks into one."""
+    """The first rank's error: torch.distributed.checkpoint wraps the errors of all ranks into one."""
     return next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
 
 
@@ -343,7 +343,7 @@ def tensor_reader(path, cfg):
             raise UserError(f"{path} has files of {n_bytes:,} bytes, which do not hold its model; {foreign.COPY_AGAIN}")
 
     def read(name):
-        tensor = torch.full(shapes[name], math.nan)  # what no file holds must not pass for a weight
+        tensor = torch.full(shapes[name], math.nan)  # a hole in the files must not pass for a weight
         with reading(path):
             dcp.load({f"model.{name}": tensor}, storage_reader=reader, no_dist=True)
         return tensor

@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 
 from config import ROOT, Count, Positive, Share, UpToOne, UserError, Whole, as_dict, run_script
 from run.folder import lock_file
+from shards import refusing_system_errors
 from text import cleaning
 from text.cleaning import SAMPLES, Input, Stored, Watched, folder_of, make
 from text.corpus import Corpus, CorpusConfig
@@ -283,16 +284,14 @@ def check_same(started, folder, where):
 @contextlib.contextmanager
 def locked(where):
     """Makes and locks a local folder; UserError where another clean.py works in it, or where the system refuses."""
-    with contextlib.ExitStack() as stack:
-        try:
-            if not is_url(where):
-                Path(where).mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(open(Path(where, ".clean.lock"), "a+", encoding="utf-8"))
-                if holder := lock_file(file):
-                    raise UserError(f"clean_dir {where} is in use by another clean.py, {holder}; wait for its end")
-            yield
-        except OSError as error:
-            raise UserError(f"clean_dir {where} cannot be written to ({error}); make room, or use another") from error
+    errors = refusing_system_errors(f"clean_dir {where} cannot be written to", "make room, or use another")
+    with contextlib.ExitStack() as stack, errors:
+        if not is_url(where):
+            Path(where).mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(Path(where, ".clean.lock"), "a+", encoding="utf-8"))
+            if holder := lock_file(file):
+                raise UserError(f"clean_dir {where} is in use by another clean.py, {holder}; wait for its end")
+        yield
 
 
 def index_eval_texts(cfg, stages, work):

@@ -93,7 +93,7 @@ def export(source, folder, dtype=None):
         n_bytes = write_weights(their_tensors(source.cfg, source.read, source.extra), partial, dtype, itemsize)
         name = Path(os.path.abspath(folder)).name
         if not (partial / "README.md").exists():
-            text = card(source, family, name, tokenizer)  # which may name a file that is not UTF-8
+            text = card(source, family, name, tokenizer)  # it may name a file that is not UTF-8
             (partial / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
         for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, final / path.name)

@@ -44,7 +44,7 @@ class DataConfig(Config):
 
     @property
     def folders(self):
-        """The data folders: one, or those of a mixture."""
+        """The data folders: a mixture has several."""
         return [*self.data_dir] if isinstance(self.data_dir, dict) else [self.data_dir]
 
     @property
@@ -168,14 +168,17 @@ class Split:
         for path, shard in zip(self.paths, self.shards) if meta else ():
             if len(shard) != (promised := meta["splits"][split]["shards"][path.name]):
                 raise UserError(f"{path} holds {len(shard)} tokens, meta.json says {promised}; {make_command} makes it")
-        self.tokens = sum(map(len, self.shards))
+        self._count()
         self.token_bytes = meta.get("token_bytes")
         self.tokenizer = [meta.get(key) for key in ("tokenizer", "tokenizer_sha256", "vocab_size", "specials")]
         checksums = meta["splits"][split].get("checksums", {}) if meta else {}
         for path, shard in zip(self.paths, self.shards):
             shard.checksums = checksums.get(path.name)
-        self.dtype = max((shard.dtype for shard in self.shards), key=lambda dtype: dtype.itemsize)
         self._check_blocks(make_command)
+
+    def _count(self):
+        self.tokens = sum(map(len, self.shards))
+        self.dtype = max((shard.dtype for shard in self.shards), key=lambda dtype: dtype.itemsize)
 
     @classmethod
     def joined(cls, splits):
@@ -187,8 +190,7 @@ class Split:
                 raise UserError(f"{names}, or another of that name; prepare the folders of a mixture with the same one")
         joined.paths = [path for split in splits for path in split.paths]
         joined.shards = [shard for split in splits for shard in split.shards]
-        joined.tokens = sum(split.tokens for split in splits)
-        joined.dtype = max((split.dtype for split in splits), key=lambda dtype: dtype.itemsize)
+        joined._count()
         return joined
 
     def _check_blocks(self, make_command, most=8):

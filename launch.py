@@ -101,8 +101,8 @@ class Captured:
     """A function of tensors, replayed as a CUDA graph from its first call on.
 
     Inputs keep their shapes, or are None; outputs are overwritten by the next call. The first call runs the function
-    WARM_UPS times to warm up, then calls undo(), which takes back what that changed, and records it, which changes nothing; random
-    numbers then come as if there had been no warm-up. UserError where the function cannot be recorded.
+    WARM_UPS times to warm up, then calls undo(), which takes back what that changed, and records it, which changes
+    nothing; random numbers then come as if there had been no warm-up. UserError where the function cannot be recorded.
     """
 
     def __init__(self, function, undo=lambda: None, warm_ups=WARM_UPS):

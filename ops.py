@@ -132,7 +132,7 @@ def locate(starts, shape):
 
 
 def mask_of(x, shape, causal, window=None, documents=None, attention_mask=None, packed=False):
-    """What attend takes as the mask of a batch of shape (B, T); None where every token, or every earlier one, is seen.
+    """The mask that attend takes for a batch of shape (B, T); None where tokens see all others, or all earlier ones.
 
     A token sees itself, and of its own document those at most window - 1 tokens before it, unless causal also after it.
     documents: (starts, number of each token's document); attention_mask (B, T): False at padding. packed: the answer

@@ -74,14 +74,19 @@ class ShardWriter:
 
 
 @contextlib.contextmanager
-def writing_to(folder):
-    """Turns the system's errors while writing into a data folder into a UserError that names it."""
+def refusing_system_errors(rule, remedy):
+    """Turns the system's errors into a UserError: rule (error); remedy. With too many open files it has its own."""
     try:
         yield
     except OSError as error:
-        remedy = "use another --data_dir, or make room and repeat the command"
         remedy = "raise ulimit -n" if error.errno == errno.EMFILE else remedy
-        raise UserError(f"data_dir {folder} cannot be made or written to ({error}); {remedy}") from error
+        raise UserError(f"{rule} ({error}); {remedy}") from error
+
+
+def writing_to(folder):
+    """A context for writing into a data folder, whose system errors become a UserError that names it."""
+    remedy = "use another --data_dir, or make room and repeat the command"
+    return refusing_system_errors(f"data_dir {folder} cannot be made or written to", remedy)
 
 
 class Shard:

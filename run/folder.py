@@ -1,7 +1,6 @@
 """A run's folder: its lock, source, tokenizer and log.jsonl; checkpoint.py writes the checkpoints."""
 
 import contextlib
-import errno
 import fcntl
 import itertools
 import json
@@ -18,6 +17,7 @@ import foreign
 from config import ROOT, Config, Range, UserError, project_files
 from console import report
 from data import sha256
+from shards import refusing_system_errors
 
 Seed = Annotated[int, Range("at least 0 and below 2**63", lambda n: 0 <= n < 2**63)]
 
@@ -41,15 +41,10 @@ def run_dir_of(cfg):
     return cfg.run.out_dir or (f"out/{Path(cfg.presets[-1]).stem}" if cfg.presets else None)
 
 
-@contextlib.contextmanager
 def writing_to(out_dir):
-    """Turns the system's errors while writing into a run's folder into a UserError that names it."""
-    try:
-        yield
-    except OSError as error:
-        remedy = "use another --out_dir, or make room: then the same command continues"
-        remedy = "raise ulimit -n" if error.errno == errno.EMFILE else remedy
-        raise UserError(f"out_dir {out_dir} cannot be written to ({error}); {remedy}") from error
+    """A context for writing into a run's folder, whose system errors become a UserError that names it."""
+    remedy = "use another --out_dir, or make room: then the same command continues"
+    return refusing_system_errors(f"out_dir {out_dir} cannot be written to", remedy)
 
 
 # Names under which a run writes or removes files, but for .lock and what holds a step or a time in its name.

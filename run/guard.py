@@ -87,7 +87,7 @@ class StopRequests:
         # The file once a second, since a look may go over a network.
         if self.world.is_main and not self._request and time.monotonic() - self._looked > 1:
             self._looked = time.monotonic()
-            if os.path.exists(self.file):  # which takes a disk's errors for no
+            if os.path.exists(self.file):  # it takes a disk's errors for no
                 self._request = Stop.FILE
         seen = Stop.SAVE_FAILED if save_failed else self._request or (Stop.OUT_OF_TIME if out_of_time else Stop.NO)
         return Stop(int(self.world.worst(seen)))

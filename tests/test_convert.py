@@ -46,7 +46,7 @@ MODELS = {
     "llama": LLAMA,
     "llama tied, with biases": replace(LLAMA, bias=True, tie_embeddings=True),
     "llama 3.1": replace(LLAMA, rope_scale=8.0, rope_context=64),
-    "mistral": replace(LLAMA, window=4),  # of 7 tokens
+    "mistral": replace(LLAMA, window=4),  # sequences have 7 tokens
     "qwen3": replace(LLAMA, qk_norm=True, head_dim=10, tie_embeddings=True),
 }
 CLASSES = {"gpt2": "GPT2LMHeadModel", "bert": "BertForMaskedLM", "llama": "LlamaForCausalLM",

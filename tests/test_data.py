@@ -755,7 +755,7 @@ def test_shard_that_is_replaced_by_one_of_its_size_ends_the_run_with_a_line(fold
     else:
         (tmp_path / "other").write_bytes(other)
         os.replace(tmp_path / "other", path)
-        assert loaded(split, 60)  # of the old file, while it is open
+        assert loaded(split, 60)  # the old file is read while it is open
         split = split_of_closed_files(split)
     os.utime(path, (7, 7))  # no clock decides
     assert "train_000000.bin has changed while it was in use, from 226 to 226 bytes" in refused_while_reading(split)

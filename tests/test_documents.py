@@ -1,11 +1,13 @@
 """Document masks and sliding windows: each document as if alone, each token with the keys that its window has."""
 
+import functools
 import itertools
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import test_model
 import torch
 
 from config import UserError
@@ -35,19 +37,8 @@ WINDOWS = pytest.mark.parametrize(
     "windows", [{}, {"window": 3}, {"window": 3, "global_every": 2}, {"window": 2}], ids=str
 )
 SPECIALS = {"<|endoftext|>": 31, "<|pad|>": 32, "<|mask|>": 33, "<|cls|>": 34, "<|sep|>": 35}
-LENGTHS = ((4, 1, 6), (11,), (2, 7, 1, 1))  # of each row's documents
-
-
-def random_model(cfg, seed=1):
-    """A model whose every weight is drawn, wide enough for mistakes to show."""
-    torch.manual_seed(seed)
-    model = Transformer(cfg)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.normal_(std=0.2).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-        for table in {model.wte.weight, model.head.weight}:
-            table[V:] = 0
-    return model
+random_model = functools.partial(test_model.random_model, std=0.2)
+LENGTHS = ((4, 1, 6), (11,), (2, 7, 1, 1))  # the lengths of each row's documents
 
 
 def starts_of(lengths=LENGTHS, padding=4):
@@ -203,7 +194,7 @@ def test_windows_that_transformers_cannot_compute_are_not_exported(cfg):
 
 
 def varlen_by_its_documentation(q, k, v, starts, max_len, window_size, d_out=None):
-    """What torch documents of varlen_attn: each sequence alone, keys from left before the query to right behind it.
+    """varlen_attn as torch documents it: each sequence alone, keys from left before the query to right behind it.
 
     Or, for the gradient of its output, the gradients of q, k and v.
     """
@@ -211,7 +202,7 @@ def varlen_by_its_documentation(q, k, v, starts, max_len, window_size, d_out=Non
     results = [torch.zeros_like(x) for x in ([q] if d_out is None else [q, k, v])]
     for first, end in itertools.pairwise(starts.tolist()):
         assert 0 <= end - first <= max_len
-        behind = torch.arange(end - first)[:, None] - torch.arange(end - first)  # of the query, minus the key's
+        behind = torch.arange(end - first)[:, None] - torch.arange(end - first)  # the query's place minus the key's
         seen = ((behind <= left) | (left < 0)) & ((-behind <= right) | (right < 0))
         for head in range(q.shape[1]):
             Q, K, V = q[first:end, head], k[first:end, head // shared], v[first:end, head // shared]

@@ -1,4 +1,4 @@
-"""What only tells of a run may fail: that is said once, and the run goes on."""
+"""Logs, pictures and services may fail: a line says so once, and the run goes on."""
 
 import os
 import resource

@@ -41,13 +41,13 @@ KINDS = pytest.mark.parametrize("cfg", [SMALL, BERT, MODERN], ids=["gpt2", "bert
 DECODERS = pytest.mark.parametrize("cfg", [SMALL, MODERN], ids=["gpt2", "modern"])
 
 
-def random_model(cfg=SMALL, seed=1):
+def random_model(cfg=SMALL, seed=1, std=0.3):
     """A model whose every weight, bias and gain is drawn, wide enough for mistakes to show in its logits."""
     torch.manual_seed(seed)
     model = Transformer(cfg)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.normal_(std=0.3).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            p.normal_(std=std).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
         for table in {model.wte.weight, model.head.weight}:
             table[cfg.vocab_size :] = 0
     return model
