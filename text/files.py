@@ -254,17 +254,29 @@ def _utf8_blocks(chunks, _):
     """Yields (chunk, the UTF-8 bytes of its whole characters, how many of its bytes are invalid or NUL)."""
     rest = b""  # the start of a character that the next chunk completes
     for chunk in chunks:
-        data, bad = rest + chunk, chunk.count(0)
-        if not data.isascii():
-            try:
-                end = codecs.utf_8_decode(data, "strict", False)[1]
-            except UnicodeDecodeError:
-                text, end = codecs.utf_8_decode(data, "ignore", False)
-                bad += end - len(text.encode())
-            data, rest = data[:end], data[end:]
-        yield chunk, data, bad
+        data = rest + chunk
+        end, bad = _whole_characters(data)
+        data, rest = data[:end], data[end:]
+        yield chunk, data, bad + chunk.count(0)
     if rest:
         yield b"", rest, len(rest)
+
+
+def _whole_characters(data):
+    """(where the last whole UTF-8 character ends, how many bytes before it are invalid).
+
+    Slice by slice: a decoded text takes up to four bytes a character, and of large ones much memory stays in use.
+    """
+    end, bad, n = 0, 0, 1
+    while n and end < len(data):
+        part = data[end : end + (1 << 16)]
+        try:
+            n = len(part) if part.isascii() else codecs.utf_8_decode(part, "strict", False)[1]
+        except UnicodeDecodeError:
+            text, n = codecs.utf_8_decode(part, "ignore", False)
+            bad += n - len(text.encode())
+        end += n
+    return end, bad
 
 
 def _decoded_blocks(chunks, encoding):
