@@ -38,11 +38,14 @@ setup: .venv/installed
 	.venv/bin/pip install -q -r requirements-test.txt
 	@touch $@
 
+TWO_WORKERS = -n 2 --dist loadfile --no-loadscope-reorder
+
 test: .venv/installed-test
-	$(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(RUN) -m pytest -q $(TWO_WORKERS)
 
 test-slow: .venv/installed-test
-	$(RUN) -m pytest -q -m slow
+	$(RUN) -m pytest -q -m "slow and not alone" $(TWO_WORKERS)
+	$(RUN) -m pytest -q -m "slow and alone"
 
 clean:
 	rm -rf .venv data/quickstart out/quickstart out/quickstart_bert

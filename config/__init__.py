@@ -386,10 +386,16 @@ def comments(settings_type):
     found = {}
     for section in _sections(settings_type):
         for class_ in filter(dataclasses.is_dataclass, section.type.__mro__):  # settings that it inherits, too
-            found.update(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(class_), re.MULTILINE))
+            found.update(re.findall(r"^    (\w+): .*?  # (.*)$", _source(class_), re.MULTILINE))
     bare = settings_of(settings_type).keys() - found.keys()
     assert not bare, f"settings without a trailing comment, their help text: {', '.join(sorted(bare))}"
     return found
+
+
+def _source(class_):
+    """The source of a class; inspect.getsource would parse the whole file, at every start of a run."""
+    file = inspect.getsource(sys.modules[class_.__module__])
+    return re.search(rf"^class {class_.__name__}\b.*?(?=^\S|\Z)", file, re.MULTILINE | re.DOTALL)[0]
 
 
 @functools.cache

@@ -110,9 +110,9 @@ def peak_flops(device, precision, earlier=None):
 def measured_matmul_flops(device, precision):
     """FLOP/s of a square matmul on this device, the best of three, of the largest size that is measured quickly.
 
-    On a CPU a single matmul may take 40 ms: every start of a run measures the peak twice.
+    On a CPU a single matmul may take 10 ms: every start of a run measures the peak twice.
     """
-    sizes, limit_s = ((256, 512, 1024, 1536), 0.04) if device.type == "cpu" else ((1024, 8192), 1)
+    sizes, limit_s = ((256, 512, 1024, 1536), 0.01) if device.type == "cpu" else ((1024, 8192), 1)
     for n, larger in zip(sizes, (*sizes[1:], math.inf)):
         a = torch.randn(n, n, device=device).to(DTYPES[precision])
         times = []

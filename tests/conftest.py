@@ -12,6 +12,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tests are small; and equal bits need equa
 os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(ROOT.parent / "shared/data/tiktoken_cache"))
 
 
+def slow(*values):
+    """The same values as parameters of slow tests."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 @pytest.fixture
 def no_curves():
     from ranks import without_matplotlib
@@ -22,7 +27,7 @@ def no_curves():
 
 def pytest_collection_modifyitems(items):
     """Files that take longest come first, so that of two workers none is left with one of them at the end."""
-    longest = ("shard", "readme", "train", "guard", "bench", "hub_tokenizer", "prepare", "documents", "health", "memory",
-               "machine", "world", "clean", "log")  # fmt: skip
+    longest = ("shard", "foreign", "readme", "train", "guard", "bench", "chaos", "hub_tokenizer", "prepare", "documents",
+               "health", "memory", "machine", "world", "clean", "log")  # fmt: skip
     order = {f"test_{name}.py": place for place, name in enumerate(longest)}
     items.sort(key=lambda item: order.get(item.path.name, len(longest)))

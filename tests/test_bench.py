@@ -74,7 +74,7 @@ def benched_on_ranks(folder, args):
     return seen[0][0][0]
 
 
-@pytest.mark.parametrize(("args", "data_ranks"), [(["--tp=2"], 1), ([], 2)])
+@pytest.mark.parametrize(("args", "data_ranks"), [pytest.param(["--tp=2"], 1, marks=pytest.mark.slow), ([], 2)])
 def test_ranks_that_share_layers_share_their_tokens_too(args, data_ranks, tmp_path):
     """Tokens/s count the tokens of a step once; MFU is relative to the peak of all ranks."""
     args += ["--n_head=2", "--seq_len=8", "--batch_tokens=48"]
@@ -343,6 +343,7 @@ def test_bare_json_is_one_object_on_the_last_line_behind_the_picture(small_machi
         config.load(bench.Settings, [f"--json={tmp_path}/no/b.json"])
 
 
+@pytest.mark.slow
 def test_the_machine_is_measured_for_the_planner_and_for_predictions_beside_what_is_measured(
     small_machine, tmp_path, capsys
 ):
@@ -389,6 +390,7 @@ def test_without_matplotlib_there_is_no_picture_and_one_line_says_so(capsys, mon
     assert capsys.readouterr().out == "no bench.png: pip install matplotlib draws it\n"
 
 
+@pytest.mark.slow
 def test_the_roofline_takes_what_was_measured_or_measures_the_runs_precision_alone(
     small_machine, tmp_path, monkeypatch
 ):
@@ -433,6 +435,7 @@ PRESETS = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_steps_take_the_predicted_time(monkeypatch):
     """Within 20 %, with one thread, as the median of rates and steps measured in turn by the time of this process.

@@ -118,6 +118,7 @@ def test_kill_9_of_a_rank_at_random_moments_is_healed_by_torchruns_restarts(tmp_
     assert codes(launch(n, settings(data_dir, tmp_path / "whole", **changes))) == [0] * n
     check_equal(out_dir, tmp_path / "whole")
 
+@pytest.mark.alone
 
 def test_saving_costs_training_little(tmp_path):
     """Steps of a model whose checkpoint has 500 MB, saved every 5; prints what README says (-s)."""

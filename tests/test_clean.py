@@ -288,6 +288,7 @@ def test_preset_on_one_and_two_workers_writes_the_same_documents_and_the_report_
     assert "is clean already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_the_text(planted, tmp_path):
     argv = [f"--input={planted}", "--steps=html,fix,exact", "--tasks=3"]
     ran = [clean_up(tmp_path / f"out{n}", *argv, f"--workers={n}") for n in (1, 2)]

@@ -11,6 +11,7 @@ import test_model
 import torch
 
 from config import UserError
+from conftest import slow
 from data import Split, objective_for
 from interop.families import family_of
 from launch import compile_model
@@ -360,11 +361,12 @@ CASES = [("gpt", {"tp": 2}), ("bert", {"tp": 2}), ("modern", {"tp": 2}), ("moder
          ("gpt", {"strategy": "fsdp", "activation_checkpointing": "full"})]  # fmt: skip
 
 
-def test_documents_and_windows_on_two_ranks_are_those_on_one(no_curves):
+@pytest.mark.parametrize("cases", [[("gpt", {"tp": 2})], *slow(CASES)], ids=["tp", "all"])
+def test_documents_and_windows_on_two_ranks_are_those_on_one(cases, no_curves):
     windows = {"window": 3, "global_every": 2}
-    answers = on_ranks(2, *((steps_in, name, windows, layout) for name, layout in CASES))
-    alone = {name: steps_of(name, windows) for name in {name for name, _ in CASES}}
-    for (name, layout), ranks in zip(CASES, answers):
+    answers = on_ranks(2, *((steps_in, name, windows, layout) for name, layout in cases))
+    alone = {name: steps_of(name, windows) for name in {name for name, _ in cases}}
+    for (name, layout), ranks in zip(cases, answers):
         for figures, expected in itertools.product(ranks, [alone[name]]):
             for found, wanted in zip(figures, expected, strict=True):
                 assert found == pytest.approx(wanted, rel=1e-5), (name, layout)

@@ -14,7 +14,7 @@ import torch
 
 import config
 from checkpoint import checkpoints, newest_checkpoint
-from conftest import ROOT
+from conftest import ROOT, slow
 from data import Loader
 from ranks import codes, launch, logged, records, run, settings, torchrun, wait_until, write_data
 from run.guard import crash_reports
@@ -175,7 +175,7 @@ def limit_file_size(rank, of_rank):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("n", [1, *slow(2)])
 def test_a_file_that_may_not_grow_stops_the_run_with_one_line_and_the_last_checkpoint_intact(n, data_dir, tmp_path):
     out_dir = tmp_path / "run"
     changes = {"save_interval": 10, "max_steps": 4000, "lr_decay_steps": "none"}
@@ -211,7 +211,7 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(data_dir, small_disk, 
     assert records(out_dir) == records(run(data_dir, tmp_path / "whole", **changes))
 
 
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("n", [1, *slow(2)])
 def test_a_folder_that_becomes_unwritable_ends_the_run_with_one_line(n, data_dir, tmp_path):
     out_dir = tmp_path / "run"
     processes = launch(n, settings(data_dir, out_dir, **LONG | {"save_interval": 50}), tmp_path / "told")
@@ -358,6 +358,7 @@ def limit_memory(rank):
     resource.setrlimit(resource.RLIMIT_AS, (mapped + 3 * 2**29, mapped + 3 * 2**29))
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_memory_that_runs_out_ends_the_run_with_what_would_fit(tmp_path):
     data = write_data(tmp_path / "data", train_tokens=80_000)

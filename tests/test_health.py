@@ -180,6 +180,7 @@ def test_bad_steps_that_come_again_end_the_run_and_name_step_rank_and_tensor(lay
     assert "first bad tensor: on rank 1 the gradient of blocks.1.mlp.up.weight" in answer[0] and "\n" not in answer[0]
 
 
+@pytest.mark.slow
 def test_a_run_killed_amid_bad_steps_does_as_if_it_had_not_been(data_dir, faults, tmp_path):
     """Going on with more steps from the checkpoint of step 4, it meets the fault again, which counts from there."""
     out_dir = tmp_path / "run"

@@ -20,6 +20,7 @@ import config
 import plan
 import train
 from config import UserError
+from conftest import slow
 from convert import export
 from data import Split
 from hugging_face import KINDS, LLAMA3, T, V, logits_of, random_model, saved
@@ -625,8 +626,8 @@ def test_a_vocabulary_smaller_than_the_datas_is_refused(folders, tmp_path, no_cu
         train_from(folders["gpt2"][1], data_dir, tmp_path / "run")
 
 
-@pytest.mark.parametrize("layout", [{"strategy": "fsdp"}, pytest.param({"tp": 2}, marks=pytest.mark.slow)],
-                         ids=["fsdp", "tp"])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{"strategy": "fsdp"}, {"tp": 2}], ids=["fsdp", "tp"])
 def test_sharded_runs_start_from_the_same_weights(layout, folders, tmp_path, no_curves):
     folder, data_dir = folders["llama"][1], write_data(tmp_path / "data", vocab_size=V)
     sizes = {"n_head": 6, "n_kv_head": 2, "n_embd": 48, "n_inner": 33, "vocab_size": V, "block_size": 8, "seq_len": 6,

@@ -114,6 +114,7 @@ def kill_service(rank, out_dir):
     from_step_5(out_dir, kill)
 
 
+@pytest.mark.slow
 def test_a_run_whose_wandb_service_dies_goes_on(data_dir, tmp_path):
     out_dir, told = tmp_path / "run", tmp_path / "told"
     processes = launch(1, settings(data_dir, out_dir, max_steps=300, wandb=True), told, (kill_service, out_dir))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conftest import slow
 from perf import hardware, machine, meters, rates
 from perf.report_bench import flat as bench_flat
 from ranks import on_ranks
@@ -50,7 +51,7 @@ def triples(figures):
     return [figures] if isinstance(figures, list) else []
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", *slow("bf16")])
 def test_figures_are_sound_are_printed_and_leave_nothing_behind(precision, tmp_path):
     with small_sizes(), init_world(WorldConfig(device="cpu", precision=precision)) as world:
         figures = machine.measure(world, tmp_path)
@@ -93,6 +94,7 @@ def test_a_known_devices_data_sheet_stands_beside_what_it_reaches():
     assert lines[-1] == "left out   too slow here: fp32 matmuls of 16384 x 16384"
 
 
+@pytest.mark.slow
 def test_ranks_measure_what_connects_them(tmp_path):
     [[figures, others]] = on_ranks(2, (measured_on_ranks, str(tmp_path)))
     assert figures["ranks"] == 2 and "disk" not in others
@@ -145,6 +147,7 @@ class SlowMatmuls(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
+@pytest.mark.slow
 def test_a_minute_is_enough_where_a_large_matmul_takes_ten_seconds(tmp_path, monkeypatch):
     """A bf16 matmul of 2048 x 2048 on an EPYC without bf16 units; what was left out is named."""
     with init_world(WorldConfig(device="cpu", precision="bf16")) as world, SlowMatmuls(2 * 2048**3 / 10) as clock:

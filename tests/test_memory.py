@@ -87,8 +87,8 @@ OF_FORWARD = [("none", shape) for shape in SHAPES]
 CHECKPOINTED = [("selective", "gpt"), ("selective", "modern"), ("selective", "dropout"), ("full", "modern")]
 
 
-SLOW = [("fp32", "selective", "gpt"), ("bf16", "selective", "modern"), ("fp32", "selective", "dropout"),
-        ("bf16", "full", "modern")]  # fmt: skip
+SLOW = [("fp32", "selective", "gpt"), ("fp32", "selective", "modern"), ("bf16", "selective", "modern"), ("bf16", "selective", "dropout"),
+        ("fp32", "selective", "dropout"), ("bf16", "full", "modern")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("precision", "checkpointing", "shape"), [

@@ -12,6 +12,7 @@ import config
 import prepare
 import train
 from config import UserError
+from conftest import slow
 from data import DataConfig, Loader, Split, TrainOrder
 from mixture import WINDOW, Mixture, per_window
 from objective import NextToken
@@ -155,7 +156,7 @@ def test_a_mixture_of_one_folder_is_that_folder(folders, tmp_path, no_curves):
     assert records(tmp_path / "plain") == records(tmp_path / "mixed")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [*slow(1), 2])
 def test_a_killed_mixed_run_goes_on_to_the_bit_also_on_more_ranks(ranks, folders, tmp_path, no_curves):
     """The shares change before the kill and after it."""
     web, code, math_ = folders.values()

@@ -511,6 +511,7 @@ print(faults[-1])
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+@pytest.mark.slow
 @pytest.mark.parametrize("environment, kept", [({}, True), ({"MALLOC_ARENA_MAX": "3"}, False)])
 def test_freed_memory_is_kept_for_the_next_tensor_unless_the_environment_tunes_it(environment, kept):
     command = [sys.executable, "-c", FAULTS]

@@ -21,6 +21,7 @@ from fit_rates import (
     table_of_groups,
 )
 
+from conftest import slow
 from perf import cost, memory
 from perf.hardware import EAGER
 
@@ -40,7 +41,7 @@ def test_parameters_are_those_of_every_row_of_llm_foundry():
         assert cost.num_params(model_of(row)) == int(row["n_params"]), row["id"]
 
 
-@pytest.mark.parametrize("gpu", ["h100-sxm", "a100-80", "a100-40"])
+@pytest.mark.parametrize("gpu", ["h100-sxm", *slow("a100-80", "a100-40")])
 def test_model_sizes_that_the_fit_has_not_seen_are_predicted(gpu):
     errors = abs(left_out_errors(of_group(ROWS, "llm-foundry", gpus=[gpu])))
     print(f"{gpu}, sizes left out: median {np.median(errors):.1%}, 90th percentile {np.quantile(errors, 0.9):.1%}")
@@ -54,6 +55,7 @@ def test_rates_are_those_of_the_fit(family):
         assert getattr(kept, name) == pytest.approx(getattr(found, name), rel=0.02)
 
 
+@pytest.mark.slow
 def test_one_efficiency_describes_each_other_code():
     print("", *table_of_groups(ROWS), sep="\n")
     for group in sorted({row["group"] for row, _ in ROWS} - {"llm-foundry"}):

@@ -153,10 +153,14 @@ def needs_gpt2_tokenizer(command):
     return any(word in command for word in words) or ("sample.py" in command and "gpt2" in command)
 
 
-# About a minute each: measuring the machine, planning with these figures, a sweep, and the evaluation harness's start.
-LONG = ("python bench.py", "--gpu=this", "--sweep", "--device cpu")
+def is_long(command):
+    """Whether a command measures the machine, plans by that, sweeps, starts the harness, cleans text, or has tp ranks."""
+    ends = ("--gpu=this", "--sweep", "--device cpu")
+    return command == "python bench.py" or command.endswith(ends) or "data/web" in command or "--tp=2" in command
+
+
 SHOWN = [
-    pytest.param(c, marks=pytest.mark.slow) if c == LONG[0] or c.endswith(LONG[1:]) else c
+    pytest.param(c, marks=pytest.mark.slow) if is_long(c) else c
     for c in COMMANDS
     if not c.startswith(("make", *SET_UP)) and "$HEAD" not in c
 ]

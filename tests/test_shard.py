@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 import optim
 import parallel
 from checkpoint import CheckpointConfig, CheckpointWriter, _tensors, load_checkpoint
+from conftest import slow
 from model import ModelConfig, Transformer
 from objective import IGNORE
 from optim import OptimConfig, build_optimizer, orthogonalize
@@ -151,13 +152,13 @@ def id_of(case):
 # Each layout but plain ddp, each model, each optimizer but SGD, which the loss's terms have; all of it is slow.
 QUICK = matrix(["gpt"], ["adamw"], ["full"], [3], ["fsdp"])
 QUICK += matrix(["modern"], ["muon"], ["none"], [1], ["hsdp"])
-QUICK += matrix(["bert"], ["adafactor"], ["selective"], [1], ["fsdp tp"])
 QUICK += matrix(["gpt"], ["adamw"], ["none"], [3], ["ddp tp"])
+SLOW = matrix(["bert"], ["adafactor"], ["selective"], [1], ["fsdp tp"])
 FULL = matrix(MODELS, ["adamw"], ["none"], [3], MORE_LAYOUTS)
 FULL += matrix(MODELS, ["muon"], ["full"], [1], MORE_LAYOUTS)
 
 
-@pytest.mark.parametrize("case", QUICK, ids=id_of)
+@pytest.mark.parametrize("case", QUICK + slow(*SLOW), ids=id_of)
 def test_four_ranks_train_as_one_process(case, four_ranks):
     check_equal(case["name"], case["optimizer"], four_ranks[id_of(case)])
 
@@ -228,7 +229,7 @@ def orthogonalised(layout):
     return answers
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "hsdp", "ddp tp", *slow("fsdp tp")])
 def test_muons_work_is_shared_out_and_its_result_to_the_bit_that_of_whole_matrices(layout, four_ranks):
     for (_, n), *by_rank in zip(MATRICES, *four_ranks["orthogonalised", layout]):
         assert all(equal for equal, _ in by_rank)
@@ -268,7 +269,7 @@ def logits(name, **layout):
         return mode.found
 
 
-@pytest.mark.parametrize("name", ["gpt", "bert"])
+@pytest.mark.parametrize("name", ["gpt", *slow("bert")])
 def test_no_rank_holds_full_logits_under_tensor_parallelism(name, four_ranks):
     assert logits(name), "one process has logits as wide as the vocabulary"
     assert four_ranks["logits", name] == [[]] * 4
@@ -297,7 +298,7 @@ def scaled(layout):
         return told
 
 
-@pytest.mark.parametrize("layout", ["fsdp", "fsdp tp"])
+@pytest.mark.parametrize("layout", ["fsdp", *slow("fsdp tp")])
 def test_an_infinity_on_one_rank_makes_all_skip_the_step(layout, four_ranks):
     answers, one_process = four_ranks["scaled", layout], alone("gpt", "adamw")[1]
     for told in answers:
@@ -316,7 +317,7 @@ def counted(accumulate, layout):
         return mode.counts["c10d::_reduce_scatter_base_"], mode.counts["c10d::allreduce_"], figures
 
 
-@pytest.mark.parametrize("layout", ["fsdp", "hsdp"])
+@pytest.mark.parametrize("layout", ["fsdp", *slow("hsdp")])
 def test_gradients_are_summed_at_every_micro_step_or_kept_whole_and_summed_once(layout, four_ranks):
     """By groups of parameters: three blocks, and the rest. Over copies always once."""
     sharded, kept_whole = four_ranks["counted", "sharded", layout][0], four_ranks["counted", "whole", layout][0]
@@ -326,7 +327,7 @@ def test_gradients_are_summed_at_every_micro_step_or_kept_whole_and_summed_once(
     assert sharded[2] == pytest.approx(alone("gpt", "adamw")[1][1], rel=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["fsdp", "fsdp tp"])
+@pytest.mark.parametrize("layout", ["fsdp", *slow("fsdp tp")])
 def test_in_bf16_sharding_changes_rounding_alone(layout, four_ranks):
     """Blocks' weights arrive in bf16, as autocast has them on one process; the residual stream stays in float32."""
     wanted, found = alone("gpt", "adamw", "bf16")[1], four_ranks["bf16", layout][0][1]
@@ -368,7 +369,7 @@ def test_each_term_of_the_loss_is_the_same_over_a_sharded_vocabulary(name, preci
 
 def dropped(kind):
     """(loss, gradient's norm) with dropout and a kind of activation checkpointing, under tensor parallelism."""
-    layout = {"activation_checkpointing": kind, "strategy": "fsdp", "tp": 2}
+    layout = {"activation_checkpointing": kind, "tp": 2}
     with a_model("gpt", changes={"dropout": 0.3}, **layout) as (world, model, optimizer):
         seed_step(seed=1, step=4, rank=world.rank)
         return step_of(world, model, optimizer, "gpt", 0)
@@ -387,6 +388,7 @@ def compressed(kind):
         return [step_of(world, model, optimizer, "gpt", 0)[0] for _ in range(30)]
 
 
+@pytest.mark.slow
 def test_compressed_gradients_train_nearly_as_whole_ones(four_ranks):
     none, bf16, powersgd = (four_ranks["compressed", kind][0] for kind in (None, "bf16", "powersgd"))
     assert bf16 == pytest.approx(none, rel=0.02) and bf16 != none
@@ -401,16 +403,17 @@ def held(layout):
         return params_and_bytes(optimizer)
 
 
-def test_ranks_hold_the_model_once_a_copy(four_ranks):
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "hsdp", *slow("fsdp tp")])
+def test_ranks_hold_the_model_once_a_copy(layout, four_ranks):
     with a_model("gpt") as (_, model, _):
         n = sum(p.numel() for p in model.parameters())
-    for layout, copies in ("ddp", 4), ("fsdp", 1), ("hsdp", 2):
-        numbers, n_bytes = zip(*four_ranks["held", layout])
-        assert sum(numbers) == copies * n and n_bytes == tuple(16 * number for number in numbers)
+    copies, (numbers, n_bytes) = {"ddp": 4, "hsdp": 2}.get(layout, 1), zip(*four_ranks["held", layout])
+    assert n_bytes == tuple(16 * number for number in numbers)
+    if layout == "fsdp tp":
+        assert n < sum(numbers) < 1.15 * n  # both of two neighbours have norms
+    else:
+        assert sum(numbers) == copies * n
         assert max(numbers) <= 1.15 * copies * n / 4  # tables and biases do not divide evenly
-    assert (
-        n < sum(numbers for numbers, _ in four_ranks["held", "fsdp tp"]) < 1.15 * n
-    )  # both of two neighbours have norms
 
 
 def shared(folder):
@@ -437,23 +440,41 @@ def round_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("round")
 
 
+class Launches:
+    """What four ranks answer to a case, by key. Two launches, the second for slow tests, when the first key is asked for.
+
+    Of many cases each: torch derives how each operator is sharded once a process, in 0.2 s.
+    """
+
+    def __init__(self, quick, slow, answers):
+        """quick, slow: {key: (function, *args)}. answers: {key: [answer by rank]} that are known already."""
+        self.launches, self.answers = [quick, slow], answers
+
+    def __getitem__(self, key):
+        if key not in self.answers:
+            [cases] = [cases for cases in self.launches if key in cases]
+            self.answers |= launched(4, cases)
+        return self.answers[key]
+
+
 @pytest.fixture(scope="module")
 def four_ranks(tmp_path_factory, round_folder):
-    """What four ranks answer, in one launch: torch derives how each operator is sharded once a process, in 0.2 s."""
-    cases = {id_of(case): (run_case, case) for case in QUICK}
-    cases |= {("orthogonalised", layout): (orthogonalised, layout) for layout in LAYOUTS}
-    cases |= {("logits", name): (logits_of_a_layout, name) for name in ("gpt", "bert")}
-    cases |= {("scaled", layout): (scaled, layout) for layout in ("fsdp", "fsdp tp")}
-    kept_in = itertools.product(("sharded", "whole"), ("fsdp", "hsdp"))
-    cases |= {("counted", *args): (counted, *args) for args in kept_in}
-    cases |= {("bf16", layout): (in_bf16, layout) for layout in ("fsdp", "fsdp tp")}
-    cases |= {("dropped", kind): (dropped, kind) for kind in ("none", "full")}
-    cases |= {("compressed", kind): (compressed, kind) for kind in (None, "bf16", "powersgd")}
-    cases |= {("held", layout): (held, layout) for layout in ("ddp", "fsdp", "hsdp", "fsdp tp")}
-    cases["shared"] = shared, str(tmp_path_factory.mktemp("out"))
+    quick = {id_of(case): (run_case, case) for case in QUICK}
+    quick |= {("orthogonalised", layout): (orthogonalised, layout) for layout in ("ddp", "fsdp", "hsdp", "ddp tp")}
+    quick |= {("logits", "gpt"): (logits_of_a_layout, "gpt"), ("scaled", "fsdp"): (scaled, "fsdp")}
+    quick |= {("counted", kind, "fsdp"): (counted, kind, "fsdp") for kind in ("sharded", "whole")}
+    quick |= {("bf16", "fsdp"): (in_bf16, "fsdp")}
+    quick |= {("dropped", kind): (dropped, kind) for kind in ("none", "full")}
+    quick |= {("held", layout): (held, layout) for layout in ("ddp", "fsdp", "hsdp")}
+    quick["shared"] = shared, str(tmp_path_factory.mktemp("out"))
     saves, loads = saves_and_loads(round_folder, ROUND, 4)
-    by_one = launched(1, saves_and_loads(round_folder, ROUND, 1)[0])
-    return by_one | launched(4, cases | saves | loads)
+    slow = {id_of(case): (run_case, case) for case in SLOW}
+    slow |= {("orthogonalised", "fsdp tp"): (orthogonalised, "fsdp tp"), ("logits", "bert"): (logits_of_a_layout, "bert")}
+    slow |= {("scaled", "fsdp tp"): (scaled, "fsdp tp"), ("bf16", "fsdp tp"): (in_bf16, "fsdp tp")}
+    slow |= {("counted", kind, "hsdp"): (counted, kind, "hsdp") for kind in ("sharded", "whole")}
+    slow |= {("compressed", kind): (compressed, kind) for kind in (None, "bf16", "powersgd")}
+    slow |= {("held", "fsdp tp"): (held, "fsdp tp")}
+    return Launches(quick | saves | loads, slow, launched(1, saves_and_loads(round_folder, ROUND, 1)[0]))
 
 
 def logits_of_a_layout(name):
@@ -540,9 +561,10 @@ EVERYWHERE = [  # of the first model from each layout to each, of the others by 
 
 @pytest.fixture(scope="module")
 def some_travels(four_ranks, round_folder):
-    """What one process saved before the four ranks came, two ranks after them, and one process at last."""
+    """What one process saves before the four ranks come, two ranks after them, and one process at last."""
     saves, loads = saves_and_loads(round_folder, ROUND, 2)
-    answers = four_ranks | launched(2, saves | loads)
+    earlier = saves_and_loads(round_folder, ROUND, 4) + saves_and_loads(round_folder, ROUND, 1)[:1]
+    answers = {key: four_ranks[key] for cases in earlier for key in cases} | launched(2, saves | loads)
     return answers | launched(1, saves_and_loads(round_folder, ROUND, 1)[1])
 
 
@@ -594,6 +616,7 @@ def memory(layout):
         return seen[1], params_and_bytes(optimizer)[1] / MIB
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
 @pytest.mark.skipif(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 16 * 2**30, reason="needs 16 GiB")

@@ -63,6 +63,7 @@ def measured(kind, precision):
     return answer
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_sparse_head_saves_most_of_the_heads_time_and_memory_and_changes_no_loss(precision):

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import config
 import train
 from checkpoint import checkpoints, load_checkpoint, newest_checkpoint, read_manifest
+from conftest import slow
 from data import Split, TrainOrder
 from interop.pretrained import load_model
 from interop.score import loglikelihood_rolling
@@ -350,6 +351,7 @@ def test_mfu_of_a_masked_run_counts_the_head_at_masked_places_alone(masked_nine)
             assert flops == pytest.approx(cost.flops_per_token(cfg, 7, 2 / 7), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_a_killed_masked_run_goes_on_as_if_nothing_had_been(masked_dir, tmp_path, no_curves):
     changes = MASKED | {"max_steps": 20, "save_interval": 4, "eval_interval": 7, "lr_decay_steps": "none"}
     [process] = launch(1, settings(masked_dir, tmp_path / "killed", **changes))
@@ -443,7 +445,7 @@ def kill_when(process, happened, timeout=600):
     return alive
 
 
-@pytest.mark.parametrize("at", [3, 17])
+@pytest.mark.parametrize("at", [3, *slow(17)])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(at, data_dir, tmp_path, no_curves):
     """At step 3 nothing has been saved yet."""
     changes = {"max_steps": 30, "save_interval": 7, "eval_interval": 10, "lr_decay_steps": "none"}
