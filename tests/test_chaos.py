@@ -119,7 +119,6 @@ def test_kill_9_of_a_rank_at_random_moments_is_healed_by_torchruns_restarts(tmp_
     check_equal(out_dir, tmp_path / "whole")
 
 @pytest.mark.alone
-
 def test_saving_costs_training_little(tmp_path):
     """Steps of a model whose checkpoint has 500 MB, saved every 5; prints what README says (-s)."""
     data_dir = write_data(tmp_path / "data", train_tokens=200_000)
