@@ -94,6 +94,10 @@ class ModelConfig(Config):
         if wrong:
             raise UserError(*wrong)
 
+    def build(self):
+        """The model with these settings, on torch's default device."""
+        return Transformer(self)
+
     @property
     def is_causal(self):
         """Whether a token sees earlier ones alone."""
@@ -303,10 +307,14 @@ class Transformer(nn.Module):
             x = F.embedding(first + positions, x.flatten(0, 1))  # B K C
         elif cache is not None:
             x = x[:, -1:]
-        x = self.transform(self.norm_f(x))
+        return self.predict(self.norm_f(x), targets, count_correct)
+
+    def predict(self, x, targets=None, count_correct=False):
+        """forward's answer for the last norm's output (B, T or K, C)."""
+        x = self.transform(x)
         if targets is None:
-            return self.head(x)[..., : cfg.vocab_size]
-        options = LossOptions.of(cfg) if self.training else LossOptions()
+            return self.head(x)[..., : self.cfg.vocab_size]
+        options = LossOptions.of(self.cfg) if self.training else LossOptions()
         weight, bias, vocabulary = self.head_of_vocabulary()
         x, targets = x.flatten(0, 1), targets.flatten()
         return linear_cross_entropy(x, weight, targets, vocabulary, bias, options, count_correct, self.loss_pass)
@@ -363,7 +371,7 @@ class Transformer(nn.Module):
 def parameter_shapes(cfg):
     """{name: shape} of a model's parameters, without allocating them; a tied head is not among them."""
     with torch.device("meta"):
-        return {name: list(param.shape) for name, param in Transformer(cfg).named_parameters()}
+        return {name: list(param.shape) for name, param in cfg.build().named_parameters()}
 
 
 class Cache:

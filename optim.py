@@ -62,8 +62,8 @@ def lr_at(step, cfg, last_step):
 
 def build_optimizer(model, cfg, world=None):
     """The optimizer; matrices and embeddings decay, vectors do not. A world's ranks share Muon's work."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     if cfg.optimizer == "muon":
         return MuonAndAdamW(model, groups, cfg, world)

@@ -13,55 +13,9 @@ import torch
 
 import foreign
 from config import UserError
+from heads import LabelModel
+from interop.names import BERT_NAMES, GPT2_NAMES, LLAMA_NAMES
 from model import ModelConfig, parameter_shapes
-
-# {their module: our modules}; several of ours are one of theirs with its rows in this order.
-GPT2_NAMES = {
-    "transformer.wte": ("wte",),
-    "transformer.wpe": ("wpe",),
-    "transformer.h.{i}.ln_1": ("blocks.{i}.norm1",),
-    "transformer.h.{i}.attn.c_attn": ("blocks.{i}.attn.q", "blocks.{i}.attn.k", "blocks.{i}.attn.v"),
-    "transformer.h.{i}.attn.c_proj": ("blocks.{i}.attn.proj",),
-    "transformer.h.{i}.ln_2": ("blocks.{i}.norm2",),
-    "transformer.h.{i}.mlp.c_fc": ("blocks.{i}.mlp.up",),
-    "transformer.h.{i}.mlp.c_proj": ("blocks.{i}.mlp.down",),
-    "transformer.ln_f": ("norm_f",),
-    "lm_head": ("head",),
-}
-BERT_NAMES = {
-    "bert.embeddings.word_embeddings": ("wte",),
-    "bert.embeddings.position_embeddings": ("wpe",),
-    "bert.embeddings.token_type_embeddings": ("wtt",),
-    "bert.embeddings.LayerNorm": ("norm_e",),
-    "bert.encoder.layer.{i}.attention.self.query": ("blocks.{i}.attn.q",),
-    "bert.encoder.layer.{i}.attention.self.key": ("blocks.{i}.attn.k",),
-    "bert.encoder.layer.{i}.attention.self.value": ("blocks.{i}.attn.v",),
-    "bert.encoder.layer.{i}.attention.output.dense": ("blocks.{i}.attn.proj",),
-    "bert.encoder.layer.{i}.attention.output.LayerNorm": ("blocks.{i}.norm1",),
-    "bert.encoder.layer.{i}.intermediate.dense": ("blocks.{i}.mlp.up",),
-    "bert.encoder.layer.{i}.output.dense": ("blocks.{i}.mlp.down",),
-    "bert.encoder.layer.{i}.output.LayerNorm": ("blocks.{i}.norm2",),
-    "cls.predictions.transform.dense": ("transform.dense",),
-    "cls.predictions.transform.LayerNorm": ("transform.norm",),
-    "cls.predictions.bias": ("head.bias",),  # in an untied model an extra tensor without effect
-    "cls.predictions.decoder": ("head",),
-}
-LLAMA_NAMES = {
-    "model.embed_tokens": ("wte",),
-    "model.layers.{i}.input_layernorm": ("blocks.{i}.norm1",),
-    "model.layers.{i}.self_attn.q_proj": ("blocks.{i}.attn.q",),
-    "model.layers.{i}.self_attn.k_proj": ("blocks.{i}.attn.k",),
-    "model.layers.{i}.self_attn.v_proj": ("blocks.{i}.attn.v",),
-    "model.layers.{i}.self_attn.q_norm": ("blocks.{i}.attn.q_norm",),
-    "model.layers.{i}.self_attn.k_norm": ("blocks.{i}.attn.k_norm",),
-    "model.layers.{i}.self_attn.o_proj": ("blocks.{i}.attn.proj",),
-    "model.layers.{i}.post_attention_layernorm": ("blocks.{i}.norm2",),
-    "model.layers.{i}.mlp.gate_proj": ("blocks.{i}.mlp.gate",),
-    "model.layers.{i}.mlp.up_proj": ("blocks.{i}.mlp.up",),
-    "model.layers.{i}.mlp.down_proj": ("blocks.{i}.mlp.down",),
-    "model.norm": ("norm_f",),
-    "lm_head": ("head",),
-}
 
 
 @dataclass(frozen=True)
@@ -220,7 +174,27 @@ def family_of(cfg):
         wrong.append(f"mlp is {cfg.mlp}, not {' or '.join(sorted({*family.activations.values()}))}")
     if wrong:
         raise UserError(f"transformers cannot compute this model; {family.name} is near, but {', '.join(wrong)}")
-    return family
+    return with_head(family) if isinstance(cfg, LabelModel) else family
+
+
+def with_head(family):
+    """The family's models with a head for labels in place of that for tokens."""
+    names = {theirs: ours for theirs, ours in family.names.items() if not ours[0].startswith(("head", "transform"))}
+    names |= (
+        {"bert.pooler.dense": ("pooler",), "classifier": ("classifier",)}
+        if family is BERT
+        else {"score": ("classifier",)}
+    )
+    architecture = re.sub(r"(LMHeadModel|For\w+)$", "ForSequenceClassification", family.architecture)
+    return replace(family, names=names, architecture=architecture, head="")
+
+
+def _label_values(cfg):
+    """config.json's entries on labels."""
+    kinds = {"classify": "single_label_classification", "regress": "regression"}
+    by_id = {str(i): label for i, label in enumerate(cfg.labels)}
+    return {"id2label": by_id, "label2id": {label: int(i) for i, label in by_id.items()},
+            "problem_type": kinds[cfg.task]}  # fmt: skip
 
 
 def config_of(cfg, special_ids, dtype, extra=()):
@@ -243,8 +217,9 @@ def config_of(cfg, special_ids, dtype, extra=()):
         "architectures": ["BertForPreTraining" if "cls.seq_relationship.weight" in extra else family.architecture],
         "model_type": family.model_type,
         **values,
-        **({"n_ctx": cfg.block_size} if family is GPT2 else {}),  # converters of llama.cpp read it
+        **({"n_ctx": cfg.block_size} if family.model_type == "gpt2" else {}),  # converters of llama.cpp read it
         **special_ids,
+        **(_label_values(cfg) if isinstance(cfg, LabelModel) else {}),
         "initializer_range": 0.02,
         "torch_dtype": dtype,
         **({"flatlm": own} if own else {}),  # read by model_config

@@ -1,6 +1,7 @@
 """Initial weights, from a run or from a Hugging Face model, behind one interface."""
 
 import contextlib
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -19,18 +20,23 @@ from checkpoint import (
 )
 from config import UserError, preset_value
 from data import prepare_command, seq_len_of, vocab_size_of
+from heads import LabelModel
 from interop.families import resolved
-from interop.hub import HubModel, folder_of, open_tensors, read_config, save_tensors
+from interop.hub import TOKENIZER_FILES, HubModel, copy_files, folder_of, open_tensors, read_config, save_tensors
+from interop.hub_tokenizer import load_hub_tokenizer
 from model import TRAINING_ONLY, ModelConfig, Transformer
-from run.folder import run_dir_of, tokenizer_of, writing_to
+from run.folder import keep_tokenizer, run_dir_of, tokenizer_of, writing_to
 from text.tokenizer import load_tokenizer
 
 EXTRA_FILE = "carried.safetensors"
+TOKENIZER = "tokenizer"  # folder with a Hugging Face model's tokenizer, in a fine-tuning run's
 SOME_TEXT = "Two words, 3 dots..."
 
 
 class RunModel:
-    """The model of a run's newest checkpoint, read a tensor at a time, with HubModel's interface.
+    """The model of a run's newest checkpoint, or of a fine-tuned one's best, with HubModel's interface.
+
+    Tensors are read one at a time.
 
     cfg.block_size is the longest sequence that it was trained on, which bounds sampling, scores and exports.
     """
@@ -41,6 +47,9 @@ class RunModel:
         self.folder, self.path = Path(run_dir), newest_checkpoint(run_dir, world)
         with reading(self.path):
             self.manifest = read_manifest(self.path)
+            if self.manifest.get("score") is not None:
+                self.path = newest_checkpoint(run_dir, world, best=True)
+                self.manifest = read_manifest(self.path)
         whole = config_of_checkpoint(self.path, self.manifest)
         # A tensor by its name, whole; UserError where the checkpoint is damaged, Removed where it has gone.
         self.read = tensor_reader(self.path, whole)
@@ -51,6 +60,8 @@ class RunModel:
 
     def load_tokenizer(self):
         """The tokenizer of the run's data; UserError where it is unknown."""
+        if (self.folder / TOKENIZER).is_dir():
+            return load_hub_tokenizer(self.folder / TOKENIZER)
         return load_tokenizer(tokenizer_of(self.folder))
 
     @property
@@ -95,11 +106,11 @@ def with_model(where, use, world=None):
     raise removed or Removed(f"the checkpoints of {where} were removed while they were read; try again")
 
 
-def starting_config(where, wanted, given):
+def starting_config(where, wanted, given, kept=frozenset()):
     """The settings of a model that starts from weights: the weights' own, with block_size and training's as wanted.
 
-    given: names of the settings that the user has set. UserError where one of them differs from the weights' own, or
-    block_size exceeds their longest sequence.
+    given: names of the settings that the user has set; kept: training's that stay as the weights have them. UserError
+    where a given one differs from the weights' own, or block_size exceeds their longest sequence.
     """
     if checkpoints(where):
         source = run_config(where)
@@ -107,7 +118,7 @@ def starting_config(where, wanted, given):
     else:
         _, source, longest = read_config(folder_of(where))
     automatic = {"vocab_size"} if wanted.vocab_size is None else set()
-    names = ({field.name for field in fields(ModelConfig)} & set(given) - automatic) | TRAINING_ONLY
+    names = ({field.name for field in fields(ModelConfig)} & set(given) - automatic) | (TRAINING_ONLY - kept)
     cfg = replace(source, **{name: getattr(wanted, name) for name in names})
     found, here = resolved(source), resolved(cfg)
     fixed = sorted(names - TRAINING_ONLY - {"block_size"})
@@ -123,6 +134,7 @@ def resolve(cfg):
     if cfg.run.init_from:
         has_begun = cfg.run.out_dir and checkpoints(cfg.run.out_dir)
         model = starting_config(cfg.run.out_dir if has_begun else cfg.run.init_from, cfg.model, cfg.given)
+        check_predicts_tokens(cfg.run.init_from, model)
     else:
         vocab_size = cfg.model.vocab_size or vocab_size_of(cfg.data.folder, prepare_command(cfg))
         model = replace(cfg.model, vocab_size=vocab_size)
@@ -130,6 +142,13 @@ def resolve(cfg):
     cfg = replace(cfg, data=replace(cfg.data, seq_len=seq_len_of(cfg)))
     cfg.parallel.check_tensor_parallel(cfg.model, cfg.data.seq_len)
     return cfg
+
+
+def check_predicts_tokens(where, cfg):
+    """UserError where a model has a head for labels."""
+    if isinstance(cfg, LabelModel):
+        what = f"{where} was fine-tuned to {cfg.task} texts and predicts no tokens"
+        raise UserError(f"{what}; use it by finetune.py, or take the weights that it started from")
 
 
 def run_config(run_dir):
@@ -144,9 +163,14 @@ def run_config(run_dir):
 
 @torch.no_grad()
 def load_weights(source, model):
-    """Copies an opened model's weights into a model, sharded or not; a shorter position table takes the first rows."""
+    """Copies an opened model's weights into a model, sharded or not; a shorter position table takes the first rows.
+
+    A Labeller's pooler and head keep their weights where the source has none, or a head for other labels.
+    """
     for name, param in model.named_parameters():
-        weight, read = torch.zeros(param.shape), source.read(name)  # rows that pad the vocabulary stay zero
+        if (read := _weight_of(source, model.cfg, name)) is None:
+            continue
+        weight = torch.zeros(param.shape)  # rows that pad the vocabulary stay zero
         n_rows = min(len(weight), len(read))
         weight[:n_rows] = read[:n_rows]
         if hasattr(param, "placements"):
@@ -157,10 +181,21 @@ def load_weights(source, model):
             param.copy_(weight)
 
 
+def _weight_of(source, cfg, name):
+    module, _, kind = name.partition(".")
+    if not isinstance(cfg, LabelModel) or module not in ("pooler", "classifier"):
+        return source.read(name)
+    if module == "pooler" and (carried := source.extra.get(f"bert.pooler.dense.{kind}")) is not None:
+        return carried
+    is_same = isinstance(source.cfg, LabelModel) and (source.cfg.task, source.cfg.labels) == (cfg.task, cfg.labels)
+    return source.read(name) if is_same else None
+
+
 def load_model(where, device):
     """(model ready to evaluate, its opened source), of a run's folder, or of a Hugging Face folder or name."""
 
     def load(source):
+        check_predicts_tokens(where, source.cfg)
         with torch.device("meta"):
             model = Transformer(source.cfg)
         model.to_empty(device=device)
@@ -195,7 +230,9 @@ def start_from(cfg, model, world):
 
     Sets model.context, the longest sequence that the model will have been trained on.
     """
-    model.context = cfg.data.seq_len
+    labels = isinstance(cfg.model, LabelModel)
+    longest = cfg.model.block_size if labels else cfg.data.seq_len
+    model.context = longest
     if not cfg.run.init_from:
         return
 
@@ -204,16 +241,31 @@ def start_from(cfg, model, world):
         return source
 
     source = with_model(cfg.run.init_from, load, world)
-    model.context = min(cfg.model.block_size, max(cfg.data.seq_len, source.cfg.block_size))
+    model.context = min(cfg.model.block_size, max(longest, source.cfg.block_size))
     if world.is_main:
         with writing_to(cfg.run.out_dir):
             path = Path(cfg.run.out_dir) / EXTRA_FILE
             path.unlink(missing_ok=True)  # an earlier run without a checkpoint left it
-            if source.extra:
+            if source.extra and not labels:
                 save_tensors(source.extra, path)
         print(f"weights    from {source.name}")
         if line := tokenizer_mismatch(source, cfg.data.folder):
             print(f"warning    {line}")
+
+
+def keep_tokenizer_of(cfg, world):
+    """Copies the tokenizer of the weights that init_from names into a fine-tuning run's folder."""
+    if not world.is_main:
+        return
+    source, out_dir = open_model(cfg.run.init_from), Path(cfg.run.out_dir)
+    with writing_to(out_dir):
+        if isinstance(source, HubModel):
+            (out_dir / TOKENIZER).mkdir(exist_ok=True)
+            copy_files(source.folder, out_dir / TOKENIZER, ("config.json", *TOKENIZER_FILES))
+        elif (source.folder / TOKENIZER).is_dir():
+            shutil.copytree(source.folder / TOKENIZER, out_dir / TOKENIZER, dirs_exist_ok=True)
+        else:
+            keep_tokenizer(source.folder, out_dir)
 
 
 def tokenizer_mismatch(source, data_dir):

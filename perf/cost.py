@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 
-from model import Transformer
 from objective import OBJECTIVES
 from ops import BY_MATMULS
 from parallel import DDP_SEGMENTS, POWERSGD_RANK
@@ -124,7 +123,7 @@ def setup_of(cfg, mesh_shape, micro_steps, precision, device_type, **others):
 def _counted(cfg):
     """(parameters, shapes in a block, other shapes) of a model with one block, counted on the meta device."""
     with torch.device("meta"):
-        model = Transformer(replace(cfg, n_layer=1))
+        model = replace(cfg, n_layer=1).build()
     block = [tuple(p.shape) for p in model.blocks.parameters()]
     others = [tuple(p.shape) for name, p in model.named_parameters() if not name.startswith("blocks.")]
     return model.num_params(), block, others

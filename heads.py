@@ -1,0 +1,77 @@
+"""Heads for fine-tuning: a Transformer that gives labels to texts, or numbers, instead of predicting tokens.
+
+They compute as transformers' ...ForSequenceClassification do: an encoder's from the first token, through BERT's pooler
+and dropout; a decoder's from the last token of a text.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import nn
+
+from model import ModelConfig, Transformer
+from ops import IGNORE, Linear
+
+
+@dataclass(frozen=True)
+class LabelModel(ModelConfig):
+    """A ModelConfig with a task and the labels that its head tells apart, in the order of its logits."""
+
+    task: Literal["classify", "regress"] = "classify"
+    labels: tuple = ()
+
+    def build(self):
+        """The model with these settings, on torch's default device."""
+        return Labeller(self)
+
+    @property
+    def has_pooler(self):
+        """Whether BERT's pooler stands between the first token and the head."""
+        return not self.is_causal
+
+
+class Labeller(Transformer):
+    """Token ids to logits of labels (B, 1, L) at positions (B, 1) or, with targets (B, 1), to the sum of their losses."""
+
+    focal_gamma = 0.0  # exponent of the focal loss; 0: cross-entropy
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.head, self.transform = None, nn.Identity()
+        self.pooler = Linear(cfg.n_embd, cfg.n_embd) if cfg.has_pooler else None
+        self.head_dropout = nn.Dropout(cfg.dropout if cfg.has_pooler else 0.0)
+        self.classifier = Linear(cfg.n_embd, len(cfg.labels), bias=cfg.has_pooler)
+
+    def tie_weights(self):
+        """Ties nothing: there is no head of the vocabulary."""
+
+    def num_params(self):
+        """Parameters, without the vocabulary's padding rows."""
+        padding = self.cfg.padded_vocab_size - self.cfg.vocab_size
+        return sum(p.numel() for p in self.parameters()) - padding * self.cfg.n_embd
+
+    def predict(self, x, targets=None, count_correct=False):
+        """forward's answer for the last norm's output (B, 1, C); logits are float32."""
+        if self.pooler is not None:
+            x = self.pooler(x).tanh()
+        logits = self.classifier(self.head_dropout(x)).float()  # B 1 L
+        if targets is None:
+            return logits
+        smoothing, gamma = (self.cfg.label_smoothing, self.focal_gamma) if self.training else (0.0, 0.0)
+        return label_loss(logits, targets, smoothing, gamma)
+
+
+def label_loss(logits, targets, label_smoothing=0.0, focal_gamma=0.0):
+    """Sum of the losses of logits (..., L): cross-entropy or, where targets (...) are floats, the squared error.
+
+    focal_gamma: each cross-entropy -log p is multiplied by (1 - p)^gamma (Lin et al. 2017, arXiv 1708.02002).
+    """
+    if targets.is_floating_point():
+        return ((logits[..., 0] - targets).square() * (targets != IGNORE)).sum()
+    options = {"ignore_index": IGNORE, "reduction": "none"}
+    loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), label_smoothing=label_smoothing, **options)
+    if focal_gamma:
+        likelihood = (-F.cross_entropy(logits.flatten(0, -2), targets.flatten(), **options)).exp()
+        loss = loss * (1 - likelihood).clamp(min=1e-7) ** focal_gamma  # at 0 a root has no gradient
+    return loss.sum()
