@@ -24,7 +24,7 @@ from config import Config, Count, NotNegative, Positive, Share, UserError, only,
 from data import DataConfig, each, near_divisors
 from heads import LabelModel, label_loss
 from interop.pretrained import keep_tokenizer_of, load_tokenizer_of, start_from, starting_config, with_model
-from metrics import METRICS, metrics_of
+from metrics import CHOICES, METRICS, metrics_of
 from model import TRAINING_ONLY, ModelConfig
 from objective import ObjectiveConfig
 from ops import IGNORE
@@ -49,12 +49,10 @@ class FinetuneConfig(Config):
     second_column: str | None = None  # column of a second text, for pairs of texts
     label_column: str = "label"  # column of the label
     tsv_columns: tuple | None = None  # names of the .tsv files' columns; none: they stand in the first line
-    batch_size: Count = 32  # examples per optimizer step, over all ranks and micro-steps
+    batch_examples: Count = 32  # examples per optimizer step, over all ranks and micro-steps
     epochs: Positive = 3.0  # passes over train_file; max_steps replaces it
     focal_gamma: NotNegative = 0.0  # classify: exponent of the focal loss, for rare classes; 0: cross-entropy
-    metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman", "loss"] | None = (
-        None  # chooses the best checkpoint; none: the task's first
-    )
+    metric: Literal[*CHOICES] | None = None  # chooses the best checkpoint; none: the first that the task has
     seeds: Count = 1  # runs with seeds from `seed` on, each in a folder of its own; prints mean and deviation
 
     def __post_init__(self):
@@ -115,9 +113,9 @@ def main(cfg):
 def fine_tune(cfg, world):
     """One run: its figures on eval_file with the best checkpoint; None where it was stopped before its end."""
     cfg, tokenizer, train_set, eval_set = open_examples(cfg, world)
-    order = ExampleOrder(cfg.finetune.train_file, train_set.lengths, cfg.finetune.batch_size, cfg.run.seed)
+    order = ExampleOrder(cfg.finetune.train_file, train_set.lengths, cfg.finetune.batch_examples, cfg.run.seed)
     cfg = with_steps(cfg, order, world)
-    micro_steps = cfg.finetune.batch_size // (cfg.data.micro_batch_size * world.data_ranks)
+    micro_steps = cfg.finetune.batch_examples // (cfg.data.micro_batch_size * world.data_ranks)
     loader = ExampleLoader(order, train_set, 0, micro_steps, cfg.data.micro_batch_size, world)
     with guarded(cfg, world) as stop, contextlib.closing(loader) as train_data:
         parts = build(cfg, world)
@@ -215,13 +213,13 @@ def target_of(model, label, where):
 def with_steps(cfg, order, world):
     """cfg with what follows from the number of examples; a token of `batch_tokens` is one of an average example."""
     tune, given, ranks = cfg.finetune, cfg.given, world.data_ranks
-    size, micro = tune.batch_size, cfg.data.micro_batch_size
+    size, micro = tune.batch_examples, cfg.data.micro_batch_size
     if "micro_batch_size" not in given:
         micro = math.gcd(micro, max(1, size // ranks))
     if size % (micro * ranks):
-        fits = f"batch_size {max(1, round(size / (micro * ranks))) * micro * ranks}"
+        fits = f"batch_examples {max(1, round(size / (micro * ranks))) * micro * ranks}"
         fits = f"micro_batch_size {near_divisors(size // ranks, micro)}" if size % ranks == 0 else fits
-        rule = f"batch_size {size} is not a multiple of micro_batch_size {micro} x {ranks} ranks"
+        rule = f"batch_examples {size} is not a multiple of micro_batch_size {micro} x {ranks} ranks"
         raise UserError(f"{rule}; {fits} would fit")
     mean = max(1, round(float(order.lengths.mean())))
     data = replace(cfg.data, data_dir=tune.train_file, seq_len=mean, batch_tokens=size * mean, micro_batch_size=micro)

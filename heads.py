@@ -22,7 +22,7 @@ class LabelModel(ModelConfig):
     labels: tuple = ()
 
     def build(self):
-        """The model with these settings, on torch's default device."""
+        """The model with these settings."""
         return Labeller(self)
 
     @property

@@ -5,6 +5,7 @@ import numpy as np
 from config import UserError
 
 METRICS = {"classify": ("accuracy", "f1", "matthews"), "regress": ("pearson", "spearman")}  # the first is the default
+CHOICES = (*dict.fromkeys(name for names in METRICS.values() for name in names), "loss")
 
 
 def metrics_of(task, logits, targets):

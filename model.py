@@ -95,7 +95,7 @@ class ModelConfig(Config):
             raise UserError(*wrong)
 
     def build(self):
-        """The model with these settings, on torch's default device."""
+        """The model with these settings."""
         return Transformer(self)
 
     @property
@@ -314,10 +314,9 @@ class Transformer(nn.Module):
         x = self.transform(x)
         if targets is None:
             return self.head(x)[..., : self.cfg.vocab_size]
-        options = LossOptions.of(self.cfg) if self.training else LossOptions()
         weight, bias, vocabulary = self.head_of_vocabulary()
-        x, targets = x.flatten(0, 1), targets.flatten()
-        return linear_cross_entropy(x, weight, targets, vocabulary, bias, options, count_correct, self.loss_pass)
+        options = LossOptions.of(self.cfg) if self.training else LossOptions(), count_correct, self.loss_pass
+        return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), vocabulary, bias, *options)
 
     def head_of_vocabulary(self):
         """Weight and bias of the head, and their Vocabulary; tensor parallelism replaces it by a shard's."""

@@ -14,6 +14,7 @@ import clean
 import config
 import convert
 import data
+import finetune
 import plan
 import prepare
 import sample
@@ -23,7 +24,7 @@ from model import Transformer
 
 SCRIPTS = {
     "train": train, "prepare": prepare, "sample": sample, "bench": bench, "plan": plan, "convert": convert,
-    "clean": clean,
+    "clean": clean, "finetune": finetune,
 }  # fmt: skip
 PRESETS = sorted(f"config/{path.name}" for path in (ROOT / "config").glob("[!_]*.py"))
 

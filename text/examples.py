@@ -115,8 +115,8 @@ class Framing:
         room = self.block_size - len(self.begin) - len(middle) - len(self.end)
         if len(a) + len(b) > room:
             self.n_cut += 1
-            a = a[: max(room - len(b), (room + 1) // 2)]
-            b = b[: room - len(a)]
+            short = min(len(a), len(b), room // 2)
+            a, b = (a[:short], b[: room - short]) if len(a) <= len(b) else (a[: room - short], b[:short])
         head = self.begin + a + middle
         ids = head + b + self.end
         if not ids:

