@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from checkpoint import CheckpointConfig, checkpoints, load_checkpoint, newest_checkpoint
-from config import Config, Count, NotNegative, Positive, Share, UserError, only, run_script
+from config import Config, Count, NotNegative, Positive, Share, UpToOne, UserError, only, run_script
 from data import DataConfig, each, near_divisors
 from heads import LabelModel, label_loss
 from interop.pretrained import keep_tokenizer_of, load_tokenizer_of, start_from, starting_config, with_model
@@ -38,6 +39,9 @@ from run.loop import TrainConfig, fit, train_step
 from text.examples import ExampleLoader, ExampleOrder, Examples, Framing, read_columns
 from world import WorldConfig, end_process, init_world
 
+PART = r"embeddings|blocks\.(\d+)(?:-(\d+))?"  # of a model, to freeze
+EMBEDDINGS = ("wte", "wpe", "wtt", "norm_e")
+
 
 @dataclass(frozen=True)
 class FinetuneConfig(Config):
@@ -52,6 +56,8 @@ class FinetuneConfig(Config):
     batch_examples: Count = 32  # examples per optimizer step, over all ranks and micro-steps
     epochs: Positive = 3.0  # passes over train_file; max_steps replaces it
     focal_gamma: NotNegative = 0.0  # classify: exponent of the focal loss, for rare classes; 0: cross-entropy
+    freeze: tuple | None = None  # parts that stay as they are: embeddings, blocks.3, blocks.0-5, with commas between
+    layer_decay: UpToOne = 1.0  # factor of the learning rate from a layer to the one below it; 1: all learn alike
     metric: Literal[*CHOICES] | None = None  # chooses the best checkpoint; none: the first that the task has
     seeds: Count = 1  # runs with seeds from `seed` on, each in a folder of its own; prints mean and deviation
 
@@ -62,6 +68,9 @@ class FinetuneConfig(Config):
             raise UserError(f"metric is {self.metric}, which {self.task} does not have; use one of {possible}")
         if self.focal_gamma and self.task != "classify":
             raise UserError(f"focal_gamma is {self.focal_gamma}, but task {self.task} has no classes; leave it out")
+        for part in self.freeze or ():
+            if not re.fullmatch(PART, part):
+                raise UserError(f"freeze names {part!r}; its parts are embeddings, blocks.3 or blocks.0-5")
 
 
 @dataclass(frozen=True)
@@ -239,9 +248,34 @@ def build(cfg, world):
     with torch.device("meta"):
         model = cfg.model.build()
     model.focal_gamma = cfg.finetune.focal_gamma
+    freeze(model, cfg.finetune.freeze or ())
+    if (decay := cfg.finetune.layer_decay) != 1 and cfg.optim.optimizer == "muon":
+        raise UserError(f"layer_decay is {decay}, which muon does not have; use --optimizer=adamw")
     distribute(model, cfg.parallel, world, cfg.run.seed)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.precision == "fp16")
-    return model, build_optimizer(model, cfg.optim, world), scaler
+    return model, build_optimizer(model, cfg.optim, world, lambda name: decay ** layers_above(model, name)), scaler
+
+
+def freeze(model, parts):
+    """Keeps parts of a model from training, each as in PART; UserError where there is no such block."""
+    frozen = []
+    for first, last in (re.fullmatch(PART, part).groups() for part in parts):
+        if first is None:
+            frozen += filter(None, (getattr(model, name) for name in EMBEDDINGS))
+        elif int(last or first) >= len(model.blocks):
+            rule = f"freeze names block {last or first}, but the model has blocks 0 to {len(model.blocks) - 1}"
+            raise UserError(f"{rule}; name one of them")
+        else:
+            frozen += model.blocks[int(first) : int(last or first) + 1]
+    for module in frozen:
+        module.requires_grad_(False)
+
+
+def layers_above(model, name):
+    """Layers between the parameter of a name and the head, which has none; embeddings are the lowest layer."""
+    kind, _, rest = name.partition(".")
+    n = len(model.blocks)
+    return n - int(rest.partition(".")[0]) if kind == "blocks" else n + 1 if kind in EMBEDDINGS else 0
 
 
 # ---- evaluation

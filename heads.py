@@ -52,7 +52,7 @@ class Labeller(Transformer):
         return sum(p.numel() for p in self.parameters()) - padding * self.cfg.n_embd
 
     def predict(self, x, targets=None, count_correct=False):
-        """forward's answer for the last norm's output (B, 1, C); logits are float32."""
+        """forward's answer for the last norm's output at the positions (B, 1, C); logits are float32."""
         if self.pooler is not None:
             x = self.pooler(x).tanh()
         logits = self.classifier(self.head_dropout(x)).float()  # B 1 L

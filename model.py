@@ -273,9 +273,8 @@ class Transformer(nn.Module):
         (B, K). attention_mask (B, T) is False at padding, token_types (B, T) default to 0. documents, the starts of
         ops.locate, are computed as if each were a sequence of its own. With a cache, ids continue its tokens,
         attention_mask covers all tokens so far, and logits are the last token's alone, (B, 1, V). With place (1,), ids
-        (B, 1) stand at that position, and the model reads no length: its kernels are the same at each position, so
-        that a CUDA graph may repeat them; the caller keeps place below the cache's capacity. count_correct, without
-        gradients, also returns the number of targets that have the largest logit.
+        (B, 1) stand there, below the cache's capacity, and the model reads no length: a CUDA graph may repeat its
+        kernels. count_correct, without gradients, also returns the number of targets that have the largest logit.
         """
         cfg, T, masks = self.cfg, ids.shape[1], None
         caches = None if cache is None else cache.by_layer(place)
@@ -307,11 +306,10 @@ class Transformer(nn.Module):
             x = F.embedding(first + positions, x.flatten(0, 1))  # B K C
         elif cache is not None:
             x = x[:, -1:]
-        return self.predict(self.norm_f(x), targets, count_correct)
+        return self.predict(self.transform(self.norm_f(x)), targets, count_correct)
 
     def predict(self, x, targets=None, count_correct=False):
-        """forward's answer for the last norm's output (B, T or K, C)."""
-        x = self.transform(x)
+        """forward's answer for the head's input (B, T or K, C)."""
         if targets is None:
             return self.head(x)[..., : self.cfg.vocab_size]
         weight, bias, vocabulary = self.head_of_vocabulary()

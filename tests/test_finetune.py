@@ -216,10 +216,11 @@ def tensors(run_dir):
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def test_resumed_run_equals_uninterrupted_run_bitwise(folder, tables, tmp_path):
-    tune(folder, tables, tmp_path / "whole", dropout=0.1)
-    tune(folder, tables, tmp_path / "parts", dropout=0.1, max_steps=4)
-    tune(folder, tables, tmp_path / "parts", dropout=0.1)
+@pytest.mark.parametrize("more", [{}, {"freeze": "embeddings,blocks.1", "layer_decay": 0.9}])
+def test_resumed_run_equals_uninterrupted_run_bitwise(more, folder, tables, tmp_path):
+    tune(folder, tables, tmp_path / "whole", dropout=0.1, **more)
+    tune(folder, tables, tmp_path / "parts", dropout=0.1, max_steps=4, **more)
+    tune(folder, tables, tmp_path / "parts", dropout=0.1, **more)
     whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
     assert records(tmp_path / "whole") == records(tmp_path / "parts")
@@ -256,23 +257,40 @@ def test_training_equals_transformers_with_torchs_adamw(folder, tables, tmp_path
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize(("n", "strategy"), [(2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")])
-def test_losses_and_weights_are_equal_over_ranks(n, strategy, folder, tables, tmp_path):
-    alone, weight = losses(folder, tables, tmp_path / "alone")
-    [by_rank] = on_ranks(n, (losses_on_rank, folder, tables, tmp_path / "ranks", strategy))
-    shared, found = by_rank[0]
-    assert shared == pytest.approx(alone, rel=1e-5)
-    torch.testing.assert_close(torch.tensor(found), weight, rtol=1e-4, atol=1e-5)
-    assert predictions(tmp_path / "ranks") == predictions(tmp_path / "alone")
+@pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_losses_and_weights_are_equal_over_ranks(n, folder, tables, tmp_path):
+    alone, weight = losses(folder, tables, tmp_path / "alone", freeze="embeddings")
+    cases = [(losses_on_rank, folder, tables, tmp_path / strategy, strategy) for strategy in ("ddp", "fsdp")]
+    for by_rank, (*_, strategy) in zip(on_ranks(n, *cases), cases):
+        shared, found = by_rank[0]
+        assert shared == pytest.approx(alone, rel=1e-5)
+        torch.testing.assert_close(torch.tensor(found), weight, rtol=1e-4, atol=1e-5)
+        assert predictions(tmp_path / strategy) == predictions(tmp_path / "alone")
 
 
 def losses_on_rank(folder, tables, out_dir, strategy):
-    found, weight = losses(folder, tables, out_dir, strategy=strategy)
+    found, weight = losses(folder, tables, out_dir, strategy=strategy, freeze="embeddings")
     return found, weight.tolist()
 
 
 def predictions(run_dir):
     return [json.loads(line)["prediction"] for line in (run_dir / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_frozen_parts_stay_and_a_lower_layer_learns_more_slowly(folder, tables, tmp_path):
+    """By sgd without momentum, whose updates are the gradient times a layer's learning rate."""
+    plain = {"optimizer": "sgd", "beta1": 0, "learning_rate": 1, "max_steps": 1, "eval_interval": 1, "grad_clip": "none", "weight_decay": 0}
+    tune(folder, tables, tmp_path / "all", **plain)
+    tune(folder, tables, tmp_path / "some", **plain, freeze="embeddings,blocks.0-1", layer_decay=0.5)
+    tune(folder, tables, tmp_path / "decayed", **plain, layer_decay=0.5)
+    start, every, some, decayed = HubModel(folder), *(RunModel(tmp_path / name) for name in ("all", "some", "decayed"))
+    for name, factor in (("wte.weight", 1 / 16), ("blocks.0.mlp.up.weight", 1 / 8), ("blocks.2.attn.q.weight", 1 / 2)):
+        moved = every.read(name)[:V] - start.read(name)
+        slowly = decayed.read(name)[:V] - start.read(name)
+        assert moved.abs().max() > 1e-5
+        torch.testing.assert_close(slowly, factor * moved, rtol=1e-2, atol=2e-7)
+        is_frozen = not name.startswith("blocks.2")
+        assert torch.equal(some.read(name)[:V], start.read(name)) == is_frozen
 
 
 @pytest.mark.parametrize("task", ["classify", "regress"])
@@ -331,6 +349,7 @@ def test_seeds_are_runs_of_their_own_with_mean_and_deviation(folder, tables, tmp
     ({"train_file": "{tmp}/ragged.tsv"}, "has 1 columns in line 3, where there are 2: text, label"),
     ({"train_file": "{tmp}/unseen.tsv"}, "has the label '2' alone"),
     ({"batch_examples": 3, "micro_batch_size": 2}, "batch_examples 3 is not a multiple of micro_batch_size 2 x 1 ranks"),
+    ({"freeze": "head"}, "freeze names 'head'; its parts are"), ({"freeze": "blocks.1-3"}, "freeze names block 3, but"),
     ({"init_from": "none"}, "init_from is none"), ({"tp": 2}, "2 processes|tp is 2|multiple of tp"),
 ])  # fmt: skip
 def test_wrong_input_is_told_in_a_line(change, line, folder, tables, tmp_path):
@@ -340,7 +359,7 @@ def test_wrong_input_is_told_in_a_line(change, line, folder, tables, tmp_path):
     with pytest.raises(config.UserError) as error:
         tune(folder, tables, tmp_path / "run", **change)
     assert any(part in str(error.value) for part in line.split("|")) and "\n" not in str(error.value)
-    assert not (tmp_path / "run").exists()
+    assert not checkpoints(tmp_path / "run")
 
 
 def test_texts_longer_than_block_size_are_cut_and_counted(folder, tables, tmp_path, capsys):
