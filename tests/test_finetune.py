@@ -21,7 +21,7 @@ from interop.hub import HubModel
 from interop.pretrained import RunModel, load_weights
 from metrics import metrics_of
 from ops import IGNORE
-from ranks import on_ranks, records, without_matplotlib
+from ranks import on_ranks, records, run, without_matplotlib, write_data
 from text.examples import ExampleOrder, Examples, Framing, read_columns
 from text.tokenizer import load_tokenizer
 
@@ -279,7 +279,15 @@ def predictions(run_dir):
 
 def test_frozen_parts_stay_and_a_lower_layer_learns_more_slowly(folder, tables, tmp_path):
     """By sgd without momentum, whose updates are the gradient times a layer's learning rate."""
-    plain = {"optimizer": "sgd", "beta1": 0, "learning_rate": 1, "max_steps": 1, "eval_interval": 1, "grad_clip": "none", "weight_decay": 0}
+    plain = {
+        "optimizer": "sgd",
+        "beta1": 0,
+        "learning_rate": 1,
+        "max_steps": 1,
+        "eval_interval": 1,
+        "grad_clip": "none",
+        "weight_decay": 0,
+    }
     tune(folder, tables, tmp_path / "all", **plain)
     tune(folder, tables, tmp_path / "some", **plain, freeze="embeddings,blocks.0-1", layer_decay=0.5)
     tune(folder, tables, tmp_path / "decayed", **plain, layer_decay=0.5)
@@ -291,6 +299,28 @@ def test_frozen_parts_stay_and_a_lower_layer_learns_more_slowly(folder, tables, 
         torch.testing.assert_close(slowly, factor * moved, rtol=1e-2, atol=2e-7)
         is_frozen = not name.startswith("blocks.2")
         assert torch.equal(some.read(name)[:V], start.read(name)) == is_frozen
+
+
+def test_run_of_train_py_is_fine_tuned_and_exported(tables, tmp_path, capsys):
+    """A decoder with a tokenizer of bytes; its export pads by a token of its own."""
+    import transformers
+
+    data = write_data(tmp_path / "data", vocab_size=261)
+    run(data, tmp_path / "pretrained", vocab_size=261, block_size=48, seq_len=12, batch_tokens=72, max_steps=2)
+    capsys.readouterr()
+    tune(tmp_path / "pretrained", tables, tmp_path / "run", block_size=30)
+    assert "of them were longer and are cut to block_size" in capsys.readouterr().out
+    convert.export(RunModel(tmp_path / "run"), tmp_path / "hf")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    texts = read_columns(tables / "dev.tsv", ["text"])["text"]
+    batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    assert batch["input_ids"].shape[1] == 30 and not batch["attention_mask"].all()
+    with torch.no_grad():
+        found = model(**batch).logits.softmax(1)
+    lines = [json.loads(line) for line in (tmp_path / "run/predictions.jsonl").read_text().splitlines()]
+    wanted = torch.tensor([[*line["probabilities"].values()] for line in lines])
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("task", ["classify", "regress"])
