@@ -121,7 +121,7 @@ def main(cfg):
 
 def fine_tune(cfg, world):
     """One run: its figures on eval_file with the best checkpoint; None where it was stopped before its end."""
-    cfg, tokenizer, train_set, eval_set = open_examples(cfg, world)
+    cfg, train_set, eval_set, predict_set = open_examples(cfg, world)
     order = ExampleOrder(cfg.finetune.train_file, train_set.lengths, cfg.finetune.batch_examples, cfg.run.seed)
     cfg = with_steps(cfg, order, world)
     micro_steps = cfg.finetune.batch_examples // (cfg.data.micro_batch_size * world.data_ranks)
@@ -143,10 +143,7 @@ def fine_tune(cfg, world):
             load_checkpoint(newest_checkpoint(cfg.run.out_dir, world, best=True), model)
         figures = evaluation()
         figures.pop("score", None)
-        predicted = (
-            read_examples(cfg, cfg.finetune.predict_file, tokenizer, world) if cfg.finetune.predict_file else eval_set
-        )
-        write_predictions(cfg, logits_of(model, predicted, cfg, world), world)
+        write_predictions(cfg, logits_of(model, predict_set, cfg, world), world)
         if world.is_main:
             text = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
             print(f"best       {text}; its predictions are in {cfg.run.out_dir}/predictions.jsonl", flush=True)
@@ -157,7 +154,7 @@ def fine_tune(cfg, world):
 
 
 def open_examples(cfg, world):
-    """(cfg with its model, the tokenizer, the Examples of train_file and eval_file)."""
+    """(cfg with its model, the Examples of train_file, of eval_file, and of those to predict)."""
     tune, out_dir = cfg.finetune, cfg.run.out_dir
     if lacking := [name for name in ("train_file", "eval_file") if getattr(tune, name) is None]:
         raise UserError(f"{', '.join(lacking)} is none; name a .tsv, .jsonl or .parquet file of labelled texts")
@@ -173,7 +170,10 @@ def open_examples(cfg, world):
         labels = labels_of(tune, read_columns(tune.train_file, [tune.label_column], tune.tsv_columns))
     cfg = replace(cfg, model=LabelModel(**fields, task=tune.task, labels=labels))
     tokenizer = with_model(where, load_tokenizer_of, world)
-    return cfg, tokenizer, *(read_examples(cfg, path, tokenizer, world) for path in (tune.train_file, tune.eval_file))
+    train_set, eval_set = (read_examples(cfg, path, tokenizer, world) for path in (tune.train_file, tune.eval_file))
+    if tune.predict_file is None:
+        return cfg, train_set, eval_set, eval_set
+    return cfg, train_set, eval_set, read_examples(cfg, tune.predict_file, tokenizer, world, has_labels=False)
 
 
 def labels_of(cfg, columns):
@@ -185,18 +185,16 @@ def labels_of(cfg, columns):
     return tuple(sorted(labels, key=lambda label: (int(label) if label.isdecimal() else math.inf, label)))
 
 
-def read_examples(cfg, path, tokenizer, world):
+def read_examples(cfg, path, tokenizer, world, has_labels=True):
     """The Examples of a file; UserError, with the record, where a text or a label is none."""
     tune = cfg.finetune
     texts = [name for name in (tune.text_column, tune.second_column) if name]
-    must = [] if path == tune.predict_file and path != tune.eval_file else [tune.label_column]
-    columns = read_columns(path, texts + must, tune.tsv_columns, [] if must else [tune.label_column])
+    columns = read_columns(path, texts + [tune.label_column] * has_labels, tune.tsv_columns)
     for name in texts:
         if wrong := [i for i, text in enumerate(columns[name], start=1) if not isinstance(text, str)]:
             raise UserError(f"{path} has no text as {name} of record {wrong[0]}; name another column")
-    targets = columns.get(tune.label_column)
-    if targets is not None:
-        targets = [target_of(cfg.model, label, f"{path}, record {i}") for i, label in enumerate(targets, start=1)]
+    labels = columns[tune.label_column] if has_labels else []
+    targets = [target_of(cfg.model, label, f"{path}, record {i}") for i, label in enumerate(labels, start=1)] or None
     framing = Framing(tokenizer, cfg.model.is_causal, cfg.model.block_size)
     examples = Examples(framing, *(columns[name] for name in texts), *[None] * (len(texts) == 1), targets)
     if world.is_main:

@@ -47,7 +47,7 @@ class RunModel:
         self.folder, self.path = Path(run_dir), newest_checkpoint(run_dir, world)
         with reading(self.path):
             self.manifest = read_manifest(self.path)
-            if self.manifest.get("score") is not None:
+            if "labels" in self.manifest["model"]:
                 self.path = newest_checkpoint(run_dir, world, best=True)
                 self.manifest = read_manifest(self.path)
         whole = config_of_checkpoint(self.path, self.manifest)

@@ -359,6 +359,16 @@ def test_end_predicts_with_the_checkpoint_that_has_the_best_metric(folder, table
     assert f"accuracy {best:.4f}" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_best_checkpoint_by_loss_and_texts_without_labels(folder, tables, tmp_path):
+    (tmp_path / "new.jsonl").write_text('{"text": "the film is good"}\n{"text": "bad"}\n{"text": "a plot"}\n')
+    more = {"eval_interval": 1, "metric": "loss", "predict_file": tmp_path / "new.jsonl", "learning_rate": 0.1}
+    tune(folder, tables, tmp_path / "run", **more)
+    by_step = records(tmp_path / "run", "val_loss")
+    best = min((step for step in by_step if step), key=by_step.get)
+    assert best < 8 and RunModel(tmp_path / "run").path.name == f"step_{best:08d}"
+    assert len(predictions(tmp_path / "run")) == 3
+
+
 def test_seeds_are_runs_of_their_own_with_mean_and_deviation(folder, tables, tmp_path, capsys):
     tune(folder, tables, tmp_path / "runs", seeds=2, seed=5)
     found = json.loads((tmp_path / "runs/seeds.json").read_text())

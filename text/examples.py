@@ -19,11 +19,11 @@ WINDOW = 64  # steps whose examples are sorted by length before they become batc
 # ---- tables
 
 
-def read_columns(path, names, header=None, optional=()):
+def read_columns(path, names, header=None):
     """{name: its values, a list} of a .tsv, .jsonl or .parquet file (the first two may be packed).
 
-    header: the names of a .tsv's columns; None: they stand in its first line. optional: names that are left out where
-    the file lacks them. UserError where another column or a value is missing, or the file is of another kind.
+    header: the names of a .tsv's columns; None: they stand in its first line. UserError where a column or a value is
+    missing, or the file is of another kind.
     """
     try:
         ending = ending_of(str(path))[0]
@@ -41,7 +41,6 @@ def read_columns(path, names, header=None, optional=()):
         remedy = "name the right ones by --text_column, --second_column and --label_column"
         remedy += ", or a .tsv's, if its first line is data, by --tsv_columns" if ending == ".tsv" else ""
         raise UserError(f"{path} has no column {', '.join(missing)}; its columns are {there}: {remedy}")
-    names = [*names, *(name for name in optional if name in columns)]
     for name in names:
         if None in columns[name]:
             raise UserError(
@@ -116,7 +115,8 @@ class Framing:
         if len(a) + len(b) > room:
             self.n_cut += 1
             short = min(len(a), len(b), room // 2)
-            a, b = (a[:short], b[: room - short]) if len(a) <= len(b) else (a[: room - short], b[:short])
+            long = room - short  # as `tokenizers` does, the second text is the longer one of equals
+            a, b = (a[:short], b[:long]) if len(a) <= len(b) else (a[:long], b[:short])
         head = self.begin + a + middle
         ids = head + b + self.end
         if not ids:
