@@ -58,6 +58,8 @@ class FinetuneConfig(Config):
     focal_gamma: NotNegative = 0.0  # classify: exponent of the focal loss, for rare classes; 0: cross-entropy
     freeze: tuple | None = None  # parts that stay as they are: embeddings, blocks.3, blocks.0-5, with commas between
     layer_decay: UpToOne = 1.0  # factor of the learning rate from a layer to the one below it; 1: all learn alike
+    lora_rank: Count | None = None  # train the head, and adapters of this rank in the blocks; none: everything
+    lora_alpha: Positive = 16.0  # lora_rank times the adapters' scale
     metric: Literal[*CHOICES] | None = None  # chooses the best checkpoint; none: the first that the task has
     seeds: Count = 1  # runs with seeds from `seed` on, each in a folder of its own; prints mean and deviation
 
@@ -168,7 +170,8 @@ def open_examples(cfg, world):
     labels = ("value",)
     if tune.task == "classify":
         labels = labels_of(tune, read_columns(tune.train_file, [tune.label_column], tune.tsv_columns))
-    cfg = replace(cfg, model=LabelModel(**fields, task=tune.task, labels=labels))
+    adapters = {"lora_rank": tune.lora_rank, "lora_scale": tune.lora_alpha / (tune.lora_rank or tune.lora_alpha)}
+    cfg = replace(cfg, model=LabelModel(**fields, task=tune.task, labels=labels, **adapters))
     tokenizer = with_model(where, load_tokenizer_of, world)
     train_set, eval_set = (read_examples(cfg, path, tokenizer, world) for path in (tune.train_file, tune.eval_file))
     if tune.predict_file is None:
@@ -255,8 +258,14 @@ def build(cfg, world):
 
 
 def freeze(model, parts):
-    """Keeps parts of a model from training, each as in PART; UserError where there is no such block."""
+    """Keeps parts of a model from training, each as in PART; UserError where there is no such block.
+
+    With adapters, all else but the head and its pooler stays as it is, too.
+    """
     frozen = []
+    for name, param in model.named_parameters():
+        if model.cfg.lora_rank and not (".lora_" in name or name.startswith(("pooler", "classifier"))):
+            param.requires_grad_(False)
     for first, last in (re.fullmatch(PART, part).groups() for part in parts):
         if first is None:
             frozen += filter(None, (getattr(model, name) for name in EMBEDDINGS))

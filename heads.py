@@ -7,9 +7,11 @@ and dropout; a decoder's from the last token of a text.
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lora import adapt
 from model import ModelConfig, Transformer
 from ops import IGNORE, Linear
 
@@ -20,6 +22,8 @@ class LabelModel(ModelConfig):
 
     task: Literal["classify", "regress"] = "classify"
     labels: tuple = ()
+    lora_rank: int | None = None  # the blocks' matrices have adapters of this rank
+    lora_scale: float = 1.0
 
     def build(self):
         """The model with these settings."""
@@ -42,9 +46,19 @@ class Labeller(Transformer):
         self.pooler = Linear(cfg.n_embd, cfg.n_embd) if cfg.has_pooler else None
         self.head_dropout = nn.Dropout(cfg.dropout if cfg.has_pooler else 0.0)
         self.classifier = Linear(cfg.n_embd, len(cfg.labels), bias=cfg.has_pooler)
+        if cfg.lora_rank:
+            adapt(self, cfg.lora_rank, cfg.lora_scale)
 
     def tie_weights(self):
         """Ties nothing: there is no head of the vocabulary."""
+
+    @torch.no_grad()
+    def init_weights(self, seed, fill=torch.Tensor.copy_):
+        """Transformer's, but that adapters add nothing."""
+        super().init_weights(seed, fill)
+        for name, param in self.named_parameters():
+            if name.endswith("lora_b"):
+                fill(param, torch.zeros(param.shape))
 
     def num_params(self):
         """Parameters, without the vocabulary's padding rows."""

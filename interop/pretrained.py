@@ -24,6 +24,7 @@ from heads import LabelModel
 from interop.families import resolved
 from interop.hub import TOKENIZER_FILES, HubModel, copy_files, folder_of, open_tensors, read_config, save_tensors
 from interop.hub_tokenizer import load_hub_tokenizer
+from lora import merged
 from model import TRAINING_ONLY, ModelConfig, Transformer
 from run.folder import keep_tokenizer, run_dir_of, tokenizer_of, writing_to
 from text.tokenizer import load_tokenizer
@@ -53,6 +54,8 @@ class RunModel:
         whole = config_of_checkpoint(self.path, self.manifest)
         # A tensor by its name, whole; UserError where the checkpoint is damaged, Removed where it has gone.
         self.read = tensor_reader(self.path, whole)
+        if isinstance(whole, LabelModel) and whole.lora_rank:
+            self.read, whole = merged(self.read, whole.lora_scale), replace(whole, lora_rank=None)
         self.name = f"{run_dir}, step {self.manifest['step']}"
         self.cfg = replace(whole, block_size=context_of(self.manifest, whole))
         if self.cfg != whole:
@@ -165,7 +168,7 @@ def run_config(run_dir):
 def load_weights(source, model):
     """Copies an opened model's weights into a model, sharded or not; a shorter position table takes the first rows.
 
-    A Labeller's pooler and head keep their weights where the source has none, or a head for other labels.
+    Adapters keep their weights, and a Labeller's pooler and head where the source has none, or a head for other labels.
     """
     for name, param in model.named_parameters():
         if (read := _weight_of(source, model.cfg, name)) is None:
@@ -183,6 +186,8 @@ def load_weights(source, model):
 
 def _weight_of(source, cfg, name):
     module, _, kind = name.partition(".")
+    if ".lora_" in name:
+        return None
     if not isinstance(cfg, LabelModel) or module not in ("pooler", "classifier"):
         return source.read(name)
     if module == "pooler" and (carried := source.extra.get(f"bert.pooler.dense.{kind}")) is not None:

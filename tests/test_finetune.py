@@ -216,7 +216,7 @@ def tensors(run_dir):
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("more", [{}, {"freeze": "embeddings,blocks.1", "layer_decay": 0.9}])
+@pytest.mark.parametrize("more", [{}, {"freeze": "embeddings,blocks.1", "layer_decay": 0.9, "lora_rank": 3}])
 def test_resumed_run_equals_uninterrupted_run_bitwise(more, folder, tables, tmp_path):
     tune(folder, tables, tmp_path / "whole", dropout=0.1, **more)
     tune(folder, tables, tmp_path / "parts", dropout=0.1, max_steps=4, **more)
@@ -260,16 +260,20 @@ def test_training_equals_transformers_with_torchs_adamw(folder, tables, tmp_path
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_losses_and_weights_are_equal_over_ranks(n, folder, tables, tmp_path):
     alone, weight = losses(folder, tables, tmp_path / "alone", freeze="embeddings")
-    cases = [(losses_on_rank, folder, tables, tmp_path / strategy, strategy) for strategy in ("ddp", "fsdp")]
-    for by_rank, (*_, strategy) in zip(on_ranks(n, *cases), cases):
+    adapted, adapted_weight = losses(folder, tables, tmp_path / "adapted", lora_rank=2)
+    cases = [(losses_on_rank, folder, tables, tmp_path / strategy, {"strategy": strategy, "freeze": "embeddings"})
+             for strategy in ("ddp", "fsdp")]  # fmt: skip
+    cases.append((losses_on_rank, folder, tables, tmp_path / "lora", {"strategy": "fsdp", "lora_rank": 2}))
+    wanted = (alone, weight), (alone, weight), (adapted, adapted_weight)
+    for by_rank, (*_, out_dir, _), (expected, last) in zip(on_ranks(n, *cases), cases, wanted):
         shared, found = by_rank[0]
-        assert shared == pytest.approx(alone, rel=1e-5)
-        torch.testing.assert_close(torch.tensor(found), weight, rtol=1e-4, atol=1e-5)
-        assert predictions(tmp_path / strategy) == predictions(tmp_path / "alone")
+        assert shared == pytest.approx(expected, rel=1e-5)
+        torch.testing.assert_close(torch.tensor(found), last, rtol=1e-4, atol=1e-5)
+        assert predictions(out_dir) == predictions(tmp_path / ("adapted" if out_dir.name == "lora" else "alone"))
 
 
-def losses_on_rank(folder, tables, out_dir, strategy):
-    found, weight = losses(folder, tables, out_dir, strategy=strategy, freeze="embeddings")
+def losses_on_rank(folder, tables, out_dir, changes):
+    found, weight = losses(folder, tables, out_dir, **changes)
     return found, weight.tolist()
 
 
@@ -323,11 +327,26 @@ def test_run_of_train_py_is_fine_tuned_and_exported(tables, tmp_path, capsys):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("task", ["classify", "regress"])
-def test_export_loads_without_a_warning_and_predicts_the_same(task, folder, tables, tmp_path, caplog, capfd):
+def test_adapters_alone_learn_and_are_merged_by_the_papers_formula(folder, tables, tmp_path):
+    tune(folder, tables, tmp_path / "run", lora_rank=2, lora_alpha=6, learning_rate=1e-2, eval_interval=8)
+    saved_tensors, start, source = tensors(tmp_path / "run"), HubModel(folder), RunModel(tmp_path / "run")
+    for name in ("wte.weight", "blocks.0.norm1.weight", "blocks.2.attn.q.bias", "blocks.1.mlp.up.weight"):
+        assert torch.equal(saved_tensors[f"model.{name}"][: len(start.read(name))], start.read(name)), (
+            "the base is frozen"
+        )
+    assert not any(name.startswith("optimizer.state.wte") for name in saved_tensors)
+    a, b = (saved_tensors[f"model.blocks.1.mlp.up.lora_{part}"] for part in "ab")
+    assert a.shape == (2, 30) and b.shape == (33, 2) and b.abs().max() > 1e-3
+    wanted = start.read("blocks.1.mlp.up.weight") + 6 / 2 * b @ a
+    torch.testing.assert_close(source.read("blocks.1.mlp.up.weight"), wanted)
+    assert source.cfg.lora_rank is None
+
+
+@pytest.mark.parametrize(("task", "more"), [("classify", {}), ("regress", {}), ("classify", {"lora_rank": 3})])
+def test_export_loads_without_a_warning_and_predicts_the_same(task, more, folder, tables, tmp_path, caplog, capfd):
     import transformers
 
-    tune(folder, tables, tmp_path / "run", task=task)
+    tune(folder, tables, tmp_path / "run", task=task, **more)
     convert.export(RunModel(tmp_path / "run"), tmp_path / "hf")
     capfd.readouterr()
     caplog.clear()

@@ -133,6 +133,8 @@ class Examples:
         self.ids, heads = zip(*pairs)
         self.heads, self.lengths = np.array(heads), np.array([len(ids) for ids in self.ids])
         self.targets = np.full(len(self.ids), IGNORE) if targets is None else np.array(targets)
+        if self.targets.dtype.kind == "f":
+            self.targets = self.targets.astype(np.float32)  # as logits are
         self.pad, self.is_causal, self.block_size = framing.pad, not framing.end, framing.block_size
 
     def __len__(self):
