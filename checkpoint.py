@@ -267,7 +267,7 @@ def newest_checkpoint(run_dir, world=None, best=False):
     as_rank_0_sees = (lambda value: value) if world is None else (lambda value: world.gather(value)[0])
     for attempt in range(ATTEMPTS):
         paths, problems = as_rank_0_sees(checkpoints(run_dir)), []
-        if best and (chosen := best_of(paths)):
+        if best and (chosen := as_rank_0_sees(best_of(paths))):
             paths = [*(path for path in paths if path != chosen), chosen]
         if not paths:
             there = "does not exist" if not Path(run_dir).is_dir() else "holds no checkpoint (ckpt/step_*)"

@@ -181,7 +181,7 @@ SPLITS = {"*": {"tokens": int, "bytes": int}}
 MANIFEST = {
     "step": int,
     "settings": dict,
-    "state": {"sequences_seen": int, "hours": NUMBER, "val_loss": NUMBER, "evaluated_at": (int, None)},
+    "state": {"sequences_seen": int, "hours": NUMBER, "val_loss": NUMBER, "evaluated_at": (int, None), "score": NUMBER},
 }
 DATA = {"splits": SPLITS, "settings": ({"tokenizer": str}, None), "tokenizer": str, "command": str}
 
@@ -229,12 +229,15 @@ def training_facts(source):
     lines = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     losses = re.findall(r'"loss": ([-+.\de]+)', lines)
     bits = re.findall(rf'"step": {state.get("evaluated_at")}, .*"val_bpb": ([-+.\de]+)', lines)
+    seen, seq_len = state.get("sequences_seen", 0), settings.get("seq_len")  # of fine-tuning: texts, None
+    unit = "" if seq_len is None else " nats a token"
     rows = {
         "steps": f"{manifest['step']:,}",
-        "tokens trained on": f"{state.get('sequences_seen', 0) * settings.get('seq_len', 0):,}",
+        "texts trained on" if seq_len is None else "tokens trained on": f"{seen * (seq_len or 1):,}",
         "hours": f"{state.get('hours', 0):.2f}",
-        "training loss, the last logged": f"{float(losses[-1]):.4f} nats a token" if losses else None,
-        "validation loss": None if state.get("val_loss") is None else f"{state['val_loss']:.4f} nats a token",
+        "training loss, the last logged": f"{float(losses[-1]):.4f}{unit}" if losses else None,
+        "validation loss": None if state.get("val_loss") is None else f"{state['val_loss']:.4f}{unit}",
+        "validation metric": None if state.get("score") is None else f"{state['score']:.4f}",
     }
     if bits:
         rows["validation bits per byte"] = f"{float(bits[-1]):.4f}"

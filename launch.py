@@ -68,7 +68,8 @@ def keep_copies(model):
     for linear in linears:
         linear.copy = linear.weight.detach().bfloat16().requires_grad_()
         linear.copy.register_post_accumulate_grad_hook(functools.partial(_add_gradient, linear.weight))
-    model.copies = [linear.copy for linear in linears], [linear.weight for linear in linears]
+    if linears:  # none where all are frozen
+        model.copies = [linear.copy for linear in linears], [linear.weight for linear in linears]
 
 
 def _add_gradient(weight, copy):

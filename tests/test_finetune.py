@@ -19,6 +19,7 @@ from heads import LabelModel, label_loss
 from hugging_face import T, V, saved
 from interop.hub import HubModel
 from interop.pretrained import RunModel, load_weights
+from launch import keep_copies, refresh_copies
 from metrics import metrics_of
 from ops import IGNORE
 from ranks import on_ranks, records, run, without_matplotlib, write_data
@@ -376,6 +377,19 @@ def test_end_predicts_with_the_checkpoint_that_has_the_best_metric(folder, table
     assert np.mean([a == b for a, b in zip(predictions(tmp_path / "run"), labels)]) == pytest.approx(best)
     assert RunModel(tmp_path / "run").path == best_of(kept)
     assert f"accuracy {best:.4f}" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_frozen_matrices_have_no_copies_whose_gradients_would_count():
+    shape = {"vocab_size": V, "block_size": T, "n_layer": 2, "n_head": 2, "n_embd": 12, "labels": ("a", "b")}
+    model = LabelModel(**shape, lora_rank=2).build()
+    finetune.freeze(model, ())
+    keep_copies(model)
+    refresh_copies(model)
+    assert model.copies is None and sum(p.requires_grad for p in model.parameters()) == 2 * 2 * 6 + 1
+    model = LabelModel(**shape).build()
+    finetune.freeze(model, ("blocks.1",))
+    keep_copies(model)
+    assert len(model.copies[0]) == 6
 
 
 def test_best_checkpoint_by_loss_and_texts_without_labels(folder, tables, tmp_path):
