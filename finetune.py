@@ -262,18 +262,18 @@ def freeze(model, parts):
 
     With adapters, all else but the head and its pooler stays as it is, too.
     """
-    frozen = []
+    frozen, n = [], len(model.blocks)
     for name, param in model.named_parameters():
         if model.cfg.lora_rank and not (".lora_" in name or name.startswith(("pooler", "classifier"))):
             param.requires_grad_(False)
-    for first, last in (re.fullmatch(PART, part).groups() for part in parts):
+    for part in parts:
+        first, last = re.fullmatch(PART, part).groups()
         if first is None:
             frozen += filter(None, (getattr(model, name) for name in EMBEDDINGS))
-        elif int(last or first) >= len(model.blocks):
-            rule = f"freeze names block {last or first}, but the model has blocks 0 to {len(model.blocks) - 1}"
-            raise UserError(f"{rule}; name one of them")
-        else:
+        elif int(first) <= int(last or first) < n:
             frozen += model.blocks[int(first) : int(last or first) + 1]
+        else:
+            raise UserError(f"freeze names {part}, but the model has blocks 0 to {n - 1}; name some of them, in order")
     for module in frozen:
         module.requires_grad_(False)
 
