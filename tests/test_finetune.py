@@ -343,7 +343,8 @@ def test_adapters_alone_learn_and_are_merged_by_the_papers_formula(folder, table
     assert source.cfg.lora_rank is None
 
 
-@pytest.mark.parametrize(("task", "more"), [("classify", {}), ("regress", {}), ("classify", {"lora_rank": 3})])
+@pytest.mark.parametrize(("task", "more"), [("classify", {}), ("regress", {}), ("classify", {"lora_rank": 3}),
+                                            ("regress", {"second_column": "text"})])  # fmt: skip
 def test_export_loads_without_a_warning_and_predicts_the_same(task, more, folder, tables, tmp_path, caplog, capfd):
     import transformers
 
@@ -355,7 +356,8 @@ def test_export_loads_without_a_warning_and_predicts_the_same(task, more, folder
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     told = capfd.readouterr()
     assert not caplog.records and "MISSING" not in told.err + told.out and "UNEXPECTED" not in told.err + told.out
-    batch = tokenizer(read_columns(tables / "dev.tsv", ["text"])["text"], padding=True, return_tensors="pt")
+    texts = read_columns(tables / "dev.tsv", ["text"])["text"]
+    batch = tokenizer(texts, texts if "second_column" in more else None, padding=True, return_tensors="pt")
     with torch.no_grad():
         logits = model(**batch).logits
     lines = [json.loads(line) for line in (tmp_path / "run/predictions.jsonl").read_text().splitlines()]
