@@ -18,6 +18,7 @@ from torch import nn
 
 from config import Config, Count, NotNegative, Positive, Share, UserError
 from data import near_divisors
+from foreign import LARGEST
 from objective import OBJECTIVES
 from ops import (
     LayerNorm,
@@ -80,7 +81,9 @@ class ModelConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        wrong = []
+        sizes = {name: getattr(self, name) or 0 for name in LARGEST}
+        if wrong := [f"{k} is {n}; it must be at most {LARGEST[k]:,}" for k, n in sizes.items() if n > LARGEST[k]]:
+            raise UserError(*wrong)
         if self.head_dim is None and self.n_embd % self.n_head:
             fitting = near_divisors(self.n_embd, self.n_head)
             wrong.append(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; n_head {fitting} would fit")

@@ -495,6 +495,8 @@ def test_a_number_outside_the_range_of_its_type_is_refused():
         "columns is -1; it must be at least 1, or none",
         "share is 1.0; it must be at least 0 and below 1",
     ]
+    with pytest.raises(config.UserError, match=r"rows is 1\d+; it must be at most 2\*\*53"):
+        Sizes(rows=10**16)
 
 
 def test_preset_that_only_the_command_line_completes_still_names_its_data(tmp_path):
