@@ -50,7 +50,7 @@ class Input:
     """Reads a task's share of the input. skipped: {reason: how many were left out}, once all is read."""
 
     def __init__(self, cfg, work):
-        """work: a folder with started.json, whose "files" are the input's paths, or a RemoteFile's fields but source."""
+        """work: a folder with started.json, whose "files" are local paths, or the fields of a RemoteFile but source."""
         self.cfg, self.work, self.skipped = cfg, work, {}
 
     def __call__(self, _, rank, world_size):
@@ -96,7 +96,8 @@ def _web_texts(corpus, path, _):
     from warcio.exceptions import ArchiveLoadFailed
 
     reader = make("readers.WarcReader", ".", compression=None)
-    reader.data_folder = types.SimpleNamespace(open=lambda *_, **__: open_file(path))  # over broken connections, too
+    # The reader's own files would not be read on over a broken connection.
+    reader.data_folder = types.SimpleNamespace(open=lambda *_, **__: open_file(path), resolve_paths=str)
     with corpus.counting_damage(path):
         try:
             for document in reader.read_file(str(path)):

@@ -19,7 +19,7 @@ from pathlib import Path
 from config import Config, Count, UserError
 from text import files
 from text.files import Tally, TextFile, ending_of, find_files, open_file, shown
-from text.remote import RemoteFile, public
+from text.remote import public
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"  # 1.1 MB
 
@@ -38,9 +38,7 @@ DATASETS = {"stdlib": stdlib_files, "shakespeare": lambda folder: find_files(SHA
 
 @dataclass(frozen=True)
 class CorpusConfig(Config):
-    input: str | None = (
-        None  # files, folder, glob (in quotes) or URL of text, as in s3://...; fineweb10b: a local folder of its shards
-    )
+    input: str | None = None  # files, folder, glob (in quotes) or URL of text; fineweb10b: a local folder of its shards
     text_field: str = "text"  # text's field in .jsonl objects, its column in .parquet files
     doc_separator: str | None = None  # text between the documents of a .txt file; none: each file is one document
     encoding: str | None = None  # encoding of text files without a Unicode mark, such as gb18030; none: UTF-8
@@ -65,8 +63,8 @@ def _is_encoding(name):
 class Corpus:
     """The documents of the input. skipped: {reason: how many were left out} by the last pass.
 
-    inventory: the number of files, their bytes, the newest one's time, and a hash of their names and sizes, for remote
-    files with etags in place of the time.
+    inventory: the number of files, their bytes, the newest one's time, and a hash of their names and sizes; remote
+    files have no time, but etags in the hash.
     """
 
     def __init__(self, cfg, folder, found=None):
@@ -75,7 +73,7 @@ class Corpus:
         if found is None:
             found = (DATASETS[cfg.dataset](folder), {}) if cfg.dataset else find_files(cfg.input, folder)
         self.files, self.left_out = found
-        self.root = Path(os.path.commonpath([_place(path).parent for path in self.files]))
+        self.root = Path(os.path.commonpath([getattr(path, "place", path).parent for path in self.files]))
         sizes, newest, names = [], 0, hashlib.sha256()
         for path in self.files:
             try:
@@ -90,7 +88,7 @@ class Corpus:
         self.inventory = {"files": len(sizes), "bytes": self.bytes, "newest": when, "names": names.hexdigest()[:16]}
 
     def _name(self, path):
-        return str(_place(path).relative_to(self.root)).encode("utf-8", errors="surrogateescape")
+        return str(getattr(path, "place", path).relative_to(self.root)).encode("utf-8", errors="surrogateescape")
 
     def pieces(self):
         """Yields (split, bytes, whether they end a document), in order; long documents come in pieces.
@@ -216,7 +214,7 @@ class Corpus:
         try:
             import pyarrow.parquet
 
-            file = pyarrow.parquet.ParquetFile(open_file(path) if isinstance(path, RemoteFile) else path)
+            file = pyarrow.parquet.ParquetFile(path if isinstance(path, Path) else open_file(path))
         except ImportError as error:
             raise UserError(f"{path} needs pyarrow; install it with: pip install pyarrow") from error
         except pyarrow.ArrowInvalid as error:
@@ -280,10 +278,6 @@ def _split_file(blocks, separator, limit):
             del rest[: -len(separator)]
         searched = len(rest)
     yield None if is_too_long or len(rest) > limit else bytes(rest)
-
-
-def _place(path):
-    return path.place if isinstance(path, RemoteFile) else path
 
 
 def _mark_last(items):

@@ -69,7 +69,8 @@ def find_files(where, folder, endings=(*TEXTS, *JSON_LINES, ".parquet")):
     if is_url(where):
         listed, is_folder = list_files(where)
         reasons = {file: _why_left_out(below.strip("/"), endings if is_folder else None) for file, below in listed}
-        found, left_out = [file for file in reasons if not reasons[file]], collections.Counter(reasons.values())
+        found = [file for file in reasons if not reasons[file]]
+        left_out = collections.Counter(reasons.values()) if is_folder else {}  # a glob does not count them anywhere
     elif is_folder:
         found, left_out = _files_of_folder(where, folder, endings)
     else:

@@ -88,27 +88,33 @@ class RemoteFile:
 
 def list_files(where):
     """([(RemoteFile, its path below the folder that was searched)] of a URL, whether that is a whole folder)."""
-    is_glob = re.search(r"[*[]", _parts(bare_url(where)).path) if is_web(where) else glob.has_magic(where)
-    with _telling(where):
-        if is_web(where) and not is_glob:
-            return [(_asked(RemoteFile(where, bare_url(where))), "")], False
-        from fsspec.core import url_to_fs
+    try:
+        return _listed(where)
+    except UserError:
+        raise
+    except Exception as error:  # each store's library has its own
+        raise _told(error, public(where), where) from None  # the cause may show a secret
 
-        store, path = url_to_fs(where)
-        store.invalidate_cache()
-        info = {"type": "directory"} if is_glob else store.info(path)
-        is_folder = info["type"] == "directory"
-        found = (store.glob if is_glob else store.find)(path, detail=True) if is_folder else {path: info}
-        folder = re.split(r"[*?[]", path)[0].rpartition("/")[0] if is_glob else path
-        files = [(_file(where, name, info), name.removeprefix(folder)) for name, info in found.items()]
-        files = sorted((pair for pair in files if pair[0]), key=lambda pair: pair[0].place)
-        return files, is_folder and not is_glob
+
+def _listed(where):
+    is_glob = re.search(r"[*[]", _parts(bare_url(where)).path) if is_web(where) else glob.has_magic(where)
+    if is_web(where) and not is_glob:
+        return [(_asked(RemoteFile(where, bare_url(where))), "")], False
+    from fsspec.core import url_to_fs
+
+    store, path = url_to_fs(where)
+    store.invalidate_cache()
+    info = {"type": "directory"} if is_glob else store.info(path)
+    is_folder = info["type"] == "directory"
+    infos = (store.glob if is_glob else store.find)(path, detail=True) if is_folder else {path: info}
+    above = re.split(r"[*?[]", path)[0].rpartition("/")[0] if is_glob else path
+    names = [name for name, info in infos.items() if info["type"] != "directory"]
+    files = [(_file(where, name, infos[name]), name.removeprefix(above)) for name in names]
+    return sorted(files, key=lambda pair: pair[0].place), is_folder and not is_glob
 
 
 def _file(where, name, info):
-    """A RemoteFile from what a store tells of it; None for a folder."""
-    if info["type"] == "directory":
-        return None
+    """A RemoteFile from what a store tells of it."""
     if is_web(name):
         return _asked(RemoteFile(where, bare_url(name)))
     return RemoteFile(where, name, info["size"], next((str(info[key]) for key in VERSIONS if info.get(key)), ""))
@@ -164,8 +170,7 @@ class _Stream(io.RawIOBase):
         waits = iter(WAITS)
         while self.file.size is None or self.position < self.file.size:
             try:
-                if self.opened is None:
-                    self.opened = self._open()
+                self.opened = self.opened or self._open()
                 data = self.opened.read(min(len(buffer), self.read_ahead))
                 if not data and self.file.size is not None:
                     raise ConnectionError(f"the store sends {self.position:,} of {self.file.size:,} bytes")
@@ -211,16 +216,6 @@ class _Stream(io.RawIOBase):
 
 
 # ---- errors
-
-
-@contextlib.contextmanager
-def _telling(where):
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # each store's library has its own
-        raise _told(error, public(where), where) from None  # the cause may show a secret
 
 
 def _remedy(error):
