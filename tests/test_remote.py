@@ -161,6 +161,8 @@ def source(tmp_path_factory):
     write_jsonl(folder / "a.jsonl", DOCUMENTS[10:20])
     write_jsonl(folder / "b c.jsonl.gz", DOCUMENTS[20:30])
     write_parquet(folder / "c.parquet", DOCUMENTS[30:])
+    for i in range(9):
+        (folder / f"text {i}.txt").write_text(f"another document {i}")
     for name in ("x.csv", ".hidden.txt", "deep/.hidden.txt"):
         (folder / name).write_text("left out")
     return folder
@@ -392,25 +394,12 @@ def test_cleaning_reads_a_url_in_its_processes_and_writes_no_secret(tmp_path):
     for name, text in pages.items():
         (tmp_path / "www").mkdir(exist_ok=True)
         (tmp_path / "www" / name).write_text(text)
-    found = {}
-    with serving(contents_of(tmp_path / "www", "www"), cut=lambda first, _: 500 if first < 500 else None) as (
-        url,
-        seen,
-    ):
+    found, local = {}, tmp_path / "www"
+    with serving(contents_of(local, "www"), cut=lambda first, _: 500 if first < 500 else None) as (url, _):
         secret = url.replace("//", "//me:pass@")
-        for out, where in (
-            ("local", tmp_path / "www"),
-            ("remote", f"{secret}/www/*.*"),
-            ("one", f"{url}/www/a.jsonl?{SECRET}"),
-        ):
-            argv = [
-                f"--input={where}",
-                f"--clean_dir={tmp_path / out}",
-                "--steps=html,fix,exact",
-                "--workers=2",
-                "--tasks=2",
-            ]
-            clean.main(config.load(clean.Settings, argv))
+        inputs = {"local": local, "remote": f"{secret}/www/*.*", "one": f"{url}/www/a.jsonl?{SECRET}"}
+        for out, where in inputs.items():
+            clean_up(tmp_path / out, where, "--steps=html,fix,exact", "--tasks=2")
             paths = sorted((tmp_path / out / "text").iterdir())
             found[out] = [json.loads(line)["text"] for path in paths for line in gzip.open(path, "rt")]
     assert len(found["local"]) == 10 and found["remote"] == found["local"] and len(found["one"]) == 3
@@ -418,16 +407,28 @@ def test_cleaning_reads_a_url_in_its_processes_and_writes_no_secret(tmp_path):
     assert not [data for data in written if b"me:pass" in data or b"s3cr3t" in data]
 
 
+def clean_up(folder, where, *argv):
+    clean.main(config.load(clean.Settings, [f"--input={where}", f"--clean_dir={folder}", "--workers=2", *argv]))
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_cleaning_reads_a_remote_file_by_one_task_unless_told_otherwise(tmp_path, monkeypatch):
+    pytest.importorskip("datatrove", reason="datatrove is absent: pip install '.[clean]'")
+    monkeypatch.setattr(clean, "TASK_BYTES", 100)
+    with serving({"x.txt": document("a").encode() * 9}) as (url, seen):
+        clean_up(tmp_path / "out", f"{url}/x.txt", "--steps=length")
+    assert len(seen) == 2  # for its size and its text
+
+
 def test_cleaning_over_a_connection_that_breaks_for_good_ends_in_a_line(tmp_path):
     pytest.importorskip("datatrove", reason="datatrove is absent: pip install '.[clean]'")
     with serving({"x.txt": document("a").encode() * 9}, cut=lambda *_: 500) as (url, _):
-        argv = [f"--input={url}/x.txt", f"--clean_dir={tmp_path / 'out'}", "--steps=exact", "--workers=2", "--tasks=2"]
         with pytest.raises(UserError, match="x.txt cannot be read .*500 of") as caught:
-            clean.main(config.load(clean.Settings, argv))
+            clean_up(tmp_path / "out", f"{url}/x.txt", "--steps=exact", "--tasks=2")
     assert "\n" not in str(caught.value) and not (tmp_path / "out/text").exists()
 
 
-def test_slurm_is_not_given_a_secret(capsys):
+def test_slurm_is_not_given_a_secret():
     argv = [f"--input=https://host/x.jsonl?{SECRET}", "--executor=slurm", "--slurm_partition=p"]
     with pytest.raises(UserError, match="has a password or query, which Slurm's jobs would find in a file"):
         config.load(clean.Settings, argv)
