@@ -294,7 +294,7 @@ def test_server_that_fails_for_a_while_is_asked_again_and_one_that_refuses_is_no
 
 
 @pytest.mark.parametrize(("where", "words"), [
-    ("odd://x/y.txt", "Protocol not known: odd); use https, s3"), ("memory://none/x.txt", "check the name"),
+    ("odd://x/y.txt", "Protocol not known: odd); use https, s3"), ("memory://none/x.txt", "names no file (/none/x.txt); check the name"),
     ("memory://none/*.txt", "names no file"), ("http://127.0.0.1:9/x.txt", "check the network"),
     ("https://[x/y.txt", "is no URL"), ("nostore://bucket/x.txt", "needs nosuchpackage; install it with: pip install"),
 ])  # fmt: skip
@@ -368,7 +368,7 @@ def test_memory_does_not_grow_with_a_remote_file():
 
 
 def test_command_ends_with_exit_code_2_and_one_line_where_its_connection_breaks_for_good(tmp_path, long_text):
-    code = "import text.remote; text.remote.WAITS = (0,); import runpy, sys; runpy.run_path('prepare.py', run_name='__main__')"
+    code = "import runpy, text.remote as r; r.WAITS = (0,); runpy.run_path('prepare.py', run_name='__main__')"
     with serving({"x.txt": long_text}, cut=lambda *_: 2_000_000) as (url, _):
         argv = [f"--input={url}/x.txt", f"--data_dir={tmp_path}/data", "--tokenizer=byte", "--workers=2"]
         done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, cwd=ROOT)

@@ -244,4 +244,5 @@ def _told(error, what, source):
     for secret in filter(None, (parts.query, parts.netloc.rpartition("@")[0], parts.password)):
         why = why.replace(secret, "...").replace(urllib.parse.unquote(secret), "...")
     why = re.sub(r"(?<=://)[^/\s]*@|(?<=\?)[^\s'\")]+", "...", why)  # in URLs that a library writes otherwise
-    return UserError(f"{what} cannot be read ({why}); {_remedy(error) or f'check the network, or {COPY}'}")
+    rule = "names no file" if isinstance(error, FileNotFoundError) else "cannot be read"
+    return UserError(f"{what} {rule} ({why}); {_remedy(error) or f'check the network, or {COPY}'}")
