@@ -28,7 +28,7 @@ from interop.nanogpt import import_nanogpt
 from interop.pretrained import load_tokenizer_of, model_location, with_model
 from interop.tokenizer import write_tokenizer
 from run.folder import RunConfig
-from text.files import bare_url, is_url
+from text.remote import bare_url, is_url
 from world import tune_malloc
 
 WEIGHTS = r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?$"

@@ -5,7 +5,7 @@
     python prepare.py --dataset=fineweb10b --max_shards=10
 
 Input is a file, folder, glob (in quotes) or URL of .txt, .md, .jsonl or .parquet, also in .gz, .xz, .bz2 or .zst; other
-files are read as text.
+files are read as text. A URL, also with a folder or glob as in s3://bucket/folder/*.jsonl, is read where it is.
 """
 
 import collections
@@ -45,7 +45,8 @@ from shards import (
     writing_to,
 )
 from text.corpus import DATASETS, Corpus, CorpusConfig
-from text.files import is_url, public, shown
+from text.files import shown
+from text.remote import bare_url, is_url, public
 from text.tokenizer import SMALLEST_BPE, load_tokenizer, train_bpe
 
 TASK_BYTES = 1 << 20  # text per task of a worker
@@ -91,19 +92,18 @@ def main(cfg):
     folder = Path(cfg.data.folder or default_folder(cfg.prepare))
     if is_prepared(cfg, folder):
         return
-    is_local = cfg.prepare.dataset is None and not is_url(cfg.prepare.input)
-    corpus = Corpus(cfg.prepare, folder) if is_local else None  # first: a wrong path leaves no folder
-    with locked(folder):
-        if cfg.prepare.dataset == "fineweb10b":
+    if cfg.prepare.dataset == "fineweb10b":
+        with locked(folder):
             return fetch_fineweb(cfg.prepare, folder)
+    corpus = Corpus(cfg.prepare, folder)  # first: a wrong path leaves no folder
+    with locked(folder):
         if is_prepared(cfg, folder):  # by another prepare.py in the meantime
             return
         with writing_to(folder):
             clear_unfinished(folder, cfg.prepare.tokenizer)
-            corpus = corpus or Corpus(cfg.prepare, folder)
             tokenizer_name = make_tokenizer(cfg.prepare, corpus, folder)
         meta = {"settings": settings_of_tokens(cfg), "command": command(cfg.prepare)}
-        if not any(path.is_relative_to(folder / "download") for path in corpus.files):
+        if cfg.prepare.dataset != "shakespeare":  # it stays as it is, and needs no network once it is prepared
             meta["input_files"] = corpus.inventory
         meta |= tokenize(corpus, tokenizer_name, cfg.prepare, folder)
         write_meta(folder, meta)
@@ -121,7 +121,7 @@ def is_prepared(cfg, folder):
     if "settings" not in meta or {name: old[name] for name in settings} != settings:
         made = f"{folder} already holds data, made by: {meta.get('command')}"
         raise UserError(f"{made}; use another --data_dir, or remove it first")
-    print(f"{shown(folder)} is already prepared:\n{summary(meta)}")
+    print(f"{shown(folder)} is already prepared:\n{summary(meta)}", flush=True)
     if changes := changes_of_input(cfg.prepare, folder, meta.get("input_files")):
         print(f"its input has changed since: {changes}; to prepare it again, remove {shown(folder)}")
     return True
@@ -140,11 +140,14 @@ def changes_of_input(cfg, folder, old):
         return ""
     try:
         new = Corpus(cfg, folder).inventory
-    except UserError:
-        return "its files are gone"
+    except UserError as error:
+        if not is_url(cfg.input or ""):
+            return "its files are gone"
+        print(f"whether its input has changed is unknown: {error}")
+        return ""
     changed = [name for name in new if old.get(name) != new[name]]
     figures = [f"{name} {old.get(name)} -> {new[name]}" for name in changed if name != "names"]
-    return ", ".join(figures) or ("names or sizes of files" if changed else "")
+    return ", ".join(figures) or ("names or sizes of files, or etags" if changed else "")
 
 
 def command(cfg):
@@ -159,8 +162,8 @@ def default_folder(cfg):
     where = cfg.input or ""
     parts = [part for part in Path(where).parts if not glob.has_magic(part)]
     if is_url(where):
-        url = urllib.parse.urlsplit(public(where))
-        parts = [part for part in (url.hostname, *url.path.split("/")) if part]
+        url = urllib.parse.urlsplit(bare_url(where))
+        parts = [part for part in (url.hostname, *url.path.split("/")) if part and not glob.has_magic(part)]
     return Path("data", cfg.dataset or (Path(parts[-1]).stem.strip("./") if parts else "") or "text")
 
 
@@ -242,7 +245,7 @@ def encoded(corpus, tokenizer_name, dtype, workers):
     with (
         _telling_of_workers(workers),
         ProcessPoolExecutor(workers, context, _end_with_parent) as pool,
-        tqdm(total=corpus.bytes, unit="B", unit_scale=True, disable=None) as progress,
+        tqdm(total=corpus.bytes or None, unit="B", unit_scale=True, disable=None) as progress,
     ):
         pending = collections.deque()  # its length is bounded, and so is memory
         for group in itertools.chain(_grouped(corpus.pieces()), [None] * (2 * workers + 1)):
