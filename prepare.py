@@ -58,9 +58,7 @@ BpeSize = Annotated[int, Range(f"at least {SMALLEST_BPE} and at most 2**24", lam
 @dataclass(frozen=True)
 class PrepareConfig(CorpusConfig):
     dataset: Literal[*DATASETS, "fineweb10b"] | None = None  # corpus by name, in place of input
-    tokenizer: str = (
-        "gpt2"  # byte, bpe (trained on the corpus), tiktoken's, a tokenizer.json or vocab.txt; byte_fim, bpe_fim
-    )
+    tokenizer: str = "gpt2"  # byte, bpe (trained on the corpus), byte_fim, bpe_fim, tiktoken's, or a tokenizer's file
     bpe_vocab_size: BpeSize = 4096  # vocabulary size of tokenizer bpe, special tokens included
     val_fraction: Fraction = 0.01  # validation share of the documents, chosen by hash; a single document gives its tail
     bpe_dropout: Share = 0.0  # BPE-dropout: share of merges left out at random from training documents, without a seed
