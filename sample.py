@@ -1,8 +1,9 @@
-"""Continues a prompt with a trained model, fills in its [MASK]s, or scores it.
+"""Continues a prompt with a trained model, fills the gap before a suffix or a prompt's [MASK]s, or scores it.
 
 python sample.py --out_dir=out/quickstart --prompt="def main(" --num_samples=3
 python sample.py --out_dir=out/quickstart_bert --prompt="for i in [MASK](10):"
 python sample.py --out_dir=out/quickstart --prompt=FILE:prompt.txt
+python sample.py --out_dir=out/fim --prompt="def add(" --suffix="return a + b"
 echo "import os" | python sample.py --out_dir=out/quickstart --prompt=-
 python sample.py --out_dir=out/quickstart --score --prompt="import os"
 """
@@ -12,7 +13,7 @@ import math
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice, pairwise
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from interop.pretrained import load_model, load_tokenizer_of, model_location
 from interop.score import print_scores, read_requests
 from launch import Captured
 from model import Cache
-from objective import special_id
+from objective import FIM_TOKENS, fim_tokens, special_id
 from run.folder import RunConfig
 from world import DTYPES, WorldConfig, pick_device, pick_precision
 
@@ -33,6 +34,7 @@ GROUP = 16  # steps that a GPU computes between two waits of the host
 @dataclass(frozen=True)
 class SampleConfig(Config):
     prompt: str = ""  # text to continue, or to fill at each [MASK]; FILE:path reads a file, - reads stdin
+    suffix: str | None = None  # text behind a gap that follows the prompt, to fill by a model trained with fim_rate
     score: bool = False  # print the prompt's log-likelihood instead; with FILE:x.jsonl, each line's
     num_samples: Count = 1  # continuations of the prompt, in one batch
     max_new_tokens: Count = 256  # tokens per continuation, at most; a token that ends texts ends it earlier
@@ -57,19 +59,29 @@ def main(cfg):
     model.to(dtype)  # not autocast, which would cast all weights for each token
     tokenizer = load_tokenizer_of(source)
     print(f"{source.name}, {model.num_params():,} parameters on {device} in {dtype}", file=sys.stderr)
-    prompt = read_prompt(cfg.sample.prompt)
+    prompt, suffix = read_prompt(cfg.sample.prompt), cfg.sample.suffix and read_prompt(cfg.sample.suffix)
+    if suffix is not None and (cfg.sample.score or not model.cfg.is_causal):
+        what = "--score gives a text's likelihood" if cfg.sample.score else "a masked model fills each [MASK]"
+        raise UserError(f"suffix is given, but {what}; leave it out")
     if cfg.sample.score:
         return print_scores(model, tokenizer, read_requests(cfg.sample.prompt, prompt))
     if not model.cfg.is_causal:
         return print_candidates(model, tokenizer, prompt, cfg.sample.top_k or 5, device)
     ids = [*tokenizer.begin, *tokenizer.encode(prompt).tolist()] or [tokenizer.eot]
+    most = cfg.sample.max_new_tokens
+    if suffix is not None:
+        settings = getattr(source, "manifest", {}).get("settings", {"fim_rate": 1})  # the hub's models have none
+        if not settings.get("fim_rate"):
+            print("warning: this run was trained without fim_rate; expect no good middle", file=sys.stderr)
+        ids = gap_ids(tokenizer, prompt, suffix, settings.get("fim_spm_rate") == 1)
+        most = max(1, min(most, model.cfg.block_size - len(ids) + 1))  # later tokens would no longer see the prefix
     if ids == [None]:
         raise UserError(f"the tokenizer {tokenizer.name} has no end-of-text token to start from; give a --prompt=")
     ids = as_batch(ids, model, device).repeat(cfg.sample.num_samples, 1)  # B T
     never = [token for token in tokenizer.specials.values() if token not in tokenizer.stops]  # no part of text
     start = time.perf_counter()
-    steps = generate(model, ids, cfg.sample, cfg.run.seed, tokenizer.vocab_size, never)
-    n_tokens = sum(map(len, stream(steps, tokenizer, prompt, cfg.sample.num_samples)))
+    steps = generate(model, ids, replace(cfg.sample, max_new_tokens=most), cfg.run.seed, tokenizer.vocab_size, never)
+    n_tokens = sum(map(len, stream(steps, tokenizer, prompt, cfg.sample.num_samples, suffix or "")))
     seconds = time.perf_counter() - start
     print(f"{n_tokens} tokens in {seconds:.2f} s, {n_tokens / seconds:,.0f} tokens/s", file=sys.stderr)
 
@@ -110,6 +122,17 @@ def masked_ids(tokenizer, prompt):
             part = part.removesuffix(" ")  # the space belongs to the masked word
         ids += [*tokenizer.encode(part).tolist(), mask]
     return [*ids[:-1], sep]
+
+
+def gap_ids(tokenizer, prompt, suffix, is_spm=False):
+    """Token ids that ask for the text between prompt and suffix: prefix, suffix, middle, or suffix, prefix, middle."""
+    if (tokens := fim_tokens(tokenizer.specials)) is None:
+        rule = f"suffix needs the tokens {', '.join(FIM_TOKENS[0])}, which the tokenizer {tokenizer.name} lacks"
+        raise UserError(f"{rule}; train with --fim_rate=0.5 on data with --tokenizer=bpe_fim or byte_fim")
+    before, after, middle = tokens
+    prefix, suffix = (tokenizer.encode(text).tolist() for text in (prompt, suffix))
+    parts = (after, *suffix, middle, *prefix) if is_spm else (*prefix, after, *suffix, middle)
+    return [*tokenizer.begin, before, *parts]
 
 
 def as_batch(ids, model, device):
@@ -231,7 +254,7 @@ def on_host(steps):
         torch.cuda.synchronize()  # an early stop must not free a graph that still runs
 
 
-def stream(steps, tokenizer, prompt, num_samples):
+def stream(steps, tokenizer, prompt, num_samples, suffix=""):
     """Prints the samples, the first while it is generated, the others at the end; returns the token ids of each."""
     samples, ended = [[] for _ in range(num_samples)], [False] * num_samples
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # keeps back a character until its last byte arrives
@@ -245,10 +268,10 @@ def stream(steps, tokenizer, prompt, num_samples):
                     print(utf8.decode(tokenizer.decode_bytes([token])), end="", flush=True)
         if all(ended):
             break
-    print(utf8.decode(b"", final=True))
+    print(utf8.decode(b"", final=True) + suffix)
     for sample in samples[1:]:
         print("-" * 40)
-        print(prompt + tokenizer.decode(sample))
+        print(prompt + tokenizer.decode(sample) + suffix)
     return samples
 
 

@@ -80,7 +80,8 @@ def main(cfg):
         elif state.is_finished(cfg):
             return print_finished(cfg, state, world)
         train_data.seek(state.sequences_seen)
-        val_objective = objective_for(cfg, EVAL_MASK_SEED)
+        plain = dataclasses.replace(cfg, objective=cfg.objective.without_augmentation())
+        val_objective = objective_for(plain, EVAL_MASK_SEED)
 
         with Log(cfg, world, model, optimizer, state, saver.changes, train_data.order) as log:
             while True:

@@ -75,6 +75,7 @@ Positive = typing.Annotated[float, Range("above 0", lambda x: x > 0)]
 NotNegative = typing.Annotated[float, Range("at least 0", lambda x: x >= 0)]
 Fraction = typing.Annotated[float, Range("above 0 and below 1", lambda x: 0 < x < 1)]
 UpToOne = typing.Annotated[float, Range("above 0 and at most 1", lambda x: 0 < x <= 1)]
+Rate = typing.Annotated[float, Range("at least 0 and at most 1", lambda x: 0 <= x <= 1)]
 Share = typing.Annotated[float, Range("at least 0 and below 1", lambda x: 0 <= x < 1)]
 
 

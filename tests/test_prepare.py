@@ -256,7 +256,7 @@ def test_file_that_is_cut_into_pieces_has_the_ids_of_the_whole(tmp_path, monkeyp
 def test_bpe_is_trained_on_words_of_bounded_length_and_on_all_text(tmp_path, text):
     write_txt(tmp_path / "in", [text, "val"])
     cfg = config.load(prepare.Settings, [f"--input={tmp_path / 'in'}", "--val_fraction=0.01"]).prepare
-    texts = list(prepare._training_texts(corpus.Corpus(cfg, tmp_path)))
+    texts = list(corpus.training_texts(corpus.Corpus(cfg, tmp_path)))
     assert "".join(texts) in (text, "val")
     if text in texts[0] or len(texts) > 1:
         assert max(len(word) for part in texts for word in re.findall(r"\S+|\s+", part)) <= 256

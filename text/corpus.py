@@ -21,6 +21,8 @@ from text import files
 from text.files import Tally, TextFile, ending_of, find_files, open_file, shown
 from text.remote import public
 
+BPE_BYTES = 200 << 20  # most text to train a BPE on
+BPE_WORD = 256  # longest word to train it on: training time is quadratic in it
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"  # 1.1 MB
 
 
@@ -232,6 +234,21 @@ class Corpus:
                         self.skipped[f"rows without text in the column {field!r}"] += 1
             except pyarrow.ArrowException as error:
                 raise EOFError(str(error)) from error
+
+
+def training_texts(corpus):
+    """Texts to train a BPE on. Cuts long words: training would take minutes for one unbroken line of 2 MB."""
+    seen = 0
+    for piece in (piece for split, piece, _ in corpus.pieces() if split == "train"):
+        text, start = piece.decode("utf-8", errors="replace"), 0
+        for word in re.finditer(rf"(?<!\S)\S{{{BPE_WORD + 1},}}|(?<!\s)\s{{{BPE_WORD + 1},}}", text):
+            for cut in range(word.start() + BPE_WORD, word.end(), BPE_WORD):
+                yield text[start:cut]
+                start = cut
+        yield text[start:]
+        if (seen := seen + len(piece)) >= BPE_BYTES:
+            break
+    print(f"  its words in {seen / 1e6:,.1f} MB of text are counted; learning merges", flush=True)
 
 
 class FilePieces:
