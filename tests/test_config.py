@@ -227,7 +227,7 @@ def test_setting_of_another_script_is_refused_on_the_command_line_and_left_alone
     assert mistake("--temperature=1").startswith("--temperature is a setting of sample.py, not of this script")
     path = preset("bpe_vocab_size = 999\ntemperature = 1.0\nn_layer = 3\n")
     assert load(path).model.n_layer == 3
-    assert load(path, script=sample).sample.temperature == 1.0
+    assert load(path, script=sample).generation.temperature == 1.0
 
 
 def test_script_that_takes_part_of_a_class_refuses_the_rest():

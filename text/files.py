@@ -12,6 +12,7 @@ import lzma
 import os
 import re
 import shutil
+import sys
 import urllib.parse
 import urllib.request
 import zlib
@@ -55,6 +56,26 @@ def ending_of(name):
 def shown(path):
     """A path as text that can be printed whatever bytes its name has."""
     return os.fsencode(path).decode("utf-8", errors="backslashreplace")
+
+
+def read_text(setting, name):
+    """The text that a setting gives, or reads from FILE:path or, as -, from stdin; UserError where it has none.
+
+    name: the setting's name.
+    """
+    where = f"{name} file {setting[5:]}" if setting.startswith("FILE:") else "stdin" if setting == "-" else name
+    try:
+        if setting.startswith("FILE:"):
+            text = Path(setting[5:]).read_bytes().decode("utf-8")  # keeps line ends
+        else:
+            # Python keeps bytes that it cannot decode, in the C locale all but ASCII, as halves of surrogate pairs.
+            text = sys.stdin.read() if setting == "-" else setting
+            text = text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{where} cannot be read as UTF-8 text ({error})") from error
+    if setting and not text:
+        raise UserError(f"{where} is empty; leave --{name} out")
+    return text
 
 
 def find_files(where, folder, endings=(*TEXTS, *JSON_LINES, ".parquet")):
