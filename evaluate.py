@@ -9,10 +9,10 @@ python evaluate.py --out_dir=out/quickstart --text=FILE:texts.jsonl
 import functools
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -20,7 +20,8 @@ from config import Config, UserError, only, run_script
 from interop.harness import MASKED, HarnessConfig, generate_texts, harness_seeds, led_by_main, load_tasks, run_tasks
 from interop.pretrained import RunModel, load_model, load_tokenizer_of, model_location
 from interop.score import loglikelihood, loglikelihood_rolling, score_tokens, start_of, total
-from run.folder import RunConfig, writing_to
+from run.folder import RunConfig
+from shards import refusing_system_errors
 from text.files import read_text
 from world import WorldConfig, init_world
 
@@ -43,22 +44,20 @@ class Settings:
 def main(cfg):
     if not (cfg.harness.tasks or cfg.evaluate.text):
         raise UserError("there is nothing to evaluate; give --tasks=lambada_openai or --text=, a text or FILE:x.jsonl")
-    in_float32 = cfg.world.precision == "auto"
-    with init_world(replace(cfg.world, precision="fp32") if in_float32 else cfg.world) as world:
+    precision = "fp32" if cfg.world.precision == "auto" else cfg.world.precision
+    with init_world(replace(cfg.world, precision=precision)) as world:
         model, source = load_model(model_location(cfg), world.device, world)
         if not model.cfg.is_causal:
             raise UserError(MASKED)
         model.to(world.dtype)  # as lm-eval's own models are
-        tokenizer, batch_size = load_tokenizer_of(source), cfg.harness.requests_per_batch
+        tokenizer = load_tokenizer_of(source)
         if world.is_main:
             where = f"{world.size} x {world.device.type} in {world.precision}"
             print(f"{source.name}, {model.num_params():,} parameters on {where}", file=sys.stderr)
-        options = {"world": world, "batch_size": batch_size}
+        options = {"world": world, "batch_size": cfg.harness.requests_per_batch}
         functions = {
             "score": functools.partial(score_tokens, model, **options),
-            "generate": lambda requests: generate_texts(
-                model, tokenizer, requests, **options, seed=cfg.harness.fewshot_seed
-            ),
+            "generate": functools.partial(generate_texts, model, tokenizer, seed=cfg.harness.fewshot_seed, **options),
         }
 
         def lead(call):
@@ -66,8 +65,10 @@ def main(cfg):
                 score = functools.partial(call, "score")
                 print_scores(model, tokenizer, read_requests(cfg.evaluate.text), score)
             if cfg.harness.tasks:
+                os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval's resampling would fork a process that holds a GPU
                 with harness_seeds():
-                    results = run_tasks(load_tasks(cfg.harness), cfg.harness, model, tokenizer, call)
+                    tasks = load_tasks(cfg.harness)
+                    results = run_tasks(tasks, cfg.harness, model, tokenizer, call, bootstrap_iters=1000)
                 report_results(cfg, source, world, results)
 
         led_by_main(world, functions, lead)
@@ -95,7 +96,8 @@ def report_results(cfg, source, world, results):
         "versions": {"lm_eval": lm_eval.__version__, "torch": torch.__version__, "tasks": results["versions"]},
         **{name: results[name] for name in names if name in results},
     }
-    with writing_to(Path(path).parent), open(path, "a", encoding="utf-8") as file:
+    remedy = "use another --output, or make room and repeat the command"
+    with refusing_system_errors(f"{path} cannot be written to", remedy), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record, default=handle_non_serializable) + "\n")
     print(f"results are in {path}", file=sys.stderr)
 

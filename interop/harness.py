@@ -29,7 +29,7 @@ class HarnessConfig(Config):
     limit: Positive | None = None  # documents of each task, or below 1 a share of them; none: all
     include_path: str | None = None  # folder with tasks of your own, .yaml files of lm-eval's format
     fewshot_seed: Whole = 1234  # seed that draws the examples, and what a task generates at a temperature
-    requests_per_batch: Count | None = None  # none: what 8,192 tokens, or 256 MiB of logits, hold
+    requests_per_batch: Count | None = None  # requests in a forward pass; none: 8,192 tokens, or 256 MiB of logits
 
 
 def load_tasks(cfg, in_training=False):
@@ -171,14 +171,14 @@ def generate_texts(model, tokenizer, requests, world, batch_size=None, seed=0):
 def led_by_main(world, functions, lead):
     """lead(call) on rank 0, where call(name, requests) is functions[name](requests) on all ranks; None on the others.
 
-    What lead raises, all ranks raise.
+    An error in lead ends all ranks.
     """
     if not world.is_main:
         while isinstance(job := world.from_main(None), tuple):
             with contextlib.suppress(Exception):  # over_ranks raises it on rank 0 as well
                 functions[job[0]](job[1])
         if job is not None:
-            raise job
+            raise SystemExit(1) if job == 1 else job
         return None
 
     def call(name, requests):
@@ -188,7 +188,7 @@ def led_by_main(world, functions, lead):
     try:
         return lead(call)
     except Exception as error:
-        ending = error if isinstance(error, UserError) else RuntimeError(f"rank 0: {error}")
+        ending = error if isinstance(error, UserError) else 1
         raise
     finally:
         world.from_main(ending)

@@ -16,6 +16,7 @@ from test_model import SMALL, random_model
 import config
 import evaluate
 from config import UserError
+from conftest import ROOT
 from interop.harness import HarnessConfig, generate_texts, generation_request, load_tasks, open_tasks
 from interop.score import score_tokens
 from ranks import on_ranks, records, run, settings, write_data
@@ -112,6 +113,14 @@ def test_generation_that_cannot_be_done_is_refused_not_changed(gpt2):
         generation_request(model, tokenizer, "a", {"max_gen_toks": 23})
 
 
+def test_the_pages_recipe_for_beam_search_runs_on_an_export(gpt2):
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    [recipe] = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    names = {}
+    exec(recipe.replace("out/quickstart_hf", str(gpt2[2])).replace("max_new_tokens=64", "max_new_tokens=5"), names)
+    assert names["beams"].shape[1] == names["inputs"]["input_ids"].shape[1] + 5
+
+
 # ---- several ranks
 
 
@@ -197,8 +206,8 @@ def test_a_pattern_names_all_tasks_that_match(tasks):
 # ---- in training
 
 
-def asked(tasks, **more):
-    names = {"tasks": "capitals,texts", "include_path": tasks, "tasks_interval": 3, "limit": 3, "vocab_size": None}
+def asked(folder, **more):
+    names = {"tasks": "capitals,texts", "include_path": folder, "tasks_interval": 3, "limit": 3, "vocab_size": None}
     return names | {"max_steps": 5, "save_interval": 5} | more
 
 
@@ -265,6 +274,6 @@ def test_a_task_that_fails_in_training_is_told_and_the_run_goes_on(tasks, data_d
     ({"objective": "mlm"}, "a masked model has no log-likelihood"),
 ])  # fmt: skip
 def test_training_refuses_a_wrong_task_before_it_begins(changes, told, tasks, data_dir, tmp_path):
-    cfg = settings(data_dir, tmp_path / "run", **asked(tasks, **changes))
+    cfg = settings(data_dir, tmp_path / "run", **asked(tasks, vocab_size=261) | changes)
     with pytest.raises(UserError, match=told):
         open_tasks(cfg, ALONE)
