@@ -138,8 +138,9 @@ def generate_texts(model, tokenizer, requests, world, batch_size=None, seed=0):
     while end < len(order):
         ids, _, cfg = requests[order[end]]
         start, end = end, end + (batch_size or max(1, 2**13 // (len(ids) + cfg.max_new_tokens)))
-        batches.append([i for i in order[start:end] if requests[i][2] == cfg])
-        end = start + len(batches[-1])
+        shortest = len(ids) - cfg.max_new_tokens  # so that a batch takes at most twice as many steps as one context
+        batch = [i for i in order[start:end] if requests[i][2] == cfg and len(requests[i][0]) >= shortest]
+        batches, end = [*batches, batch], start + len(batch)
 
     def run(batch):
         prompts, ends = [requests[i][0] for i in batch], [UntilStop(requests[i][1]) for i in batch]

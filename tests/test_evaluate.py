@@ -164,7 +164,12 @@ def test_ranks_share_batches_and_each_gets_all_scores_and_all_errors():
 
 
 def test_a_task_whose_data_cannot_be_loaded_is_one_line(tmp_path):
-    task = TASKS["texts"].replace("NAME", "lost").replace("FOLDER", "/nowhere").replace("cache_dir: /nowhere", f"cache_dir: {tmp_path}")
+    task = (
+        TASKS["texts"]
+        .replace("NAME", "lost")
+        .replace("FOLDER", "/nowhere")
+        .replace("cache_dir: /nowhere", f"cache_dir: {tmp_path}")
+    )
     (tmp_path / "lost.yaml").write_text(task)
     told = r"^task lost cannot be loaded \(\w+: .*\); without a network, load it once where there is one, and copy"
     with pytest.raises(UserError, match=told) as error:
@@ -225,7 +230,9 @@ def test_training_is_the_same_with_tasks_and_logs_their_figures(tasks, data_dir,
     printed = capsys.readouterr().out
     without = run(data_dir, tmp_path / "without", vocab_size=None, max_steps=5, dropout=0.1)
     assert records(with_tasks) == records(without)
-    logged = {name: records(with_tasks, name) for name in ("capitals/acc", "texts/bits_per_byte", "texts/byte_perplexity")}
+    logged = {
+        name: records(with_tasks, name) for name in ("capitals/acc", "texts/bits_per_byte", "texts/byte_perplexity")
+    }
     assert all([*by_step] == [0, 3, 5] for by_step in logged.values())
     last = logged["texts/bits_per_byte"][5]
     assert last != logged["texts/bits_per_byte"][3] and f"texts/bits_per_byte {last:.4f}" in printed
@@ -257,7 +264,9 @@ def run_in(data_dir, folder, changes):
     return run(data_dir, folder, **changes)
 
 
-def test_a_task_that_fails_in_training_is_told_and_the_run_goes_on(tasks, data_dir, tmp_path, capsys, monkeypatch, no_curves):
+def test_a_task_that_fails_in_training_is_told_and_the_run_goes_on(
+    tasks, data_dir, tmp_path, capsys, monkeypatch, no_curves
+):
     def fail(*args, **options):
         raise ZeroDivisionError("no\ndocuments")
 
