@@ -101,7 +101,8 @@ def run_tasks(tasks, cfg, model, tokenizer, call, **options):
             return [s.log_likelihood for s in loglikelihood_rolling(model, tokenizer, texts, score)]
 
         def generate_until(self, requests):
-            return call("generate", [generation_request(model, tokenizer, *request.args) for request in requests])
+            asked = [(*request.args, f"task {request.task_name}") for request in requests]
+            return call("generate", [generation_request(model, tokenizer, *request) for request in asked])
 
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(cfg.fewshot_seed)
@@ -109,8 +110,11 @@ def run_tasks(tasks, cfg, model, tokenizer, call, **options):
     return evaluate(Model(), tasks, limit=cfg.limit, log_samples=False, **options)
 
 
-def generation_request(model, tokenizer, context, settings):
-    """(a context's ids, stop strings, GenerationConfig) of a request of lm-eval; the ids leave room for the new ones."""
+def generation_request(model, tokenizer, context, settings, name="a task"):
+    """(a context's ids, stop strings, GenerationConfig) of a request of lm-eval; the ids leave room for the new ones.
+
+    name: who asks, for errors.
+    """
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
     settings = normalize_gen_kwargs(settings, default_max_gen_toks=256)
@@ -118,10 +122,10 @@ def generation_request(model, tokenizer, context, settings):
     until = handle_stop_sequences(settings.pop("until", None), eot)
     n_new, draws = settings.pop("max_gen_toks"), settings.pop("do_sample")
     if unknown := settings.keys() - {"temperature", "top_k", "top_p", "min_p"}:
-        what = f"a task asks generation for {', '.join(sorted(unknown))}, which is not here"
+        what = f"{name} asks generation for {', '.join(sorted(unknown))}, which is not here"
         raise UserError(f"{what}; run it by lm_eval on an export (convert.py --to_hf)")
     if (room := context_of(model) - n_new) < 1:
-        what = f"a task generates up to {n_new} tokens, and the model's context is {context_of(model)}"
+        what = f"{name} generates up to {n_new} tokens, and the model's context is {context_of(model)}"
         raise UserError(f"{what}; lower max_gen_toks in a copy of the task, and name its folder by --include_path=")
     ids = [*tokenizer.begin, *tokenizer.encode(context).tolist()][-room:] or [before_text(tokenizer)]
     settings = settings if draws else {"temperature": 0.0}
