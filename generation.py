@@ -22,16 +22,16 @@ class GenerationConfig(Config):
     min_p: UpToOne | None = None  # sample from tokens with at least this share of the likeliest one's probability
 
 
-def generate(model, ids, cfg, seed, vocab_size, never=(), given=None):
+def generate(model, ids, cfg, seed, vocab_size, never=(), lengths=None):
     """Yields the tokens (B,) that follow ids (B, T), step by step, on the CPU: below vocab_size, and none of `never`.
 
-    given (B, N): tokens that take the place of the first N steps' draws, -1 where there is none, so that prompts may
-    differ in length. UserError where the logits are not finite.
+    lengths (B,): the prompts' own, where ids are padded on the right; they and what follows must fit in block_size.
+    UserError where the logits are not finite.
     """
     if ids.device.type == "cuda":  # a GPU would idle, had the host to launch each kernel and to wait for each token
-        steps = on_host(next_tokens(model, ids, cfg, seed, vocab_size, never, given, record=Captured))
+        steps = on_host(next_tokens(model, ids, cfg, seed, vocab_size, never, lengths, record=Captured))
     else:
-        steps = next_tokens(model, ids, cfg, seed, vocab_size, never, given)
+        steps = next_tokens(model, ids, cfg, seed, vocab_size, never, lengths)
     for tokens in steps:
         if (tokens < 0).any():
             raise UserError("the model's logits are not finite; take an earlier checkpoint, or train at a lower rate")
@@ -39,7 +39,7 @@ def generate(model, ids, cfg, seed, vocab_size, never=(), given=None):
 
 
 @torch.inference_mode()
-def next_tokens(model, ids, cfg, seed, vocab_size, never=(), given=None, record=None):
+def next_tokens(model, ids, cfg, seed, vocab_size, never=(), lengths=None, record=None):
     """Yields the tokens of generate on the model's device, without waiting for it; -1 where logits are not finite.
 
     At block_size, the cache is cleared and the model continues from the last half of the sequence. record, such as
@@ -52,9 +52,12 @@ def next_tokens(model, ids, cfg, seed, vocab_size, never=(), given=None, record=
     n_tokens += -n_tokens % 64  # GPU kernels want rows of masks aligned
     cache = Cache(model.cfg, len(ids), device, model.wte.weight.dtype, n_tokens)
     never = torch.tensor(never, dtype=torch.long, device=device)
+    ends = None if lengths is None else lengths[:, None] - 1  # B 1, the prompts' last tokens
 
     def following(unread, uniform, place=None):
-        logits = model(unread.clamp(min=0), cache=cache, place=place)[:, -1, :vocab_size].float()  # B V
+        positions = ends if place is None else None
+        logits = model(unread.clamp(min=0), positions=positions, cache=cache, place=place)[:, -1]  # B V
+        logits = logits[:, :vocab_size].float()
         return draw(logits.index_fill_(1, never, -math.inf), cfg, uniform)
 
     recorded = record(following) if record else None
@@ -64,12 +67,12 @@ def next_tokens(model, ids, cfg, seed, vocab_size, never=(), given=None, record=
             cache.clear()
             unread = recent = recent[:, -max(1, block_size // 2) :]
         uniform = torch.rand(len(ids), 1, device=device, generator=generator)
-        if record and unread.shape[1] == 1:
+        if ends is not None and step:  # what pads a prompt is overwritten, and hidden until then
+            tokens = (recorded or following)(unread, uniform, ends + step)
+        elif record and unread.shape[1] == 1 and ends is None:
             tokens = recorded(unread, uniform, torch.full((1,), recent.shape[1] - 1, device=device))
         else:
             tokens = following(unread, uniform)
-        if given is not None and step < given.shape[1]:
-            tokens = torch.where(given[:, step] < 0, tokens, given[:, step])
         recent = torch.cat([recent, tokens[:, None]], dim=1)
         unread = recent[:, -1:]
         yield unread[:, 0]

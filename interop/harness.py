@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import functools
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -133,42 +133,32 @@ def generation_request(model, tokenizer, context, settings, name="a task"):
 
 
 def generate_texts(model, tokenizer, requests, world, batch_size=None, seed=0):
-    """The text that follows each of generation_request's contexts, up to a stop string, end-of-text or the last token.
-
-    Contexts of a batch differ in length: the longer ones' last ids are given as the first tokens to be drawn.
-    """
+    """The text that follows each of generation_request's contexts, up to a stop string, end-of-text or last token."""
     order = sorted(range(len(requests)), key=lambda i: (repr(requests[i][2]), -len(requests[i][0])))
-    batches, end = [], 0
+    batches, end, special_ids = [], 0, {*tokenizer.specials.values()}
     while end < len(order):
         ids, _, cfg = requests[order[end]]
         start, end = end, end + (batch_size or max(1, 2**13 // (len(ids) + cfg.max_new_tokens)))
-        shortest = len(ids) - cfg.max_new_tokens  # so that a batch takes at most twice as many steps as one context
-        batch = [i for i in order[start:end] if requests[i][2] == cfg and len(requests[i][0]) >= shortest]
-        batches, end = [*batches, batch], start + len(batch)
+        batches.append([i for i in order[start:end] if requests[i][2] == cfg])
+        end = start + len(batches[-1])
 
     def run(batch):
-        prompts, ends = [requests[i][0] for i in batch], [UntilStop(requests[i][1]) for i in batch]
-        first, texts = min(map(len, prompts)), [b""] * len(batch)
-        given = torch.full((len(batch), max(map(len, prompts)) - first), -1)
-        for row, prompt in zip(given, prompts):
-            row[: len(prompt) - first] = torch.tensor(prompt[first:], dtype=torch.long)
-        cfg = requests[batch[0]][2]
-        left = [cfg.max_new_tokens] * len(batch)
-        cfg = replace(cfg, max_new_tokens=cfg.max_new_tokens + given.shape[1])
-        ids, given = (x.to(world.device) for x in (torch.tensor([prompt[:first] for prompt in prompts]), given))
-        steps = generate(model, ids, cfg, seed + batch[0], tokenizer.vocab_size, given=given)
-        for step, tokens in enumerate(steps):
+        contexts, ends = [requests[i][0] for i in batch], [UntilStop(requests[i][1]) for i in batch]
+        lengths, cfg = torch.tensor([*map(len, contexts)], device=world.device), requests[batch[0]][2]
+        padded = [ids + [0] * (len(contexts[0]) - len(ids)) for ids in contexts]  # the first is the longest
+        ids = torch.tensor(padded, device=world.device)
+        has_ended, texts = [False] * len(batch), [b""] * len(batch)
+        for tokens in generate(model, ids, cfg, seed + batch[0], tokenizer.vocab_size, lengths=lengths):
             for row, token in enumerate(tokens.tolist()):
-                if left[row] and step >= len(prompts[row]) - first:
+                if not has_ended[row]:
                     if token not in special_ids:
                         texts[row] += ends[row].add(tokenizer.decode_bytes([token]))
-                    left[row] = 0 if token in tokenizer.stops or ends[row].has_ended else left[row] - 1
-            if not any(left):
+                    has_ended[row] = token in tokenizer.stops or ends[row].has_ended
+            if all(has_ended):
                 break
         rows = zip(batch, texts, ends)
         return {i: (text + end.held).decode("utf-8", errors="replace") for i, text, end in rows}
 
-    special_ids = {*tokenizer.specials.values()}
     found = over_ranks(world, batches, run)
     return [found[i] for i in range(len(requests))]
 

@@ -138,19 +138,18 @@ def test_past_block_size_the_window_slides_as_an_uncached_one_does(model, prompt
 
 
 @STEPS
-def test_prompts_of_several_lengths_go_on_as_each_alone(model, record):
-    """The longer prompts' last tokens are given in place of drawn ones."""
-    rows = [prompts(7)[i, :length] for i, length in enumerate((3, 7, 4))]
-    given = torch.full((3, 4), -1)
-    for row, prompt in zip(given, rows):
-        row[: len(prompt) - 3] = prompt[3:]
-    cfg, args = GenerationConfig(temperature=0.0, max_new_tokens=8), (1, V)
-    start = torch.stack([prompt[:3] for prompt in rows])
-    steps = next_tokens(model, start, cfg, *args, given=given, record=record)
-    drawn = torch.stack(list(steps), dim=1)
-    for prompt, tokens in zip(rows, drawn):
-        alone = slow_greedy(model, prompt[None], 11 - len(prompt))[0]
-        assert tokens.tolist() == [*prompt[3:].tolist(), *alone.tolist()]
+@pytest.mark.parametrize("window", [None, 4])
+def test_prompts_of_several_lengths_go_on_as_each_alone(model, record, window):
+    if window:
+        weights, model = model.state_dict(), Transformer(replace(model.cfg, window=window, global_every=2)).eval()
+        model.load_state_dict(weights)
+    ids, lengths = prompts(7), torch.tensor([3, 7, 4])
+    for tail in (ids, ids + 1):  # what pads a shorter prompt does not matter
+        padded = torch.where(torch.arange(7) < lengths[:, None], ids, tail % V)
+        cfg = GenerationConfig(temperature=0.0, max_new_tokens=5)
+        drawn = torch.stack(list(next_tokens(model, padded, cfg, 1, V, lengths=lengths, record=record)), dim=1)
+        for row, length, tokens in zip(ids, lengths, drawn):
+            assert torch.equal(tokens[None], slow_greedy(model, row[None, :length], 5))
 
 
 @STEPS
