@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from checkpoint import CheckpointConfig, CheckpointWriter
-from conftest import ROOT  # noqa: F401  puts the project on the path
 from convert import export
 from interop.harness import HarnessConfig, generate_texts, load_tasks, run_tasks
 from interop.pretrained import load_model, load_tokenizer_of, open_model
