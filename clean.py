@@ -58,7 +58,7 @@ class CleanConfig(CorpusConfig):
     near_words: Count = 5  # near: successive words that are compared
     perplexity_run: str | None = None  # perplexity: folder of a run, or of a Hugging Face model, that reads the text
     perplexity_keep: UpToOne = 0.7  # perplexity: share of documents to keep, the likeliest ones
-    tasks: Count | None = None  # parts of the work; none: one per 64 MiB, or remote file, and up to 4 for as many files
+    parts: Count | None = None  # parts of the work; none: one per 64 MiB, or remote file, and up to 4 for as many files
     executor: Literal["local", "slurm", "ray"] = "local"  # where tasks run
     slurm_partition: str | None = None  # Slurm's partition
     slurm_time: str = "24:00:00"  # Slurm's time limit of a task
@@ -223,8 +223,8 @@ def main(cfg):
     if "html" not in cfg.steps and any(ending_of(str(p))[0] in (*cleaning.HTML, ".warc") for p in corpus.files):
         raise UserError(f"input {public(cfg.input)} has web pages, and steps lack html; begin --steps= with it")
     most = len(corpus.files) if isinstance(corpus.files[0], RemoteFile) else 1000  # each task of a file reads it whole
-    n = cfg.tasks or min(most, 1000, corpus.bytes // TASK_BYTES + min(len(corpus.files), 4))
-    started = {"settings": settings_of_text(cfg) | {"tasks": n}, "input": corpus.inventory}
+    n = cfg.parts or min(most, 1000, corpus.bytes // TASK_BYTES + min(len(corpus.files), 4))
+    started = {"settings": settings_of_text(cfg) | {"parts": n}, "input": corpus.inventory}
     check_same(started, folder, where)
     if folder.isfile("report.json"):
         return print_report(json.loads(folder.cat_file("report.json")), f"{where} is clean already")

@@ -271,10 +271,11 @@ class Transformer(nn.Module):
         Targets that equal IGNORE do not count. positions (B, K) selects tokens: logits are then (B, K, V), targets
         (B, K). attention_mask (B, T) is False at padding, token_types (B, T) default to 0. documents, the starts of
         ops.locate, are computed as if each were a sequence of its own. With a cache, ids continue its tokens,
-        attention_mask covers all tokens so far, and logits are the last token's alone, (B, 1, V). With place (1,), ids
-        (B, 1) stand at that position, and the model reads no length: its kernels are the same at each position, so
-        that a CUDA graph may repeat them; the caller keeps place below the cache's capacity. count_correct, without
-        gradients, also returns the number of targets that have the largest logit.
+        attention_mask covers all tokens so far, and logits are the last token's alone, (B, 1, V), unless positions
+        selects others. With place, ids (B, 1) stand at that position, (1,), or each at its own, (B, 1), and the model
+        reads no length: its kernels are the same at each position, so that a CUDA graph may repeat them; the caller
+        keeps place below the cache's capacity. count_correct, without gradients, also returns the number of targets
+        that have the largest logit.
         """
         cfg, T, masks = self.cfg, ids.shape[1], None
         caches = None if cache is None else cache.by_layer(place)
@@ -387,8 +388,11 @@ class Cache:
             return self.k[:, :, first:end], self.v[:, :, first:end]
 
         def put(self, place, k, v):
-            """Writes k and v (B, H, 1, D) at place (1,), a tensor; returns the whole tensors, which need a mask."""
-            return self.k.index_copy_(2, place, k), self.v.index_copy_(2, place, v)
+            """Writes k and v (B, H, 1, D) at place, a tensor, (1,) or (B, 1); returns all, which needs a mask."""
+            if place.dim() == 1:
+                return self.k.index_copy_(2, place, k), self.v.index_copy_(2, place, v)
+            index = place[:, None, :, None].expand_as(k)  # B H 1 D
+            return self.k.scatter_(2, index, k), self.v.scatter_(2, index, v)
 
     def __init__(self, cfg, batch_size, device, dtype, n_tokens=None):
         """n_tokens: the capacity; None: block_size."""
@@ -411,8 +415,9 @@ class Cache:
         return [layer.append if place is None else functools.partial(layer.put, place) for layer in self.layers]
 
     def mask(self, place, window=None):
-        """The mask (1, 1, 1, S) that attention adds to its scores: -inf behind place (1,) and before the window."""
+        """The mask (1 or B, 1, 1, S) that attention adds to its scores: -inf behind place and before the window."""
         k = self.layers[0].k
         at = torch.arange(k.shape[2], device=k.device)
         unseen = at > place if window is None else (at > place) | (at <= place - window)
-        return torch.zeros(1, 1, 1, k.shape[2], device=k.device, dtype=k.dtype).masked_fill(unseen, -math.inf)
+        unseen = unseen.view(-1, 1, 1, len(at))
+        return torch.zeros(unseen.shape, device=k.device, dtype=k.dtype).masked_fill(unseen, -math.inf)

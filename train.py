@@ -18,6 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from checkpoint import CheckpointConfig
 from config import Config, Count, Positive, UserError, run_script
 from data import DataConfig, Split, each, eval_batches, objective_for, open_data, seq_len_of
+from interop.harness import HarnessConfig, open_tasks
 from interop.pretrained import resolve, start_from
 from launch import refresh_copies, replay
 from model import ModelConfig, Transformer
@@ -55,6 +56,7 @@ class Settings:
     health: HealthConfig
     log: LogConfig
     train: TrainConfig
+    harness: HarnessConfig
     presets: tuple = ()
     given: frozenset = dataclasses.field(default=frozenset(), compare=False)
 
@@ -70,6 +72,7 @@ def main(cfg):
         open_data(cfg, world) as (train_data, val_data),
         guarded(cfg, world) as stop,
     ):
+        tasks = open_tasks(cfg, world)
         model, optimizer, scaler = build(cfg, world, cfg.run.seed)
         data_fingerprint = f"{train_data.order.split.fingerprint()}-{Split.joined(val_data).fingerprint()}"
         saver = Saver(cfg, world, model, optimizer, scaler, data_fingerprint)
@@ -92,11 +95,14 @@ def main(cfg):
 
                 # evaluate and write checkpoints; the last turn does only this
                 ending = request != Stop.NO or state.is_at_end(cfg)
-                due = ending or state.step % cfg.train.eval_interval == 0
+                tasks_due = tasks and (ending or state.step % cfg.harness.tasks_interval == 0)
+                due = ending or tasks_due or state.step % cfg.train.eval_interval == 0
                 # stop requested: skip the evaluation, we may be killed soon
                 if due and not request.is_requested and state.evaluated_at != state.step:
                     with log.paused():
                         figures = evaluate(model, val_data, val_objective, cfg.data, world)
+                        if tasks_due:
+                            figures |= tasks(model)
                         state.val_loss, state.evaluated_at = figures["val_loss"], state.step
                         log.evaluation(state, figures)
                 ending = ending or state.has_reached_target(cfg)

@@ -157,8 +157,11 @@ def load_weights(source, model):
             param.copy_(weight)
 
 
-def load_model(where, device):
-    """(model ready to evaluate, its opened source), of a run's folder, or of a Hugging Face folder or name."""
+def load_model(where, device, world=None):
+    """(model ready to evaluate, its opened source), of a run's folder, or of a Hugging Face folder or name.
+
+    world: its ranks read the same checkpoint.
+    """
 
     def load(source):
         with torch.device("meta"):
@@ -168,7 +171,7 @@ def load_model(where, device):
         load_weights(source, model)
         return model.eval(), source
 
-    return with_model(where, load)
+    return with_model(where, load, world)
 
 
 def load_tokenizer_of(source, may_lack=False):
@@ -183,9 +186,14 @@ def load_tokenizer_of(source, may_lack=False):
             raise
         print(f"the tokenizer is unknown: {error}")
         return None
-    if tokenizer.vocab_size > source.cfg.vocab_size:
-        sizes = f"has {tokenizer.vocab_size} ids, the model a vocab_size of {source.cfg.vocab_size}"
-        remedy = f"let {source.folder} name or hold the tokenizer that the model was trained with"
+    return check_ids(tokenizer, source.cfg.vocab_size, source.folder)
+
+
+def check_ids(tokenizer, vocab_size, folder):
+    """The tokenizer, where a model of this vocab_size knows its ids; UserError where not. folder: where it comes from."""
+    if tokenizer.vocab_size > vocab_size:
+        sizes = f"has {tokenizer.vocab_size} ids, the model a vocab_size of {vocab_size}"
+        remedy = f"let {folder} name or hold the tokenizer that the model was trained with"
         raise UserError(f"the tokenizer {tokenizer.name} {sizes}; {remedy}")
     return tokenizer
 

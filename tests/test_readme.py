@@ -43,6 +43,7 @@ TINY = {
     "train.py": f"{TINY_STEP} --max_steps=3 --eval_tokens=256 --save_interval=2",
     "bench.py": f"{TINY_STEP} --bench_steps=3 --bench_warmup=1 --picture=false",
     "sample.py": "--max_new_tokens=5 --device=cpu",
+    "evaluate.py": "--device=cpu",
     "prepare.py": "--workers=2",
     "clean.py": "--workers=2",
 }
@@ -99,6 +100,7 @@ def run(command, folder, extra=""):
     """Runs a command of the pages in a folder, made small, on two ranks where it has several."""
     words = shlex.split(command)
     script = next((word for word in words if word.endswith(".py") and "/" not in word), None)
+    words = shlex.split(shlex.join(words).replace("--tasks=lambada_openai", "--tasks=texts --include_path=tasks"))
     words = [sys.executable if word == "python" else str(ROOT / script) if word == script else word for word in words]
     if words[0] == "lm_eval":
         words[0] = str(Path(sys.executable).with_name("lm_eval"))

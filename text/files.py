@@ -8,6 +8,7 @@ import io
 import lzma
 import os
 import re
+import sys
 import urllib.request
 import zlib
 from dataclasses import dataclass
@@ -56,6 +57,26 @@ def shown(path):
 def open_file(path, size=PIECE_BYTES):
     """A local or remote file, open for reads of about size bytes."""
     return path.open(size) if isinstance(path, RemoteFile) else open(path, "rb")
+
+
+def read_text(setting, name):
+    """The text that a setting gives, or reads from FILE:path or, as -, from stdin; UserError where it has none.
+
+    name: the setting's name.
+    """
+    where = f"{name} file {setting[5:]}" if setting.startswith("FILE:") else "stdin" if setting == "-" else name
+    try:
+        if setting.startswith("FILE:"):
+            text = Path(setting[5:]).read_bytes().decode("utf-8")  # keeps line ends
+        else:
+            # Python keeps bytes that it cannot decode, in the C locale all but ASCII, as halves of surrogate pairs.
+            text = sys.stdin.read() if setting == "-" else setting
+            text = text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{where} cannot be read as UTF-8 text ({error})") from error
+    if setting and not text:
+        raise UserError(f"{where} is empty; leave --{name} out")
+    return text
 
 
 def find_files(where, folder, endings=(*TEXTS, *JSON_LINES, ".parquet")):
