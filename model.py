@@ -81,8 +81,8 @@ class ModelConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        sizes = {name: getattr(self, name) or 0 for name in LARGEST}
-        if wrong := [f"{k} is {n}; it must be at most {LARGEST[k]:,}" for k, n in sizes.items() if n > LARGEST[k]]:
+        large = [name for name, most in LARGEST.items() if (getattr(self, name) or 0) > most]
+        if wrong := [f"{name} is {getattr(self, name)}; it must be at most {LARGEST[name]:,}" for name in large]:
             raise UserError(*wrong)
         if self.head_dim is None and self.n_embd % self.n_head:
             fitting = near_divisors(self.n_embd, self.n_head)
@@ -272,10 +272,9 @@ class Transformer(nn.Module):
         (B, K). attention_mask (B, T) is False at padding, token_types (B, T) default to 0. documents, the starts of
         ops.locate, are computed as if each were a sequence of its own. With a cache, ids continue its tokens,
         attention_mask covers all tokens so far, and logits are the last token's alone, (B, 1, V), unless positions
-        selects others. With place, ids (B, 1) stand at that position, (1,), or each at its own, (B, 1), and the model
-        reads no length: its kernels are the same at each position, so that a CUDA graph may repeat them; the caller
-        keeps place below the cache's capacity. count_correct, without gradients, also returns the number of targets
-        that have the largest logit.
+        selects others. With place, ids (B, 1) stand at that position, (1,), or each at its own, (B, 1), in kernels that
+        do not depend on it, so that a CUDA graph may repeat them; the caller keeps place below the cache's capacity.
+        count_correct, without gradients, also returns the number of targets that have the largest logit.
         """
         cfg, T, masks = self.cfg, ids.shape[1], None
         caches = None if cache is None else cache.by_layer(place)
@@ -389,9 +388,7 @@ class Cache:
 
         def put(self, place, k, v):
             """Writes k and v (B, H, 1, D) at place, a tensor, (1,) or (B, 1); returns all, which needs a mask."""
-            if place.dim() == 1:
-                return self.k.index_copy_(2, place, k), self.v.index_copy_(2, place, v)
-            index = place[:, None, :, None].expand_as(k)  # B H 1 D
+            index = place.view(-1, 1, 1, 1).expand_as(k)  # B H 1 D
             return self.k.scatter_(2, index, k), self.v.scatter_(2, index, v)
 
     def __init__(self, cfg, batch_size, device, dtype, n_tokens=None):

@@ -391,7 +391,6 @@ def test_a_gap_is_filled_between_prompt_and_suffix(filler, capsys):
 
 def test_a_suffix_that_cannot_be_filled_before_is_refused(filler, tmp_path, capsys):
     for args, told in (
-        (["--suffix=x", "--score"], "suffix is given, but --score gives a text's likelihood; leave it out"),
         (["--suffix=" + "x" * 40], "the prompt has 43 tokens, the model's context is 40; shorten it"),
     ):
         with pytest.raises(UserError, match=told):

@@ -399,7 +399,7 @@ def test_cleaning_reads_a_url_in_its_processes_and_writes_no_secret(tmp_path):
         secret = url.replace("//", "//me:pass@")
         inputs = {"local": local, "remote": f"{secret}/www/*.*", "one": f"{url}/www/a.jsonl?{SECRET}"}
         for out, where in inputs.items():
-            clean_up(tmp_path / out, where, "--steps=html,fix,exact", "--tasks=2")
+            clean_up(tmp_path / out, where, "--steps=html,fix,exact", "--parts=2")
             paths = sorted((tmp_path / out / "text").iterdir())
             found[out] = [json.loads(line)["text"] for path in paths for line in gzip.open(path, "rt")]
     assert len(found["local"]) == 10 and found["remote"] == found["local"] and len(found["one"]) == 3
@@ -424,7 +424,7 @@ def test_cleaning_over_a_connection_that_breaks_for_good_ends_in_a_line(tmp_path
     pytest.importorskip("datatrove", reason="datatrove is absent: pip install '.[clean]'")
     with serving({"x.txt": document("a").encode() * 9}, cut=lambda *_: 500) as (url, _):
         with pytest.raises(UserError, match="x.txt cannot be read .*500 of") as caught:
-            clean_up(tmp_path / "out", f"{url}/x.txt", "--steps=exact", "--tasks=2")
+            clean_up(tmp_path / "out", f"{url}/x.txt", "--steps=exact", "--parts=2")
     assert "\n" not in str(caught.value) and not (tmp_path / "out/text").exists()
 
 
