@@ -168,6 +168,7 @@ def check_figures(folder, run_dir, tasks):
     assert json.loads(line)["results"] == evaluated(run_dir, tasks)["results"]
 
 
+@pytest.mark.slow
 def test_figures_on_two_ranks_are_those_of_one_to_the_bit(two_ranks, gpt2, tasks):
     check_figures(two_ranks[0], gpt2[2].parent / "run", tasks)
 
@@ -178,11 +179,13 @@ def test_figures_on_four_ranks_are_those_of_one_to_the_bit(gpt2, tasks, tmp_path
     check_figures(tmp_path, gpt2[2].parent / "run", tasks)
 
 
+@pytest.mark.slow
 def test_ranks_share_batches_and_each_gets_all_scores_and_all_errors(two_ranks):
     alone = score_tokens(random_model(replace(SMALL, vocab_size=37)).eval(), REQUESTS, batch_size=2)
     assert two_ranks[1] == [alone, alone] and len({score.log_likelihood for score in alone}) == 9
 
 
+@pytest.mark.slow
 def test_ddp_fsdp_and_tp_log_the_figures_of_one_process(two_ranks, tasks, data_dir, tmp_path, no_curves):
     alone = run(data_dir, tmp_path / "alone", **asked(tasks, **EVEN))
     for name in LAYOUTS:

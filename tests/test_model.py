@@ -1138,8 +1138,9 @@ def has_no_gradient(name, cfg):
     return unplaced and not (cfg.qk_norm and name.endswith("attn.k.bias"))
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("objective", ["clm", "mlm"])
+@pytest.mark.parametrize(("objective", "bf16"), [("clm", False), ("mlm", True), *(
+    pytest.param(*case, marks=pytest.mark.slow) for case in (("clm", True), ("mlm", False))
+)])  # fmt: skip
 def test_every_combination_of_options_trains_every_parameter(objective, bf16):
     ids, types = random_ids(), random_ids(3, 2)
     positions, targets, _ = masked_targets()

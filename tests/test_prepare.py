@@ -421,9 +421,8 @@ def load_tokenizer_of(content, folder):
     return load_tokenizer(str(folder / "left.json"))
 
 
-@pytest.mark.parametrize(("vocab_size", "dtype"), [
-    pytest.param(65_536, np.uint16, marks=pytest.mark.slow), (65_537, np.uint32),
-])  # fmt: skip
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, np.uint16), (65_537, np.uint32)])
+@pytest.mark.slow
 def test_vocabulary_past_uint16_is_written_as_uint32(tmp_path, vocab_size, dtype):
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     pairs = [a + b for a in letters for b in letters]  # 256 * 256 of them

@@ -156,9 +156,9 @@ def needs_gpt2_tokenizer(command):
 
 
 def is_long(command):
-    """Whether a command measures the machine, plans by that, sweeps, starts the harness, cleans text, or has tp ranks."""
-    ends = ("--gpu=this", "--sweep", "--device cpu")
-    return command == "python bench.py" or command.endswith(ends) or "data/web" in command or "--tp=2" in command
+    """Whether a command measures the machine, plans by that, sweeps, or what is in it takes seconds."""
+    parts = ("--gpu=this", "--sweep", "lm_eval", "--tasks_interval", "data/web", "--tp=2")
+    return command == "python bench.py" or any(part in command for part in parts)
 
 
 SHOWN = [

@@ -385,6 +385,7 @@ def no_picture():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_picture")
 def test_cleaning_reads_a_url_in_its_processes_and_writes_no_secret(tmp_path):
     pytest.importorskip("datatrove", reason="datatrove is absent: pip install '.[clean]'")
