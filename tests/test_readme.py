@@ -157,7 +157,7 @@ def needs_gpt2_tokenizer(command):
 
 def is_long(command):
     """Whether a command measures the machine, plans by that, sweeps, or what is in it takes seconds."""
-    parts = ("--gpu=this", "--sweep", "lm_eval", "data/web", "--tp=2")
+    parts = ("--gpu=this", "--sweep", "lm_eval", "data/web")
     return command == "python bench.py" or any(part in command for part in parts)
 
 
