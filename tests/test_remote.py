@@ -258,6 +258,23 @@ def test_file_that_always_breaks_off_ends_in_a_line_and_leaves_no_data(tmp_path,
     assert {path.name for path in tmp_path.rglob("*.bin")} == set()
 
 
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_file_that_is_another_one_where_it_is_read_on_ends_in_a_line(tmp_path, ranges):
+    """Else its shards would hold the start of one and the rest of the other."""
+    contents = {"x.txt": b"a line of the first\n" * 300_000}
+
+    def cut(first, count):
+        if first or count < 3:  # the file is asked for, then its head is read
+            return None
+        contents["x.txt"] = b"a line of another\n" * 400_000
+        return 3_000_000
+
+    with serving(contents, ranges, cut) as (url, _):
+        message = refused(tmp_path / "data", f"--input={url}/x.txt", tokenizer="byte")
+    assert message == f"{url}/x.txt has changed since it was found; repeat the command"
+    assert not list((tmp_path / "data").glob("*.bin"))
+
+
 def test_parquet_is_read_in_parts(tmp_path):
     others = [os.urandom(30_000).hex() for _ in DOCUMENTS]
     table = pyarrow.table({"a": others, "text": DOCUMENTS, "z": others})

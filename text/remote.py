@@ -126,8 +126,12 @@ def _asked(file):
         is_page = response.headers.get_content_type() == "text/html"
         if is_page and not file.path.lower().endswith((".html", ".htm", ".xhtml")):
             raise ValueError("it is a web page, not the file itself")
-        version = response.headers["ETag"] or response.headers["Last-Modified"] or ""
-        return replace(file, size=response.length, version=version)
+        return replace(file, size=response.length, version=_version(response))
+
+
+def _version(response):
+    """What marks a file's content in a web server's answer, "" where it tells nothing."""
+    return response.headers["ETag"] or response.headers["Last-Modified"] or ""
 
 
 def _response(file, position=0):
@@ -197,6 +201,8 @@ class _Stream(io.RawIOBase):
             opened.seek(self.position)
             return opened
         opened = _response(self.file, self.position)
+        if (found := _version(opened)) and self.file.version and found != self.file.version:
+            raise UserError(f"{self.file} has changed since it was found; repeat the command")
         if self.position and opened.status != 206:
             if self.is_random:
                 raise UserError(f"{self.file} can only be read in parts, which its server does not send; {COPY}")
