@@ -314,9 +314,8 @@ def index_eval_texts(cfg, stages, work):
     )
     print(f"decontaminate: {used:,} of {len(read):,} texts have {cfg.eval_words} words and are looked for", flush=True)
     if not used:
-        raise UserError(
-            f"eval_texts {public(cfg.eval_texts)} has no text of {cfg.eval_words} words; set a lower --eval_words"
-        )
+        rule = f"eval_texts {public(cfg.eval_texts)} has no text of {cfg.eval_words} words"
+        raise UserError(f"{rule}; set a lower --eval_words")
 
 
 def run(cfg, stages, work):

@@ -67,7 +67,7 @@ def next_tokens(model, ids, cfg, seed, vocab_size, never=(), lengths=None, recor
             cache.clear()
             unread = recent = recent[:, -max(1, block_size // 2) :]
         uniform = torch.rand(len(ids), 1, device=device, generator=generator)
-        if ends is not None and step:  # what pads a prompt is overwritten, and hidden until then
+        if ends is not None and step:  # padding is hidden until a new token overwrites it
             tokens = (recorded or following)(unread, uniform, ends + step)
         elif record and unread.shape[1] == 1 and ends is None:
             tokens = recorded(unread, uniform, torch.full((1,), recent.shape[1] - 1, device=device))
@@ -133,7 +133,7 @@ class UntilStop:
 
     def __init__(self, stops=()):
         self.stops = [stop.encode("utf-8", "surrogateescape") for stop in stops]
-        self.held = b""  # what may turn out to begin a stop string; at the end of the tokens, the rest of the text
+        self.held = b""  # bytes that may begin a stop string; after the last token, the rest of the text
         self.has_ended = False
 
     def add(self, new):

@@ -191,7 +191,7 @@ def make_tokenizer(cfg, corpus, folder):
 
 def tokenize(corpus, tokenizer_name, cfg, folder):
     """Encodes the corpus and writes its shards; returns their entries of meta.json."""
-    tokenizer = load_tokenizer(tokenizer_name)
+    tokenizer = _loaded_once(tokenizer_name, 0.0)  # before workers are forked, which then have it
     _loaded_once(tokenizer_name, cfg.bpe_dropout)  # raises where the tokenizer is no BPE
     if tokenizer.eot is None:
         lacks = f"no end-of-text token; its special tokens are {', '.join(tokenizer.specials) or 'none'}"
@@ -278,14 +278,13 @@ def _telling_of_workers(workers):
         raise UserError(f"{workers} worker processes cannot be started ({error}); {remedy}") from error
 
 
-@functools.cache  # once per worker
+@functools.cache  # once, or where workers are spawned, once per worker
 def _loaded_once(name, bpe_dropout):
     """The tokenizer of a name; with bpe_dropout one that leaves out merges. UserError where it is no BPE."""
     tokenizer = load_tokenizer(name)
     if bpe_dropout:
-        with telling(
-            lambda reason: f"bpe_dropout is {bpe_dropout}, but the tokenizer has no merges to drop ({reason})"
-        ):
+        rule = f"bpe_dropout is {bpe_dropout}, but the tokenizer has no merges to drop"
+        with telling(lambda reason: f"{rule} ({reason})"):
             tokenizer = FileTokenizer(name, tokenizer.saved or hub_json(tokenizer))
             tokenizer.drop_merges(bpe_dropout)
     return tokenizer

@@ -12,9 +12,10 @@ import torch
 
 from config import Config, Count, Positive, UserError, Whole
 from console import report
+from foreign import telling
 from generation import GenerationConfig, UntilStop, generate
 from interop.pretrained import check_ids
-from interop.score import before_text, context_of, loglikelihood, loglikelihood_rolling, over_ranks, score_tokens
+from interop.score import before_text, loglikelihood, loglikelihood_rolling, over_ranks, score_tokens, trained_context
 from run.folder import tokenizer_of
 from text.tokenizer import load_tokenizer
 
@@ -51,12 +52,9 @@ def load_tasks(cfg, in_training=False):
             near = difflib.get_close_matches(name, manager.all_tasks, 3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else "lm_eval ls tasks lists all"
             raise UserError(f"task {name} is unknown to lm-eval; {hint}; --include_path= names a folder of your own")
-        try:
-            found = manager.load(names)
-        except Exception as error:  # a task may run any code, and its data is anywhere
-            why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            remedy = "without a network, load it once where there is one, and copy that machine's HF_HOME"
-            raise UserError(f"task {name} cannot be loaded ({why}); {remedy}") from error
+        remedy = "without a network, load it once where there is one, and copy that machine's HF_HOME"
+        with telling(lambda reason: f"task {name} cannot be loaded ({reason}); {remedy}"):
+            found = manager.load(names)  # a task may run any code, and its data is anywhere
         for kind, items in loaded.items():
             items |= found[kind]
     for name, task in loaded["tasks"].items():
@@ -90,7 +88,7 @@ def run_tasks(tasks, cfg, model, tokenizer, call, **options):
     from lm_eval.evaluator import evaluate
 
     class Model(LM):
-        """What lm-eval asks of a model: texts in, log-likelihoods and texts out."""
+        """The model as lm-eval sees it: texts go in, log-likelihoods and texts come out."""
 
         def loglikelihood(self, requests):
             pairs, score = [request.args for request in requests], functools.partial(call, "score")
@@ -124,8 +122,8 @@ def generation_request(model, tokenizer, context, settings, name="a task"):
     if unknown := settings.keys() - {"temperature", "top_k", "top_p", "min_p"}:
         what = f"{name} asks generation for {', '.join(sorted(unknown))}, which is not here"
         raise UserError(f"{what}; run it by lm_eval on an export (convert.py --to_hf)")
-    if (room := context_of(model) - n_new) < 1:
-        what = f"{name} generates up to {n_new} tokens, and the model's context is {context_of(model)}"
+    if (room := trained_context(model) - n_new) < 1:
+        what = f"{name} generates up to {n_new} tokens, and the model's context is {trained_context(model)}"
         raise UserError(f"{what}; lower max_gen_toks in a copy of the task, and name its folder by --include_path=")
     ids = [*tokenizer.begin, *tokenizer.encode(context).tolist()][-room:] or [before_text(tokenizer)]
     settings = settings if draws else {"temperature": 0.0}
@@ -209,7 +207,7 @@ def open_tasks(cfg, world):
             try:
                 with harness_seeds():
                     results = run_tasks(tasks, cfg.harness, model, tokenizer, call, bootstrap_iters=0)["results"]
-            except Exception as error:  # of lm-eval, or of a task
+            except Exception as error:  # lm-eval and tasks raise anything
                 why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
                 report(f"warning: evaluation by tasks failed ({why}); the run goes on without")
                 return {}

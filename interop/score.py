@@ -29,7 +29,7 @@ def loglikelihood(model, tokenizer, pairs, score=None):
     Where the two together exceed the model's context, theirs loses its first tokens. score: takes score_tokens' place,
     as a function of the requests alone.
     """
-    requests, longest = [encode_pair(tokenizer, *pair) for pair in pairs], context_of(model)
+    requests, longest = [encode_pair(tokenizer, *pair) for pair in pairs], trained_context(model)
     for (_, continuation), (_, text) in zip(requests, pairs):
         if not 0 < len(continuation) <= longest:
             what = f"the continuation {start_of(text)} has {len(continuation)} tokens of its own; it must have"
@@ -42,14 +42,14 @@ def loglikelihood_rolling(model, tokenizer, texts, score=None):
     counts, requests = [], []
     for text in texts:
         ids = [*tokenizer.begin, *tokenizer.encode(text).tolist()]
-        cut = windows(ids, before_text(tokenizer), context_of(model))
+        cut = windows(ids, before_text(tokenizer), trained_context(model))
         counts.append(len(cut))
         requests += cut
     parts = iter(score(requests) if score else score_tokens(model, requests))
     return [total([next(parts) for _ in range(count)]) for count in counts]
 
 
-def context_of(model):
+def trained_context(model):
     """The longest sequence that a model was trained on: its block_size, but in training, where it may be less."""
     return getattr(model, "context", model.cfg.block_size)
 
@@ -94,7 +94,7 @@ def score_tokens(model, requests, world=None, batch_size=None):
     None: 2**13 tokens, but at most 256 MiB of float32 logits.
     """
     world = world or World(0, 1, model.wte.weight.device, "fp32")
-    longest, batch_tokens, batches, end = context_of(model), min(2**13, 2**26 // model.cfg.vocab_size), [], 0
+    longest, batch_tokens, batches, end = trained_context(model), min(2**13, 2**26 // model.cfg.vocab_size), [], 0
     sequences = [(context + continuation)[-longest - 1 :] for context, continuation in requests]
     order = sorted(range(len(requests)), key=lambda i: (len(sequences[i]), sequences[i]), reverse=True)
     while end < len(order):

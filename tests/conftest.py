@@ -28,7 +28,7 @@ def no_curves():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What asks for the network, which is refused, with HF_HUB_OFFLINE=1 set as late as a test can."""
+    """A test's calls to the network, which are refused; HF_HUB_OFFLINE=1 is set as late as a test can."""
     import datasets.config
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # or it counts even the loading of local files

@@ -89,7 +89,7 @@ def test_the_rates_are_those_of_documents_and_of_orders():
 
 
 def test_cuts_are_uniform_and_pieces_may_be_empty():
-    """Of n tokens' n + 1 places two are drawn: a suffix of k tokens has the chance (2 (n - k) + 1) / (n + 1)**2."""
+    """n tokens have n + 1 places for a cut. Two are drawn, so a suffix has k with chance (2 (n - k) + 1) / (n + 1)**2."""
     filled = FillInTheMiddle(1.0, 0.5, 5, IDS)(windows(20_000, 9), 0)
     lengths = np.array([len(undone(documents_of(row)[0])[1]) for row in filled])
     for k in range(6):
@@ -281,7 +281,7 @@ def test_each_copy_of_a_training_document_is_its_text_in_other_tokens_and_valida
     assert any(copies["train"][i][1] != copies["train"][i + n][1] for i in range(n))
     before, after = plain["splits"]["train"], again["splits"]["train"]
     assert [after[k] for k in ("documents", "bytes")] == [3 * before[k] for k in ("documents", "bytes")]
-    # bits per byte: the bytes of the tokens are those of the text
+    # bits per byte are right, since tokens have as many bytes as their text
     tokens = np.concatenate([np.asarray(s) for s in Split(tmp_path / "copies", "train", 10**6).shards])
     assert np.array(again["token_bytes"])[tokens].sum() == after["bytes"] and again["vocab_size"] == plain["vocab_size"]
     assert (again["settings"]["bpe_dropout"], again["settings"]["copies"]) == (0.3, 3)
@@ -385,7 +385,7 @@ def test_a_gap_is_filled_between_prompt_and_suffix(filler, capsys):
     assert len(parts := out.split("-" * 40)) == 2
     assert all(part.strip("\n").startswith("def f(") and part.endswith("): pass\n") for part in parts)
     assert "warning" not in sampled(capsys, *args, "--max_new_tokens=4").err
-    told = sampled(capsys, *args).err  # of 40 tokens 16 are given; at a full context the prefix would be forgotten
+    told = sampled(capsys, *args).err  # 16 of 40 tokens are given; past a full context the prefix is forgotten
     assert sum(int(line.split()[0]) for line in told.splitlines() if " tokens in " in line) <= 2 * 25
 
 

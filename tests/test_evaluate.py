@@ -88,7 +88,7 @@ def test_generated_texts_are_those_of_lm_evals_own_model_whatever_the_batch(gpt2
     harness = HFLM(pretrained=str(export), device="cpu", batch_size=1)
     pairs = [(prompt, plain) for prompt in PROMPTS]
     free = harness.generate_until(instances("generate_until", pairs), disable_tqdm=True)
-    inside = [re.search(r"[^\ufffd]{2}", text[2:]) for text in free[:5]]  # of what the model writes; no broken letters
+    inside = [re.search(r"[^\ufffd]{2}", text[2:]) for text in free[:5]]  # two whole letters that the model writes
     until = [found[0] for found in inside if found] + ["zz"]
     pairs += [(prompt, {"until": until, "max_gen_toks": n}) for prompt in PROMPTS for n in (3, 12)]
     expected = harness.generate_until(instances("generate_until", pairs), disable_tqdm=True)
