@@ -22,7 +22,7 @@ from config import UserError, only, run_script
 from data import DataConfig, accumulation_steps, each, open_data, seq_len_of
 from interop.pretrained import resolve
 from model import ModelConfig
-from objective import OBJECTIVES, ObjectiveConfig
+from objective import FIM_TOKENS, OBJECTIVES, ObjectiveConfig
 from optim import OptimConfig
 from parallel import ParallelConfig
 from perf import cost, hardware, machine, meters
@@ -158,7 +158,8 @@ def random_batches(cfg, micro_steps, world):
     """The same micro-batches of random tokens for each step, without end."""
     vocab_size = cfg.model.vocab_size
     specials = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[MASK]": 3}  # any ids do; [SEP] ends documents
-    meta = {"vocab_size": vocab_size, "specials": specials, "continuations": range(4, vocab_size, 3)}
+    specials |= {name: id_ for id_, name in enumerate(FIM_TOKENS[0], start=4)}
+    meta = {"vocab_size": vocab_size, "specials": specials, "continuations": range(7, vocab_size, 3)}
     windows = OBJECTIVES[cfg.model.objective].build(cfg.objective, cfg.data.seq_len, 0, meta)
     random = np.random.default_rng(world.data_rank)
     shape = (cfg.data.micro_batch_size, windows.stride + windows.extra)

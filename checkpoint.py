@@ -23,7 +23,7 @@ import torch
 import foreign
 from config import Config, Count, UserError
 from data import sha256
-from heads import LabelModel
+from heads import TunedModel
 from model import TRAINING_ONLY, ModelConfig, parameter_shapes
 from world import local
 
@@ -366,7 +366,7 @@ def config_of_checkpoint(path, manifest):
     """The ModelConfig of a checkpoint; settings that did not exist when it was written have their defaults."""
     where = Path(path) / "manifest.json"
     foreign.check(manifest["model"], {"vocab_size!": int}, where)
-    kind = LabelModel if "labels" in manifest["model"] else ModelConfig
+    kind = TunedModel if "labels" in manifest["model"] else ModelConfig
     return foreign.settings_of(kind, manifest["model"], where)
 
 

@@ -27,7 +27,8 @@ from shards import refusing_system_errors
 from text import cleaning
 from text.cleaning import SAMPLES, Input, Stored, Watched, folder_of, make
 from text.corpus import Corpus, CorpusConfig
-from text.files import ending_of, find_files, is_url, public
+from text.files import ending_of, find_files
+from text.remote import RemoteFile, bare_url, is_url, public
 
 FINDERS = 16  # most tasks that look for exact duplicates, each among a part of the hashes
 TASK_BYTES = 64 << 20  # input of a task, about
@@ -57,7 +58,7 @@ class CleanConfig(CorpusConfig):
     near_words: Count = 5  # near: successive words that are compared
     perplexity_run: str | None = None  # perplexity: folder of a run, or of a Hugging Face model, that reads the text
     perplexity_keep: UpToOne = 0.7  # perplexity: share of documents to keep, the likeliest ones
-    tasks: Count | None = None  # parts of the work; none: one per 64 MiB of input, and up to 4 for as many files
+    parts: Count | None = None  # parts of the work; none: one per 64 MiB, or remote file, and up to 4 for as many files
     executor: Literal["local", "slurm", "ray"] = "local"  # where tasks run
     slurm_partition: str | None = None  # Slurm's partition
     slurm_time: str = "24:00:00"  # Slurm's time limit of a task
@@ -76,6 +77,9 @@ class CleanConfig(CorpusConfig):
             wrong.append(f"min_chars is {self.min_chars}, above max_chars, {self.max_chars}; lower it")
         if self.executor == "slurm" and not self.slurm_partition:
             wrong.append("executor is slurm, but slurm_partition is none; set --slurm_partition=")
+        if self.executor == "slurm" and is_url(self.input or "") and bare_url(self.input) != self.input:
+            rule = f"input {public(self.input)} has a password or query, which Slurm's jobs would find in a file"
+            wrong.append(f"{rule}; set credentials as docs/data.md says, or copy the input")
         if wrong:
             raise UserError(*wrong)
 
@@ -216,17 +220,19 @@ def main(cfg):
     where = cfg.clean_dir if is_url(cfg.clean_dir) else os.path.abspath(cfg.clean_dir)
     folder, work = folder_of(where), f"{where}/.work"
     corpus = Corpus(cfg, None, find_files(cfg.input, Path(where), cleaning.ENDINGS))
-    if "html" not in cfg.steps and any(ending_of(p.name)[0] in (*cleaning.HTML, ".warc") for p in corpus.files):
+    if "html" not in cfg.steps and any(ending_of(str(p))[0] in (*cleaning.HTML, ".warc") for p in corpus.files):
         raise UserError(f"input {public(cfg.input)} has web pages, and steps lack html; begin --steps= with it")
-    n = cfg.tasks or min(1000, corpus.bytes // TASK_BYTES + min(len(corpus.files), 4))
-    started = {"settings": settings_of_text(cfg) | {"tasks": n}, "input": corpus.inventory}
+    most = len(corpus.files) if isinstance(corpus.files[0], RemoteFile) else 1000  # each task of a file reads it whole
+    n = cfg.parts or min(most, 1000, corpus.bytes // TASK_BYTES + min(len(corpus.files), 4))
+    started = {"settings": settings_of_text(cfg) | {"parts": n}, "input": corpus.inventory}
     check_same(started, folder, where)
     if folder.isfile("report.json"):
         return print_report(json.loads(folder.cat_file("report.json")), f"{where} is clean already")
     stages = stages_of(cfg, work, n)  # checks what the steps need, before a file is written
     with locked(where):
         check_same(started, folder, where)  # by another clean.py in the meantime
-        started |= {"files": [os.path.abspath(path) for path in corpus.files], "left_out": corpus.left_out}
+        files = [[p.path, p.size, p.version] if isinstance(p, RemoteFile) else os.path.abspath(p) for p in corpus.files]
+        started |= {"files": files, "left_out": corpus.left_out}
         if not folder.isfile(".work/started.json"):
             if "decontaminate" in cfg.steps:
                 index_eval_texts(cfg, stages, work)
@@ -262,6 +268,8 @@ def settings_of_text(cfg):
         if settings[name] and os.path.exists(settings[name]):
             status = os.stat(settings[name])
             settings[name] = f"{settings[name]} ({status.st_size} bytes, {status.st_mtime})"
+        elif settings[name]:
+            settings[name] = public(settings[name])
     return settings | {"input": public(cfg.input), "steps": list(cfg.steps)}
 
 
@@ -306,7 +314,8 @@ def index_eval_texts(cfg, stages, work):
     )
     print(f"decontaminate: {used:,} of {len(read):,} texts have {cfg.eval_words} words and are looked for", flush=True)
     if not used:
-        raise UserError(f"eval_texts {cfg.eval_texts} has no text of {cfg.eval_words} words; set a lower --eval_words")
+        rule = f"eval_texts {public(cfg.eval_texts)} has no text of {cfg.eval_words} words"
+        raise UserError(f"{rule}; set a lower --eval_words")
 
 
 def run(cfg, stages, work):

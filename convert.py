@@ -22,14 +22,14 @@ import torch
 
 import foreign
 from config import UserError, only, run_script
-from heads import LabelModel
+from heads import TunedModel
 from interop.families import config_of, family_of, their_tensors
 from interop.hub import ACCOMPANYING, TOKENIZER_FILES, HubModel, copy_files, save_tensors
 from interop.nanogpt import import_nanogpt
 from interop.pretrained import TOKENIZER, load_tokenizer_of, model_location, with_model
 from interop.tokenizer import write_tokenizer
 from run.folder import RunConfig
-from text.files import bare_url, is_url
+from text.remote import bare_url, is_url
 from world import tune_malloc
 
 WEIGHTS = r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?$"
@@ -70,7 +70,7 @@ def export(source, folder, dtype=None):
 
     UserError where the folder is not empty, or transformers has no such model.
     """
-    family, final, has_labels = family_of(source.cfg), Path(folder), isinstance(source.cfg, LabelModel)
+    family, final, has_labels = family_of(source.cfg), Path(folder), isinstance(source.cfg, TunedModel)
     if re.search(r"[\ud800-\udfff]", str(folder)):
         raise UserError(f"to_hf {folder} is not UTF-8, as safetensors wants its paths; name another folder")
     tokenizer = load_tokenizer_of(source, may_lack=True)
@@ -191,7 +191,7 @@ def card(source, family, name, tokenizer):
     cfg, is_masked = source.cfg, not source.cfg.is_causal
     auto, task = ("AutoModelForMaskedLM", "fill-mask") if is_masked else ("AutoModelForCausalLM", "text-generation")
     kind = "masked language model" if is_masked else "causal language model"
-    if isinstance(cfg, LabelModel):
+    if isinstance(cfg, TunedModel):
         auto, task = "AutoModelForSequenceClassification", "text-classification"
         kind = f"model to {cfg.task} texts ({', '.join(cfg.labels)})"
     blocks = [

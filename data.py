@@ -289,9 +289,8 @@ class TrainOrder:
         self.per_epoch = int(self.ends[-1])
         if self.per_epoch == 0:
             lacks = f"no shard of 2 x {stride} tokens (its longest has {max(map(len, split.shards))})"
-            raise UserError(
-                f"the {split.name} split of {split.folder} has {lacks}; lower seq_len or block_size, or add text"
-            )
+            where = f"the {split.name} split of {split.folder}"
+            raise UserError(f"{where} has {lacks}; lower seq_len or block_size, or add text")
 
     def epochs(self, n):
         """{folder: how often n sequences read it}, for this order's folder."""

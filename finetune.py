@@ -9,6 +9,7 @@ The same command again continues from the newest checkpoint in out_dir.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import re
@@ -23,29 +24,30 @@ import torch
 from checkpoint import CheckpointConfig, checkpoints, load_checkpoint, newest_checkpoint
 from config import Config, Count, NotNegative, Positive, Share, UpToOne, UserError, only, run_script
 from data import DataConfig, each, near_divisors
-from heads import LabelModel, label_loss
+from heads import TunedModel, label_loss
 from interop.pretrained import keep_tokenizer_of, load_tokenizer_of, start_from, starting_config, with_model
-from metrics import CHOICES, METRICS, metrics_of
-from model import TRAINING_ONLY, ModelConfig
+from model import ModelConfig
 from objective import ObjectiveConfig
-from ops import IGNORE
 from optim import OptimConfig, build_optimizer
 from parallel import ParallelConfig, distribute, reshard
 from run.folder import RunConfig, run_dir_of, writing_to
 from run.guard import guarded
 from run.health import HealthConfig
 from run.log import LogConfig
-from run.loop import TrainConfig, fit, train_step
+from run.resume import Saver, State
 from text.examples import ExampleLoader, ExampleOrder, Examples, Framing, read_columns
+from text.tasks import METRICS, TASKS
+from train import TrainConfig, train
 from world import WorldConfig, end_process, init_world
 
 PART = r"embeddings|blocks\.(\d+)(?:-(\d+))?"  # of a model, to freeze
+PREDICTIONS = "predictions.jsonl"
 EMBEDDINGS = ("wte", "wpe", "wtt", "norm_e")
 
 
 @dataclass(frozen=True)
 class FinetuneConfig(Config):
-    task: Literal["classify", "regress"] = "classify"  # classify: one of the labels in train_file; regress: a number
+    task: Literal[*TASKS] = "classify"  # classify: one of the labels in train_file; regress: a number
     train_file: str | None = None  # labelled texts to learn from: a .tsv, .jsonl or .parquet file
     eval_file: str | None = None  # labelled texts to evaluate on
     predict_file: str | None = None  # texts to label at the end, into out_dir/predictions.jsonl; none: eval_file
@@ -60,19 +62,28 @@ class FinetuneConfig(Config):
     layer_decay: UpToOne = 1.0  # factor of the learning rate from a layer to the one below it; 1: all learn alike
     lora_rank: Count | None = None  # train the head, and adapters of this rank in the blocks; none: everything
     lora_alpha: Positive = 16.0  # lora_rank times the adapters' scale
-    metric: Literal[*CHOICES] | None = None  # chooses the best checkpoint; none: the first that the task has
+    metric: Literal[*METRICS] | None = None  # chooses the best checkpoint; none: the first that the task has
     seeds: Count = 1  # runs with seeds from `seed` on, each in a folder of its own; prints mean and deviation
 
     def __post_init__(self):
         super().__post_init__()
-        if self.metric and self.metric not in (*METRICS[self.task], "loss"):
-            possible = ", ".join((*METRICS[self.task], "loss"))
-            raise UserError(f"metric is {self.metric}, which {self.task} does not have; use one of {possible}")
+        if self.metric and self.metric not in (possible := (*TASKS[self.task].metrics, "loss")):
+            raise UserError(
+                f"metric is {self.metric}, which {self.task} does not have; use one of {', '.join(possible)}"
+            )
         if self.focal_gamma and self.task != "classify":
             raise UserError(f"focal_gamma is {self.focal_gamma}, but task {self.task} has no classes; leave it out")
         for part in self.freeze or ():
             if not re.fullmatch(PART, part):
                 raise UserError(f"freeze names {part!r}; its parts are embeddings, blocks.3 or blocks.0-5")
+
+
+@dataclass(frozen=True)
+class Weights(ModelConfig):
+    """The settings of the model that fine-tuning may change."""
+
+    block_size: Count | None = None  # longest text, in tokens; none: the weights' own
+    dropout: Share | None = None  # share of activations set to 0; none: the weights' own
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,7 @@ class Optim(OptimConfig):
 @dataclass(frozen=True)
 class Settings:
     finetune: FinetuneConfig
-    model: ModelConfig = only("block_size", *sorted(TRAINING_ONLY - {"z_loss"}))
+    model: Weights = only("block_size", "dropout", "label_smoothing")
     objective: ObjectiveConfig = only()
     data: DataConfig = only("micro_batch_size")
     optim: Optim
@@ -123,40 +134,45 @@ def main(cfg):
 
 def fine_tune(cfg, world):
     """One run: its figures on eval_file with the best checkpoint; None where it was stopped before its end."""
-    cfg, train_set, eval_set, predict_set = open_examples(cfg, world)
-    order = ExampleOrder(cfg.finetune.train_file, train_set.lengths, cfg.finetune.batch_examples, cfg.run.seed)
+    tune = cfg.finetune
+    cfg, task = open_task(cfg, world)
+    train_set, eval_set = (read_examples(task, tune, path, world) for path in (tune.train_file, tune.eval_file))
+    predict_set = read_examples(task, tune, tune.predict_file, world, False) if tune.predict_file else eval_set
+    order = ExampleOrder(tune.train_file, train_set.lengths, tune.batch_examples, cfg.run.seed)
     cfg = with_steps(cfg, order, world)
-    micro_steps = cfg.finetune.batch_examples // (cfg.data.micro_batch_size * world.data_ranks)
+    micro_steps = tune.batch_examples // (cfg.data.micro_batch_size * world.data_ranks)
     loader = ExampleLoader(order, train_set, 0, micro_steps, cfg.data.micro_batch_size, world)
     with guarded(cfg, world) as stop, contextlib.closing(loader) as train_data:
-        parts = build(cfg, world)
-        model = parts[0]
-
-        def start():
+        model, optimizer, scaler = build(cfg, world)
+        saver = Saver(cfg, world, model, optimizer, scaler, f"{train_set.fingerprint()}-{eval_set.fingerprint()}")
+        state = saver.resume()
+        if state is None:
             start_from(cfg, model, world)
             keep_tokenizer_of(cfg, world)
-
-        evaluation = functools.partial(evaluate, model, eval_set, cfg, world)
-        fingerprint = f"{train_set.fingerprint()}-{eval_set.fingerprint()}"
-        state = fit(cfg, world, stop, parts, train_data, fingerprint, start, train_step, evaluation)
+            state = State()
+        evaluation = functools.partial(evaluate, model, task, eval_set, cfg, world)
+        state = train(saver, state, train_data, evaluation, stop)
         if not state.is_finished(cfg):
             return None
         if checkpoints(cfg.run.out_dir):
             load_checkpoint(newest_checkpoint(cfg.run.out_dir, world, best=True), model)
         figures = evaluation()
         figures.pop("score", None)
-        write_predictions(cfg, logits_of(model, predict_set, cfg, world), world)
+        predictions = task.predictions(predict_set.rows, logits_of(model, predict_set, cfg, world))
         if world.is_main:
+            with writing_to(cfg.run.out_dir):
+                lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in predictions]
+                (Path(cfg.run.out_dir) / PREDICTIONS).write_text("".join(lines), encoding="utf-8")
             text = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
-            print(f"best       {text}; its predictions are in {cfg.run.out_dir}/predictions.jsonl", flush=True)
+            print(f"best       {text}; its predictions are in {cfg.run.out_dir}/{PREDICTIONS}", flush=True)
         return figures
 
 
 # ---- settings and data
 
 
-def open_examples(cfg, world):
-    """(cfg with its model, the Examples of train_file, of eval_file, and of those to predict)."""
+def open_task(cfg, world):
+    """(cfg with its model's settings, the task)."""
     tune, out_dir = cfg.finetune, cfg.run.out_dir
     if lacking := [name for name in ("train_file", "eval_file") if getattr(tune, name) is None]:
         raise UserError(f"{', '.join(lacking)} is none; name a .tsv, .jsonl or .parquet file of labelled texts")
@@ -165,59 +181,31 @@ def open_examples(cfg, world):
         raise UserError("init_from is none; name the weights to fine-tune: a run's or a Hugging Face model's folder")
     if cfg.parallel.tp > 1:
         raise UserError(f"tp is {cfg.parallel.tp}, but heads for labels are not split; use --strategy=fsdp")
-    model = starting_config(where, cfg.model, cfg.given, kept=TRAINING_ONLY - cfg.given)
-    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(ModelConfig)}
-    labels = ("value",)
-    if tune.task == "classify":
-        labels = labels_of(tune, read_columns(tune.train_file, [tune.label_column], tune.tsv_columns))
+    source = starting_config(where, cfg.model, cfg.given)
+    column = read_columns(tune.train_file, [tune.label_column], tune.tsv_columns)[tune.label_column]
+    labels = TASKS[tune.task].labels(column, f"{tune.train_file}, column {tune.label_column}")
+    fields = {f.name: getattr(source, f.name) for f in dataclasses.fields(ModelConfig)}
     adapters = {"lora_rank": tune.lora_rank, "lora_scale": tune.lora_alpha / (tune.lora_rank or tune.lora_alpha)}
-    cfg = replace(cfg, model=LabelModel(**fields, task=tune.task, labels=labels, **adapters))
-    tokenizer = with_model(where, load_tokenizer_of, world)
-    train_set, eval_set = (read_examples(cfg, path, tokenizer, world) for path in (tune.train_file, tune.eval_file))
-    if tune.predict_file is None:
-        return cfg, train_set, eval_set, eval_set
-    return cfg, train_set, eval_set, read_examples(cfg, tune.predict_file, tokenizer, world, has_labels=False)
+    model = TunedModel(**fields, task=tune.task, labels=labels, **adapters)
+    framing = Framing(with_model(where, load_tokenizer_of, world), model.is_causal, model.block_size)
+    return replace(cfg, model=model), TASKS[tune.task](labels, framing)
 
 
-def labels_of(cfg, columns):
-    """The labels of a column as texts, in order; UserError where there is one alone. cfg: a FinetuneConfig."""
-    labels = {str(label) for label in columns[cfg.label_column]}
-    if len(labels) == 1:
-        rule = f"{cfg.train_file} has the label {labels.pop()!r} alone"
-        raise UserError(f"{rule}; classes are at least two: check --label_column, {cfg.label_column}")
-    return tuple(sorted(labels, key=lambda label: (int(label) if label.isdecimal() else math.inf, label)))
-
-
-def read_examples(cfg, path, tokenizer, world, has_labels=True):
-    """The Examples of a file; UserError, with the record, where a text or a label is none."""
-    tune = cfg.finetune
-    texts = [name for name in (tune.text_column, tune.second_column) if name]
-    columns = read_columns(path, texts + [tune.label_column] * has_labels, tune.tsv_columns)
-    for name in texts:
-        if wrong := [i for i, text in enumerate(columns[name], start=1) if not isinstance(text, str)]:
-            raise UserError(f"{path} has no text as {name} of record {wrong[0]}; name another column")
-    labels = columns[tune.label_column] if has_labels else []
-    targets = [target_of(cfg.model, label, f"{path}, record {i}") for i, label in enumerate(labels, start=1)] or None
-    framing = Framing(tokenizer, cfg.model.is_causal, cfg.model.block_size)
-    examples = Examples(framing, *(columns[name] for name in texts), *[None] * (len(texts) == 1), targets)
+def read_examples(task, cfg, path, world, has_labels=True):
+    """The Examples of a file. cfg: a FinetuneConfig."""
+    texts = [name for name in (cfg.text_column, cfg.second_column) if name]
+    columns = read_columns(path, texts + [cfg.label_column] * has_labels, cfg.tsv_columns)
+    n, n_cut = len(columns[cfg.text_column]), task.framing.n_cut
+    labels = columns[cfg.label_column] if has_labels else [None] * n
+    records = enumerate(zip(*(columns[name] for name in texts)))
+    rows = [row for i, text in records for row in task.rows(text, labels[i], f"{path}, record {i + 1}")]
+    examples = Examples(rows, task.framing)
     if world.is_main:
         mean, longest = examples.lengths.mean(), examples.lengths.max()
-        cut = f"; {framing.n_cut:,} of them were longer and are cut to block_size" if framing.n_cut else ""
-        print(f"examples   {len(examples):,} of {path}, {mean:.0f} tokens on average, at most {longest}{cut}")
+        n_cut = task.framing.n_cut - n_cut
+        cut = f"; {n_cut:,} of them were longer and are cut to block_size" if n_cut else ""
+        print(f"examples   {n:,} of {path}, {mean:.0f} tokens on average, at most {longest}{cut}")
     return examples
-
-
-def target_of(model, label, where):
-    """The target of a label: the number of its class, or a float."""
-    if model.task == "classify":
-        if (label := str(label)) not in model.labels:
-            known = ", ".join(model.labels[:9]) + ", ..." * (len(model.labels) > 9)
-            raise UserError(f"{where} has the label {label!r}, which train_file has not; its labels are {known}")
-        return model.labels.index(label)
-    with contextlib.suppress(TypeError, ValueError):
-        if math.isfinite(number := float(label)) and number != IGNORE:
-            return number
-    raise UserError(f"{where} has the label {label!r}, where there must be a finite number other than {IGNORE}")
 
 
 def with_steps(cfg, order, world):
@@ -288,19 +276,18 @@ def layers_above(model, name):
 # ---- evaluation
 
 
-def evaluate(model, examples, cfg, world):
-    """Mean loss and metrics; score is the metric that chooses the best checkpoint."""
-    logits, tune = logits_of(model, examples, cfg, world), cfg.finetune
-    targets = torch.from_numpy(examples.targets)
-    loss = label_loss(torch.from_numpy(logits), targets).item() / len(examples)
-    metrics = metrics_of(tune.task, logits, examples.targets)
-    chosen = tune.metric or METRICS[tune.task][0]
+def evaluate(model, task, examples, cfg, world):
+    """Mean loss and the task's metrics; score is the metric that chooses the best checkpoint."""
+    logits = logits_of(model, examples, cfg, world)
+    targets = torch.from_numpy(np.stack([row.targets for row in examples.rows]))
+    loss = label_loss(torch.from_numpy(np.stack(logits)), targets).item() / len(examples)
+    metrics, chosen = task.figures(examples.rows, logits), cfg.finetune.metric or task.metrics[0]
     return {"val_loss": loss, **metrics, **({} if chosen == "loss" else {"score": metrics[chosen]})}
 
 
 @torch.no_grad()
 def logits_of(model, examples, cfg, world):
-    """Logits (n, L) of all examples, float32, on each rank; the ranks share the work."""
+    """The logits of each row, float32 (1, L), on each rank; the ranks share the work."""
     size, ranks = cfg.data.micro_batch_size, world.data_ranks
     order, found = np.argsort(examples.lengths, kind="stable"), []
     batches = [order[i : i + size] for i in range(0, len(order), size)]
@@ -309,27 +296,11 @@ def logits_of(model, examples, cfg, world):
     for here in batches[world.data_rank :: ranks]:
         ids, _, *others = each(examples.batch(here, size), lambda part: part.to(world.device))
         with world.phase("evaluation"), world.autocast():
-            found.append((here, model(ids, None, *others)[: len(here), 0].cpu().numpy()))
+            found += zip(here.tolist(), model(ids, None, *others).cpu().numpy())
     model.train()
     reshard(model)
-    logits = np.zeros((len(examples), len(cfg.model.labels)), np.float32)
-    for here, values in (pair for by_rank in world.gather(found) for pair in by_rank):
-        logits[here] = values
-    return logits
-
-
-def write_predictions(cfg, logits, world):
-    """Writes a line for each text: the prediction and, of classes, their probabilities."""
-    if not world.is_main:
-        return
-    with writing_to(cfg.run.out_dir), open(Path(cfg.run.out_dir) / "predictions.jsonl", "w", encoding="utf-8") as file:
-        for row in logits:
-            record = {"prediction": float(row[0])}
-            if cfg.model.task == "classify":
-                shares = torch.from_numpy(row).double().softmax(0).tolist()
-                record = {"prediction": cfg.model.labels[int(row.argmax())]}
-                record["probabilities"] = dict(zip(cfg.model.labels, shares))
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    by_row = dict(itertools.chain.from_iterable(world.gather(found)))
+    return [by_row[i] for i in range(len(examples))]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from ops import IGNORE, Linear
 
 
 @dataclass(frozen=True)
-class LabelModel(ModelConfig):
+class TunedModel(ModelConfig):
     """A ModelConfig with a task and the labels that its head tells apart, in the order of its logits."""
 
     task: Literal["classify", "regress"] = "classify"
@@ -42,7 +42,7 @@ class Labeller(Transformer):
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        self.head, self.transform = None, nn.Identity()
+        self.head = self.transform = None
         self.pooler = Linear(cfg.n_embd, cfg.n_embd) if cfg.has_pooler else None
         self.head_dropout = nn.Dropout(cfg.dropout if cfg.has_pooler else 0.0)
         self.classifier = Linear(cfg.n_embd, len(cfg.labels), bias=cfg.has_pooler)

@@ -4,29 +4,30 @@ import numpy as np
 
 from config import UserError
 
-METRICS = {"classify": ("accuracy", "f1", "matthews"), "regress": ("pearson", "spearman")}  # the first is the default
-CHOICES = (*dict.fromkeys(name for names in METRICS.values() for name in names), "loss")
 
-
-def metrics_of(task, logits, targets):
-    """{name: value} of METRICS for logits (n, L) and targets (n,), classes or floats.
-
-    f1 is the last class's where there are two, else the mean over classes. Correlations of constants are 0.
-    """
+def _library(name):
     try:
-        import scipy.stats
-        import sklearn.metrics
+        return __import__(name, fromlist=["_"])
     except ImportError as error:
         raise UserError(f"metrics need {error.name}; pip install scipy scikit-learn") from error
-    if task == "regress":
-        varies = len(targets) > 1 and np.ptp(logits) > 0 and np.ptp(targets) > 0
-        pearson, spearman = scipy.stats.pearsonr, scipy.stats.spearmanr
-        return {name: float(f(logits[:, 0], targets)[0]) if varies else 0.0
-                for name, f in (("pearson", pearson), ("spearman", spearman))}  # fmt: skip
-    guesses, n_classes = logits.argmax(axis=1), logits.shape[1]
+
+
+def classes(logits, targets):
+    """accuracy, f1 and matthews of logits (n, L) for targets (n,), the right classes' numbers.
+
+    f1 is the last class's where there are two, else the mean over classes.
+    """
+    sklearn, guesses, n_classes = _library("sklearn.metrics"), logits.argmax(axis=1), logits.shape[1]
     how = {"average": "binary", "pos_label": 1} if n_classes == 2 else {"average": "macro", "labels": range(n_classes)}
     return {
         "accuracy": float((guesses == targets).mean()),
-        "f1": float(sklearn.metrics.f1_score(targets, guesses, zero_division=0, **how)),
-        "matthews": float(sklearn.metrics.matthews_corrcoef(targets, guesses)),
+        "f1": float(sklearn.f1_score(targets, guesses, zero_division=0, **how)),
+        "matthews": float(sklearn.matthews_corrcoef(targets, guesses)),
     }
+
+
+def correlations(guesses, targets):
+    """pearson and spearman of numbers (n,) with the right ones; those of constants are 0."""
+    stats, varies = _library("scipy.stats"), len(targets) > 1 and np.ptp(guesses) > 0 and np.ptp(targets) > 0
+    both = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}
+    return {name: float(function(guesses, targets)[0]) if varies else 0.0 for name, function in both.items()}

@@ -18,6 +18,7 @@ from torch import nn
 
 from config import Config, Count, NotNegative, Positive, Share, UserError
 from data import near_divisors
+from foreign import LARGEST
 from objective import OBJECTIVES
 from ops import (
     LayerNorm,
@@ -80,7 +81,9 @@ class ModelConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        wrong = []
+        large = [name for name, most in LARGEST.items() if (getattr(self, name) or 0) > most]
+        if wrong := [f"{name} is {getattr(self, name)}; it must be at most {LARGEST[name]:,}" for name in large]:
+            raise UserError(*wrong)
         if self.head_dim is None and self.n_embd % self.n_head:
             fitting = near_divisors(self.n_embd, self.n_head)
             wrong.append(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; n_head {fitting} would fit")
@@ -272,9 +275,10 @@ class Transformer(nn.Module):
         Targets that equal IGNORE do not count. positions (B, K) selects tokens: logits are then (B, K, V), targets
         (B, K). attention_mask (B, T) is False at padding, token_types (B, T) default to 0. documents, the starts of
         ops.locate, are computed as if each were a sequence of its own. With a cache, ids continue its tokens,
-        attention_mask covers all tokens so far, and logits are the last token's alone, (B, 1, V). With place (1,), ids
-        (B, 1) stand there, below the cache's capacity, and the model reads no length: a CUDA graph may repeat its
-        kernels. count_correct, without gradients, also returns the number of targets that have the largest logit.
+        attention_mask covers all tokens so far, and logits are the last token's alone, (B, 1, V), unless positions
+        selects others. With place, ids (B, 1) stand at that position, (1,), or each at its own, (B, 1), in kernels that
+        do not depend on it, so that a CUDA graph may repeat them; the caller keeps place below the cache's capacity.
+        count_correct, without gradients, also returns the number of targets that have the largest logit.
         """
         cfg, T, masks = self.cfg, ids.shape[1], None
         caches = None if cache is None else cache.by_layer(place)
@@ -306,15 +310,17 @@ class Transformer(nn.Module):
             x = F.embedding(first + positions, x.flatten(0, 1))  # B K C
         elif cache is not None:
             x = x[:, -1:]
-        return self.predict(self.transform(self.norm_f(x)), targets, count_correct)
+        return self.predict(self.norm_f(x), targets, count_correct)
 
     def predict(self, x, targets=None, count_correct=False):
-        """forward's answer for the head's input (B, T or K, C)."""
+        """forward's answer for the last norm's output (B, T or K, C)."""
+        x = self.transform(x)
         if targets is None:
             return self.head(x)[..., : self.cfg.vocab_size]
+        options = LossOptions.of(self.cfg) if self.training else LossOptions()
         weight, bias, vocabulary = self.head_of_vocabulary()
-        options = LossOptions.of(self.cfg) if self.training else LossOptions(), count_correct, self.loss_pass
-        return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), vocabulary, bias, *options)
+        x, targets = x.flatten(0, 1), targets.flatten()
+        return linear_cross_entropy(x, weight, targets, vocabulary, bias, options, count_correct, self.loss_pass)
 
     def head_of_vocabulary(self):
         """Weight and bias of the head, and their Vocabulary; tensor parallelism replaces it by a shard's."""
@@ -369,52 +375,3 @@ def parameter_shapes(cfg):
     """{name: shape} of a model's parameters, without allocating them; a tied head is not among them."""
     with torch.device("meta"):
         return {name: list(param.shape) for name, param in cfg.build().named_parameters()}
-
-
-class Cache:
-    """Keys and values of the tokens so far, for generation: one preallocated tensor per layer."""
-
-    class Layer:
-        def __init__(self, window, shape, **kind):
-            self.window, self.length = window, 0
-            self.k, self.v = torch.zeros(shape, **kind), torch.zeros(shape, **kind)  # a mask hides no NaN
-
-        def append(self, k, v):
-            """Appends k and v (B, H, T, D); returns views of all tokens so far, or of those that a single one sees."""
-            end = self.length + k.shape[2]
-            first = max(0, end - self.window) if self.window and k.shape[2] == 1 else 0
-            self.k[:, :, self.length : end] = k
-            self.v[:, :, self.length : end] = v
-            self.length = end
-            return self.k[:, :, first:end], self.v[:, :, first:end]
-
-        def put(self, place, k, v):
-            """Writes k and v (B, H, 1, D) at place (1,), a tensor; returns the whole tensors, which need a mask."""
-            return self.k.index_copy_(2, place, k), self.v.index_copy_(2, place, v)
-
-    def __init__(self, cfg, batch_size, device, dtype, n_tokens=None):
-        """n_tokens: the capacity; None: block_size."""
-        shape = (batch_size, cfg.kv_heads, n_tokens or cfg.block_size, cfg.head_width)
-        windows = [cfg.window_of(layer) for layer in range(cfg.n_layer)]
-        self.layers = [Cache.Layer(window, shape, device=device, dtype=dtype) for window in windows]
-
-    @property
-    def length(self):
-        """Tokens in the cache; those put at a place do not count."""
-        return self.layers[0].length
-
-    def clear(self):
-        """Forgets every token."""
-        for layer in self.layers:
-            layer.length = 0
-
-    def by_layer(self, place=None):
-        """A function for each layer, which adds keys and values at the end, or at place, and returns all."""
-        return [layer.append if place is None else functools.partial(layer.put, place) for layer in self.layers]
-
-    def mask(self, place, window=None):
-        """The mask (1, 1, 1, S) that attention adds to its scores: -inf behind place (1,) and before the window."""
-        k = self.layers[0].k
-        at = torch.arange(k.shape[2], device=k.device)
-        unseen = at > place if window is None else (at > place) | (at <= place - window)
-        return torch.zeros(1, 1, 1, k.shape[2], device=k.device, dtype=k.dtype).masked_fill(unseen, -math.inf)

@@ -1,11 +1,11 @@
 """Training objectives: from windows of tokens to inputs and targets, for the next token or masked ones."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from config import Config, Fraction, UserError
+from config import Config, Fraction, Rate, Share, UserError
 from ops import IGNORE
 from shards import end_of_text
 
@@ -15,6 +15,13 @@ class ObjectiveConfig(Config):
     mask_prob: Fraction = 0.15  # mlm: share of a sequence's tokens to predict
     whole_word_masking: bool = False  # mlm: mask whole words; needs a WordPiece tokenizer
     document_mask: bool = False  # each document as if alone: attention and positions begin anew behind end-of-text
+    fim_rate: Rate = 0.0  # clm: share of documents whose middle moves behind their suffix, for fill-in-the-middle
+    fim_spm_rate: Rate = 0.5  # clm: share of these in the order suffix, prefix, middle; others: prefix, suffix, middle
+    word_dropout: Share = 0.0  # mlm: share of tokens that are no targets which become the mask token
+
+    def without_augmentation(self):
+        """These settings for evaluation, which sees the text as it is."""
+        return replace(self, fim_rate=0.0, word_dropout=0.0)
 
 
 class NextToken:
@@ -22,6 +29,7 @@ class NextToken:
 
     causal = True  # the model sees earlier tokens alone
     document_end = None  # token id behind which a document begins that sees nothing before itself
+    fill_in = None  # the FillInTheMiddle that windows go through first
 
     def __init__(self, seq_len):
         self.stride, self.extra = seq_len, 1
@@ -29,9 +37,14 @@ class NextToken:
     @classmethod
     def build(cls, cfg, seq_len, seed, meta):
         """The objective of a run. cfg: an ObjectiveConfig; meta: the data's meta.json."""
-        objective = cls(seq_len)
+        objective, specials = cls(seq_len), meta.get("specials", {})
+        if cfg.word_dropout:
+            rule = "it replaces inputs of masked models (--objective=mlm)"
+            raise UserError(f"word_dropout is {cfg.word_dropout}, but {rule}; leave it out")
+        if cfg.fim_rate:
+            objective.fill_in = FillInTheMiddle(cfg.fim_rate, cfg.fim_spm_rate, seed, specials)
         if cfg.document_mask:
-            objective.document_end = end_of_text(meta.get("specials", {}))
+            objective.document_end = end_of_text(specials)
             if objective.document_end is None:
                 rule = "whose meta.json names the token that ends documents among its specials; this data has none"
                 raise UserError(f"document_mask is on; it needs data {rule}: use prepare.py, or leave it off")
@@ -47,6 +60,8 @@ class NextToken:
 
         With document_end, targets that begin a document are ignored, and the model's argument `documents` comes last.
         """
+        if self.fill_in:
+            rows = self.fill_in(rows, first)
         ids, targets = rows[:, :-1], rows[:, 1:]
         if lengths is not None:
             targets = np.where(np.arange(self.stride) < lengths[:, None], targets, IGNORE)
@@ -57,12 +72,64 @@ class NextToken:
         return torch.from_numpy(ids).contiguous(), targets, None, None, None, document_starts(ends)
 
 
+class FillInTheMiddle:
+    """Moves the middle of documents behind their suffix, so that a causal model learns to fill gaps.
+
+    Bavarian et al. 2022, at the context level: of each document, or its part in a window, a share `rate` is cut at two
+    random places. Between them lies the middle. A share spm_rate of these has the order suffix, prefix, middle
+    (their variant 2, which has the same tokens around), the others prefix, suffix, middle. Cuts lie between tokens,
+    since a window holds ids alone. What is drawn is a function of the seed and a sequence's number.
+    """
+
+    def __init__(self, rate, spm_rate, seed, specials):
+        """specials: {name: id} of the tokenizer; UserError where it lacks the tokens of fill-in-the-middle."""
+        self.rate, self.spm_rate, self.end = rate, spm_rate, end_of_text(specials)
+        if (tokens := fim_tokens(specials)) is None or self.end is None:
+            has = f"the data's tokenizer has only {', '.join(specials) or 'none'}"
+            remedy = "make the data with --tokenizer=bpe_fim or byte_fim"
+            raise UserError(f"fim_rate is {rate}; it needs {', '.join(FIM_TOKENS[0])} and end-of-text, {has}; {remedy}")
+        self.prefix, self.suffix, self.middle = tokens
+        self.key = np.random.SeedSequence((seed, 4)).generate_state(2, np.uint64)
+
+    def __call__(self, rows, first):
+        """Windows of the same shape, (B, W), with some documents transformed; first: number of the first sequence."""
+        return np.stack([self._window(row, first + i) for i, row in enumerate(rows)])
+
+    def _window(self, row, number):
+        """A window whose end is cut by as many tokens as it gets.
+
+        The cut comes before the transformation: a middle is whole, and end-of-text follows it even where the document
+        goes on behind the window. So the model learns where a middle ends.
+        """
+        random = np.random.Generator(np.random.Philox(key=self.key, counter=int(number) << 64))
+        pieces, room = [], len(row)
+        for document in np.split(row, np.flatnonzero(row == self.end) + 1):
+            transforms, is_spm, *cuts = random.random(4)
+            text = document[document != self.end][: max(0, room - 4)]
+            if transforms < self.rate and len(text):
+                start, stop = sorted(int(cut * (len(text) + 1)) for cut in cuts)
+                document = self.transformed(text, start, stop, is_spm < self.spm_rate)
+            pieces.append(document[:room])
+            room -= len(pieces[-1])
+        return np.concatenate(pieces)
+
+    def transformed(self, text, start, stop, is_spm=False):
+        """The ids of a text without its end, an array, whose middle is text[start:stop]; 4 tokens longer."""
+        if is_spm:
+            parts = [self.prefix, self.suffix], text[stop:], [self.middle], text[:stop]
+        else:
+            parts = [self.prefix], text[:start], [self.suffix], text[stop:], [self.middle], text[start:stop]
+        return np.concatenate([*parts, [self.end]]).astype(text.dtype)
+
+
 class Masked:
     """Masked tokens as targets: [CLS] tokens [SEP], with round(mask_prob * T) tokens to predict (BERT, section 3.1).
 
     80 % of them are masked, 10 % become a random token and 10 % stay. Special tokens are neither predicted nor drawn,
     and ends of documents become [SEP]. A sequence's masks are a function of the seed and its number alone. With
     `continuations`, tokens that continue a word, whole words are masked; the last is cut at the number of targets.
+    Of the tokens that are no targets, a share word_dropout becomes the mask token, too, as Bowman et al. 2016 (section
+    3.1) do it to a decoder's inputs.
     """
 
     causal, extra = False, 0
@@ -72,20 +139,25 @@ class Masked:
         """The objective of a run; UserError where the data's tokenizer cannot serve it."""
         if not meta:
             raise UserError("mlm needs to know the special tokens of its data, which has no meta.json; use prepare.py")
+        if cfg.fim_rate:
+            rule = "it makes causal models (--objective=clm) fill gaps, as masked ones do anyway"
+            raise UserError(f"fim_rate is {cfg.fim_rate}, but {rule}; leave it out")
         if cfg.whole_word_masking and not meta.get("continuations"):
             rule = f"the data's tokenizer, {meta.get('tokenizer')}, does not mark where words start, as WordPiece does"
             remedy = "leave it off, or prepare the data with --tokenizer=vocab.txt, BERT's"
             raise UserError(f"whole_word_masking is on, but {rule}; {remedy}")
         continuations = meta["continuations"] if cfg.whole_word_masking else ()
-        specials = meta.get("specials", {})
-        return cls(seq_len, cfg.mask_prob, seed, meta["vocab_size"], specials, continuations, cfg.document_mask)
+        rest = meta.get("specials", {}), continuations, cfg.document_mask, cfg.word_dropout
+        return cls(seq_len, cfg.mask_prob, seed, meta["vocab_size"], *rest)
 
     @staticmethod
     def head_share(cfg, seq_len):
         """Share of a sequence's tokens that go through the model's head: the targets."""
         return n_masked(seq_len, cfg.mask_prob) / seq_len
 
-    def __init__(self, seq_len, mask_prob, seed, vocab_size, specials, continuations=(), document_mask=False):
+    def __init__(
+        self, seq_len, mask_prob, seed, vocab_size, specials, continuations=(), document_mask=False, word_dropout=0.0
+    ):
         """specials: {name: id} of the tokenizer, with a mask, cls, sep and pad token under a usual name."""
         if seq_len < 3:
             raise UserError(f"seq_len is {seq_len}; masked training needs at least 3: [CLS], a token and [SEP]")
@@ -93,6 +165,7 @@ class Masked:
             what = f"mask_prob {mask_prob} of seq_len {seq_len} is {count} tokens"
             raise UserError(f"{what}, and between [CLS] and [SEP] are only {seq_len - 2}; lower mask_prob")
         self.stride, self.mask_prob, self.document_mask = seq_len - 2, mask_prob, document_mask
+        self.word_dropout = word_dropout
         self.mask, self.cls, self.sep, self.pad = (special_id(specials, role) for role in ("mask", "cls", "sep", "pad"))
         self.eot = end_of_text({"[SEP]": self.sep} | specials)
         self.is_special = np.isin(np.arange(vocab_size), list(specials.values()))
@@ -121,6 +194,8 @@ class Masked:
         predicted = ~self.is_special[old] & (np.arange(K) < wanted)  # B K
         share, other = action / 2.0**64, self.replacements[drawn % np.uint64(len(self.replacements))]
         new = np.where(share < 0.8, self.mask, np.where(share < 0.9, other, old))
+        if self.word_dropout:
+            ids[~self.is_special[ids] & (random[..., 3] / 2.0**64 < self.word_dropout)] = self.mask
         np.put_along_axis(ids, positions, np.where(predicted, new, old), 1)
         batch = ids, np.where(predicted, old, IGNORE), positions
         if self.document_mask:
@@ -170,6 +245,20 @@ def special_id(specials, role):
             return specials[name]
     has = f"need a {role} token, and the data's tokenizer has only {', '.join(specials) or 'none'}"
     raise UserError(f"masked models {has}; make the data with --tokenizer=bpe, byte or BERT's vocab.txt")
+
+
+# Prefix, suffix and middle under their usual names: own and Qwen's, StarCoder's, SantaCoder's, DeepSeek's.
+FIM_TOKENS = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
+)
+
+
+def fim_tokens(specials):
+    """The ids before prefix, suffix and middle; None where a tokenizer lacks one. specials: {name: id}."""
+    return next(([specials[n] for n in names] for names in FIM_TOKENS if specials.keys() >= set(names)), None)
 
 
 # The objectives by name. A new one is a class and its line here; `causal` tells the model which tokens it may see.

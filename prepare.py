@@ -5,7 +5,7 @@
     python prepare.py --dataset=fineweb10b --max_shards=10
 
 Input is a file, folder, glob (in quotes) or URL of .txt, .md, .jsonl or .parquet, also in .gz, .xz, .bz2 or .zst; other
-files are read as text.
+files are read as text. A URL, also with a folder or glob as in s3://bucket/folder/*.jsonl, is read where it is.
 """
 
 import collections
@@ -30,8 +30,10 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from config import Count, Fraction, Range, UserError, as_dict, only, run_script, settings_of
+from config import Count, Fraction, Range, Share, UserError, as_dict, only, run_script, settings_of
 from data import DataConfig, sha256
+from foreign import telling
+from interop.tokenizer import hub_json
 from run.folder import lock_file
 from shards import (
     END_OF_TEXT,
@@ -44,23 +46,24 @@ from shards import (
     write_meta,
     writing_to,
 )
-from text.corpus import DATASETS, Corpus, CorpusConfig
-from text.files import is_url, public, shown
-from text.tokenizer import SMALLEST_BPE, load_tokenizer, train_bpe
+from text.corpus import DATASETS, Corpus, CorpusConfig, training_texts
+from text.files import shown
+from text.remote import bare_url, is_url, public
+from text.tokenizer import SMALLEST_BPE, FileTokenizer, load_tokenizer, train_bpe
 
 TASK_BYTES = 1 << 20  # text per task of a worker
-BPE_BYTES = 200 << 20  # most text to train a BPE on
 LOCK, UNFINISHED_TOKENIZER = ".prepare.lock", ".prepare.tokenizer.json"  # in the data folder
-BPE_WORD = 256  # longest word to train it on: training time is quadratic in it
 BpeSize = Annotated[int, Range(f"at least {SMALLEST_BPE} and at most 2**24", lambda n: SMALLEST_BPE <= n <= 2**24)]
 
 
 @dataclass(frozen=True)
 class PrepareConfig(CorpusConfig):
     dataset: Literal[*DATASETS, "fineweb10b"] | None = None  # corpus by name, in place of input
-    tokenizer: str = "gpt2"  # byte, bpe (trained on the corpus), a tiktoken name, or a tokenizer.json or vocab.txt
+    tokenizer: str = "gpt2"  # byte, bpe (trained on the corpus), byte_fim, bpe_fim, tiktoken's, or a tokenizer's file
     bpe_vocab_size: BpeSize = 4096  # vocabulary size of tokenizer bpe, special tokens included
     val_fraction: Fraction = 0.01  # validation share of the documents, chosen by hash; a single document gives its tail
+    bpe_dropout: Share = 0.0  # BPE-dropout: share of merges left out at random from training documents, without a seed
+    copies: Count = 1  # with bpe_dropout: times that each training document is written, each with other merges left out
     shard_tokens: Count = 100_000_000  # tokens per shard file
     max_shards: Count | None = None  # training shards of fineweb10b to download; none: all 103
 
@@ -74,6 +77,10 @@ class PrepareConfig(CorpusConfig):
             wrong.append(f"input {public(self.input)} and dataset {self.dataset} are both set; give one")
         if self.dataset == "fineweb10b" and self.tokenizer != "gpt2":
             wrong.append(f"tokenizer is {self.tokenizer}, but dataset fineweb10b is in gpt2 tokens; leave it out")
+        if self.dataset == "fineweb10b" and self.bpe_dropout:
+            wrong.append(f"bpe_dropout is {self.bpe_dropout}, but dataset fineweb10b is in tokens; leave it out")
+        if self.copies > 1 and not self.bpe_dropout:
+            wrong.append(f"copies is {self.copies}, but without bpe_dropout all are equal; add --bpe_dropout=0.1")
         if wrong:
             raise UserError(*wrong)
 
@@ -91,19 +98,18 @@ def main(cfg):
     folder = Path(cfg.data.folder or default_folder(cfg.prepare))
     if is_prepared(cfg, folder):
         return
-    is_local = cfg.prepare.dataset is None and not is_url(cfg.prepare.input)
-    corpus = Corpus(cfg.prepare, folder) if is_local else None  # first: a wrong path leaves no folder
-    with locked(folder):
-        if cfg.prepare.dataset == "fineweb10b":
+    if cfg.prepare.dataset == "fineweb10b":
+        with locked(folder):
             return fetch_fineweb(cfg.prepare, folder)
+    corpus = Corpus(cfg.prepare, folder)  # first: a wrong path leaves no folder
+    with locked(folder):
         if is_prepared(cfg, folder):  # by another prepare.py in the meantime
             return
         with writing_to(folder):
             clear_unfinished(folder, cfg.prepare.tokenizer)
-            corpus = corpus or Corpus(cfg.prepare, folder)
             tokenizer_name = make_tokenizer(cfg.prepare, corpus, folder)
         meta = {"settings": settings_of_tokens(cfg), "command": command(cfg.prepare)}
-        if not any(path.is_relative_to(folder / "download") for path in corpus.files):
+        if cfg.prepare.dataset != "shakespeare":  # it stays as it is, and needs no network once it is prepared
             meta["input_files"] = corpus.inventory
         meta |= tokenize(corpus, tokenizer_name, cfg.prepare, folder)
         write_meta(folder, meta)
@@ -121,7 +127,7 @@ def is_prepared(cfg, folder):
     if "settings" not in meta or {name: old[name] for name in settings} != settings:
         made = f"{folder} already holds data, made by: {meta.get('command')}"
         raise UserError(f"{made}; use another --data_dir, or remove it first")
-    print(f"{shown(folder)} is already prepared:\n{summary(meta)}")
+    print(f"{shown(folder)} is already prepared:\n{summary(meta)}", flush=True)
     if changes := changes_of_input(cfg.prepare, folder, meta.get("input_files")):
         print(f"its input has changed since: {changes}; to prepare it again, remove {shown(folder)}")
     return True
@@ -140,11 +146,14 @@ def changes_of_input(cfg, folder, old):
         return ""
     try:
         new = Corpus(cfg, folder).inventory
-    except UserError:
-        return "its files are gone"
+    except UserError as error:
+        if not is_url(cfg.input or ""):
+            return "its files are gone"
+        print(f"whether its input has changed is unknown: {error}")
+        return ""
     changed = [name for name in new if old.get(name) != new[name]]
     figures = [f"{name} {old.get(name)} -> {new[name]}" for name in changed if name != "names"]
-    return ", ".join(figures) or ("names or sizes of files" if changed else "")
+    return ", ".join(figures) or ("names or sizes of files, or etags" if changed else "")
 
 
 def command(cfg):
@@ -159,8 +168,8 @@ def default_folder(cfg):
     where = cfg.input or ""
     parts = [part for part in Path(where).parts if not glob.has_magic(part)]
     if is_url(where):
-        url = urllib.parse.urlsplit(public(where))
-        parts = [part for part in (url.hostname, *url.path.split("/")) if part]
+        url = urllib.parse.urlsplit(bare_url(where))
+        parts = [part for part in (url.hostname, *url.path.split("/")) if part and not glob.has_magic(part)]
     return Path("data", cfg.dataset or (Path(parts[-1]).stem.strip("./") if parts else "") or "text")
 
 
@@ -170,9 +179,9 @@ def default_folder(cfg):
 def make_tokenizer(cfg, corpus, folder):
     """Trains, copies or checks the tokenizer; returns its name or path for load_tokenizer."""
     saved = folder / UNFINISHED_TOKENIZER
-    if cfg.tokenizer == "bpe":
+    if cfg.tokenizer in ("bpe", "bpe_fim"):
         print(f"training a BPE with a vocabulary of {cfg.bpe_vocab_size}", flush=True)
-        train_bpe(_training_texts(corpus), cfg.bpe_vocab_size, saved)
+        train_bpe(training_texts(corpus), cfg.bpe_vocab_size, saved, with_fim=cfg.tokenizer == "bpe_fim")
     elif (tokenizer := load_tokenizer(cfg.tokenizer)).saved is None:
         return cfg.tokenizer
     else:
@@ -180,24 +189,10 @@ def make_tokenizer(cfg, corpus, folder):
     return str(saved)
 
 
-def _training_texts(corpus):
-    """Texts to train a BPE on. Cuts long words: training would take minutes for one unbroken line of 2 MB."""
-    seen = 0
-    for piece in (piece for split, piece, _ in corpus.pieces() if split == "train"):
-        text, start = piece.decode("utf-8", errors="replace"), 0
-        for word in re.finditer(rf"(?<!\S)\S{{{BPE_WORD + 1},}}|(?<!\s)\s{{{BPE_WORD + 1},}}", text):
-            for cut in range(word.start() + BPE_WORD, word.end(), BPE_WORD):
-                yield text[start:cut]
-                start = cut
-        yield text[start:]
-        if (seen := seen + len(piece)) >= BPE_BYTES:
-            break
-    print(f"  its words in {seen / 1e6:,.1f} MB of text are counted; learning merges", flush=True)
-
-
 def tokenize(corpus, tokenizer_name, cfg, folder):
     """Encodes the corpus and writes its shards; returns their entries of meta.json."""
-    tokenizer = load_tokenizer(tokenizer_name)
+    tokenizer = _loaded_once(tokenizer_name, 0.0)  # before workers are forked, which then have it
+    _loaded_once(tokenizer_name, cfg.bpe_dropout)  # raises where the tokenizer is no BPE
     if tokenizer.eot is None:
         lacks = f"no end-of-text token; its special tokens are {', '.join(tokenizer.specials) or 'none'}"
         raise UserError(f"the tokenizer {cfg.tokenizer} has {lacks}; use one with {', '.join(END_OF_TEXT)}")
@@ -205,7 +200,7 @@ def tokenize(corpus, tokenizer_name, cfg, folder):
     writers = {split: ShardWriter(folder, split, dtype, cfg.shard_tokens) for split in ("train", "val")}
     counts = {split: collections.Counter(documents=0, tokens=0, bytes=0) for split in writers}
     notes = collections.Counter()
-    for split, tokens, count, n_bad in encoded(corpus, tokenizer_name, dtype, cfg.workers):
+    for split, tokens, count, n_bad in encoded(corpus, tokenizer_name, dtype, cfg):
         writers[split].write(tokens)
         counts[split].update(count, tokens=len(tokens))
         notes.update({"pieces with bytes that are not UTF-8, replaced by U+FFFD": n_bad} if n_bad else {})
@@ -232,22 +227,26 @@ def tokenize(corpus, tokenizer_name, cfg, folder):
     return meta
 
 
-def encoded(corpus, tokenizer_name, dtype, workers):
-    """Yields the results of _encode over the corpus, in order, by several processes and with a progress bar."""
+def encoded(corpus, tokenizer_name, dtype, cfg):
+    """Yields the results of _encode over the corpus, in order, by several processes and with a progress bar.
+
+    Further copies of the training documents follow the whole corpus, one after the other.
+    """
     from tqdm import tqdm
 
-    workers = min(workers or os.cpu_count(), 4 * os.cpu_count())  # more would only cost memory
+    workers = min(cfg.workers or os.cpu_count(), 4 * os.cpu_count())  # more would only cost memory
     # fork where it is safe; spawn imports everything anew in each process, which takes seconds
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with (
         _telling_of_workers(workers),
         ProcessPoolExecutor(workers, context, _end_with_parent) as pool,
-        tqdm(total=corpus.bytes, unit="B", unit_scale=True, disable=None) as progress,
+        tqdm(total=corpus.bytes * cfg.copies or None, unit="B", unit_scale=True, disable=None) as progress,
     ):
         pending = collections.deque()  # its length is bounded, and so is memory
-        for group in itertools.chain(_grouped(corpus.pieces()), [None] * (2 * workers + 1)):
+        again = (piece for _ in range(1, cfg.copies) for piece in corpus.pieces() if piece[0] == "train")
+        for group in itertools.chain(_grouped(itertools.chain(corpus.pieces(), again)), [None] * (2 * workers + 1)):
             if group is not None:
-                pending.append(pool.submit(_encode, group, tokenizer_name, dtype))
+                pending.append(pool.submit(_encode, group, tokenizer_name, dtype, cfg.bpe_dropout))
             if pending and (group is None or len(pending) > 2 * workers):
                 for result in pending.popleft().result():
                     yield result
@@ -279,7 +278,16 @@ def _telling_of_workers(workers):
         raise UserError(f"{workers} worker processes cannot be started ({error}); {remedy}") from error
 
 
-_loaded_once = functools.cache(load_tokenizer)  # once per worker
+@functools.cache  # once, or where workers are spawned, once per worker
+def _loaded_once(name, bpe_dropout):
+    """The tokenizer of a name; with bpe_dropout one that leaves out merges. UserError where it is no BPE."""
+    tokenizer = load_tokenizer(name)
+    if bpe_dropout:
+        rule = f"bpe_dropout is {bpe_dropout}, but the tokenizer has no merges to drop"
+        with telling(lambda reason: f"{rule} ({reason})"):
+            tokenizer = FileTokenizer(name, tokenizer.saved or hub_json(tokenizer))
+            tokenizer.drop_merges(bpe_dropout)
+    return tokenizer
 
 
 def _end_with_parent():
@@ -293,10 +301,11 @@ def _end_with_parent():
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _encode(group, tokenizer_name, dtype):
+def _encode(group, tokenizer_name, dtype, bpe_dropout):
     """A group of pieces as [(split, tokens, {"documents": number, "bytes": number}, pieces with bad UTF-8)]."""
-    tokenizer, results = _loaded_once(tokenizer_name), []
+    results = []
     for split, pieces in itertools.groupby(group, key=lambda piece: piece[0]):
+        tokenizer = _loaded_once(tokenizer_name, bpe_dropout if split == "train" else 0.0)
         parts, count, n_bad = [], collections.Counter(), 0
         for _, piece, last, continues in pieces:
             try:

@@ -144,6 +144,13 @@ class World:
         dist.all_gather_object(values, value, group=self.cpu_group)
         return values
 
+    def from_main(self, value):
+        """Rank 0's value, of any type, on each rank."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0, group=self.cpu_group)
+        return values[0]
+
     def barrier(self):
         """Waits until all ranks are here."""
         if self.size > 1:

@@ -68,12 +68,14 @@ class Range:
     holds: typing.Callable
 
 
-Count = typing.Annotated[int, Range("at least 1", lambda n: n >= 1)]
+COUNTABLE = Range("at most 2**53", lambda n: n <= 2**53)  # larger numbers are not exact in floats, nor meant
+Count = typing.Annotated[int, Range("at least 1", lambda n: n >= 1), COUNTABLE]
 Whole = typing.Annotated[int, Range("at least 0", lambda n: n >= 0)]
 Positive = typing.Annotated[float, Range("above 0", lambda x: x > 0)]
 NotNegative = typing.Annotated[float, Range("at least 0", lambda x: x >= 0)]
 Fraction = typing.Annotated[float, Range("above 0 and below 1", lambda x: 0 < x < 1)]
 UpToOne = typing.Annotated[float, Range("above 0 and at most 1", lambda x: 0 < x <= 1)]
+Rate = typing.Annotated[float, Range("at least 0 and at most 1", lambda x: 0 <= x <= 1)]
 Share = typing.Annotated[float, Range("at least 0 and below 1", lambda x: 0 <= x < 1)]
 
 

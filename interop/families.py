@@ -13,8 +13,8 @@ import torch
 
 import foreign
 from config import UserError
-from heads import LabelModel
-from interop.names import BERT_NAMES, GPT2_NAMES, LLAMA_NAMES
+from heads import TunedModel
+from interop.names import BERT_NAMES, GPT2_NAMES, HEADS, LLAMA_NAMES
 from model import ModelConfig, parameter_shapes
 
 
@@ -61,13 +61,13 @@ class Family:
 # Keys of config.json that change nothing that our models compute, at any value
 HARMLESS = frozenset(
     """
-    architectures model_type transformers_version use_cache initializer_range gradient_checkpointing
+    model_type transformers_version use_cache initializer_range gradient_checkpointing
     attn_implementation bos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id
     decoder_start_token_id forced_bos_token_id forced_eos_token_id tokenizer_class prefix name_or_path return_dict
     return_dict_in_generate output_hidden_states output_attentions output_scores output_past output_logits
     torchscript use_bfloat16 tf_legacy_loss use_return_dict keys_to_ignore_at_inference n_ctx
-    reorder_and_upcast_attn chunk_size_feed_forward pretraining_tp classifier_dropout num_labels id2label label2id
-    problem_type finetuning_task task_specific_params summary_type summary_use_proj summary_activation
+    reorder_and_upcast_attn chunk_size_feed_forward pretraining_tp classifier_dropout num_labels label2id
+    finetuning_task task_specific_params summary_type summary_use_proj summary_activation
     summary_proj_to_labels summary_first_dropout summary_last_dropout summary_hidden_size directionality
     pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
     tie_encoder_decoder cross_attention_hidden_size unsloth_fixed unsloth_version max_length min_length
@@ -82,7 +82,8 @@ CAUSAL = NEEDS | {"is_causal": True}
 FULL = {"sliding_window": None, "layer_types": None, "use_sliding_window": False}
 KINDS = {
     "dtype": (str, None), "torch_dtype": (str, None), "quantization_config": (dict, None), "tie_word_embeddings": bool,
-    "eos_token_id": (int, [int], None),
+    "eos_token_id": (int, [int], None), "architectures": ([str], None), "id2label": ({"*": str}, None),
+    "problem_type": (str, None),
     "flatlm": ({"bias": bool, "n_token_types": (int, None), "block_size": range(1, 2**31)}, None),
 }  # fmt: skip
 LAYERS = {"layer_types": ([str], None), "sliding_window": (int, None), "use_sliding_window": (bool, None)}
@@ -174,27 +175,36 @@ def family_of(cfg):
         wrong.append(f"mlp is {cfg.mlp}, not {' or '.join(sorted({*family.activations.values()}))}")
     if wrong:
         raise UserError(f"transformers cannot compute this model; {family.name} is near, but {', '.join(wrong)}")
-    return with_head(family) if isinstance(cfg, LabelModel) else family
+    return with_head(family, cfg) if isinstance(cfg, TunedModel) else family
 
 
-def with_head(family):
-    """The family's models with a head for labels in place of that for tokens."""
+def with_head(family, cfg):
+    """The family's models with a TunedModel's head in place of that for tokens."""
     names = {theirs: ours for theirs, ours in family.names.items() if not ours[0].startswith(("head", "transform"))}
-    names |= (
-        {"bert.pooler.dense": ("pooler",), "classifier": ("classifier",)}
-        if family is BERT
-        else {"score": ("classifier",)}
-    )
-    architecture = re.sub(r"(LMHeadModel|For\w+)$", "ForSequenceClassification", family.architecture)
+    ending, *heads = HEADS[cfg.task]
+    names |= {"bert.pooler.dense": ("pooler",)} if cfg.has_pooler else {}
+    names[heads[family is not BERT]] = ("classifier",)
+    architecture = re.sub(r"(LMHeadModel|For\w+)$", ending, family.architecture)
     return replace(family, names=names, architecture=architecture, head="")
 
 
 def _label_values(cfg):
-    """config.json's entries on labels."""
-    kinds = {"classify": "single_label_classification", "regress": "regression"}
+    """config.json's entries on a TunedModel's labels."""
     by_id = {str(i): label for i, label in enumerate(cfg.labels)}
-    return {"id2label": by_id, "label2id": {label: int(i) for i, label in by_id.items()},
-            "problem_type": kinds[cfg.task]}  # fmt: skip
+    kind = {"classify": "single_label_classification", "regress": "regression"}[cfg.task]
+    return {"id2label": by_id, "label2id": {label: i for i, label in enumerate(cfg.labels)}, "problem_type": kind}
+
+
+def with_labels(config, cfg):
+    """A TunedModel where a config.json's class has a head for labels, else cfg, a ModelConfig."""
+    architecture, by_id = (config.get("architectures") or [""])[0], config.get("id2label") or {"0": "0", "1": "1"}
+    if not architecture.endswith(HEADS["classify"][0]):
+        return cfg
+    if by_id.keys() != {str(i) for i in range(len(by_id))}:
+        raise UserError("its id2label does not count from 0; number its labels anew")
+    is_regression = config.get("problem_type") == "regression" or len(by_id) == 1
+    labels = tuple(by_id[str(i)] for i in range(len(by_id)))
+    return TunedModel(**vars(cfg), task="regress" if is_regression else "classify", labels=labels)
 
 
 def config_of(cfg, special_ids, dtype, extra=()):
@@ -219,7 +229,7 @@ def config_of(cfg, special_ids, dtype, extra=()):
         **values,
         **({"n_ctx": cfg.block_size} if family.model_type == "gpt2" else {}),  # converters of llama.cpp read it
         **special_ids,
-        **(_label_values(cfg) if isinstance(cfg, LabelModel) else {}),
+        **(_label_values(cfg) if isinstance(cfg, TunedModel) else {}),
         "initializer_range": 0.02,
         "torch_dtype": dtype,
         **({"flatlm": own} if own else {}),  # read by model_config
@@ -261,7 +271,7 @@ def model_config(config):
         raise UserError(f"it has {', '.join(unsupported)}, which our models do not compute; use another model")
     settings["dropout"] = config.get(family.dropouts[0]) or 0.0
     settings["mlp"] = family.activations[config.get(family.activation, family.defaults[family.activation])]
-    return foreign.settings_of(ModelConfig, settings | family.fixed, "it"), longest
+    return with_labels(config, foreign.settings_of(ModelConfig, settings | family.fixed, "it")), longest
 
 
 def _plain_settings(family, config):

@@ -10,7 +10,8 @@ import torch
 
 import foreign
 from config import UserError
-from interop.families import FAMILIES, model_config, tensors_of
+from heads import TunedModel
+from interop.families import FAMILIES, model_config, tensors_of, with_head
 from interop.hub_tokenizer import load_hub_tokenizer
 
 MODELS = ("config.json", "model*.safetensors", "model.safetensors.index.json")
@@ -35,6 +36,8 @@ class HubModel:
         self.folder = Path(folder)
         self.config, self.cfg, _ = read_config(folder)
         self.family = FAMILIES[self.config["model_type"]]
+        if isinstance(self.cfg, TunedModel):
+            self.family = with_head(self.family, self.cfg)
         self.name = f"{folder}, a Hugging Face model of {self.family.name}'s kind"
         tensors = tensors_in(self.folder)
         expected = tensors_of(self.family, self.cfg)

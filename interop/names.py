@@ -47,3 +47,9 @@ LLAMA_NAMES = {
     "model.norm": ("norm_f",),
     "lm_head": ("head",),
 }
+
+# {task of fine-tuning: (end of their class's name, name of the head in a BERT, in others)}
+HEADS = {
+    "classify": ("ForSequenceClassification", "classifier", "score"),
+    "regress": ("ForSequenceClassification", "classifier", "score"),
+}

@@ -20,7 +20,7 @@ from checkpoint import (
 )
 from config import UserError, preset_value
 from data import prepare_command, seq_len_of, vocab_size_of
-from heads import LabelModel
+from heads import TunedModel
 from interop.families import resolved
 from interop.hub import TOKENIZER_FILES, HubModel, copy_files, folder_of, open_tensors, read_config, save_tensors
 from interop.hub_tokenizer import load_hub_tokenizer
@@ -54,7 +54,7 @@ class RunModel:
         whole = config_of_checkpoint(self.path, self.manifest)
         # A tensor by its name, whole; UserError where the checkpoint is damaged, Removed where it has gone.
         self.read = tensor_reader(self.path, whole)
-        if isinstance(whole, LabelModel) and whole.lora_rank:
+        if isinstance(whole, TunedModel) and whole.lora_rank:
             self.read, whole = merged(self.read, whole.lora_scale), replace(whole, lora_rank=None)
         self.name = f"{run_dir}, step {self.manifest['step']}"
         self.cfg = replace(whole, block_size=context_of(self.manifest, whole))
@@ -109,11 +109,11 @@ def with_model(where, use, world=None):
     raise removed or Removed(f"the checkpoints of {where} were removed while they were read; try again")
 
 
-def starting_config(where, wanted, given, kept=frozenset()):
+def starting_config(where, wanted, given):
     """The settings of a model that starts from weights: the weights' own, with block_size and training's as wanted.
 
-    given: names of the settings that the user has set; kept: training's that stay as the weights have them. UserError
-    where a given one differs from the weights' own, or block_size exceeds their longest sequence.
+    given: names of the settings that the user has set. A setting of training that is none stays as the weights have it.
+    UserError where a given one differs from the weights' own, or block_size exceeds their longest sequence.
     """
     if checkpoints(where):
         source = run_config(where)
@@ -121,7 +121,8 @@ def starting_config(where, wanted, given, kept=frozenset()):
     else:
         _, source, longest = read_config(folder_of(where))
     automatic = {"vocab_size"} if wanted.vocab_size is None else set()
-    names = ({field.name for field in fields(ModelConfig)} & set(given) - automatic) | (TRAINING_ONLY - kept)
+    training = {name for name in TRAINING_ONLY if getattr(wanted, name) is not None}
+    names = ({field.name for field in fields(ModelConfig)} & set(given) - automatic) | training
     cfg = replace(source, **{name: getattr(wanted, name) for name in names})
     found, here = resolved(source), resolved(cfg)
     fixed = sorted(names - TRAINING_ONLY - {"block_size"})
@@ -149,7 +150,7 @@ def resolve(cfg):
 
 def check_predicts_tokens(where, cfg):
     """UserError where a model has a head for labels."""
-    if isinstance(cfg, LabelModel):
+    if isinstance(cfg, TunedModel):
         what = f"{where} was fine-tuned to {cfg.task} texts and predicts no tokens"
         raise UserError(f"{what}; use it by finetune.py, or take the weights that it started from")
 
@@ -188,16 +189,19 @@ def _weight_of(source, cfg, name):
     module, _, kind = name.partition(".")
     if ".lora_" in name:
         return None
-    if not isinstance(cfg, LabelModel) or module not in ("pooler", "classifier"):
+    if not isinstance(cfg, TunedModel) or module not in ("pooler", "classifier"):
         return source.read(name)
     if module == "pooler" and (carried := source.extra.get(f"bert.pooler.dense.{kind}")) is not None:
         return carried
-    is_same = isinstance(source.cfg, LabelModel) and (source.cfg.task, source.cfg.labels) == (cfg.task, cfg.labels)
+    is_same = isinstance(source.cfg, TunedModel) and (source.cfg.task, source.cfg.labels) == (cfg.task, cfg.labels)
     return source.read(name) if is_same else None
 
 
-def load_model(where, device):
-    """(model ready to evaluate, its opened source), of a run's folder, or of a Hugging Face folder or name."""
+def load_model(where, device, world=None):
+    """(model ready to evaluate, its opened source), of a run's folder, or of a Hugging Face folder or name.
+
+    world: its ranks read the same checkpoint.
+    """
 
     def load(source):
         check_predicts_tokens(where, source.cfg)
@@ -208,7 +212,7 @@ def load_model(where, device):
         load_weights(source, model)
         return model.eval(), source
 
-    return with_model(where, load)
+    return with_model(where, load, world)
 
 
 def load_tokenizer_of(source, may_lack=False):
@@ -223,9 +227,14 @@ def load_tokenizer_of(source, may_lack=False):
             raise
         print(f"the tokenizer is unknown: {error}")
         return None
-    if tokenizer.vocab_size > source.cfg.vocab_size:
-        sizes = f"has {tokenizer.vocab_size} ids, the model a vocab_size of {source.cfg.vocab_size}"
-        remedy = f"let {source.folder} name or hold the tokenizer that the model was trained with"
+    return check_ids(tokenizer, source.cfg.vocab_size, source.folder)
+
+
+def check_ids(tokenizer, vocab_size, folder):
+    """The tokenizer, where a model of this vocab_size knows its ids; UserError where not. folder: where it comes from."""
+    if tokenizer.vocab_size > vocab_size:
+        sizes = f"has {tokenizer.vocab_size} ids, the model a vocab_size of {vocab_size}"
+        remedy = f"let {folder} name or hold the tokenizer that the model was trained with"
         raise UserError(f"the tokenizer {tokenizer.name} {sizes}; {remedy}")
     return tokenizer
 
@@ -235,7 +244,7 @@ def start_from(cfg, model, world):
 
     Sets model.context, the longest sequence that the model will have been trained on.
     """
-    labels = isinstance(cfg.model, LabelModel)
+    labels = isinstance(cfg.model, TunedModel)
     longest = cfg.model.block_size if labels else cfg.data.seq_len
     model.context = longest
     if not cfg.run.init_from:

@@ -4,17 +4,17 @@ EleutherAI's evaluation harness (lm-eval) gives the same, unless the text spells
 tokenizer, unlike ours, makes it one (see its split_special_tokens).
 """
 
-import json
+import functools
 import math
+import operator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from config import UserError
 from interop.pretrained import load_model, load_tokenizer_of
 from ops import IGNORE
-from world import pick_device
+from world import World, pick_device
 
 
 class Score(NamedTuple):
@@ -23,29 +23,35 @@ class Score(NamedTuple):
     is_greedy: bool  # whether each token is the likeliest after the ones before it
 
 
-def loglikelihood(model, tokenizer, pairs):
+def loglikelihood(model, tokenizer, pairs, score=None):
     """A Score of each continuation in [(context, continuation)]; an empty context is end-of-text.
 
-    Where the two together exceed block_size, the context loses its first tokens.
+    Where the two together exceed the model's context, theirs loses its first tokens. score: takes score_tokens' place,
+    as a function of the requests alone.
     """
-    requests = [encode_pair(tokenizer, *pair) for pair in pairs]
+    requests, longest = [encode_pair(tokenizer, *pair) for pair in pairs], trained_context(model)
     for (_, continuation), (_, text) in zip(requests, pairs):
-        if not 0 < len(continuation) <= model.cfg.block_size:
-            what = f"the continuation {_start(text)} has {len(continuation)} tokens of its own; it must have"
-            raise UserError(f"{what} 1 to {model.cfg.block_size} (the model's context), or be scored as a text")
-    return score_tokens(model, requests)
+        if not 0 < len(continuation) <= longest:
+            what = f"the continuation {start_of(text)} has {len(continuation)} tokens of its own; it must have"
+            raise UserError(f"{what} 1 to {longest} (the model's context), or be scored as a text")
+    return score(requests) if score else score_tokens(model, requests)
 
 
-def loglikelihood_rolling(model, tokenizer, texts):
-    """A Score of each whole text, in windows of block_size; the tokens that begin a text are scored too."""
+def loglikelihood_rolling(model, tokenizer, texts, score=None):
+    """A Score of each whole text, in windows of the model's context; the tokens that begin a text are scored too."""
     counts, requests = [], []
     for text in texts:
         ids = [*tokenizer.begin, *tokenizer.encode(text).tolist()]
-        cut = windows(ids, before_text(tokenizer), model.cfg.block_size)
+        cut = windows(ids, before_text(tokenizer), trained_context(model))
         counts.append(len(cut))
         requests += cut
-    parts = iter(score_tokens(model, requests))
-    return [_total([next(parts) for _ in range(count)]) for count in counts]
+    parts = iter(score(requests) if score else score_tokens(model, requests))
+    return [total([next(parts) for _ in range(count)]) for count in counts]
+
+
+def trained_context(model):
+    """The longest sequence that a model was trained on: its block_size, but in training, where it may be less."""
+    return getattr(model, "context", model.cfg.block_size)
 
 
 def encode_pair(tokenizer, context, continuation):
@@ -80,35 +86,69 @@ def windows(ids, prefix, block_size):
     return cut
 
 
-@torch.inference_mode()
-def score_tokens(model, requests):
-    """A Score of each continuation in [(context's ids, continuation's ids)], in batches of similar length."""
-    device, block_size, scores = model.wte.weight.device, model.cfg.block_size, [None] * len(requests)
-    sequences = [(context + continuation)[-block_size - 1 :] for context, continuation in requests]
-    order = sorted(range(len(requests)), key=lambda i: len(sequences[i]), reverse=True)
-    batch_tokens = min(2**13, 2**26 // model.cfg.vocab_size)  # at most 256 MiB of float32 logits
-    end = 0
+@torch.no_grad()  # not inference_mode: FSDP would keep the weights that it gathers for training
+def score_tokens(model, requests, world=None, batch_size=None):
+    """A Score of each continuation in [(context's ids, continuation's ids)], in batches of similar length.
+
+    world: its ranks share the batches; each has all requests, and gets all scores. batch_size: requests in a batch;
+    None: 2**13 tokens, but at most 256 MiB of float32 logits.
+    """
+    world = world or World(0, 1, model.wte.weight.device, "fp32")
+    longest, batch_tokens, batches, end = trained_context(model), min(2**13, 2**26 // model.cfg.vocab_size), [], 0
+    sequences = [(context + continuation)[-longest - 1 :] for context, continuation in requests]
+    order = sorted(range(len(requests)), key=lambda i: (len(sequences[i]), sequences[i]), reverse=True)
     while end < len(order):
-        start, end = end, end + max(1, batch_tokens // len(sequences[order[end]]))
-        batch = order[start:end]
-        T, K = len(sequences[batch[0]]) - 1, max(len(requests[i][1]) for i in batch)
-        ids = torch.zeros(len(batch), T, dtype=torch.long)  # B T, padded on the right, unseen by a causal model
-        positions = torch.zeros(len(batch), K, dtype=torch.long)  # B K
-        targets = torch.full((len(batch), K), IGNORE)  # B K
-        for row, i in enumerate(batch):
-            sequence, n = torch.tensor(sequences[i]), len(requests[i][1])
-            ids[row, : len(sequence) - 1] = sequence[:-1]
-            positions[row, :n] = torch.arange(len(sequence) - 1 - n, len(sequence) - 1)
-            targets[row, :n] = sequence[-n:]
-        targets = targets.to(device)
-        logits = model(ids.to(device), positions=positions.to(device)).float()  # B K V
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)  # B K
-        greedy = ((logits.argmax(-1) == targets) | (targets == IGNORE)).all(1)  # B
-        for i, loss, is_greedy in zip(batch, losses.double().sum(1).tolist(), greedy.tolist()):
-            if not math.isfinite(loss):
-                raise UserError("the model's logits are not finite; take an earlier checkpoint, or --precision=fp32")
-            scores[i] = Score(-loss, len(requests[i][1]), is_greedy)
-    return scores
+        start, end = end, end + (batch_size or max(1, batch_tokens // len(sequences[order[end]])))
+        batches.append(order[start:end])
+
+    def run(batch):
+        rows = {}  # {input: its row}: requests that differ in the last token alone have one input
+        row_of = [rows.setdefault(tuple(sequences[i][:-1]), len(rows)) for i in batch]
+        T, K = max(map(len, rows)), max(len(requests[i][1]) for i in batch)
+        T += -T % world.tp  # tensor parallelism divides sequences
+        ids = torch.zeros(len(rows), T, dtype=torch.long)  # B T, padded on the right, unseen by a causal model
+        for row, input in zip(ids, rows):
+            row[: len(input)] = torch.tensor(input)
+        positions = (torch.tensor([*map(len, rows)])[:, None] + torch.arange(-K, 0)).clamp(min=0)  # B K, the last ones
+        targets = torch.full((len(batch), K), IGNORE)  # N K, a request's in the last columns
+        for row, i in zip(targets, batch):
+            row[K - len(requests[i][1]) :] = torch.tensor(sequences[i][-len(requests[i][1]) :])
+        ids, positions, targets, row_of = (
+            x.to(world.device) for x in (ids, positions, targets, torch.tensor(row_of)[:, None])
+        )
+        logits = model(ids, positions=positions).float()  # B K V
+        likeliest = logits.argmax(-1)[row_of[:, 0]]  # N K
+        logits -= logits.amax(-1, keepdim=True)  # the difference below rounds less
+        columns, is_target = torch.arange(K, device=world.device), targets != IGNORE
+        log_p = logits[row_of, columns, targets.clamp(min=0)] - logits.logsumexp(-1)[row_of[:, 0]]  # N K
+        sums = log_p.double().where(is_target, 0.0).sum(1).tolist()
+        greedy = ((likeliest == targets) | ~is_target).all(1).tolist()
+        return {i: Score(*score) for i, *score in zip(batch, sums, is_target.sum(1).tolist(), greedy)}
+
+    scores = over_ranks(world, batches, run)
+    if not all(math.isfinite(score.log_likelihood) for score in scores.values()):
+        raise UserError("the model's logits are not finite; take an earlier checkpoint, or --precision=fp32")
+    return [scores[i] for i in range(len(requests))]
+
+
+def over_ranks(world, batches, run):
+    """The dicts of run(batch) for all batches, as one, on each rank; ranks that read different data take turns.
+
+    Each runs equally many, as FSDP needs, the last ones the last batch. What run raises on one rank, all raise.
+    """
+    from tqdm import tqdm
+
+    turns, found = range(world.data_rank, len(batches) + -len(batches) % world.data_ranks, world.data_ranks), {}
+    try:
+        for turn in tqdm(turns, "evaluating", leave=False, disable=None if world.is_main else True):
+            with world.phase("evaluation", f"batch {turn} of {len(batches)}"):
+                found |= run(batches[min(turn, len(batches) - 1)])
+    except Exception as error:
+        found = error
+    found = world.gather(found)
+    if errors := [part for part in found if isinstance(part, Exception)]:
+        raise errors[0]
+    return functools.reduce(operator.or_, found)
 
 
 def open_scorer(where):
@@ -123,78 +163,12 @@ def open_scorer(where):
     return nats_per_token
 
 
-# ---- in and out
-
-
-def read_requests(prompt, text):
-    """[(context, continuation)] of the text that --prompt names; the context is None for a text to score whole.
-
-    FILE:x.jsonl has an object a line, {"text": ...} or {"context": ..., "continuation": ...}; any other is one text.
-    """
-    if not (prompt.startswith("FILE:") and prompt.endswith(".jsonl")):
-        if not text:
-            raise UserError('there is no text to score; give one, as in --prompt="import os" or --prompt=FILE:x.jsonl')
-        return [(None, text)]
-    lines = text.removeprefix("\ufeff").split("\n")  # splitlines would also cut at U+2028, which JSON allows in strings
-    requests = [_request(line, f"{prompt[5:]} line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
-    if not requests:
-        raise UserError(f'{prompt[5:]} has no texts; write one a line, as in {{"text": "import os"}}')
-    return requests
-
-
-def _request(line, place):
-    """A line's (context, continuation); place: file and line, for errors."""
-    shape = 'write {"text": ...} or {"context": ..., "continuation": ...}, with strings, on a line of its own'
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is no JSON ({error}); {shape}") from error
-    names = {"text", "context", "continuation"} & set(fields if isinstance(fields, dict) else ())
-    if names not in ({"text"}, {"context", "continuation"}) or not all(isinstance(fields[name], str) for name in names):
-        raise UserError(f"{place} is neither a text nor a context with its continuation; {shape}")
-    continuation = fields.get("continuation", fields.get("text"))
-    if not continuation:
-        raise UserError(f"{place} has an empty text; leave the line out")
-    return fields.get("context"), continuation
-
-
-def print_scores(model, tokenizer, requests):
-    """Scores what read_requests returns and prints a line for each, then their sum.
-
-    Perplexity is per token. Bits per byte, for whole texts, do not depend on the tokenizer. Greedy tells whether the
-    model, always taking the likeliest token, would write the continuation.
-    """
-    if not model.cfg.is_causal:
-        raise UserError("a masked model has no log-likelihood of a text; score with a model of --objective=clm")
-    whole, pairs = [r for r in requests if r[0] is None], [r for r in requests if r[0] is not None]
-    whole_scores = loglikelihood_rolling(model, tokenizer, [text for _, text in whole])
-    pair_scores = loglikelihood(model, tokenizer, pairs)
-    print(f"{'log_likelihood':>16} {'tokens':>9} {'perplexity':>11} {'bits/byte':>10} {'greedy':>9}  text")
-    whole_left, pairs_left, scores = iter(whole_scores), iter(pair_scores), []
-    for context, text in requests:
-        scores.append(next(whole_left if context is None else pairs_left))
-        if context is None:
-            _print_row(scores[-1], _start(text), texts=[text])
-        else:
-            _print_row(scores[-1], _start(text), greedy="yes" if scores[-1].is_greedy else "no")
-    greedy = f"{sum(score.is_greedy for score in pair_scores)}/{len(pairs)}" if pairs else "-"
-    _print_row(_total(scores), f"sum of {len(requests)}", [] if pairs else [text for _, text in whole], greedy)
-
-
-def _print_row(score, label, texts=(), greedy="-"):
-    """Prints a line of the table; texts: the whole texts that were scored, whose bytes count."""
-    nats, n_bytes = -score.log_likelihood / score.n_tokens, sum(len(text.encode(errors="replace")) for text in texts)
-    perplexity = math.exp(nats) if nats < 700 else math.inf
-    bits = f"{-score.log_likelihood / math.log(2) / n_bytes:.4f}" if n_bytes else "-"
-    print(f"{score.log_likelihood:>16.4f} {score.n_tokens:>9} {perplexity:>11.5g} {bits:>10} {greedy:>9}  {label}")
-
-
-def _total(scores):
+def total(scores):
     """The Score of several together."""
     log_likelihood, n_tokens = sum(score.log_likelihood for score in scores), sum(score.n_tokens for score in scores)
     return Score(log_likelihood, n_tokens, all(score.is_greedy for score in scores))
 
 
-def _start(text):
+def start_of(text):
     """The beginning of a text, on one line."""
     return repr(text if len(text) <= 40 else text[:37] + "...")

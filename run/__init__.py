@@ -1,1 +1,1 @@
-"""The training loop and what stands around it: a run's folder, log, guards, health, resume."""
+"""Everything around the training loop: a run's folder, log, guards, health, resume."""

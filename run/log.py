@@ -170,6 +170,7 @@ class Log:
         else:
             text += f"  masked {accuracy} (the most frequent token alone {figures['val_accuracy_of_commonest']:.1%})"
         text += "".join(f"  {loss:.4f} in {folder}" for folder, loss in figures.get("val_losses", {}).items())
+        text += "".join(f"  {name} {value:.4f}" for name, value in figures.items() if "/" in name)  # tasks' figures
         self._write(record)
         self._print(text)
         if self.draws and state.step:  # a single point is no curve

@@ -1,6 +1,7 @@
 """What the tests share: the project's folder on the path, one thread a process, small models and small data."""
 
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -23,6 +24,23 @@ def no_curves():
 
     with without_matplotlib():
         yield
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """A test's calls to the network, which are refused; HF_HUB_OFFLINE=1 is set as late as a test can."""
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # or it counts even the loading of local files
+    seen = []
+
+    def refuse(*args, **kwargs):
+        seen.append(args)
+        raise OSError("tests have no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    return seen
 
 
 def pytest_collection_modifyitems(items):

@@ -286,16 +286,17 @@ def tokens_per_s(theirs, shape, batch, new, device="cpu"):
             with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
                 model.generate(prompt, new, temperature=0.8, top_k=200).tolist()
     else:
+        from generation import GenerationConfig
+        from generation import generate as tokens_of
         from model import ModelConfig, Transformer
-        from sample import SampleConfig, generation_dtype
-        from sample import generate as tokens_of
+        from sample import generation_dtype
 
         model = Transformer(ModelConfig(**shape, bias=False, mlp="gelu")).eval()
         model.init_weights(1)
         model.to(device, generation_dtype("auto", torch.device(device), model.num_params()))
 
         def generate(new):
-            cfg = SampleConfig(max_new_tokens=new, temperature=0.8, top_k=200)
+            cfg = GenerationConfig(max_new_tokens=new, temperature=0.8, top_k=200)
             for tokens in tokens_of(model, prompt, cfg, 1, shape["vocab_size"]):
                 tokens.tolist()
 

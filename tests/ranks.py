@@ -185,7 +185,8 @@ def _script_main(pipe, rank, n_ranks, port, script, arguments, folder, *told):
 
 def torchrun(n, script, cfg, told, *options):
     """Starts torchrun itself, with n ranks of a script; it prints into the file told."""
-    arguments = [f"--{name}={'none' if value is None else value}" for name, value in config.as_dict(cfg).items()]
+    values = {name: ",".join(v) if isinstance(v, tuple) else v for name, v in config.as_dict(cfg).items()}
+    arguments = [f"--{name}={'none' if value is None else value}" for name, value in values.items()]
     command = ["--standalone", f"--nproc_per_node={n}", *options, str(script), *arguments]
     with open(told, "w") as file:
         return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *command], stdout=file, stderr=file)

@@ -460,6 +460,12 @@ def test_changes_are_listed_and_fixed_ones_refused_all_together():
         changed_settings(old | {"n_layer": 3, "seed": 1}, new | {"n_layer": 4, "seed": 2})
 
 
+def test_a_run_from_before_a_setting_has_trained_with_its_default():
+    assert changed_settings({}, {"fim_rate": 0.0, "window": None, "fresh": 6}) == []
+    with pytest.raises(UserError, match="here window: None -> 64; fim_rate: 0.0 -> 0.5; use the old values"):
+        changed_settings({}, {"window": 64, "fim_rate": 0.5})
+
+
 def test_source_is_kept_and_changed_files_are_named(tmp_path):
     root, out_dir = tmp_path / "project", tmp_path / "run"
     (root / "config").mkdir(parents=True)

@@ -92,7 +92,7 @@ def test_each_filter_drops_all_of_its_planted_faults_and_none_of_the_good_docume
     (tmp_path / "blocklist.txt").write_text("# phrases\nfree prize\ncasino\n")
     bad = BOILERPLATE[step]
     argv = [f"--blocklist={tmp_path / 'blocklist.txt'}"] if step == "blocklist" else []
-    texts, dropped = run(tmp_path, [*GOOD.values(), *bad.values()], step, "--tasks=2", *argv)
+    texts, dropped = run(tmp_path, [*GOOD.values(), *bad.values()], step, "--parts=2", *argv)
     assert names(texts) == set(GOOD)  # precision 1
     assert names(record["text"] for record in dropped[step]) == set(bad)  # recall 1
 
@@ -121,14 +121,14 @@ def test_one_of_each_group_of_exact_duplicates_is_kept_wherever_they_stand(tmp_p
     copies = [text for i, text in enumerate(GOOD.values()) for _ in range(i % 4)]
     documents = [*GOOD.values(), *copies, *(text + " " for text in list(GOOD.values())[:5])]
     random.Random(0).shuffle(documents)
-    texts, dropped = run(tmp_path, documents, "exact", "--tasks=5")
+    texts, dropped = run(tmp_path, documents, "exact", "--parts=5")
     assert sorted(texts) == sorted(set(documents)) and len(dropped["exact"]) == len(copies)
 
 
 def test_repeated_lines_are_dropped_but_their_first_and_short_ones(tmp_path):
     banner, short, numbered = "Subscribe to our newsletter for more such stories.", "Read more", "This is part 7 of 9 parts."
     documents = [f"{text}\n{banner}\n{short}\n{numbered.replace('7', str(i))}" for i, text in enumerate(GOOD.values())]
-    texts, dropped = run(tmp_path, documents, "lines", "--tasks=3")
+    texts, dropped = run(tmp_path, documents, "lines", "--parts=3")
     without = [document.replace(f"\n{banner}", "") for document in documents]
     assert dropped == {} and len(texts) == len(documents)
     assert len(set(texts) - set(without)) == 1 and sum(banner in text for text in texts) == 1
@@ -162,7 +162,7 @@ def test_near_duplicates_are_found_as_often_as_minhash_promises_and_unrelated_on
     originals = {f"good{i}": document(f"good{i}", 20) for i in range(60)}
     copies = [altered(text, least) for text in originals.values()]
     assert all(least <= similarity(*pair) < least + 0.05 for pair in zip(originals.values(), copies))
-    texts, _ = run(tmp_path, [*originals.values(), *copies], "near", "--tasks=2")
+    texts, _ = run(tmp_path, [*originals.values(), *copies], "near", "--parts=2")
     assert names(texts) == set(originals)  # one of each is kept, of either text
     assert promised[0] <= 2 - len(texts) / len(originals) <= promised[1]
     assert promised[0] <= 1 - (1 - least**8) ** 14 <= promised[1]
@@ -174,7 +174,7 @@ def test_documents_that_share_13_words_with_evaluation_texts_are_dropped_and_tho
     inside = {f"leak{i}": f"{document(f'leak{i}')} {' '.join(question[i : i + 13]).upper()}!" for i in range(20)}
     less = {f"less{i}": f"{document(f'less{i}')} {' '.join(question[i : i + 12])}." for i in range(20)}
     documents = [*GOOD.values(), *inside.values(), *less.values()]
-    texts, dropped = run(tmp_path, documents, "decontaminate", f"--eval_texts={tmp_path / 'eval.txt'}", "--tasks=2")
+    texts, dropped = run(tmp_path, documents, "decontaminate", f"--eval_texts={tmp_path / 'eval.txt'}", "--parts=2")
     assert names(texts) == set(GOOD) | set(less)
     assert names(record["text"] for record in dropped["decontaminate"]) == set(inside)
 
@@ -186,7 +186,7 @@ def test_documents_that_a_model_finds_likeliest_are_kept(tmp_path):
     prepare.main(config.load(prepare.Settings, argv))
     train.main(settings(tmp_path / "data", tmp_path / "run", vocab_size=None, max_steps=40, lr_decay_steps=40))
     letters = [f"bad{i} " + "".join(random.Random(i).choices("qwxz#%&{}0123456789JQ", k=300)) for i in range(20)]
-    argv = [f"--perplexity_run={tmp_path / 'run'}", "--perplexity_keep=0.75", "--tasks=3"]
+    argv = [f"--perplexity_run={tmp_path / 'run'}", "--perplexity_keep=0.75", "--parts=3"]
     texts, dropped = run(tmp_path, [*GOOD.values(), *letters], "perplexity", *argv)
     assert names(texts) == set(GOOD) and names(record["text"] for record in dropped["perplexity"]) == names(letters)
     score = open_scorer(str(tmp_path / "run"))
@@ -238,7 +238,7 @@ def pages(tmp_path):
 
 
 def test_text_of_pages_comes_out_of_every_kind_of_file_without_navigation(pages, tmp_path, capsys):
-    texts, dropped = clean_up(tmp_path / "out", f"--input={pages}", "--steps=html", "--tasks=2", "--workers=1")
+    texts, dropped = clean_up(tmp_path / "out", f"--input={pages}", "--steps=html", "--parts=2", "--workers=1")
     expected = {f"{kind}{i}" for kind in ("html", "warc", "wet") for i in range(4)}
     expected |= {"latin0", "fragment0", "json0", "json1"}
     assert names(texts) - {"warc0"} == expected - {"warc0"}
@@ -290,20 +290,20 @@ def test_preset_on_one_and_two_workers_writes_the_same_documents_and_the_report_
 
 @pytest.mark.slow
 def test_workers_do_not_change_the_text(planted, tmp_path):
-    argv = [f"--input={planted}", "--steps=html,fix,exact", "--tasks=3"]
+    argv = [f"--input={planted}", "--steps=html,fix,exact", "--parts=3"]
     ran = [clean_up(tmp_path / f"out{n}", *argv, f"--workers={n}") for n in (1, 2)]
     assert ran[0] == ran[1] and len(ran[0][0]) == 129
 
 
 @pytest.mark.slow
 def test_tasks_that_outnumber_the_files_share_their_documents(planted, tmp_path):
-    few, many = (clean_up(tmp_path / n, f"--input={planted}", "--steps=fix,exact", f"--tasks={n}")[0] for n in "27")
+    few, many = (clean_up(tmp_path / n, f"--input={planted}", "--steps=fix,exact", f"--parts={n}")[0] for n in "27")
     assert sorted(few) == sorted(many)
 
 
 def test_at_most_100_dropped_documents_of_a_step_are_kept_and_they_do_not_depend_on_the_tasks(tmp_path):
     documents = [*GOOD.values(), *(f"tiny{i}" for i in range(250))]
-    samples = [run(tmp_path, documents, "length", f"--tasks={n}", out=f"out{n}")[1]["length"] for n in (1, 3)]
+    samples = [run(tmp_path, documents, "length", f"--parts={n}", out=f"out{n}")[1]["length"] for n in (1, 3)]
     assert samples[0] == samples[1] and len({record["text"] for record in samples[0]}) == 100
     assert max(int(record["text"][4:]) for record in samples[0]) > 200  # not the first ones
     assert {record["reason"] for record in samples[0]} == {"too short"}
@@ -316,7 +316,7 @@ def processes_of(folder):
 
 @pytest.mark.slow
 def test_killed_run_continues_with_the_tasks_that_are_left_and_ends_with_the_same_text(planted, tmp_path):
-    argv = [f"--input={planted}", "--steps=fix,pii,exact", "--tasks=40"]
+    argv = [f"--input={planted}", "--steps=fix,pii,exact", "--parts=40"]
     whole = clean_up(tmp_path / "whole", *argv, "--workers=1")
     out = tmp_path / "killed"
     command = [sys.executable, str(ROOT / "clean.py"), *argv, f"--clean_dir={out}", "--workers=2"]
@@ -440,7 +440,7 @@ echo Submitted batch job 7
         (tmp_path / "bin" / name).write_text(text.replace("{log}", str(tmp_path / "slurm.log")))
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    argv = [f"--input={planted}", "--steps=fix,exact", "--tasks=2"]
+    argv = [f"--input={planted}", "--steps=fix,exact", "--parts=2"]
     slurm = [f"--clean_dir={tmp_path / 'slurm'}", *argv, "--executor=slurm", "--slurm_partition=cpu"]
     clean.main(config.load(clean.Settings, slurm))
     assert "6 tasks are submitted to Slurm" in capsys.readouterr().out

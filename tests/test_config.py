@@ -14,6 +14,7 @@ import clean
 import config
 import convert
 import data
+import evaluate
 import finetune
 import plan
 import prepare
@@ -24,7 +25,7 @@ from model import Transformer
 
 SCRIPTS = {
     "train": train, "prepare": prepare, "sample": sample, "bench": bench, "plan": plan, "convert": convert,
-    "clean": clean, "finetune": finetune,
+    "clean": clean, "evaluate": evaluate, "finetune": finetune,
 }  # fmt: skip
 PRESETS = sorted(f"config/{path.name}" for path in (ROOT / "config").glob("[!_]*.py"))
 
@@ -225,10 +226,10 @@ def test_start_of_several_choices_is_answered_with_all_of_them():
 
 def test_setting_of_another_script_is_refused_on_the_command_line_and_left_alone_in_a_preset(preset):
     assert mistake("--bpe_vocab_size=999").startswith("--bpe_vocab_size is a setting of prepare.py, not of this script")
-    assert mistake("--temperature=1").startswith("--temperature is a setting of sample.py, not of this script")
+    assert mistake("--temperature=1").startswith("--temperature is a setting of generation.py, not of this script")
     path = preset("bpe_vocab_size = 999\ntemperature = 1.0\nn_layer = 3\n")
     assert load(path).model.n_layer == 3
-    assert load(path, script=sample).sample.temperature == 1.0
+    assert load(path, script=sample).generation.temperature == 1.0
 
 
 def test_script_that_takes_part_of_a_class_refuses_the_rest():
@@ -327,6 +328,7 @@ def test_settings_written_as_a_preset_load_to_the_same_settings(preset, script):
         "convert": ["--to_hf=x", "--hf_dtype=bfloat16"],
         "plan": ["--json", "--gpu=a100-80", "--gpu_price=0.5"],
         "clean": ["--steps=fix,near", "--near_bands=20"],
+        "evaluate": ["--tasks=hellaswag,blimp_*", "--limit=0.5", "--text=two\nlines"],
         "finetune": ["--tsv_columns=a,b", "--freeze=embeddings,blocks.0-1", "--layer_decay=0.5"],
     }[script.__name__]  # fmt: skip
     cfg = load(*argv, script=script)
@@ -500,6 +502,8 @@ def test_a_number_outside_the_range_of_its_type_is_refused():
         "columns is -1; it must be at least 1, or none",
         "share is 1.0; it must be at least 0 and below 1",
     ]
+    with pytest.raises(config.UserError, match=r"rows is 1\d+; it must be at most 2\*\*53"):
+        Sizes(rows=10**16)
 
 
 def test_preset_that_only_the_command_line_completes_still_names_its_data(tmp_path):

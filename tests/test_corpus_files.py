@@ -17,8 +17,7 @@ import pytest
 from test_prepare import DOCUMENTS, documents_of, refused, run, server, write_txt
 
 from config import UserError
-from shards import open_shard
-from text import corpus, files
+from text import corpus, files, remote
 
 
 def packed(packing, data):
@@ -296,10 +295,10 @@ SECRET = "token=s3cr3tkey"
 
 
 def everything_written(folder):
-    """Names and content of all that a prepare leaves beside the downloaded file and its tokens."""
+    """Names and content of all that a prepare leaves beside its tokens."""
     for path in folder.rglob("*"):
         yield str(path.relative_to(folder))
-        if path.is_file() and path.suffix not in (".bin", ".jsonl"):
+        if path.is_file() and path.suffix != ".bin":
             yield path.read_text()
 
 
@@ -364,7 +363,7 @@ def test_login_is_not_sent_to_where_a_host_redirects(tmp_path):
         threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.01}).start()
         run(tmp_path / "data", f"--input=http://me:pass@127.0.0.1:{web.server_port}/x.txt")
         web.shutdown()
-    assert [path for path, _ in seen] == ["/x.txt", "/elsewhere.txt"] and seen[0][1] and seen[1][1] is None
+    assert {path: token is not None for path, token in seen} == {"/x.txt": True, "/elsewhere.txt": False}
 
 
 def test_web_page_in_place_of_a_file_is_refused(tmp_path):
@@ -375,19 +374,10 @@ def test_web_page_in_place_of_a_file_is_refused(tmp_path):
         run(tmp_path / "page", f"--input={url}/index.html")
 
 
-def test_urls_of_one_file_name_are_kept_apart(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "x.txt").write_text(f"{name} text " * 99)
-    for name in ("a", "b"):  # the second after an interruption
-        run(tmp_path / "data", f"--input={(tmp_path / name / 'x.txt').as_uri()}")
-        (tmp_path / "data/meta.json").unlink()
-    assert open_shard(tmp_path / "data/train_000000.bin")[:6].tobytes() == "b text".encode("utf-16-le")
-
-
 @pytest.mark.parametrize(("url", "seen"), [
     ("http://h/a/x.txt", "http://h/a/x.txt"), ("https://u:p@h:8/x.txt#part", "https://h:8/x.txt"),
     ("http://u@h/x?a=1&b=2", "http://h/x?...8e85"), ("file:///a/x.txt", "file:///a/x.txt"),
+    ("zip://*.txt::https://u:p@h/x.zip?a=1", "zip://*.txt::https://h/x.zip?...c22f"), ("s3://b/u@h/x", "s3://b/u@h/x"),
 ])  # fmt: skip
 def test_url_is_shown_without_its_secrets(url, seen):
-    assert files.public(url) == seen
+    assert remote.public(url) == seen

@@ -10,12 +10,13 @@ import pytest
 import test_model
 import torch
 
+from cache import Cache
 from config import UserError
 from conftest import slow
 from data import Split, objective_for
 from interop.families import family_of
 from launch import compile_model
-from model import Cache, ModelConfig, Transformer
+from model import ModelConfig, Transformer
 from objective import OBJECTIVES, Masked, NextToken, ObjectiveConfig
 from ops import IGNORE, locate
 from optim import OptimConfig, build_optimizer

@@ -15,15 +15,16 @@ import config
 import convert
 import finetune
 from checkpoint import best_of, checkpoints
-from heads import LabelModel, label_loss
+from heads import TunedModel, label_loss
 from hugging_face import T, V, saved
 from interop.hub import HubModel
 from interop.pretrained import RunModel, load_weights
 from launch import keep_copies, refresh_copies
-from metrics import metrics_of
+from metrics import classes, correlations
 from ops import IGNORE
 from ranks import on_ranks, records, run, without_matplotlib, write_data
 from text.examples import ExampleOrder, Examples, Framing, read_columns
+from text.tasks import TASKS
 from text.tokenizer import load_tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -34,17 +35,17 @@ WORDS = ["good", "bad", "film", "plot", "the", "a", "is", "was", "very", "not"]
 
 
 class Plain:
-    """A tokenizer whose texts are lists of ids."""
+    """A tokenizer whose texts are ids."""
 
     eot, begin, specials = None, (), {"[PAD]": V - 1, "[CLS]": V - 2, "[SEP]": V - 3}
 
-    def encode(self, ids):
-        return np.array(ids)
+    def encode(self, text):
+        return np.array([int(word) for word in text.split()])
 
 
 def texts(seed=5, lengths=(3, 9, 1, 14, 6)):
     random = np.random.default_rng(seed)
-    return [random.integers(0, V - 3, n).tolist() for n in lengths]
+    return [" ".join(map(str, random.integers(0, V - 3, n))) for n in lengths]
 
 
 @pytest.mark.parametrize("pairs", [False, True])
@@ -58,7 +59,7 @@ def test_logits_loss_and_gradients_equal_transformers_with_padding(task, kind, p
     options = {"num_labels": len(labels), "pad_token_id": V - 1}
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, **options).eval()
     source = HubModel(tmp_path)
-    ours = LabelModel(**dataclasses.asdict(source.cfg), task=task, labels=labels).build().eval()
+    ours = TunedModel(**dataclasses.asdict(source.cfg), task=task, labels=labels).build().eval()
     load_weights(source, ours)
     named = {"pooler": "bert.pooler.dense", "classifier": "classifier" if kind == "bert" else "score"}
     with torch.no_grad():
@@ -68,8 +69,10 @@ def test_logits_loss_and_gradients_equal_transformers_with_padding(task, kind, p
                 p.normal_(std=0.3)
                 theirs.get_parameter(f"{named[module]}.{part}").copy_(p)
     framing = Framing(Plain(), kind != "bert", T)
-    targets = [0, 2, 1, 1, 0] if task == "classify" else [0.5, -1.0, 2.0, 0.0, 7.25]
-    examples = Examples(framing, texts(), texts(6, (2, 7, 4, 1, 3)) if pairs else None, targets)
+    targets = ["a", "c", "b", "b", "a"] if task == "classify" else [0.5, -1.0, 2.0, 0.0, 7.25]
+    records = zip(texts(), texts(6, (2, 7, 4, 1, 3))) if pairs else zip(texts())
+    kind_of_task = TASKS[task](labels, framing)
+    examples = Examples([row for text, y in zip(records, targets) for row in kind_of_task.rows(text, y, "")], framing)
     ids, labels_, positions, mask, types = examples.batch(range(5), 5)
     named_inputs = {"input_ids": ids, "attention_mask": mask.long()} | (
         {} if types is None else {"token_type_ids": types}
@@ -110,7 +113,7 @@ def test_metrics_equal_their_definitions():
     logits, targets = random.normal(size=(50, 2)), random.integers(0, 2, 50)
     guesses = logits.argmax(1)
     tp, tn, fp, fn = (((guesses == g) & (targets == t)).sum() for g, t in ((1, 1), (0, 0), (1, 0), (0, 1)))
-    found = metrics_of("classify", logits, targets)
+    found = classes(logits, targets)
     assert found["accuracy"] == pytest.approx((tp + tn) / 50) and found["f1"] == pytest.approx(
         2 * tp / (2 * tp + fp + fn)
     )
@@ -118,7 +121,7 @@ def test_metrics_equal_their_definitions():
     assert found["matthews"] == pytest.approx(matthews)
     x, y = random.normal(size=(2, 50))
     ranks = [np.argsort(np.argsort(values)) for values in (x, y)]
-    found = metrics_of("regress", x[:, None], y)
+    found = correlations(x, y)
     assert found["pearson"] == pytest.approx(np.corrcoef(x, y)[0, 1])
     assert found["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
 
@@ -367,6 +370,21 @@ def test_export_loads_without_a_warning_and_predicts_the_same(task, more, folder
         found, wanted = logits.softmax(1), [[*line["probabilities"].values()] for line in lines]
         assert model.config.id2label == {0: "0", 1: "1"}
     torch.testing.assert_close(found, torch.tensor(wanted), rtol=1e-5, atol=1e-5)
+    again, source = HubModel(tmp_path / "hf"), RunModel(tmp_path / "run")
+    assert again.cfg.task == task and again.cfg.labels == source.cfg.labels
+    assert torch.equal(again.read("classifier.weight"), source.read("classifier.weight"))
+
+
+def test_exported_head_is_trained_on_where_labels_agree(folder, tables, tmp_path):
+    tune(folder, tables, tmp_path / "run")
+    convert.export(RunModel(tmp_path / "run"), tmp_path / "hf")
+    still = {"learning_rate": 0, "max_steps": 1, "eval_interval": 1}
+    tune(tmp_path / "hf", tables, tmp_path / "again", **still)
+    assert predictions(tmp_path / "again") == predictions(tmp_path / "run")
+    (tmp_path / "three.tsv").write_text("text\tlabel\n" + "".join(f"a film\t{i}\n" for i in range(3)))
+    three = dict.fromkeys(("train_file", "eval_file"), tmp_path / "three.tsv")
+    tune(tmp_path / "hf", tables, tmp_path / "other", **three, **still)
+    assert len(RunModel(tmp_path / "other").read("classifier.weight")) == 3
 
 
 def test_end_predicts_with_the_checkpoint_that_has_the_best_metric(folder, tables, tmp_path, capsys):
@@ -383,12 +401,12 @@ def test_end_predicts_with_the_checkpoint_that_has_the_best_metric(folder, table
 
 def test_frozen_matrices_have_no_copies_whose_gradients_would_count():
     shape = {"vocab_size": V, "block_size": T, "n_layer": 2, "n_head": 2, "n_embd": 12, "labels": ("a", "b")}
-    model = LabelModel(**shape, lora_rank=2).build()
+    model = TunedModel(**shape, lora_rank=2).build()
     finetune.freeze(model, ())
     keep_copies(model)
     refresh_copies(model)
     assert model.copies is None and sum(p.requires_grad for p in model.parameters()) == 2 * 2 * 6 + 1
-    model = LabelModel(**shape).build()
+    model = TunedModel(**shape).build()
     finetune.freeze(model, ("blocks.1",))
     keep_copies(model)
     assert len(model.copies[0]) == 6

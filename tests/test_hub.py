@@ -20,7 +20,6 @@ import config
 import plan
 import train
 from config import UserError
-from conftest import slow
 from convert import export
 from data import Split
 from hugging_face import KINDS, LLAMA3, T, V, logits_of, random_model, saved

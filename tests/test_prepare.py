@@ -133,23 +133,11 @@ def test_file_of_any_other_name_is_text(text_file, tmp_path):
     assert documents_of(tmp_path / "data", "train")[0].startswith("print(7)")
 
 
-def test_file_url_is_fetched_once(text_file, tmp_path, capsys):
-    path = text_file("fetched " * 99)
-    for data in ("data", "data"):
-        run(tmp_path / data, f"--input={path.as_uri()}")
-        (tmp_path / data / "meta.json").unlink()
-    assert capsys.readouterr().out.count("fetching file://") == 1
-    assert [p.read_bytes() for p in (tmp_path / "data").glob("download/*/text.txt")] == [path.read_bytes()]
-
-
 @contextlib.contextmanager
-def server(folder, cut_short=False):
+def server(folder):
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
             pass
-
-        def copyfile(self, source, outputfile):
-            outputfile.write(source.read()[: -9 if cut_short else None])
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as running:
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
@@ -159,23 +147,6 @@ def server(folder, cut_short=False):
         finally:
             running.shutdown()
             thread.join()
-
-
-def test_http_url_is_fetched(tmp_path):
-    write_jsonl(tmp_path / "www/x.jsonl.gz")
-    with server(tmp_path / "www") as url:
-        run(tmp_path / "data", f"--input={url}/x.jsonl.gz", "--val_fraction=0.3")
-    assert len(documents_of(tmp_path / "data", "train") + documents_of(tmp_path / "data", "val")) == len(DOCUMENTS)
-
-
-def test_download_that_is_cut_short_or_missing_is_refused_and_leaves_no_file(tmp_path):
-    write_jsonl(tmp_path / "www/x.jsonl")
-    with server(tmp_path / "www", cut_short=True) as url:
-        assert "cut short 9 bytes before its end" in refused(tmp_path / "data", f"--input={url}/x.jsonl")
-        assert "404" in refused(tmp_path / "data", f"--input={url}/nothing.jsonl")
-    assert "could not be fetched" in refused(tmp_path / "data", f"--input={url}/x.jsonl")  # nobody listens any more
-    assert "could not be fetched" in refused(tmp_path / "data", "--input=odd://x/y.txt")
-    assert not list(tmp_path.glob("data/download/*/x.jsonl"))
 
 
 # ---- the split
@@ -285,7 +256,7 @@ def test_file_that_is_cut_into_pieces_has_the_ids_of_the_whole(tmp_path, monkeyp
 def test_bpe_is_trained_on_words_of_bounded_length_and_on_all_text(tmp_path, text):
     write_txt(tmp_path / "in", [text, "val"])
     cfg = config.load(prepare.Settings, [f"--input={tmp_path / 'in'}", "--val_fraction=0.01"]).prepare
-    texts = list(prepare._training_texts(corpus.Corpus(cfg, tmp_path)))
+    texts = list(corpus.training_texts(corpus.Corpus(cfg, tmp_path)))
     assert "".join(texts) in (text, "val")
     if text in texts[0] or len(texts) > 1:
         assert max(len(word) for part in texts for word in re.findall(r"\S+|\s+", part)) <= 256
@@ -450,9 +421,8 @@ def load_tokenizer_of(content, folder):
     return load_tokenizer(str(folder / "left.json"))
 
 
-@pytest.mark.parametrize(("vocab_size", "dtype"), [
-    pytest.param(65_536, np.uint16, marks=pytest.mark.slow), (65_537, np.uint32),
-])  # fmt: skip
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, np.uint16), (65_537, np.uint32)])
+@pytest.mark.slow
 def test_vocabulary_past_uint16_is_written_as_uint32(tmp_path, vocab_size, dtype):
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     pairs = [a + b for a in letters for b in letters]  # 256 * 256 of them

@@ -43,6 +43,7 @@ TINY = {
     "train.py": f"{TINY_STEP} --max_steps=3 --eval_tokens=256 --save_interval=2",
     "bench.py": f"{TINY_STEP} --bench_steps=3 --bench_warmup=1 --picture=false",
     "sample.py": "--max_new_tokens=5 --device=cpu",
+    "evaluate.py": "--device=cpu",
     "prepare.py": "--workers=2",
     "clean.py": "--workers=2",
     "finetune.py": "--init_from=bert --train_file=reviews/train.tsv --eval_file=reviews/dev.tsv --tsv_columns=text,label"
@@ -109,6 +110,7 @@ def run(command, folder, extra=""):
     """Runs a command of the pages in a folder, made small, on two ranks where it has several."""
     words = shlex.split(command)
     script = next((word for word in words if word.endswith(".py") and "/" not in word), None)
+    words = shlex.split(shlex.join(words).replace("--tasks=lambada_openai", "--tasks=texts --include_path=tasks"))
     words = [sys.executable if word == "python" else str(ROOT / script) if word == script else word for word in words]
     if words[0] == "lm_eval":
         words[0] = str(Path(sys.executable).with_name("lm_eval"))
@@ -164,9 +166,9 @@ def needs_gpt2_tokenizer(command):
 
 
 def is_long(command):
-    """Whether a command measures the machine, plans by that, sweeps, starts the harness, cleans text, or has tp ranks."""
-    ends = ("--gpu=this", "--sweep", "--device cpu")
-    return command == "python bench.py" or command.endswith(ends) or "data/web" in command or "--tp=2" in command
+    """Whether a command measures the machine, plans by that, sweeps, or what is in it takes seconds."""
+    parts = ("--gpu=this", "--sweep", "lm_eval", "data/web")
+    return command == "python bench.py" or any(part in command for part in parts)
 
 
 SHOWN = [

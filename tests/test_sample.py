@@ -16,21 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import config
+import generation
 import sample
+from cache import Cache
 from config import UserError
-from model import Cache, ModelConfig, Transformer
+from generation import GenerationConfig, draw, generate, kept_probabilities, next_tokens
+from model import ModelConfig, Transformer
 from objective import special_id
 from ranks import run, write_data
-from sample import (
-    SampleConfig,
-    draw,
-    generate,
-    generation_dtype,
-    masked_ids,
-    next_tokens,
-    print_candidates,
-    stream,
-)
+from sample import generation_dtype, masked_ids, print_candidates, stream
+from text.files import read_text
 from text.tokenizer import SPECIALS, load_tokenizer, train_bpe, write_character_tokenizer
 from world import pick_precision
 
@@ -101,7 +96,7 @@ STEPS = pytest.mark.parametrize("record", [None, Replayed], ids=["views", "recor
 
 def tokens_of(model, ids, seed=1, record=None, **settings):
     """What generate yields, (B, tokens); with record, what its steps on a GPU would be."""
-    cfg = SampleConfig(**{"temperature": 0.0, "max_new_tokens": 5} | settings)
+    cfg = GenerationConfig(**{"temperature": 0.0, "max_new_tokens": 5} | settings)
     args = model, ids, cfg, seed, V
     return torch.stack(list(next_tokens(*args, record=record) if record else generate(*args)), dim=1)
 
@@ -109,7 +104,7 @@ def tokens_of(model, ids, seed=1, record=None, **settings):
 def test_special_tokens_that_are_no_text_are_never_drawn(model):
     """An untrained model draws all tokens alike; with a fifth of them left out, 300 draws would show one."""
     never = list(range(0, V, 5))
-    cfg, ids = SampleConfig(max_new_tokens=100), prompts(1)
+    cfg, ids = GenerationConfig(max_new_tokens=100), prompts(1)
     drawn = torch.stack(list(generate(model, ids, cfg, 1, V, never)), dim=1)
     assert not set(drawn.flatten().tolist()) & set(never) and len(set(drawn.flatten().tolist())) > 1
     assert set(torch.stack(list(generate(model, ids, cfg, 1, V)), dim=1).flatten().tolist()) & set(never)
@@ -141,6 +136,21 @@ def test_greedy_cached_generation_is_argmax_over_full_recomputation(model, promp
 def test_past_block_size_the_window_slides_as_an_uncached_one_does(model, prompt, record):
     ids = prompts(prompt)
     assert torch.equal(tokens_of(model, ids, max_new_tokens=40, record=record), slow_greedy(model, ids, 40))
+
+
+@STEPS
+@pytest.mark.parametrize("window", [None, 4])
+def test_prompts_of_several_lengths_go_on_as_each_alone(model, record, window):
+    if window:
+        weights, model = model.state_dict(), Transformer(replace(model.cfg, window=window, global_every=2)).eval()
+        model.load_state_dict(weights)
+    ids, lengths = prompts(7), torch.tensor([3, 7, 4])
+    for tail in (ids, ids + 1):  # what pads a shorter prompt does not matter
+        padded = torch.where(torch.arange(7) < lengths[:, None], ids, tail % V)
+        cfg = GenerationConfig(temperature=0.0, max_new_tokens=5)
+        drawn = torch.stack(list(next_tokens(model, padded, cfg, 1, V, lengths=lengths, record=record)), dim=1)
+        for row, length, tokens in zip(ids, lengths, drawn):
+            assert torch.equal(tokens[None], slow_greedy(model, row[None, :length], 5))
 
 
 @STEPS
@@ -200,9 +210,9 @@ def test_several_tokens_at_a_place_are_refused_not_wrong(model):
 @pytest.mark.parametrize("prompt", [1, 4, 10, 11])
 def test_captured_steps_draw_what_others_do(model, prompt, settings, group, monkeypatch):
     """Over 40 tokens, so that the window slides and groups are whole and partial."""
-    monkeypatch.setattr(sample, "GROUP", group)
+    monkeypatch.setattr(generation, "GROUP", group)
     model, ids = copy.deepcopy(model).cuda(), prompts(prompt).cuda()
-    cfg = SampleConfig(**{"temperature": 0.0, "max_new_tokens": 40} | settings)
+    cfg = GenerationConfig(**{"temperature": 0.0, "max_new_tokens": 40} | settings)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="CUDA graphs do not work here")  # Captured only warns
         captured = torch.stack(list(generate(model, ids, cfg, 1, V)), dim=1)
@@ -219,7 +229,7 @@ def test_a_gpu_tells_of_logits_that_are_not_finite(model):
     broken = copy.deepcopy(model).cuda()
     broken.head.weight.data[5] = math.nan
     with pytest.raises(UserError, match="not finite; take an earlier checkpoint"):
-        list(generate(broken, prompts(4).cuda(), SampleConfig(), 1, V))
+        list(generate(broken, prompts(4).cuda(), GenerationConfig(), 1, V))
 
 
 def test_temperature_zero_ignores_the_seed_and_others_do_not(model):
@@ -258,7 +268,7 @@ def frequencies(temperature=1.0, **settings):
     """How often draw takes each token, of 40,000 draws from PROBS in another order."""
     order = torch.tensor([3, 0, 4, 1, 2])
     logits = torch.tensor(PROBS).log()[order].expand(40_000, 5) + 3.0
-    drawn = draw(logits, SampleConfig(temperature=temperature, **settings), numbers(40_000))
+    drawn = draw(logits, GenerationConfig(temperature=temperature, **settings), numbers(40_000))
     return (torch.bincount(order[drawn], minlength=5) / 40_000).tolist()
 
 
@@ -271,6 +281,9 @@ def frequencies(temperature=1.0, **settings):
     ({"top_p": 0.75}, [0.4 / 0.85, 0.3 / 0.85, 0.15 / 0.85, 0, 0]),
     ({"top_p": 0.01}, [1, 0, 0, 0, 0]),  # the likeliest always stays
     ({"top_k": 3, "top_p": 0.8}, [4 / 7, 3 / 7, 0, 0, 0]),  # of three, two have 0.7 / 0.85 = 0.82
+    ({"min_p": 0.3}, [0.4 / 0.85, 0.3 / 0.85, 0.15 / 0.85, 0, 0]),  # 0.3 * 0.4 = 0.12
+    ({"min_p": 1.0}, [1, 0, 0, 0, 0]),
+    ({"temperature": 0.5, "min_p": 0.3}, [0.16 / 0.25, 0.09 / 0.25, 0, 0, 0]),  # of the probabilities at 0.5
     ({"temperature": 0.5}, [p * p / sum(q * q for q in PROBS) for p in PROBS]),
     ({"temperature": 0.0}, [1, 0, 0, 0, 0]),
 ])  # fmt: skip
@@ -279,9 +292,29 @@ def test_draws_follow_the_distribution(settings, expected):
     assert [f == 0 for f in frequencies(**settings)] == [e == 0 for e in expected]
 
 
+@pytest.mark.parametrize("settings", [{"min_p": 0.02}, {"min_p": 0.2}, {"top_k": 9, "top_p": 0.8, "min_p": 0.1}])
+def test_tokens_that_are_kept_are_those_of_transformers(settings):
+    from transformers import (
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    logits = 2.0 * torch.randn(50, V, generator=torch.Generator().manual_seed(3))
+    kinds = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}
+    warpers = [TemperatureLogitsWarper(0.7), *(kinds[name](value) for name, value in settings.items())]
+    theirs = LogitsProcessorList(warpers)(None, logits).softmax(-1)
+    cfg = GenerationConfig(temperature=0.7, **settings)
+    ours = kept_probabilities(logits - logits.amax(-1, keepdim=True), cfg)
+    torch.testing.assert_close(ours / ours.sum(-1, keepdim=True), theirs)
+    assert 1 < (theirs > 0).sum(-1).float().mean() < V - 5
+
+
 def test_top_k_takes_k_tokens_even_where_they_are_equally_likely():
     logits = torch.zeros(20_000, 5)
-    drawn = draw(logits, SampleConfig(temperature=1.0, top_k=2), numbers(20_000))
+    drawn = draw(logits, GenerationConfig(temperature=1.0, top_k=2), numbers(20_000))
     assert len(drawn.unique()) == 2
 
 
@@ -314,7 +347,7 @@ def test_half_a_character_at_the_end_is_marked(capsys):
 
 def test_a_prompts_file_is_read_as_it_is(tmp_path):
     (tmp_path / "prompt.txt").write_bytes("a\r\nœ\rb\n".encode())
-    assert sample.read_prompt(f"FILE:{tmp_path / 'prompt.txt'}") == "a\r\nœ\rb\n"
+    assert read_text(f"FILE:{tmp_path / 'prompt.txt'}", "prompt") == "a\r\nœ\rb\n"
 
 
 def test_each_sample_stops_at_its_end_of_text_and_all_stop_together(capsys):
@@ -323,6 +356,71 @@ def test_each_sample_stops_at_its_end_of_text_and_all_stop_together(capsys):
     assert stream(rest, BYTE, "p", 2) == [[a], [b, b, b]]
     assert capsys.readouterr().out == "pa\n" + "-" * 40 + "\npbbb\n"
     assert len(list(rest)) == 1  # the fifth was not asked for
+
+
+def streamed(capsys, tokens, stops, num_samples=1):
+    """What stream prints after a prompt p, for tokens of each sample, and after which of its tokens each had ended."""
+    samples = stream(iter(torch.tensor(row) for row in zip(*tokens)), BYTE, "p", num_samples, stops)
+    return capsys.readouterr().out.removesuffix("\n"), [len(sample) for sample in samples]
+
+
+@pytest.mark.parametrize("text, stops, printed, n", [
+    ("ab\n\ncd", ["\n\n"], "ab", 4),
+    ("ab\ncd", ["\n\n"], "ab\ncd", 5),  # half of it held back, then let go
+    ("ab\n", ["\n\n"], "ab\n", 3),  # and let go at the end
+    ("aabaac", ["aac"], "aab", 6),
+    ("a bUser:c", ["Bot:", "User:", "x"], "a b", 8),
+    ("abcd", ["cd", "bcx"], "ab", 4),
+    ("abcd", ["d", "bcd"], "a", 4),  # both end here; the one that begins first is cut
+    ("né日本", ["日本"], "né", 9),
+    ("né日月", ["日本"], "né日月", 9),
+    ("aé", ["é"], "a", 3),
+    ("abc", ["ab"], "", 2),
+    ("p", ["pp"], "p", 1),  # the prompt, which is p, does not count
+])  # fmt: skip
+def test_text_ends_before_the_first_stop_string_whatever_tokens_it_comes_in(text, stops, printed, n, capsys):
+    assert streamed(capsys, [list(text.encode())], stops) == (f"p{printed}", [n])
+    rest = list("-" * len(text.encode()))
+    both = [list("".join(rest).encode()), list(text.encode())]
+    out, lengths = streamed(capsys, both, stops, num_samples=2)
+    assert out.endswith("-" * 40 + f"\np{printed}") and lengths[1] == n
+
+
+def test_no_part_of_a_stop_string_is_printed_meanwhile(capsys):
+    def steps():
+        for byte in "ab\nUser: c".encode():
+            yield torch.tensor([byte])
+            seen.append(capsys.readouterr().out)
+
+    seen = []
+    stream(steps(), BYTE, "", 1, ["\nUser:"])
+    assert "".join(seen) == "ab" and len(seen) == 7
+
+
+def test_a_stop_string_of_one_token_with_more_text_ends_before_it(capsys):
+    class Words:
+        stops = ()
+
+        def decode_bytes(self, ids):
+            return b"".join({1: b"so. ", 2: b"END of", 3: b"x EN", 4: b"D"}[i] for i in ids)
+
+    stream(iter([torch.tensor([1]), torch.tensor([2])]), Words(), "", 1, ["END"])
+    assert capsys.readouterr().out == "so. \n"
+    stream(iter([torch.tensor([3]), torch.tensor([4])]), Words(), "", 1, ["END"])
+    assert capsys.readouterr().out == "x \n"
+
+
+@pytest.mark.parametrize("stop, stops", [
+    (None, []), ("User:", ["User:"]), ('["\\n\\n", "User:"]', ["\n\n", "User:"]), ("[INST]", ["[INST]"]), ("[]", []),
+])  # fmt: skip
+def test_a_stop_is_a_text_or_a_json_list_of_texts(stop, stops):
+    assert sample.SampleConfig(stop=stop).stops == stops
+
+
+@pytest.mark.parametrize("stop", ['[""]', '["a", 7]', "[[]]"])
+def test_a_stop_that_is_no_text_is_refused(stop):
+    with pytest.raises(UserError, match="stop is .*; it must be text, or a JSON list of texts, as in --stop="):
+        sample.SampleConfig(stop=stop)
 
 
 # ---- a run's folder
@@ -351,6 +449,13 @@ def test_a_run_folder_alone_is_enough_to_sample_from(run_dir, capsys):
     assert out == sampled(capsys, *args)
     assert out != sampled(capsys, *args, "--seed=5")
     assert sampled(capsys, *args, "--precision=bf16").startswith("ROM")
+
+
+def test_a_sample_ends_at_its_stop_string(run_dir, capsys):
+    args = f"--out_dir={run_dir}", "--prompt=ROM", "--max_new_tokens=30"
+    whole = sampled(capsys, *args)[3:-1]
+    stop = whole[5:7]
+    assert sampled(capsys, *args, f"--stop={stop}") == "ROM" + whole[: whole.index(stop)] + "\n"
 
 
 def test_prompts_come_from_files_stdin_and_nowhere(run_dir, capsys, tmp_path, monkeypatch):
@@ -400,7 +505,7 @@ def test_a_prompt_file_that_is_no_text_is_refused(run_dir, capsys, tmp_path):
 def test_logits_that_are_not_finite_are_told_not_drawn_from(model, logit, temperature):
     logits = torch.zeros(2, V)
     logits[1, 3] = logit
-    drawn = draw(logits, SampleConfig(temperature=temperature), numbers(2))
+    drawn = draw(logits, GenerationConfig(temperature=temperature), numbers(2))
     assert drawn[0] >= 0 and drawn[1] == -1
     broken = copy.deepcopy(model)
     broken.head.weight.data[5] = logit
@@ -427,6 +532,8 @@ def test_small_models_generate_in_float32_on_a_cpu_unless_told_otherwise(precisi
         (["--temperature=-1"], "temperature is -1"),
         (["--top_p=0"], "top_p is 0"),
         (["--top_p=1.5"], "top_p is 1.5"),
+        (["--min_p=0"], "min_p is 0"),
+        (["--min_p=1.1"], "min_p is 1.1"),
         (["--top_k=0"], "top_k is 0"),
         (["--num_samples=0"], "num_samples is 0"),
         ([], "out_dir is none"),
@@ -440,7 +547,7 @@ def test_impossible_requests_are_refused_by_name(args, told, capsys):
 
 def test_a_tiny_temperature_is_greedy():
     logits = torch.randn(5, 37, generator=torch.Generator().manual_seed(1))
-    drawn = draw(logits, SampleConfig(temperature=1e-40), numbers(5))
+    drawn = draw(logits, GenerationConfig(temperature=1e-40), numbers(5))
     assert torch.equal(drawn, logits.argmax(-1))
 
 

@@ -7,22 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_model import BERT, MODERN, SMALL, random_model
+from test_model import MODERN, SMALL, random_model
 
 import config
-import sample
+import evaluate
 from config import UserError
-from interop.score import (
-    encode_pair,
-    loglikelihood,
-    loglikelihood_rolling,
-    print_scores,
-    read_requests,
-    score_tokens,
-    windows,
-)
+from evaluate import print_scores, read_requests
+from interop.score import encode_pair, loglikelihood, loglikelihood_rolling, score_tokens, windows
 from ranks import run, write_data
-from text.tokenizer import load_tokenizer, train_bpe
+from text.tokenizer import SPECIALS, load_tokenizer, train_bpe
 
 BYTE = load_tokenizer("byte")
 
@@ -178,12 +171,14 @@ def test_logits_that_are_not_finite_are_told():
 # ---- in and out
 
 
-def test_a_jsonl_file_has_a_request_a_line_and_all_else_is_one_text():
+def test_a_jsonl_file_has_a_request_a_line_and_all_else_is_one_text(tmp_path):
     lines = [{"text": "a\n\u2028b", "id": 3}, {"continuation": " c", "context": ""}]
     text = "\ufeff" + "\r\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n"
-    assert read_requests("FILE:x.jsonl", text) == [(None, "a\n\u2028b"), ("", " c")]
-    for prompt in ("FILE:x.txt", "-", text):
-        assert read_requests(prompt, text) == [(None, text)]
+    (tmp_path / "x.jsonl").write_bytes(text.encode())
+    (tmp_path / "x.txt").write_bytes(text.encode())
+    assert read_requests(f"FILE:{tmp_path / 'x.jsonl'}") == [(None, "a\n\u2028b"), ("", " c")]
+    for setting in (f"FILE:{tmp_path / 'x.txt'}", text):
+        assert read_requests(setting) == [(None, text)]
 
 
 @pytest.mark.parametrize("line, problem", [
@@ -202,16 +197,21 @@ def test_a_jsonl_file_has_a_request_a_line_and_all_else_is_one_text():
     ('{"text": ""}', "has an empty text; leave the line out"),
     ('{"context": "a", "continuation": ""}', "has an empty text"),
 ])  # fmt: skip
-def test_a_wrong_line_is_named_with_its_number_the_rule_and_the_remedy(line, problem):
+def test_a_wrong_line_is_named_with_its_number_the_rule_and_the_remedy(line, problem, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.jsonl").write_text(f'{{"text": "a"}}\n\n{line}\n{{"text": "b"}}\n')
     with pytest.raises(UserError, match=f"^x.jsonl line 3 {problem}") as error:
-        read_requests("FILE:x.jsonl", f'{{"text": "a"}}\n\n{line}\n{{"text": "b"}}\n')
+        read_requests("FILE:x.jsonl")
     assert "\n" not in str(error.value) and ";" in str(error.value)
 
 
-@pytest.mark.parametrize("prompt, text", [("", ""), ("-", ""), ("FILE:x.txt", ""), ("FILE:x.jsonl", "\n")])
-def test_nothing_to_score_is_refused(prompt, text):
-    with pytest.raises(UserError, match="(there is no text to score; give one|x.jsonl has no texts; write one)"):
-        read_requests(prompt, text)
+def test_nothing_to_score_is_refused(tmp_path):
+    for name, text, told in (("x.txt", "", "x.txt is empty; leave --text out"), ("x.jsonl", "\n", "has no texts; write one")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=told):
+            read_requests(f"FILE:{tmp_path / name}")
+    with pytest.raises(UserError, match="there is nothing to evaluate; give --tasks=lambada_openai or --text="):
+        evaluate.main(config.load(evaluate.Settings, [f"--out_dir={tmp_path}"]))
 
 
 def table(printed):
@@ -258,35 +258,37 @@ def run_dir(tmp_path_factory):
 
 
 def scored(capsys, *args):
-    """What sample.py --score prints, and what it says of itself."""
-    sample.main(config.load(sample.Settings, ["--device=cpu", "--score", *args]))
+    """What evaluate.py --text prints, and what it says of itself."""
+    evaluate.main(config.load(evaluate.Settings, ["--device=cpu", *args]))
     return capsys.readouterr()
 
 
 def test_a_run_is_scored_in_float32_unless_told_otherwise(run_dir, capsys, tmp_path, monkeypatch):
-    dtypes = {"auto": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16}  # as for a large model
-    monkeypatch.setattr(sample, "generation_dtype", lambda precision, *_: dtypes[precision])
+    monkeypatch.setattr("world.pick_precision", lambda name, device: "bf16" if name == "auto" else name)
     capsys.readouterr()
     (tmp_path / "x.jsonl").write_text('{"text": "ROMEO"}\n{"context": "RO", "continuation": "MEO"}\n')
-    printed = scored(capsys, f"--out_dir={run_dir}", f"--prompt=FILE:{tmp_path / 'x.jsonl'}")
-    assert "float32" in printed.err
-    model, _ = sample.load_model(run_dir, "cpu")
+    printed = scored(capsys, f"--out_dir={run_dir}", f"--text=FILE:{tmp_path / 'x.jsonl'}")
+    assert "fp32" in printed.err
+    model, _ = evaluate.load_model(run_dir, "cpu")
     expected = [*loglikelihood_rolling(model, BYTE, ["ROMEO"]), *loglikelihood(model, BYTE, [("RO", "MEO")])]
     *rows, total = table(printed.out)
     assert [float(row[0]) for row in rows] == pytest.approx([s.log_likelihood for s in expected], abs=1e-4)
-    printed = scored(capsys, f"--out_dir={run_dir}", "--prompt=ROMEO", "--precision=bf16")
-    assert "bfloat16" in printed.err
+    printed = scored(capsys, f"--out_dir={run_dir}", "--text=ROMEO", "--precision=bf16")
+    assert "bf16" in printed.err
     [text, total] = table(printed.out)
     assert float(text[0]) == pytest.approx(expected[0].log_likelihood, rel=0.02) and text[0] == total[0] != rows[0][0]
 
 
-def test_a_masked_model_scores_nothing_and_says_so(capsys):
-    model = random_model(replace(BERT, vocab_size=261)).eval()
-    with pytest.raises(UserError, match="masked model has no log-likelihood .*; score with a model of"):
-        print_scores(model, BYTE, [(None, "a")])
+def test_a_masked_model_scores_nothing_and_says_so(tmp_path):
+    ids = {name: 256 + i for i, name in enumerate(SPECIALS)}
+    data = write_data(tmp_path / "data", vocab_size=261, specials=ids)
+    run_dir = run(data, tmp_path / "run", vocab_size=None, objective="mlm", max_steps=1)
+    for asked in ("--text=a", "--tasks=lambada_openai"):
+        with pytest.raises(UserError, match="masked model has no log-likelihood .*; evaluate a model of"):
+            evaluate.main(config.load(evaluate.Settings, ["--device=cpu", f"--out_dir={run_dir}", asked]))
 
 
 def test_a_wrong_file_is_refused(run_dir, tmp_path, capsys):
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\nimport os\n')
     with pytest.raises(UserError, match="x.jsonl line 2 is no JSON"):
-        scored(capsys, f"--out_dir={run_dir}", f"--prompt=FILE:{tmp_path / 'x.jsonl'}")
+        scored(capsys, f"--out_dir={run_dir}", f"--text=FILE:{tmp_path / 'x.jsonl'}")

@@ -810,7 +810,7 @@ def test_list_that_is_not_of_characters_is_refused(tmp_path, wrong, message):
 
 @pytest.mark.parametrize("name", ["gpt-2", "bytes", "", "bpe", "tokenizer.model"])
 def test_unknown_name_lists_the_known_ones(name):
-    message = "is unknown; use byte, bpe, the path of a tokenizer.json, BERT.s vocab.txt, .*gpt2"
+    message = "is unknown; use byte, bpe, byte_fim, bpe_fim, the path of a tokenizer.json, BERT.s vocab.txt, .*gpt2"
     with pytest.raises(UserError, match=message):
         load_tokenizer(name)
 

@@ -20,7 +20,8 @@ import numpy as np
 
 from config import UserError
 from text.corpus import Corpus
-from text.files import JSON_LINES, TEXTS, TextFile, ending_of, shown
+from text.files import JSON_LINES, TEXTS, TextFile, ending_of, open_file, shown
+from text.remote import RemoteFile
 
 HTML, WEB = (".html", ".htm", ".xhtml"), (".warc", ".wet")
 ENDINGS = (*TEXTS, *JSON_LINES, ".parquet", *HTML, *WEB)  # of files that a folder is searched for
@@ -49,20 +50,21 @@ class Input:
     """Reads a task's share of the input. skipped: {reason: how many were left out}, once all is read."""
 
     def __init__(self, cfg, work):
-        """work: a folder with started.json, whose "files" are the input's paths."""
+        """work: a folder with started.json, whose "files" are local paths, or the fields of a RemoteFile but source."""
         self.cfg, self.work, self.skipped = cfg, work, {}
 
     def __call__(self, _, rank, world_size):
         from datatrove.data import Document
 
-        paths = [Path(path) for path in json.loads(folder_of(self.work).cat_file("started.json"))["files"]]
+        files = json.loads(folder_of(self.work).cat_file("started.json"))["files"]
+        paths = [Path(file) if isinstance(file, str) else RemoteFile(self.cfg.input, *file) for file in files]
         # Tasks that outnumber the files share each file's documents in turn.
         mine = paths[rank::world_size] or [paths[rank % len(paths)]]
         share, n_shares = rank // len(paths), len(range(rank % len(paths), world_size, len(paths)))
         n_shares = 1 if len(paths) >= world_size else n_shares
         corpus = Corpus(self.cfg, None, (mine, {}))
         for path in mine:
-            kind = ending_of(path.name)[0]
+            kind = ending_of(str(path))[0]
             for i, (text, fields) in enumerate((_web_texts if kind in WEB else _texts)(corpus, path, kind)):
                 if i % n_shares != share % n_shares:
                     continue
@@ -77,8 +79,8 @@ def _texts(corpus, path, kind):
     if kind in HTML:
         from trafilatura.utils import decode_file  # by the encoding that a page names, or looks like
 
-        with corpus.counting_damage(path):
-            yield decode_file(path.read_bytes()), {}
+        with corpus.counting_damage(path), open_file(path) as file:
+            yield decode_file(file.read()), {}
         return
     limit = corpus.cfg.max_document_bytes
     for pieces in corpus.documents_of(path):
@@ -93,9 +95,12 @@ def _web_texts(corpus, path, _):
     """Yields (text, {url, date}) for each page of a WARC or WET file."""
     from warcio.exceptions import ArchiveLoadFailed
 
+    reader = make("readers.WarcReader", ".", compression=None)
+    # The reader's own files would not be read on over a broken connection.
+    reader.data_folder = types.SimpleNamespace(open=lambda *_, **__: open_file(path), resolve_paths=str)
     with corpus.counting_damage(path):
         try:
-            for document in make("readers.WarcReader", str(path.parent), compression=None).read_file(path.name):
+            for document in reader.read_file(str(path)):
                 yield document.text, {name: document.metadata[name] for name in ("url", "date")}
         except ImportError as error:
             raise UserError(f"{shown(path)} cannot be read: {error}; install libmagic, no Python package") from error

@@ -18,8 +18,11 @@ from pathlib import Path
 
 from config import Config, Count, UserError
 from text import files
-from text.files import Tally, TextFile, download, ending_of, find_files, shown
+from text.files import Tally, TextFile, ending_of, find_files, open_file, shown
+from text.remote import public
 
+BPE_BYTES = 200 << 20  # most text to train a BPE on
+BPE_WORD = 256  # longest word to train it on: training time is quadratic in it
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"  # 1.1 MB
 
 
@@ -31,8 +34,8 @@ def stdlib_files(_):
     return sorted(path for path in files if path.is_file())
 
 
-# A dataset's name: a function that returns the paths of its files; what it downloads goes below the given folder.
-DATASETS = {"stdlib": stdlib_files, "shakespeare": lambda folder: [download(SHAKESPEARE, folder / "download")]}
+# A dataset's name: a function of the data folder that returns its files.
+DATASETS = {"stdlib": stdlib_files, "shakespeare": lambda folder: find_files(SHAKESPEARE, folder)[0]}
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ def _is_encoding(name):
 class Corpus:
     """The documents of the input. skipped: {reason: how many were left out} by the last pass.
 
-    inventory: the number of files, their bytes, the newest one's time, and a hash of their names and sizes.
+    inventory: the number of files, their bytes, the newest one's time, and a hash of their names and sizes; remote
+    files have no time, but etags in the hash.
     """
 
     def __init__(self, cfg, folder, found=None):
@@ -71,7 +75,7 @@ class Corpus:
         if found is None:
             found = (DATASETS[cfg.dataset](folder), {}) if cfg.dataset else find_files(cfg.input, folder)
         self.files, self.left_out = found
-        self.root = Path(os.path.commonpath([path.parent for path in self.files]))
+        self.root = Path(os.path.commonpath([getattr(path, "place", path).parent for path in self.files]))
         sizes, newest, names = [], 0, hashlib.sha256()
         for path in self.files:
             try:
@@ -80,13 +84,13 @@ class Corpus:
                 raise UserError(f"{shown(path)} cannot be read ({error.strerror}); repeat the command") from error
             sizes.append(status.st_size)
             newest = max(newest, status.st_mtime)
-            names.update(b"%s %d\n" % (self._name(path), status.st_size))
+            names.update(b"%s %d%s\n" % (self._name(path), status.st_size, getattr(path, "version", "").encode()))
         self.bytes = sum(sizes)
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(newest))
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(newest)) if newest else None
         self.inventory = {"files": len(sizes), "bytes": self.bytes, "newest": when, "names": names.hexdigest()[:16]}
 
     def _name(self, path):
-        return str(path.relative_to(self.root)).encode("utf-8", errors="surrogateescape")
+        return str(getattr(path, "place", path).relative_to(self.root)).encode("utf-8", errors="surrogateescape")
 
     def pieces(self):
         """Yields (split, bytes, whether they end a document), in order; long documents come in pieces.
@@ -102,7 +106,7 @@ class Corpus:
         if len(first) == 1:
             yield from self._tail_split(first[0][1])
             return self.total.check("the text of all files", self.cfg.encoding or "utf-8")
-        where = self.cfg.dataset or files.public(self.cfg.input)
+        where = self.cfg.dataset or public(self.cfg.input)
         if not first:
             why = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items()) or "no documents"
             remedy = f"set --text_field= to one of: {', '.join(self.fields)}" if self.fields else "check --input="
@@ -179,7 +183,7 @@ class Corpus:
             yield from file.blocks()
 
     def _json_texts(self, path, lines):
-        is_in_doubt = ending_of(path.name)[0] == ".json"
+        is_in_doubt = ending_of(str(path))[0] == ".json"
         for line in lines:
             if line is None:
                 yield None
@@ -212,7 +216,7 @@ class Corpus:
         try:
             import pyarrow.parquet
 
-            file = pyarrow.parquet.ParquetFile(path)
+            file = pyarrow.parquet.ParquetFile(path if isinstance(path, Path) else open_file(path))
         except ImportError as error:
             raise UserError(f"{path} needs pyarrow; install it with: pip install pyarrow") from error
         except pyarrow.ArrowInvalid as error:
@@ -230,6 +234,21 @@ class Corpus:
                         self.skipped[f"rows without text in the column {field!r}"] += 1
             except pyarrow.ArrowException as error:
                 raise EOFError(str(error)) from error
+
+
+def training_texts(corpus):
+    """Texts to train a BPE on. Cuts long words: training would take minutes for one unbroken line of 2 MB."""
+    seen = 0
+    for piece in (piece for split, piece, _ in corpus.pieces() if split == "train"):
+        text, start = piece.decode("utf-8", errors="replace"), 0
+        for word in re.finditer(rf"(?<!\S)\S{{{BPE_WORD + 1},}}|(?<!\s)\s{{{BPE_WORD + 1},}}", text):
+            for cut in range(word.start() + BPE_WORD, word.end(), BPE_WORD):
+                yield text[start:cut]
+                start = cut
+        yield text[start:]
+        if (seen := seen + len(piece)) >= BPE_BYTES:
+            break
+    print(f"  its words in {seen / 1e6:,.1f} MB of text are counted; learning merges", flush=True)
 
 
 class FilePieces:

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ class Framing:
     """
 
     def __init__(self, tokenizer, is_causal, block_size):
-        self.tokenizer, self.block_size, self.n_cut = tokenizer, block_size, 0
+        self.tokenizer, self.is_causal, self.block_size, self.n_cut = tokenizer, is_causal, block_size, 0
         if is_causal:
             self.begin, self.end = [*tokenizer.begin], []
             self.between = [] if tokenizer.eot is None else [tokenizer.eot]
@@ -107,8 +108,11 @@ class Framing:
             self.between, self.end = sep, sep
         self.pad = next((tokenizer.specials[name] for name in ("[PAD]", "<|pad|>") if name in tokenizer.specials), 0)
 
-    def __call__(self, first, second=None):
-        """(ids, int32; how many of them belong to the first text) of one text or two."""
+    def __call__(self, first, second=None, where="a text"):
+        """(ids, int32; how many of them belong to the first text) of one text or two. where: names them in errors."""
+        for text in (first, second):
+            if not isinstance(text, str | None):
+                raise UserError(f"{where} is {text!r}, no text; name another column by --text_column, --second_column")
         a, b = ([] if text is None else self.tokenizer.encode(text).tolist() for text in (first, second))
         middle = [] if second is None else self.between
         room = self.block_size - len(self.begin) - len(middle) - len(self.end)
@@ -120,49 +124,53 @@ class Framing:
         head = self.begin + a + middle
         ids = head + b + self.end
         if not ids:
-            raise UserError("a text is empty, and this tokenizer begins texts with no token; leave such records out")
+            raise UserError(f"{where} is empty, and this tokenizer begins texts with no token; leave such records out")
         return np.array(ids, dtype=np.int32), len(ids) if second is None else len(head)
 
 
-class Examples:
-    """Texts as token ids with a target each, a class's number or a float; an objective for a Loader's batches."""
+class Row(NamedTuple):
+    """A sequence to train on, with its targets."""
 
-    def __init__(self, framing, first, second, targets):
-        """first, second, targets: lists of texts, of texts or None, of numbers; None: there are no targets."""
-        pairs = [framing(*texts) for texts in zip(first, second or [None] * len(first))]
-        self.ids, heads = zip(*pairs)
-        self.heads, self.lengths = np.array(heads), np.array([len(ids) for ids in self.ids])
-        self.targets = np.full(len(self.ids), IGNORE) if targets is None else np.array(targets)
-        if self.targets.dtype.kind == "f":
-            self.targets = self.targets.astype(np.float32)  # as logits are
-        self.pad, self.is_causal, self.block_size = framing.pad, not framing.end, framing.block_size
+    ids: np.ndarray
+    n_first: int  # tokens of the first text; those behind them have token type 1
+    targets: np.ndarray  # int64 or float32; IGNORE where there is none
+    positions: np.ndarray  # of the targets
+
+
+class Examples:
+    """The Rows of a file; an objective for a Loader's batches."""
+
+    def __init__(self, rows, framing):
+        self.rows, self.lengths = rows, np.array([len(row.ids) for row in rows])
+        self.pad, self.is_causal, self.block_size = framing.pad, framing.is_causal, framing.block_size
 
     def __len__(self):
-        return len(self.ids)
+        return len(self.rows)
 
     def fingerprint(self):
         """A hash of ids and targets."""
-        digest = hashlib.sha256(np.concatenate(self.ids).tobytes() + self.lengths.tobytes() + self.targets.tobytes())
+        digest = hashlib.sha256(self.lengths.tobytes())
+        for row in self.rows:
+            digest.update(row.ids.tobytes() + row.targets.tobytes())
         return digest.hexdigest()[:16]
 
     def batch(self, numbers, n_rows):
-        """(ids (B, T), targets (B, 1), positions (B, 1), attention_mask (B, T), token types (B, T)) of some examples.
+        """(ids (B, T), targets (B, K), positions (B, K), attention_mask (B, T), token types (B, T)) of some rows.
 
-        Rows beyond the examples have no targets. T is a multiple of 8 for few different shapes.
+        B is n_rows; those beyond the numbers have no targets. T is a multiple of 8 for few different shapes.
         """
-        longest = max((len(self.ids[i]) for i in numbers), default=1)
+        rows = [self.rows[i] for i in numbers]
+        longest, like = max((len(row.ids) for row in rows), default=1), self.rows[0].targets
         shape = n_rows, min(self.block_size, -(-longest // 8) * 8)
-        ids, types, lengths = np.full(shape, self.pad), np.zeros(shape, np.int64), np.ones(n_rows, np.int64)
-        targets = np.full((n_rows, 1), IGNORE, self.targets.dtype)
-        for row, i in enumerate(numbers):
-            lengths[row], targets[row] = self.lengths[i], self.targets[i]
-            ids[row, : lengths[row]] = self.ids[i]
-            types[row, self.heads[i] : lengths[row]] = 1
-        positions = (lengths - 1 if self.is_causal else lengths * 0)[:, None]
-        mask = np.arange(shape[1]) < lengths[:, None]
-        return *map(torch.from_numpy, (ids, targets, positions, mask)), None if self.is_causal else torch.from_numpy(
-            types
-        )
+        ids, types, lengths = np.full(shape, self.pad), np.zeros(shape, np.int64), np.ones((n_rows, 1), np.int64)
+        targets, positions = np.full((n_rows, len(like)), IGNORE, like.dtype), np.zeros((n_rows, len(like)), np.int64)
+        for i, row in enumerate(rows):
+            lengths[i], targets[i], positions[i] = len(row.ids), row.targets, row.positions
+            ids[i, : len(row.ids)] = row.ids
+            types[i, row.n_first : len(row.ids)] = 1
+        mask = np.arange(shape[1]) < lengths
+        types = None if self.is_causal else torch.from_numpy(types)
+        return *map(torch.from_numpy, (ids, targets, positions, mask)), types
 
 
 # ---- the order of training

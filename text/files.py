@@ -1,24 +1,21 @@
-"""Files of any kind to blocks of UTF-8 text: found, fetched, decompressed, decoded."""
+"""Files of any kind to blocks of UTF-8 text: found, decompressed, decoded."""
 
-import base64
 import bz2
 import codecs
 import collections
 import glob
-import hashlib
-import http.client
 import io
 import lzma
 import os
 import re
-import shutil
-import urllib.parse
+import sys
 import urllib.request
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from config import UserError
+from text.remote import RemoteFile, is_url, list_files, public
 
 PIECE_BYTES = 1 << 20  # files are read in blocks of about this size
 HEAD_BYTES = 1 << 14  # a file's kind shows in them
@@ -54,26 +51,70 @@ def ending_of(name):
 
 def shown(path):
     """A path as text that can be printed whatever bytes its name has."""
-    return os.fsencode(path).decode("utf-8", errors="backslashreplace")
+    return os.fsencode(str(path)).decode("utf-8", errors="backslashreplace")
+
+
+def open_file(path, size=PIECE_BYTES):
+    """A local or remote file, open for reads of about size bytes."""
+    return path.open(size) if isinstance(path, RemoteFile) else open(path, "rb")
+
+
+def read_text(setting, name):
+    """The text that a setting gives, or reads from FILE:path or, as -, from stdin; UserError where it has none.
+
+    name: the setting's name.
+    """
+    where = f"{name} file {setting[5:]}" if setting.startswith("FILE:") else "stdin" if setting == "-" else name
+    try:
+        if setting.startswith("FILE:"):
+            text = Path(setting[5:]).read_bytes().decode("utf-8")  # keeps line ends
+        else:
+            # Python keeps bytes that it cannot decode, in the C locale all but ASCII, as halves of surrogate pairs.
+            text = sys.stdin.read() if setting == "-" else setting
+            text = text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{where} cannot be read as UTF-8 text ({error})") from error
+    if setting and not text:
+        raise UserError(f"{where} is empty; leave --{name} out")
+    return text
 
 
 def find_files(where, folder, endings=(*TEXTS, *JSON_LINES, ".parquet")):
     """(the files that a path, folder, glob or URL names, sorted; {what a folder holds besides: how many}).
 
-    endings: of the files that a folder is searched for. A URL is fetched below the folder that is given.
+    folder: is not searched; endings: of the files that a folder is searched for. Remote files are not read yet.
     """
+    if where.startswith("file://"):
+        where = urllib.request.url2pathname(where.removeprefix("file://"))
+    is_folder = os.path.isdir(where)
     if is_url(where):
-        return [download(where, folder / "download")], {}
-    if os.path.isdir(where):
+        listed, is_folder = list_files(where)
+        reasons = {file: _why_left_out(below.strip("/"), endings if is_folder else None) for file, below in listed}
+        found = [file for file in reasons if not reasons[file]]
+        left_out = collections.Counter(reasons.values()) if is_folder else {}  # a glob does not count them anywhere
+    elif is_folder:
         found, left_out = _files_of_folder(where, folder, endings)
-        remedy = f"it must hold {', '.join(endings)}; for other text, give a glob such as --input='{where}/**/*'"
     else:
-        found, left_out = {Path(p) for p in [where, *glob.glob(where, recursive=True)] if os.path.isfile(p)}, {}
-        remedy = "check the path, and put a glob in quotes"
+        paths = {Path(path) for path in [where, *glob.glob(where, recursive=True)] if os.path.isfile(path)}
+        found, left_out = sorted(paths), {}
     if not found:
-        what = "holds no file of text" if os.path.isdir(where) else "names no file"
+        where, what, remedy = public(where), "names no file", "check the path, and put a glob in quotes"
+        if is_folder:
+            what = "holds no file of text"
+            remedy = f"it must hold {', '.join(endings)}; for other text, give a glob such as --input='{where}/**/*'"
         raise UserError(f"input {where} {what}; {remedy}")
-    return sorted(found), left_out
+    left_out = {f"{why}, left out": count for why, count in left_out.items() if why and count}
+    return found, left_out
+
+
+def _why_left_out(path, endings):
+    """Why a file below a folder is left out; None where it is not. endings: those that are read, None for any."""
+    ending, packing = ending_of(path)
+    if any(part.startswith(".") for part in path.split("/")):
+        return "hidden files"
+    if endings and ending not in endings:
+        return f"{ending}{packing} files" if ending or packing else "files without an ending"
+    return None
 
 
 def _files_of_folder(where, data_dir, endings):
@@ -92,74 +133,13 @@ def _files_of_folder(where, data_dir, endings):
                 visited.add(real)
                 folders.append(name)
         for name in names:
-            ending, packing = ending_of(name)
-            if name.startswith("."):
-                left_out["hidden files"] += 1
-            elif ending not in endings:
-                left_out[f"{ending}{packing} files" if ending or packing else "files without an ending"] += 1
+            if why := _why_left_out(name, endings):
+                left_out[why] += 1
             elif os.path.isfile(path := os.path.join(here, name)):
                 found.append(Path(path))
             else:
                 left_out["links to nothing, or special files"] += 1
-    return found, {f"{what}, left out": count for what, count in left_out.items() if count}
-
-
-# ---- URLs
-
-
-def is_url(where):
-    """Whether an input is a URL."""
-    return re.match(r"\w+://", where) is not None
-
-
-def bare_url(url):
-    """A URL without user, password, query and fragment."""
-    scheme, _, rest = re.split(r"[?#]", url)[0].partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
-
-
-def public(where):
-    """An input as it may be shown: a URL without user, password and query, but with 4 digits of the query's hash."""
-    if not is_url(where):
-        return where
-    try:
-        parts = urllib.parse.urlsplit(where)
-    except ValueError as error:
-        raise UserError(f"input is no URL ({error}); check it") from None  # the cause may show a secret
-    mark = f"?...{hashlib.sha256(parts.query.encode()).hexdigest()[:4]}" if parts.query else ""
-    return bare_url(where) + mark
-
-
-def download(url, folder):
-    """The path of a URL's file, which is fetched into a folder unless it is there."""
-    shown_url, parts = public(url), urllib.parse.urlsplit(url)
-    name = parts.path.rstrip("/").rpartition("/")[2]
-    name = name if name.strip(".") else "download.txt"
-    path = folder / hashlib.sha256(shown_url.encode()).hexdigest()[:8] / name
-    if path.exists():
-        return path
-    print(f"fetching {shown_url}", flush=True)
-    partial, (login, _, host) = path.with_name(name + ".part"), parts.netloc.rpartition("@")
-    logs_in = login and parts.scheme in ("http", "https")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        request = urllib.request.Request(parts._replace(netloc=host).geturl() if logs_in else url)
-        if logs_in:  # at this host alone, wherever it redirects
-            token = base64.b64encode(urllib.parse.unquote(login).encode()).decode()
-            request.add_unredirected_header("Authorization", f"Basic {token}")
-        with urllib.request.urlopen(request, timeout=60) as response, open(partial, "wb") as file:
-            if response.headers.get_content_type() == "text/html" and ending_of(name)[0] not in (".html", ".htm"):
-                raise ValueError("it is a web page, not the file itself")
-            shutil.copyfileobj(response, file)
-            if getattr(response, "length", None):  # bytes that the server promised and did not send
-                raise ConnectionError(f"cut short {response.length:,} bytes before its end")
-    except (OSError, ValueError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
-        why = str(error).replace(parts.query, "...") if parts.query else str(error)
-        rule = f"{shown_url} could not be fetched ({why})"
-        raise UserError(f"{rule}; get it by hand and set --input= to it") from None  # the cause may show a secret
-    os.replace(partial, path)
-    return path
+    return sorted(found), left_out
 
 
 # ---- content
@@ -198,7 +178,7 @@ class TextFile:
     def __init__(self, path, encoding=None, total=None):
         self.path, self.total = path, total or Tally()
         ending = ending_of(str(path))[0]
-        with open(path, "rb") as file:
+        with open_file(path, HEAD_BYTES) as file:
             head = file.read(HEAD_BYTES)
         self.packing = next((packing for packing, magic in PACKED.items() if head.startswith(magic)), None)
         self.is_parquet = ending == ".parquet" or head.startswith(b"PAR1")
@@ -226,7 +206,7 @@ class TextFile:
 
     def chunks(self, size, skip=0):
         """Yields the file's bytes, decompressed, in chunks of at least size, without the first skip; EOFError if damaged."""
-        with io.BytesIO(self.content) if self.content is not None else open(self.path, "rb") as file:
+        with io.BytesIO(self.content) if self.content is not None else open_file(self.path, size) as file:
             read = iter(lambda: file.read(size), b"") if self.packing is None else _unpacked(file, self.packing, size)
             for chunk in read:
                 if kept := chunk[skip:]:

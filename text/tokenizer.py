@@ -1,8 +1,8 @@
 """Text to token ids and back.
 
-A tokenizer's name is `byte`, a tiktoken name such as `gpt2`, or the path of a file: any Hugging Face tokenizer.json,
-BERT's vocab.txt, or GPT-2's vocab.json next to merges.txt. Text never becomes a special token: "<|endoftext|>" inside a
-document is encoded as ordinary text.
+A tokenizer's name is `byte`, `byte_fim`, a tiktoken name such as `gpt2`, or the path of a file: any Hugging Face
+tokenizer.json, BERT's vocab.txt, or GPT-2's vocab.json next to merges.txt. Text never becomes a special token:
+"<|endoftext|>" inside a document is encoded as ordinary text.
 """
 
 import collections
@@ -19,6 +19,7 @@ from foreign import telling
 from shards import end_of_text
 
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|mask|>", "<|cls|>", "<|sep|>")  # the last ids of byte and bpe
+FIM_SPECIALS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")  # behind them in byte_fim and bpe_fim
 BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SMALLEST_BPE = 256 + len(SPECIALS)  # vocabulary size of a bpe without merges
 
@@ -95,9 +96,10 @@ class Tokenizer:
 class ByteTokenizer(Tokenizer):
     """One id per UTF-8 byte."""
 
-    def __init__(self):
-        specials = {name: 256 + i for i, name in enumerate(SPECIALS)}
-        super().__init__("byte", {i: bytes((i,)) for i in range(256)}, specials)
+    def __init__(self, name="byte"):
+        names = SPECIALS + FIM_SPECIALS if name == "byte_fim" else SPECIALS
+        specials = {special: 256 + i for i, special in enumerate(names)}
+        super().__init__(name, {i: bytes((i,)) for i in range(256)}, specials)
 
     def encode(self, text, continues=False):
         """The ids of a text, as a numpy array."""
@@ -163,6 +165,12 @@ class FileTokenizer(Tokenizer):
                 return np.array(ids[len(letter) :], dtype=np.uint32)
         return np.array(self._ids(text), dtype=np.uint32)
 
+    def drop_merges(self, share):
+        """Leaves out this share of a BPE's merges at random from now on (Provilkov et al. 2020), without a seed."""
+        if self.saved["model"]["type"] != "BPE" or not self.saved["model"]["merges"]:
+            raise UserError("it is no BPE; leave it out")
+        self._tokenizer.model.dropout = share
+
     def _ids(self, text):
         with telling(lambda reason: f"the tokenizer {self.name} cannot encode the text ({reason}); use another"):
             return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
@@ -189,16 +197,16 @@ class WordPieceTokenizer(FileTokenizer):
 
 
 def load_tokenizer(name):
-    """The tokenizer of a name: `byte`, a tiktoken name, or the path of a tokenizer.json, vocab.txt or vocab.json."""
-    if name == "byte":
-        return ByteTokenizer()
+    """The tokenizer of a name: byte, byte_fim, tiktoken's, or the path of a tokenizer.json, vocab.txt or vocab.json."""
+    if name in ("byte", "byte_fim"):
+        return ByteTokenizer(name)
     if name.endswith((".json", ".txt")):
         return tokenizer_of_saved(name, saved_tokenizer(name))
     import tiktoken
 
     if name not in (names := tiktoken.list_encoding_names()):
-        known = f"byte, bpe, the path of a tokenizer.json, BERT's vocab.txt, or one of tiktoken's: {', '.join(names)}"
-        raise UserError(f"tokenizer {name!r} is unknown; use {known}")
+        known = "byte, bpe, byte_fim, bpe_fim, the path of a tokenizer.json, BERT's vocab.txt, or one of tiktoken's"
+        raise UserError(f"tokenizer {name!r} is unknown; use {known}: {', '.join(names)}")
     try:
         return TiktokenTokenizer(name, tiktoken.get_encoding(name))
     except OSError as error:  # requests' errors are OSErrors
@@ -208,7 +216,7 @@ def load_tokenizer(name):
         ) from error
 
 
-def train_bpe(texts, vocab_size, path):
+def train_bpe(texts, vocab_size, path, with_fim=False):
     """Trains a byte-level BPE of vocab_size ids, special tokens included, on texts; writes it to path.
 
     The file is a tokenizer.json that Hugging Face's libraries read too. A small corpus may give fewer ids.
@@ -217,12 +225,15 @@ def train_bpe(texts, vocab_size, path):
         import tokenizers
     except ImportError as error:
         raise UserError("tokenizer bpe needs tokenizers; install it with: pip install tokenizers") from error
+    specials = SPECIALS + FIM_SPECIALS if with_fim else SPECIALS
+    if vocab_size < 256 + len(specials):
+        raise UserError(f"bpe_vocab_size is {vocab_size}; with bpe_fim it must be at least {256 + len(specials)}")
     bpe, alphabet = _byte_level(), tokenizers.pre_tokenizers.ByteLevel.alphabet()
     # Trained without special tokens, which come last: ids must be merge ranks for tiktoken.
-    size = vocab_size - len(SPECIALS)
+    size = vocab_size - len(specials)
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
-    bpe.add_special_tokens(list(SPECIALS))
+    bpe.add_special_tokens(list(specials))
     Path(path).write_text(json.dumps(json.loads(bpe.to_str()), ensure_ascii=False), encoding="utf-8")  # as save does
 
 
@@ -262,7 +273,8 @@ def tokenizer_of_saved(path, saved):
         how = words, model.get("unk_token"), model.get("continuing_subword_prefix")
         if model["type"] == "WordPiece" and how == ("BertPreTokenizer", "[UNK]", "##"):
             return WordPieceTokenizer(str(path), saved)
-        if model["type"] == "BPE" and tuple(token["content"] for token in saved.get("added_tokens") or ()) == SPECIALS:
+        names = tuple(token["content"] for token in saved.get("added_tokens") or ())
+        if model["type"] == "BPE" and names in (SPECIALS, SPECIALS + FIM_SPECIALS):
             encoding = _encoding_of_bpe(Path(path).name, saved)
             if _is_plain_bpe(saved):  # faster by tiktoken
                 return TiktokenTokenizer(str(path), encoding, saved)
