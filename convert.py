@@ -1,6 +1,7 @@
 """Models in and out.
 
     python convert.py --out_dir=out/quickstart --to_hf=exported         # a run, to a Hugging Face model
+    python convert.py --out_dir=out/quickstart --to_gguf=model.gguf     # a run, to llama.cpp's file
     python convert.py --init_from=gpt2 --to_hf=copy                     # a Hugging Face model, to another one
     python convert.py --from_nanogpt=out/ckpt.pt --out_dir=out/nanogpt  # nanoGPT's checkpoint, to a run
 
@@ -24,6 +25,7 @@ import foreign
 from config import UserError, only, run_script
 from heads import TunedModel
 from interop.families import config_of, family_of, their_tensors
+from interop.gguf import write_gguf
 from interop.hub import ACCOMPANYING, TOKENIZER_FILES, HubModel, copy_files, save_tensors
 from interop.nanogpt import import_nanogpt
 from interop.pretrained import TOKENIZER, load_tokenizer_of, model_location, with_model
@@ -40,6 +42,8 @@ SHARD_BYTES = 5 * 10**9  # largest file of weights, as transformers below 5 writ
 class ConvertConfig:
     to_hf: str | None = None  # folder to write a Hugging Face model to
     hf_dtype: Literal["float32", "bfloat16", "float16"] | None = None  # dtype of the exported weights; none: unchanged
+    to_gguf: str | None = None  # GGUF file to write, which llama.cpp runs
+    gguf_type: Literal["f16", "q8_0", "f32"] = "f16"  # type of the matrices in it; q8_0: 8 bits
     from_nanogpt: str | None = None  # nanoGPT's ckpt.pt, to become a run in out_dir
     nanogpt_tokenizer: str | None = None  # meta.pkl of its data, or as in prepare.py; none: gpt2, if its size is that
 
@@ -52,16 +56,21 @@ class Settings:
 
 
 def main(cfg):
-    if (cfg.convert.to_hf is None) == (cfg.convert.from_nanogpt is None):
-        raise UserError("give one of to_hf, the folder of a model to write, and from_nanogpt, a ckpt.pt to read")
+    given = [name for name in ("to_hf", "to_gguf", "from_nanogpt") if getattr(cfg.convert, name) is not None]
+    if len(given) != 1:
+        what = "to_hf, a folder, or to_gguf, a file, to write a model, or from_nanogpt, a ckpt.pt to read"
+        raise UserError(f"{' and '.join(given) or 'nothing'} is given; give one of {what}")
     if path := cfg.convert.from_nanogpt:
         if not (out_dir := cfg.run.out_dir):
             raise UserError("out_dir is none; name the folder of the run to make, as in --out_dir=out/nanogpt")
         lines = import_nanogpt(path, out_dir, cfg.convert.nanogpt_tokenizer)
         written = f"{path}: written to {out_dir} as a run; to continue it: python train.py {out_dir}/config.py"
         print(*lines, written, sep="\n")
+        return
+    tune_malloc(mmap_threshold=2**17)  # return freed tensors at once: glibc keeps those below 32 MiB
+    if path := cfg.convert.to_gguf:
+        with_model(model_location(cfg), lambda source: write_gguf(source, path, cfg.convert.gguf_type))
     else:
-        tune_malloc(mmap_threshold=2**17)  # return freed tensors at once: glibc keeps those below 32 MiB
         with_model(model_location(cfg), lambda source: export(source, cfg.convert.to_hf, cfg.convert.hf_dtype))
 
 

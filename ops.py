@@ -87,20 +87,25 @@ def linear_together(x, *layers, stacked=None):
 
 
 def rope_table(positions, head_dim, theta, scale=1.0, context=None):
-    """Cosines and signed sines (..., T, D) for rotate, at positions (..., T); arXiv 2104.09864.
+    """Cosines and signed sines (..., T, D) for rotate, at positions (..., T); arXiv 2104.09864."""
+    angles = positions[..., None] * frequencies_of(head_dim, theta, scale, context, positions.device)  # ... T D/2
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def frequencies_of(head_dim, theta, scale=1.0, context=None, device=None):
+    """Angles per position (D/2,) of rope's pairs of channels.
 
     scale divides the frequencies that turn less than once in a context, leaves those that turn 4 times and more, and
     interpolates between: Llama 3.1's extension of the context (arXiv 2407.21783).
     """
     # Rounded as transformers rounds them: at position 8,192 another order of operations changes angles by 1e-3.
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device) / head_dim)
     if scale != 1:
         left = (context / (2 * math.pi / frequencies) - 1) / 3
         between = (1 - left) * frequencies / scale + left * frequencies
         frequencies = between.where(left < 1, frequencies).where(left > 0, frequencies / scale)
-    angles = positions[..., None] * frequencies  # ... T D/2
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+    return frequencies
 
 
 def rotate(x, rope):

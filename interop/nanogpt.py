@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from checkpoint import CheckpointConfig, Failure, checkpoints, file_numbers, write_checkpoint
+from checkpoint import CheckpointConfig
 from config import UserError
 from data import DataConfig, sha256
 from interop.families import GPT2, tensors_of
@@ -19,8 +19,8 @@ from model import ModelConfig, parameter_shapes
 from optim import OptimConfig
 from run.folder import RunConfig, writing_to
 from run.log import LogConfig
+from run.resume import check_is_new, write_run
 from text.tokenizer import load_tokenizer, write_character_tokenizer
-from world import World
 
 MODEL_ARGS = {
     "n_layer": int, "n_head": int, "n_embd": int, "block_size": int, "vocab_size": int, "bias": bool, "dropout": float,
@@ -43,8 +43,7 @@ def import_nanogpt(path, out_dir, tokenizer=None):
     of its size. No code in the files runs. UserError where they are not nanoGPT's, or out_dir holds a run. Checkpoints
     from before June 2023 may have been trained with the tanh GELU, which they do not record.
     """
-    if checkpoints(out_dir) or any((Path(out_dir) / name).exists() for name in ("config.py", "log.jsonl")):
-        raise UserError(f"out_dir {out_dir} holds a run already; use another --out_dir")
+    check_is_new(out_dir)
     saved = _load(path)
     try:
         cfg = ModelConfig(mlp="gelu", **saved["model_args"])
@@ -56,18 +55,10 @@ def import_nanogpt(path, out_dir, tokenizer=None):
     step, val_loss = saved["iter_num"], saved["best_val_loss"]
     state = {"step": step, "sequences_seen": step * preset["batch_tokens"] // cfg.block_size, "val_loss": val_loss}
     facts = {"model": asdict(cfg), "state": state, "settings": preset, "scaler": {}, "val_loss": val_loss}
-    world = World(0, 1, torch.device("cpu"), "fp32")
     with writing_to(out_dir):
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         lines += _keep_tokenizer(tokenizer, cfg.vocab_size, out_dir)
-        try:
-            write_checkpoint(out_dir, step, tensors, file_numbers(tensors, world), facts, world)
-        except Failure as error:
-            if error.is_of_disk:
-                raise OSError(error) from error
-            raise
-        text = "".join(f"{name} = {value!r}\n" for name, value in preset.items())
-        (Path(out_dir) / "config.py").write_text(text, encoding="utf-8")
+    write_run(out_dir, step, tensors, facts, preset)
     return lines
 
 

@@ -4,15 +4,21 @@ import dataclasses
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
 
 from checkpoint import (
     CheckpointWriter,
+    Failure,
     checkpoints,
+    file_numbers,
     load_checkpoint,
     newest_checkpoint,
     read_manifest,
     set_aside,
     step_of,
+    write_checkpoint,
 )
 from config import UserError, as_dict
 from data import is_same_data
@@ -21,7 +27,7 @@ from model import ModelConfig
 from objective import ObjectiveConfig
 from run.folder import writing_to
 from run.health import WINDOW, first_bad_tensor
-from world import seed_step
+from world import World, seed_step
 
 OF_A_RUN = ("settings", "state", "scaler")  # entries of a manifest that a run needs to continue
 
@@ -154,6 +160,30 @@ class Saver:
                 f"{path}: {', '.join(sorted(unknown))} of its state is unknown here; use the code that wrote it"
             )
         return State(**manifest["state"])
+
+
+def check_is_new(out_dir):
+    """UserError where a folder holds a run."""
+    if checkpoints(out_dir) or any((Path(out_dir) / name).exists() for name in ("config.py", "log.jsonl")):
+        raise UserError(f"{out_dir} holds a run already; name another folder")
+
+
+def write_run(out_dir, step, tensors, facts, preset):
+    """Makes a folder a run that stands at a step; its config.py has the settings of preset, a dict.
+
+    tensors: {name: tensor} by checkpoint.py's names; facts: entries of the manifest.
+    """
+    world = World(0, 1, torch.device("cpu"), "fp32")
+    with writing_to(out_dir):
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        try:
+            write_checkpoint(out_dir, step, tensors, file_numbers(tensors, world), facts, world)
+        except Failure as error:
+            if error.is_of_disk:
+                raise OSError(error) from error
+            raise
+        text = "".join(f"{name} = {value!r}\n" for name, value in preset.items())
+        (Path(out_dir) / "config.py").write_text(text, encoding="utf-8")
 
 
 def changed_settings(old, new, step=0):

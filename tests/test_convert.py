@@ -568,7 +568,7 @@ print(type(model).__name__, tokenizer.decode(out[0])[:6])
 
 @pytest.mark.parametrize("arguments, told", [
     ([], "give one of to_hf"),
-    (["--to_hf=x", "--from_nanogpt=y"], "give one of to_hf"),
+    (["--to_hf=x", "--from_nanogpt=y"], "to_hf and from_nanogpt is given; give one of to_hf"),
     (["--to_hf=x", "--out_dir=/nowhere"], "/nowhere does not exist; train.py makes one"),
     (["--to_hf=x"], "out_dir is none"),
     (["--from_nanogpt=x"], "out_dir is none"),

@@ -470,7 +470,7 @@ def test_the_optimizer_of_before_may_2023_is_refused(saved, tmp_path):
 
 def test_a_folder_that_holds_a_run_is_refused(theirs, ours):
     before = {path: path.stat().st_mtime_ns for path in ours.rglob("*")}
-    with pytest.raises(UserError, match="holds a run already; use another --out_dir"):
+    with pytest.raises(UserError, match="holds a run already; name another folder"):
         import_nanogpt(theirs[2], ours)
     assert before == {path: path.stat().st_mtime_ns for path in ours.rglob("*")}
 

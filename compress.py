@@ -1,0 +1,206 @@
+"""Makes a trained model smaller, by pruning heads, neurons or single weights.
+
+    python compress.py config/quickstart.py --prune=neurons --sparsity=0.5 --to_run=out/small
+    python train.py out/small/config.py
+
+The second command trains the pruned model again, for a tenth of its run's steps.
+"""
+
+import dataclasses
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch.nn.utils import prune as torch_prune
+
+from config import Config, Fraction, UserError, only, run_script
+from data import DataConfig, Split, each, eval_batches, objective_for, prepare_command
+from interop.pretrained import keep_tokenizer_of, load_model, model_location
+from model import ModelConfig
+from objective import ObjectiveConfig
+from ops import Linear
+from run.folder import RunConfig
+from run.resume import check_is_new, write_run
+from train import EVAL_MASK_SEED, evaluate
+from world import WorldConfig, init_world
+
+
+@dataclass(frozen=True)
+class CompressConfig(Config):
+    prune: Literal["heads", "neurons", "magnitude"] | None = (
+        None  # what goes: attention heads, neurons of MLPs, weights
+    )
+    sparsity: Fraction = 0.5  # share of them that goes, of each layer
+    to_run: str | None = None  # folder of the run to write
+
+
+@dataclass(frozen=True)
+class Settings:
+    compress: CompressConfig
+    model: ModelConfig = only()
+    objective: ObjectiveConfig
+    data: DataConfig = only("data_dir", "eval_tokens", "micro_batch_size")
+    run: RunConfig = only("out_dir", "init_from")
+    world: WorldConfig = only("device", "precision")
+    presets: tuple = ()
+
+
+def main(cfg):
+    wanted = cfg.compress
+    if lacking := [name for name in ("prune", "to_run") if getattr(wanted, name) is None]:
+        raise UserError(f"{', '.join(lacking)} is none; say what is pruned, and the folder of the run to write")
+    check_is_new(wanted.to_run)
+    with init_world(cfg.world) as world:
+        model, source = load_model(model_location(cfg), world.device)
+        cfg = with_data_of(cfg, source)
+        splits = [
+            Split(folder, "val", model.cfg.vocab_size, prepare_command(cfg, folder)) for folder in cfg.data.folders
+        ]
+        objective = objective_for(cfg, EVAL_MASK_SEED)
+        before = evaluate(model, splits, objective, cfg.data, world)
+        batches = (
+            each(batch, lambda part: part.to(world.device))
+            for split in splits
+            for batch in eval_batches(
+                split, objective, cfg.data.eval_tokens // len(splits), cfg.data.micro_batch_size, 0, 1
+            )
+        )
+        pruned = PRUNERS[wanted.prune](model, batches, wanted.sparsity)
+        after = evaluate(pruned, splits, objective, cfg.data, world)
+        write(cfg, source, pruned, after["val_loss"], world)
+        print_table({"before": (model, before), f"{wanted.sparsity:.0%} of {wanted.prune} pruned": (pruned, after)})
+        print(f"to train it again: python train.py {wanted.to_run}/config.py")
+
+
+def with_data_of(cfg, source):
+    """cfg with the model's settings and, where data_dir is none, the data of its run."""
+    data_dir = cfg.data.data_dir or getattr(source, "manifest", {}).get("settings", {}).get("data_dir")
+    if data_dir is None:
+        raise UserError("data_dir is none; name the data, by prepare.py, whose validation text judges the model")
+    return replace(cfg, model=source.cfg, data=replace(cfg.data, data_dir=data_dir, seq_len=source.cfg.block_size))
+
+
+def print_table(rows):
+    """Prints {what: (model, figures of its evaluation)} as a table."""
+    print(f"{'':<28} {'parameters':>12} {'zeros':>6} {'val loss':>9} {'bits per byte':>14}")
+    for name, (model, figures) in rows.items():
+        zeros = sum(int((p == 0).sum()) for p in model.blocks.parameters()) / model.num_params()
+        bits = f"{figures['val_bpb']:.4f}" if "val_bpb" in figures else "-"
+        print(f"{name:<28} {model.num_params():>12,} {zeros:>6.1%} {figures['val_loss']:>9.4f} {bits:>14}")
+
+
+# ---- pruning
+
+
+def prune_heads(model, batches, sparsity):
+    """The model with the most important heads of each layer; heads that share keys and values stay together."""
+    cfg, groups = model.cfg, model.cfg.kv_heads
+    kept = most_important(model, batches, lambda block: block.attn.proj, groups, sparsity, "heads")
+    n = len(kept[0])
+    heads = {"n_head": n * cfg.n_head // groups, "n_kv_head": cfg.n_kv_head and n, "head_dim": cfg.head_width}
+    return smaller(model, replace(cfg, **heads), keeping(kept, groups, ("attn.q", "attn.k", "attn.v"), "attn.proj"))
+
+
+def prune_neurons(model, batches, sparsity):
+    """The model with the most important neurons of each layer's MLP."""
+    n = model.cfg.inner_width
+    kept = most_important(model, batches, lambda block: block.mlp.down, n, sparsity, "neurons")
+    return smaller(
+        model, replace(model.cfg, n_inner=len(kept[0])), keeping(kept, n, ("mlp.up", "mlp.gate"), "mlp.down")
+    )
+
+
+def prune_weights(model, batches, sparsity):
+    """A copy of the model whose matrices in the blocks have 0 in place of their smallest weights; batches is not read."""
+    copy = smaller(model, model.cfg, lambda name, tensor: tensor)
+    for linear in (module for module in copy.blocks.modules() if isinstance(module, Linear)):
+        torch_prune.remove(torch_prune.l1_unstructured(linear, "weight", sparsity), "weight")
+    return copy
+
+
+PRUNERS = {"heads": prune_heads, "neurons": prune_neurons, "magnitude": prune_weights}
+
+
+def most_important(model, batches, reader_of, n_groups, sparsity, name):
+    """The places, in order, of the groups of channels to keep, a tensor for each layer.
+
+    reader_of(block): the Linear that reads the channels. A group's importance is the mean over sequences of |dL/dx|, x
+    a factor of 1 on its output (Michel et al. 2019, arXiv 1905.10650, section 4.1).
+    """
+    n_kept = round((1 - sparsity) * n_groups)
+    if n_kept < 1:
+        raise UserError(f"sparsity {sparsity} leaves a layer without {name}, of which it has {n_groups}; lower it")
+    importance, handles = defaultdict(lambda: torch.zeros(n_groups)), []
+    for layer, block in enumerate(model.blocks):
+
+        def watch(linear, inputs, layer=layer):
+            def add(grad, x=inputs[0].detach()):
+                by_group = (x * grad).float().unflatten(-1, (n_groups, -1)).sum((1, 3))  # B, groups
+                importance[layer] += by_group.abs().sum(0).cpu()
+
+            inputs[0].register_hook(add)
+
+        handles.append(reader_of(block).register_forward_pre_hook(watch))
+    model.eval()  # without dropout
+    for batch in batches:
+        model(*batch).backward()
+        model.zero_grad()
+    for handle in handles:
+        handle.remove()
+    return [importance[layer].topk(n_kept).indices.sort().values for layer in range(len(model.blocks))]
+
+
+def keeping(kept, n_groups, writers, reader):
+    """A function from a parameter's name and tensor to what stays of it: its groups of channels in `kept`, by layer.
+
+    The rows of the writers' tensors are channels, and the columns of the reader's.
+    """
+
+    def cut(name, tensor):
+        layer, module = name.split(".")[1], ".".join(name.split(".")[2:-1])
+        axis = 0 if module in writers else 1
+        if not (module in writers or module == reader and tensor.dim() == 2):
+            return tensor
+        channels = torch.arange(tensor.shape[axis]).view(n_groups, -1)[kept[int(layer)]].flatten()
+        return tensor.index_select(axis, channels.to(tensor.device))
+
+    return cut
+
+
+@torch.no_grad()
+def smaller(model, cfg, cut):
+    """A model with settings cfg whose parameters are what cut(name, tensor) leaves of the given model's."""
+    with torch.device("meta"):
+        new = cfg.build()
+    new.to_empty(device=next(model.parameters()).device)
+    new.tie_weights()
+    for name, param in new.named_parameters():
+        param.copy_(cut(name, model.get_parameter(name)))
+    return new.eval()
+
+
+# ---- the run to write
+
+
+def write(cfg, source, model, val_loss, world):
+    """Writes the model as a run without steps, whose config.py trains it for a tenth of its source's steps."""
+    out_dir, settings = cfg.compress.to_run, getattr(source, "manifest", {}).get("settings", {})
+    preset = settings | dataclasses.asdict(model.cfg) | {"init_from": out_dir, "out_dir": f"{out_dir}_trained"}
+    if steps := settings.get("max_steps"):
+        preset["max_steps"] = max(1, steps // 10)
+        preset["warmup_steps"] = min(settings["warmup_steps"], preset["max_steps"] // 10)
+        preset["learning_rate"] = settings["learning_rate"] / 10  # at the full rate it would unlearn first
+    facts = {
+        "model": dataclasses.asdict(model.cfg),
+        "settings": settings,
+        "val_loss": val_loss,
+        "context": source.cfg.block_size,
+    }
+    tensors = {f"model.{name}": param.detach().cpu() for name, param in model.named_parameters()}
+    write_run(out_dir, 0, tensors, facts, {name: value for name, value in preset.items() if name != "data_fingerprint"})
+    keep_tokenizer_of(replace(cfg, run=replace(cfg.run, init_from=str(source.folder), out_dir=out_dir)), world)
+
+
+if __name__ == "__main__":
+    run_script(main, Settings, __doc__, needs_console=False)
