@@ -67,7 +67,10 @@ def main(cfg):
     model.to(dtype)  # not autocast, which would cast all weights for each token
     tokenizer = load_tokenizer_of(source)
     print(f"{source.name}, {model.num_params():,} parameters on {device} in {dtype}", file=sys.stderr)
-    prompt, suffix = read_text(cfg.sample.prompt, "prompt"), cfg.sample.suffix and read_text(cfg.sample.suffix, "suffix")
+    prompt, suffix = (
+        read_text(cfg.sample.prompt, "prompt"),
+        cfg.sample.suffix and read_text(cfg.sample.suffix, "suffix"),
+    )
     if not model.cfg.is_causal:
         given = {"suffix": suffix, "stop": cfg.sample.stop, "min_p": cfg.generation.min_p}
         if given := [name for name, value in given.items() if value is not None]:

@@ -335,6 +335,11 @@ def test_scheme_of_a_url_may_be_in_capitals_and_a_file_on_localhost(tmp_path):
         assert [str(file) for file in found] == [f"{url}/x.txt"]
 
 
+def test_a_url_may_have_a_space():
+    with serving({"a b.txt": b"a text"}) as (url, _):
+        assert texts_of(f"{url}/a b.txt") == texts_of(f"{url}/a%20b.txt") == b"a text"
+
+
 # ---- the same input again
 
 

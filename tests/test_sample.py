@@ -409,6 +409,12 @@ def test_a_stop_string_of_one_token_with_more_text_ends_before_it(capsys):
     assert capsys.readouterr().out == "x \n"
 
 
+def test_where_overlapping_stop_strings_end_a_text_does_not_depend_on_its_tokens():
+    for pieces in ([b"xabcd"], [b"xa", b"bcd"], [b"x", b"a", b"b", b"c", b"d"], [b"xab", b"cd"]):
+        end = generation.UntilStop(["abcd", "bc", "c"])
+        assert b"".join(end.add(piece) for piece in pieces if not end.has_ended) == b"xa"
+
+
 @pytest.mark.parametrize("stop, stops", [
     (None, []), ("User:", ["User:"]), ('["\\n\\n", "User:"]', ["\n\n", "User:"]), ("[INST]", ["[INST]"]), ("\\n\\n", ["\n\n"]),
 ])  # fmt: skip

@@ -138,7 +138,8 @@ def _version(response):
 def _response(file, position=0):
     """A web server's answer, from a byte on where it knows ranges (status 206), else from the start."""
     parts = _parts(file.source)
-    request = urllib.request.Request(f"{file.path}?{parts.query}" if parts.query else file.path)
+    url = f"{file.path}?{parts.query}" if parts.query else file.path
+    request = urllib.request.Request(url.replace(" ", "%20"))
     if position:
         request.add_header("Range", f"bytes={position}-")
     if login := parts.netloc.rpartition("@")[0]:  # for this host alone, wherever it redirects
