@@ -321,6 +321,25 @@ def test_url_that_cannot_be_read_ends_in_a_line(tmp_path, monkeypatch, where, wo
     assert not (tmp_path / "data").exists()
 
 
+def test_reason_of_a_library_is_one_bounded_line(tmp_path):
+    told = str(remote._told(ValueError("odd\nwords " * 999), "x", "zip://x"))
+    assert "\n" not in told and "odd words" in told and len(told) < 400 and told.endswith(remote.COPY)
+
+
+def test_scheme_of_a_url_may_be_in_capitals_and_a_file_on_localhost(tmp_path):
+    (path := tmp_path / "a b.txt").write_text("text")
+    for url in (f"file://{path}", f"FILE://{path}", f"file://localhost{path}", f"file://{str(path).replace(' ', '%20')}"):
+        assert files.find_files(url, tmp_path / "data")[0] == [path]
+    with serving({"x.txt": b"a text"}) as (url, _):
+        found = files.find_files(f"{url.replace('http', 'HTTP')}/x.txt", tmp_path / "data")[0]
+        assert [str(file) for file in found] == [f"{url}/x.txt"]
+
+
+def test_a_url_may_have_a_space():
+    with serving({"a b.txt": b"a text"}) as (url, _):
+        assert texts_of(f"{url}/a b.txt") == texts_of(f"{url}/a%20b.txt") == b"a text"
+
+
 # ---- the same input again
 
 

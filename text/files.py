@@ -59,6 +59,11 @@ def open_file(path, size=PIECE_BYTES):
     return path.open(size) if isinstance(path, RemoteFile) else open(path, "rb")
 
 
+def unescaped(text):
+    """A setting's text with its line breaks, written as \\n."""
+    return text.replace("\\n", "\n")
+
+
 def read_text(setting, name):
     """The text that a setting gives, or reads from FILE:path or, as -, from stdin; UserError where it has none.
 
@@ -84,8 +89,10 @@ def find_files(where, folder, endings=(*TEXTS, *JSON_LINES, ".parquet")):
 
     folder: is not searched; endings: of the files that a folder is searched for. Remote files are not read yet.
     """
+    if is_url(where):  # schemes are the same in capitals
+        where = re.sub(r"^\w+", lambda scheme: scheme[0].lower(), where)
     if where.startswith("file://"):
-        where = urllib.request.url2pathname(where.removeprefix("file://"))
+        where = urllib.request.url2pathname(re.sub("^file://(localhost(?=/))?", "", where))
     is_folder = os.path.isdir(where)
     if is_url(where):
         listed, is_folder = list_files(where)

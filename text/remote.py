@@ -17,6 +17,7 @@ from config import UserError
 
 WAITS = (1, 3, 10, 30)  # seconds before each new attempt at the byte where a connection broke
 COPY = "copy it to this machine and give its path"
+LONGEST_REASON = 300  # characters of a library's reason that are shown
 READ_AHEAD = 16  # times the size of a caller's reads
 VERSIONS = ("ETag", "etag", "blob_id", "LastModified", "last_modified", "mtime", "created")  # stores' words for it
 
@@ -137,7 +138,8 @@ def _version(response):
 def _response(file, position=0):
     """A web server's answer, from a byte on where it knows ranges (status 206), else from the start."""
     parts = _parts(file.source)
-    request = urllib.request.Request(f"{file.path}?{parts.query}" if parts.query else file.path)
+    url = f"{file.path}?{parts.query}" if parts.query else file.path
+    request = urllib.request.Request(url.replace(" ", "%20"))
     if position:
         request.add_header("Range", f"bytes={position}-")
     if login := parts.netloc.rpartition("@")[0]:  # for this host alone, wherever it redirects
@@ -250,5 +252,6 @@ def _told(error, what, source):
     for secret in filter(None, (parts.query, parts.netloc.rpartition("@")[0], parts.password)):
         why = why.replace(secret, "...").replace(urllib.parse.unquote(secret), "...")
     why = re.sub(r"(?<=://)[^/\s]*@|(?<=\?)[^\s'\")]+", "...", why)  # in URLs that a library writes otherwise
+    why = why if len(why) <= LONGEST_REASON else f"{why[:LONGEST_REASON]}..."
     rule = "names no file" if isinstance(error, FileNotFoundError) else "cannot be read"
     return UserError(f"{what} {rule} ({why}); {_remedy(error) or f'check the network, or {COPY}'}")
