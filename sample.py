@@ -15,10 +15,11 @@ import re
 import sys
 import time
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 
-from config import Config, Count, UserError, only, run_script
+from config import Config, Range, UserError, only, run_script
 from generation import GenerationConfig, UntilStop, generate
 from interop.pretrained import load_model, load_tokenizer_of, model_location
 from objective import FIM_TOKENS, fim_tokens, special_id
@@ -26,12 +27,14 @@ from run.folder import RunConfig
 from text.files import read_text, unescaped
 from world import DTYPES, WorldConfig, pick_device, pick_precision
 
+Samples = Annotated[int, Range("at least 1 and at most 100,000", lambda n: 1 <= n <= 100_000)]
+
 
 @dataclass(frozen=True)
 class SampleConfig(Config):
     prompt: str = ""  # text to continue, or to fill at each [MASK]; FILE:path reads a file, - reads stdin
     suffix: str | None = None  # text behind a gap that follows the prompt, to fill by a model trained with fim_rate
-    num_samples: Count = 1  # continuations of the prompt, in one batch
+    num_samples: Samples = 1  # continuations of the prompt, in one batch
     stop: str | None = None  # text that ends a continuation and is left out; several as JSON: ["\n\n", "User:"]
 
     def __post_init__(self):

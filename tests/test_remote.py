@@ -253,7 +253,9 @@ def test_file_that_always_breaks_off_ends_in_a_line_and_leaves_no_data(tmp_path,
     with serving({path.name: body}, ranges, lambda first, _: half if first <= half else None) as (url, seen):
         message = refused(tmp_path / "data", f"--input={url}/{path.name}", tokenizer="bpe" if kind == "txt" else "byte")
     no_ranges = kind == "parquet" and not ranges
-    assert message.startswith(f"{url}/{path.name} can{' only be read in parts' if no_ranges else 'not be read'}")
+    how = {(True, True): " cannot be read", (False, True): " can only be read in parts"}
+    how = how.get((ranges, kind == "parquet" or ranges), ", whose server sends it from its start alone, cannot be read")
+    assert message.startswith(f"{url}/{path.name}{how}")
     assert no_ranges or f"{half:,} of {len(body):,} bytes" in message
     assert {path.name for path in tmp_path.rglob("*.bin")} == set()
 
@@ -333,6 +335,12 @@ def test_scheme_of_a_url_may_be_in_capitals_and_a_file_on_localhost(tmp_path):
     with serving({"x.txt": b"a text"}) as (url, _):
         found = files.find_files(f"{url.replace('http', 'HTTP')}/x.txt", tmp_path / "data")[0]
         assert [str(file) for file in found] == [f"{url}/x.txt"]
+
+
+def test_glob_of_a_web_server_takes_no_query():
+    with pytest.raises(UserError, match=r"^input http://h/\*.txt\?\.\.\.\w{4} is a glob with a query, .*; name each file") as error:
+        files.find_files(f"http://h/*.txt?{SECRET}", "none")
+    assert "s3cr3t" not in str(error.value)
 
 
 def test_a_url_may_have_a_space():

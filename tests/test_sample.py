@@ -492,6 +492,19 @@ def test_a_prompt_that_is_empty_or_no_text_is_refused(run_dir, capsys, tmp_path,
             sampled(capsys, f"--out_dir={run_dir}", f"--prompt={prompt}")
 
 
+def test_an_empty_prompt_is_as_none(run_dir, capsys):
+    argv = [f"--out_dir={run_dir}", "--max_new_tokens=3"]
+    assert sampled(capsys, *argv, "--prompt=") == sampled(capsys, *argv)
+
+
+def test_what_has_no_end_is_refused(run_dir, capsys, monkeypatch):
+    monkeypatch.setattr("text.files.TEXT_BYTES", 1000)
+    with pytest.raises(UserError, match="prompt file /dev/zero has more than 1,000 bytes; give less text"):
+        sampled(capsys, f"--out_dir={run_dir}", "--prompt=FILE:/dev/zero")
+    with pytest.raises(UserError, match="num_samples is 1000000000000; it must be at least 1 and at most 100,000"):
+        sampled(capsys, f"--out_dir={run_dir}", "--num_samples=1000000000000")
+
+
 def test_a_prompt_longer_than_the_context_is_refused(run_dir, capsys):
     assert sampled(capsys, f"--out_dir={run_dir}", "--prompt=" + "a" * 7, "--max_new_tokens=1")
     with pytest.raises(UserError, match="prompt has 8 tokens, the model's context is 7; shorten it"):

@@ -194,6 +194,8 @@ def test_a_run_prints_its_epochs_and_warns_where_they_are_many(data_dir, tmp_pat
     run(data_dir, tmp_path / "few", max_steps=1)
     assert "run        1 steps, 42 tokens, 0.021 epochs, in " in (told := capsys.readouterr().out)
     assert "warning" not in told
+    run(data_dir, tmp_path / "short", max_steps=2, warmup_steps=3)
+    assert "warning    warmup_steps 3 is above the last step: the learning rate" in capsys.readouterr().out
     run(data_dir, tmp_path / "many", max_steps=1000, target_loss=1000.0)
     told = capsys.readouterr().out
     assert "1,000 steps, 42,000 tokens, 21 epochs, in " in told
