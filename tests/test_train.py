@@ -191,7 +191,7 @@ def test_the_loss_that_is_printed_is_the_mean_since_the_last_line(nine, data_dir
 
 def test_a_run_prints_its_epochs_and_warns_where_they_are_many(data_dir, tmp_path, capsys, no_curves):
     """The data has 2000 training tokens, and a step 42."""
-    run(data_dir, tmp_path / "few", max_steps=1)
+    run(data_dir, tmp_path / "few", max_steps=1, warmup_steps=1)
     assert "run        1 steps, 42 tokens, 0.021 epochs, in " in (told := capsys.readouterr().out)
     assert "warning" not in told
     run(data_dir, tmp_path / "short", max_steps=2, warmup_steps=3)
