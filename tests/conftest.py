@@ -1,5 +1,6 @@
 """What the tests share: the project's folder on the path, one thread a process, small models and small data."""
 
+import gc
 import os
 import socket
 import sys
@@ -11,6 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # tests are small; and equal bits need equally many threads in all processes
 os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(ROOT.parent / "shared/data/tiktoken_cache"))
+# torch asks a name server for the name of 127.0.0.1 at each connection of ranks, and waits 5 s for a lost answer.
+os.environ["RES_OPTIONS"] = "attempts:0"
+gc.disable()  # collection makes millions of objects that stay: looking for garbage among them is a third of its time
 
 
 def slow(*values):
@@ -41,6 +45,11 @@ def calls(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     return seen
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

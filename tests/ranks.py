@@ -19,6 +19,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import config
 import train
@@ -112,8 +113,9 @@ def on_ranks(n, *cases, patience=1200):
     Functions are a module's own, and what they take and return can be pickled. Each case has a process group to itself.
     patience: seconds for all of them.
     """
-    ports = [free_port() for _ in cases]
-    children = [start(_rank_main, rank, n, cases, ports) for rank in range(n)]
+    # As torchrun does: a store that were rank 0's own would let a rank that comes earlier wait for a second.
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in cases]
+    children = [start(_rank_main, rank, n, cases, [store.port for store in stores]) for rank in range(n)]
     answers = []
     try:
         for rank, (_, pipe) in enumerate(children):
@@ -242,7 +244,8 @@ def wait_until(condition, patience=600):
 def _rank_main(pipe, rank, n, cases, ports):
     torch.set_num_threads(1)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # where torch finds a GPU, its PowerSGD waits for it, of a CPU's model too
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                   "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}  # fmt: skip
     answers = []
     try:
         for (function, *args), port in zip(cases, ports):
