@@ -1,6 +1,7 @@
 """Small data and small runs for tests: in this process, in a process to be killed, on several ranks."""
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -141,11 +142,16 @@ def start(function, *args):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     here, there = context.Pipe()
-    process = context.Process(target=function, args=(there, *args), daemon=True)
+    process = context.Process(target=_begin, args=(function, there, *args), daemon=True)
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # a new fork server reads it
         process.start()
     there.close()
     return process, here
+
+
+def _begin(function, *args):
+    gc.freeze()  # what the fork server has imported is no garbage, and long to look through
+    function(*args)
 
 
 def launch(n, cfg, told=None, before=None):
