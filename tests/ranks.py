@@ -38,11 +38,12 @@ SMALL = {
     "precision": "fp32",
 }  # fmt: skip
 
-# Modules that the tests' processes import; torch._dynamo comes with an optimizer's first step.
+# Modules that the tests' processes import, without garbage collection by the first of them; torch._dynamo comes with an
+# optimizer's first step.
 PRELOADED = [
-    "torch", "torch.distributed.checkpoint", "torch.distributed._composable.replicate", "torch.distributed.fsdp",
+    "conftest", "torch", "torch.distributed.checkpoint", "torch.distributed._composable.replicate", "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel", "torch._dynamo", "safetensors.torch", "matplotlib.figure",
-    "matplotlib.backends.backend_agg", "tiktoken", "pytest", "train", "bench", "sample", "plan",
+    "matplotlib.backends.backend_agg", "tiktoken", "train", "bench", "sample", "plan",
 ]  # fmt: skip
 
 
@@ -81,9 +82,10 @@ def step_settings(grad_clip=0.5, **health):
     return types.SimpleNamespace(optim=OptimConfig(grad_clip=grad_clip), health=HealthConfig(**health))
 
 
-def run(data_dir, out_dir, **changes):
+def run(data_dir, out_dir, with_curves=False, **changes):
     """Trains a small run to its end, in this process; returns its folder."""
-    train.main(settings(data_dir, out_dir, **changes))
+    with contextlib.nullcontext() if with_curves else without_matplotlib():
+        train.main(settings(data_dir, out_dir, **changes))
     return Path(out_dir)
 
 
@@ -100,9 +102,11 @@ def without_matplotlib():
     """Nothing can import matplotlib: drawing is most of the time of a run of nine steps."""
     held = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "matplotlib"}
     sys.modules["matplotlib"] = None
-    yield
-    del sys.modules["matplotlib"]
-    sys.modules.update(held)
+    try:
+        yield
+    finally:
+        del sys.modules["matplotlib"]
+        sys.modules.update(held)
 
 
 # ---- other processes
@@ -151,6 +155,7 @@ def start(function, *args):
 
 def _begin(function, *args):
     gc.freeze()  # what the fork server has imported is no garbage, and long to look through
+    gc.enable()
     function(*args)
 
 

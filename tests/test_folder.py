@@ -18,10 +18,7 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def three(data_dir, tmp_path_factory):
     """A run of three steps; to be copied."""
-    from ranks import without_matplotlib
-
-    with without_matplotlib():
-        return run(data_dir, tmp_path_factory.mktemp("three"), max_steps=3)
+    return run(data_dir, tmp_path_factory.mktemp("three"), max_steps=3)
 
 
 def contents(folder):

@@ -67,28 +67,25 @@ def masked_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def nine(data_dir, tmp_path_factory):
     """A run of nine steps, uninterrupted; not to be written to."""
-    return run(data_dir, tmp_path_factory.mktemp("nine"))
+    return run(data_dir, tmp_path_factory.mktemp("nine"), with_curves=True)
 
 
 @pytest.fixture(scope="module")
 def four(data_dir, tmp_path_factory):
     """The first four steps of the same run; to be copied, then taken up again."""
-    with without_matplotlib():
-        return run(data_dir, tmp_path_factory.mktemp("four"), max_steps=4)
+    return run(data_dir, tmp_path_factory.mktemp("four"), max_steps=4)
 
 
 @pytest.fixture(scope="module")
 def masked_nine(masked_dir, tmp_path_factory):
     """A masked run of nine steps; not to be written to."""
-    with without_matplotlib():
-        return run(masked_dir, tmp_path_factory.mktemp("masked_nine"), **MASKED)
+    return run(masked_dir, tmp_path_factory.mktemp("masked_nine"), **MASKED)
 
 
 @pytest.fixture(scope="module")
 def masked_four(masked_dir, tmp_path_factory):
     """The first four steps of the same run; to be copied, then taken up again."""
-    with without_matplotlib():
-        return run(masked_dir, tmp_path_factory.mktemp("masked_four"), max_steps=4, **MASKED)
+    return run(masked_dir, tmp_path_factory.mktemp("masked_four"), max_steps=4, **MASKED)
 
 
 def steps_kept(out_dir):
