@@ -212,6 +212,7 @@ def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were():
 def test_spikes_are_skipped_and_the_window_goes_on_where_a_run_was_stopped(data_dir, tmp_path, no_curves):
     """At a threshold so low that sound steps are skipped too."""
     changes = {"max_steps": 160, "spike_z": 1.0, "save_interval": 70, "lr_decay_steps": 160, "max_bad_steps": 100}
+    changes |= {"n_layer": 1, "micro_batch_size": 6}
     whole = run(data_dir, tmp_path / "whole", **changes)
     skipped = records(whole, "skipped")
     assert skipped and min(skipped) > WINDOW and all("standard deviations above" in text for text in skipped.values())
