@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # tests are small; and equal bits need equally many threads in all processes
 os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(ROOT.parent / "shared/data/tiktoken_cache"))
-# torch asks a name server for the name of 127.0.0.1 at each connection of ranks, and waits 5 s for a lost answer.
+# At each connection of ranks torch asks a name server who 127.0.0.1 is; an answer that is lost costs 5 s. 0: no questions.
 os.environ["RES_OPTIONS"] = "attempts:0"
 gc.disable()  # collection makes millions of objects that stay: looking for garbage among them is a third of its time
 
