@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # tests are small; and equal bits need equally many threads in all processes
 os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(ROOT.parent / "shared/data/tiktoken_cache"))
-# At each connection of ranks torch asks a name server who 127.0.0.1 is; an answer that is lost costs 5 s. 0: no questions.
-os.environ["RES_OPTIONS"] = "attempts:0"
-gc.disable()  # collection makes millions of objects that stay: looking for garbage among them is a third of its time
+# At each connection of ranks torch asks a name server who 127.0.0.1 is, and waits 5 s for an answer that is lost.
+os.environ["RES_OPTIONS"] = "attempts:0"  # nobody is asked
+gc.disable()  # until tests are collected: what that makes stays, and looking for garbage in it took a fifth of the time
 
 
 def slow(*values):
@@ -48,7 +48,7 @@ def calls(monkeypatch):
 
 
 def pytest_collection_finish():
-    gc.freeze()
+    gc.freeze()  # later searches for garbage leave out what is there now
     gc.enable()
 
 

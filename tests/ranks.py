@@ -38,12 +38,12 @@ SMALL = {
     "precision": "fp32",
 }  # fmt: skip
 
-# Modules that the tests' processes import, without garbage collection by the first of them; torch._dynamo comes with an
-# optimizer's first step.
+# Modules that the tests' processes import: conftest first, which switches garbage collection off; torch._dynamo comes
+# with an optimizer's first step.
 PRELOADED = [
-    "conftest", "torch", "torch.distributed.checkpoint", "torch.distributed._composable.replicate", "torch.distributed.fsdp",
-    "torch.distributed.tensor.parallel", "torch._dynamo", "safetensors.torch", "matplotlib.figure",
-    "matplotlib.backends.backend_agg", "tiktoken", "train", "bench", "sample", "plan",
+    "conftest", "torch", "torch.distributed.checkpoint", "torch.distributed._composable.replicate",
+    "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo", "safetensors.torch",
+    "matplotlib.figure", "matplotlib.backends.backend_agg", "tiktoken", "train", "bench", "sample", "plan",
 ]  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def on_ranks(n, *cases, patience=1200):
     Functions are a module's own, and what they take and return can be pickled. Each case has a process group to itself.
     patience: seconds for all of them.
     """
-    # As torchrun does: a store that were rank 0's own would let a rank that comes earlier wait for a second.
+    # The stores are here, as torchrun's is in torchrun: where rank 0 keeps it, a rank that comes earlier waits for 1 s.
     stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in cases]
     children = [start(_rank_main, rank, n, cases, [store.port for store in stores]) for rank in range(n)]
     answers = []
