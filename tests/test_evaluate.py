@@ -186,7 +186,7 @@ def test_ranks_share_batches_and_each_gets_all_scores_and_all_errors(two_ranks):
 
 
 @pytest.mark.slow
-def test_ddp_fsdp_and_tp_log_the_figures_of_one_process(two_ranks, tasks, data_dir, tmp_path, no_curves):
+def test_ddp_fsdp_and_tp_log_the_figures_of_one_process(two_ranks, tasks, data_dir, tmp_path):
     alone = run(data_dir, tmp_path / "alone", **asked(tasks, **EVEN))
     for name in LAYOUTS:
         for figure in ("texts/bits_per_byte", "texts/byte_perplexity"):
@@ -288,7 +288,7 @@ def test_training_is_the_same_with_tasks_and_logs_their_figures(tasks, data_dir,
 
 
 def test_a_task_that_fails_in_training_is_told_and_the_run_goes_on(
-    tasks, data_dir, tmp_path, capsys, monkeypatch, no_curves
+    tasks, data_dir, tmp_path, capsys, monkeypatch
 ):
     def fail(*args, **options):
         raise ZeroDivisionError("no\ndocuments")
