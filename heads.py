@@ -1,7 +1,7 @@
-"""Heads for fine-tuning: a Transformer that gives labels to texts, or numbers, instead of predicting tokens.
+"""Heads for fine-tuning: a Transformer that gives labels to texts or words, or numbers, instead of predicting tokens.
 
-They compute as transformers' ...ForSequenceClassification do: an encoder's from the first token, through BERT's pooler
-and dropout; a decoder's from the last token of a text.
+Those of texts compute as transformers' ...ForSequenceClassification do: an encoder's from the first token, through BERT's
+pooler and dropout; a decoder's from the last token of a text. Those of words compute as ...ForTokenClassification do.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from ops import IGNORE, Linear
 class TunedModel(ModelConfig):
     """A ModelConfig with a task and the labels that its head tells apart, in the order of its logits."""
 
-    task: Literal["classify", "regress"] = "classify"
+    task: Literal["classify", "regress", "tag"] = "classify"
     labels: tuple = ()
     lora_rank: int | None = None  # the blocks' matrices have adapters of this rank
     lora_scale: float = 1.0
@@ -32,11 +32,16 @@ class TunedModel(ModelConfig):
     @property
     def has_pooler(self):
         """Whether BERT's pooler stands between the first token and the head."""
-        return not self.is_causal
+        return not self.is_causal and self.labels_texts
+
+    @property
+    def labels_texts(self):
+        """Whether a label belongs to a whole text."""
+        return self.task in ("classify", "regress")
 
 
 class Labeller(Transformer):
-    """Token ids to logits of labels (B, 1, L) at positions (B, 1) or, with targets (B, 1), to the sum of their losses."""
+    """Token ids to logits of labels (B, K, L) at positions (B, K) or, with targets (B, K), to the sum of their losses."""
 
     focal_gamma = 0.0  # exponent of the focal loss; 0: cross-entropy
 
@@ -44,8 +49,8 @@ class Labeller(Transformer):
         super().__init__(cfg)
         self.head = self.transform = None
         self.pooler = Linear(cfg.n_embd, cfg.n_embd) if cfg.has_pooler else None
-        self.head_dropout = nn.Dropout(cfg.dropout if cfg.has_pooler else 0.0)
-        self.classifier = Linear(cfg.n_embd, len(cfg.labels), bias=cfg.has_pooler)
+        self.head_dropout = nn.Dropout(cfg.dropout if cfg.has_pooler or cfg.task == "tag" else 0.0)
+        self.classifier = Linear(cfg.n_embd, len(cfg.labels), bias=cfg.has_pooler or not cfg.labels_texts)
         if cfg.lora_rank:
             adapt(self, cfg.lora_rank, cfg.lora_scale)
 
@@ -66,10 +71,10 @@ class Labeller(Transformer):
         return sum(p.numel() for p in self.parameters()) - padding * self.cfg.n_embd
 
     def predict(self, x, targets=None, count_correct=False):
-        """forward's answer for the last norm's output at the positions (B, 1, C); logits are float32."""
+        """forward's answer for the last norm's output at the positions (B, K, C); logits are float32."""
         if self.pooler is not None:
             x = self.pooler(x).tanh()
-        logits = self.classifier(self.head_dropout(x)).float()  # B 1 L
+        logits = self.classifier(self.head_dropout(x)).float()  # B K L
         if targets is None:
             return logits
         smoothing, gamma = (self.cfg.label_smoothing, self.focal_gamma) if self.training else (0.0, 0.0)

@@ -48,8 +48,9 @@ LLAMA_NAMES = {
     "lm_head": ("head",),
 }
 
-# {task of fine-tuning: (end of their class's name, name of the head in a BERT, in others)}
+# {task of fine-tuning: (end of their class's name, name of the head, {model type: another name of it})}
 HEADS = {
-    "classify": ("ForSequenceClassification", "classifier", "score"),
-    "regress": ("ForSequenceClassification", "classifier", "score"),
+    "classify": ("ForSequenceClassification", "score", {"bert": "classifier"}),
+    "regress": ("ForSequenceClassification", "score", {"bert": "classifier"}),
+    "tag": ("ForTokenClassification", "score", {"bert": "classifier", "gpt2": "classifier"}),
 }

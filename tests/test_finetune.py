@@ -467,7 +467,7 @@ def test_other_scripts_refuse_a_model_with_labels(folder, tables, tmp_path):
     from interop.pretrained import load_model
 
     tune(folder, tables, tmp_path / "run", max_steps=1, eval_interval=1)
-    with pytest.raises(config.UserError, match="was fine-tuned to classify texts and predicts no tokens"):
+    with pytest.raises(config.UserError, match="was fine-tuned for the task classify and predicts no tokens"):
         load_model(str(tmp_path / "run"), "cpu")
 
 
