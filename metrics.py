@@ -41,7 +41,7 @@ def tags(guesses, truths, are_entities):
     are_entities: of entities by seqeval, as conlleval counts them: an entity is right where its type and both ends are,
     and an I- without its B- begins one. Otherwise of tags, as the mean over those that occur. accuracy: of words.
     """
-    library = _library("seqeval.metrics" if are_entities else "sklearn.metrics")
+    library = _library("seqeval.metrics.sequence_labeling" if are_entities else "sklearn.metrics")
     flat_guesses, flat_truths = ([tag for sentence in part for tag in sentence] for part in (guesses, truths))
     pair, average = ((truths, guesses), "micro") if are_entities else ((flat_truths, flat_guesses), "macro")
     precision, recall, f1, _ = library.precision_recall_fscore_support(*pair, average=average, zero_division=0)
