@@ -176,7 +176,7 @@ def write_json(value, path):
 # ---- the model card
 
 PRIVATE = {"out_dir", "resume", "device", "data_fingerprint", "wandb", "wandb_project", "wandb_run_name"}
-PIPELINES = {"tag": "token-classification"}  # by task of fine-tuning
+PIPELINES = {"tag": "token-classification", "qa": "question-answering"}  # by task of fine-tuning
 NUMBER = (float, None)
 SPLITS = {"*": {"tokens": int, "bytes": int}}
 # Kinds of values of a run's files from which a card is written (see foreign.check)

@@ -1,4 +1,4 @@
-"""Fine-tunes a model to classify texts, to give them numbers, or to tag their words.
+"""Fine-tunes a model to classify texts, to give them numbers, to tag their words, or to find answers in them.
 
     python finetune.py --task=classify --init_from=bert-base-uncased --train_file=train.tsv --eval_file=dev.tsv
     torchrun --nproc_per_node=2 finetune.py config/finetune_sst2.py --seeds=3
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from checkpoint import CheckpointConfig, checkpoints, load_checkpoint, newest_checkpoint
-from config import Config, Count, NotNegative, Positive, Share, UpToOne, UserError, only, run_script
+from config import Config, Count, NotNegative, Positive, Share, UpToOne, UserError, Whole, only, run_script
 from data import DataConfig, each, near_divisors
 from heads import TunedModel
 from interop.pretrained import keep_tokenizer_of, load_tokenizer_of, start_from, starting_config, with_model
@@ -47,14 +47,16 @@ EMBEDDINGS = ("wte", "wpe", "wtt", "norm_e")
 
 @dataclass(frozen=True)
 class FinetuneConfig(Config):
-    task: Literal[*TASKS] = "classify"  # classify: a label for a text; regress: a number; tag: a label for each word
+    task: Literal[*TASKS] = "classify"  # classify: a label a text; regress: a number; tag: a label a word; qa: answers
     train_file: str | None = None  # labelled texts to learn from: a .tsv, .jsonl or .parquet file
     eval_file: str | None = None  # labelled texts to evaluate on
     predict_file: str | None = None  # texts to label at the end, into out_dir/predictions.jsonl; none: eval_file
-    text_column: str = "text"  # column of the text; tag: of the list of words
-    second_column: str | None = None  # column of a second text, for pairs of texts
-    label_column: str = "label"  # column of the label; tag: of the list of tags
+    text_column: str = "text"  # column of the text; tag: of the list of words; qa: of the question
+    second_column: str | None = None  # column of a second text, for pairs of texts; qa: of the context
+    label_column: str = "label"  # column of the label; tag: of the list of tags; qa: of the answers
     tsv_columns: tuple | None = None  # names of the .tsv files' columns; none: they stand in the first line
+    stride: Whole = 128  # qa: tokens that a long context's windows share
+    max_answer_tokens: Count = 30  # qa: longest answer to predict
     batch_examples: Count = 32  # examples per optimizer step, over all ranks and micro-steps
     epochs: Positive = 3.0  # passes over train_file; max_steps replaces it
     focal_gamma: NotNegative = 0.0  # classify, tag: exponent of the focal loss, for rare classes; 0: cross-entropy
@@ -71,6 +73,8 @@ class FinetuneConfig(Config):
             raise UserError(
                 f"metric is {self.metric}, which {self.task} does not have; use one of {', '.join(possible)}"
             )
+        if self.focal_gamma and not TASKS[self.task].has_classes:
+            raise UserError(f"focal_gamma is {self.focal_gamma}, but task {self.task} has no classes; leave it out")
         TASKS[self.task].check(self)
         for part in self.freeze or ():
             if not re.fullmatch(PART, part):
@@ -178,6 +182,9 @@ def open_task(cfg, world):
     where = out_dir if checkpoints(out_dir) else cfg.run.init_from
     if where is None:
         raise UserError("init_from is none; name the weights to fine-tune: a run's or a Hugging Face model's folder")
+    if cfg.model.label_smoothing and not TASKS[tune.task].has_classes:
+        rule = f"label_smoothing is {cfg.model.label_smoothing}, but task {tune.task} has no classes"
+        raise UserError(f"{rule}; leave it out")
     if cfg.parallel.tp > 1:
         raise UserError(f"tp is {cfg.parallel.tp}, but heads for labels are not split; use --strategy=fsdp")
     source = starting_config(where, cfg.model, cfg.given)
@@ -187,7 +194,7 @@ def open_task(cfg, world):
     adapters = {"lora_rank": tune.lora_rank, "lora_scale": tune.lora_alpha / (tune.lora_rank or tune.lora_alpha)}
     model = TunedModel(**fields, task=tune.task, labels=labels, **adapters)
     framing = Framing(with_model(where, load_tokenizer_of, world), model.is_causal, model.block_size)
-    return replace(cfg, model=model), TASKS[tune.task](labels, framing)
+    return replace(cfg, model=model), TASKS[tune.task](labels, framing, tune)
 
 
 def read_examples(task, cfg, path, world, has_labels=True):
@@ -203,7 +210,8 @@ def read_examples(task, cfg, path, world, has_labels=True):
         mean, longest = examples.lengths.mean(), examples.lengths.max()
         n_cut = task.framing.n_cut - n_cut
         cut = f"; {n_cut:,} of them were longer and are cut to block_size" if n_cut else ""
-        print(f"examples   {n:,} of {path}, {mean:.0f} tokens on average, at most {longest}{cut}")
+        windows = f" in {len(rows):,} windows" if len(rows) > n else ""
+        print(f"examples   {n:,} of {path}{windows}, {mean:.0f} tokens on average, at most {longest}{cut}")
     return examples
 
 

@@ -1,9 +1,11 @@
-"""Heads for fine-tuning: a Transformer that gives labels to texts or words, or numbers, instead of predicting tokens.
+"""Heads for fine-tuning: a Transformer that gives labels to texts or words, or numbers, or finds spans in them.
 
 Those of texts compute as transformers' ...ForSequenceClassification do: an encoder's from the first token, through BERT's
-pooler and dropout; a decoder's from the last token of a text. Those of words compute as ...ForTokenClassification do.
+pooler and dropout; a decoder's from the last token of a text. Those of words compute as ...ForTokenClassification do, those
+of spans as ...ForQuestionAnswering, but that padding is never a span's end.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,19 +17,21 @@ from lora import adapt
 from model import ModelConfig, Transformer
 from ops import IGNORE, Linear
 
+SPAN = ("start", "end")  # the labels of a SpanFinder
+
 
 @dataclass(frozen=True)
 class TunedModel(ModelConfig):
     """A ModelConfig with a task and the labels that its head tells apart, in the order of its logits."""
 
-    task: Literal["classify", "regress", "tag"] = "classify"
+    task: Literal["classify", "regress", "tag", "qa"] = "classify"
     labels: tuple = ()
     lora_rank: int | None = None  # the blocks' matrices have adapters of this rank
     lora_scale: float = 1.0
 
     def build(self):
         """The model with these settings."""
-        return Labeller(self)
+        return SpanFinder(self) if self.task == "qa" else Labeller(self)
 
     @property
     def has_pooler(self):
@@ -79,6 +83,19 @@ class Labeller(Transformer):
             return logits
         smoothing, gamma = (self.cfg.label_smoothing, self.focal_gamma) if self.training else (0.0, 0.0)
         return label_loss(logits, targets, smoothing, gamma)
+
+
+class SpanFinder(Labeller):
+    """Token ids to the logits of a span's start and its end (B, T, 2) or, with targets (B, 2), to the sum of losses.
+
+    The targets are the positions of both; positions (B, K) change nothing. Padding has the logits -inf.
+    """
+
+    def forward(self, ids, targets=None, positions=None, attention_mask=None, token_types=None):
+        logits = super().forward(ids, None, None, attention_mask, token_types)
+        if attention_mask is not None:
+            logits = logits.masked_fill(~attention_mask[..., None], -math.inf)
+        return logits if targets is None else label_loss(logits.transpose(1, 2), targets)
 
 
 def label_loss(logits, targets, label_smoothing=0.0, focal_gamma=0.0):

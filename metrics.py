@@ -1,6 +1,9 @@
-"""Metrics of fine-tuning: GLUE's (arXiv 1804.07461, table 1), and those of entities as CoNLL counts them."""
+"""Metrics of fine-tuning: GLUE's (arXiv 1804.07461, table 1), those of entities as CoNLL counts them, and SQuAD's."""
 
+import collections
 import operator
+import re
+import string
 
 import numpy as np
 
@@ -48,3 +51,29 @@ def tags(guesses, truths, are_entities):
     n_right = sum(map(operator.eq, flat_guesses, flat_truths))
     figures = {"f1": f1, "precision": precision, "recall": recall, "accuracy": n_right / len(flat_truths)}
     return {name: float(value) for name, value in figures.items()}
+
+
+def answers(guesses, truths):
+    """exact_match and f1 of answers for lists of right ones, as SQuAD 2.0 counts them (arXiv 1806.03822).
+
+    Compared without case, ASCII punctuation, the articles a, an, the, and spacing; f1 is that of words. Of several
+    right answers the best fit counts; without one, the right answer is no text.
+    """
+    exact, f1 = [], []
+    for guess, those in zip(guesses, truths):
+        words, options = _plain_words(guess), [*filter(None, map(_plain_words, those))] or [[]]
+        exact.append(words in options)
+        f1.append(max(_overlap(words, option) for option in options))
+    return {"exact_match": sum(exact) / len(exact), "f1": sum(f1) / len(f1)}
+
+
+def _plain_words(text):
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def _overlap(words, others):
+    """F1 of the words that two lists share; without words, 1 where both are empty."""
+    if not (words and others):
+        return float(words == others)
+    return 2 * (collections.Counter(words) & collections.Counter(others)).total() / (len(words) + len(others))

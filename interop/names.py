@@ -53,4 +53,6 @@ HEADS = {
     "classify": ("ForSequenceClassification", "score", {"bert": "classifier"}),
     "regress": ("ForSequenceClassification", "score", {"bert": "classifier"}),
     "tag": ("ForTokenClassification", "score", {"bert": "classifier", "gpt2": "classifier"}),
+    "qa": ("ForQuestionAnswering", "qa_outputs", {}),
 }
+QA_BASES = {"llama": "transformer.", "qwen3": "transformer."}  # {model type: another prefix of its tensors there}

@@ -68,7 +68,7 @@ def test_logits_loss_and_gradients_equal_transformers_with_padding(task, kind, p
     framing = Framing(Plain(), kind != "bert", T)
     targets = ["a", "c", "b", "b", "a"] if task == "classify" else [0.5, -1.0, 2.0, 0.0, 7.25]
     records = zip(texts(), texts(6, (2, 7, 4, 1, 3))) if pairs else zip(texts())
-    kind_of_task = TASKS[task](labels, framing)
+    kind_of_task = TASKS[task](labels, framing, finetune.FinetuneConfig(task=task))
     examples = Examples([row for text, y in zip(records, targets) for row in kind_of_task.rows(text, y, "")], framing)
     ids, labels_, positions, mask, types = examples.batch(range(5), 5)
     named_inputs = {"input_ids": ids, "attention_mask": mask.long()} | (
@@ -180,7 +180,7 @@ def tables(tmp_path_factory):
 
 
 @pytest.mark.parametrize("more", [{}, {"freeze": "embeddings,blocks.1", "layer_decay": 0.9, "lora_rank": 3},
-                                  {"task": "tag", "lora_rank": 2}])  # fmt: skip
+                                  {"task": "tag", "lora_rank": 2}, {"task": "qa"}])  # fmt: skip
 def test_resumed_run_equals_uninterrupted_run_bitwise(more, folder, tables, tmp_path):
     tune(folder, tables, tmp_path / "whole", dropout=0.1, **more)
     tune(folder, tables, tmp_path / "parts", dropout=0.1, max_steps=4, **more)
@@ -229,7 +229,7 @@ def test_losses_and_weights_are_equal_over_ranks(n, folder, tables, tmp_path):
              for strategy in ("ddp", "fsdp")]  # fmt: skip
     cases.append((losses_on_rank, folder, tables, tmp_path / "lora", {"strategy": "fsdp", "lora_rank": 2}))
     wanted = [("alone", alone, weight), ("alone", alone, weight), ("adapted", adapted, adapted_weight)]
-    for task in ("tag",):
+    for task in ("tag", "qa"):
         wanted.append((f"alone_{task}", *losses(folder, tables, tmp_path / f"alone_{task}", task=task)))
         cases.append((losses_on_rank, folder, tables, tmp_path / task, {"task": task}))
     for by_rank, (*_, out_dir, _), (name, expected, last) in zip(on_ranks(n, *cases), cases, wanted):

@@ -18,6 +18,7 @@ TASKS = {
     "classify": {},
     "regress": {"task": "regress"},
     "tag": {"task": "tag", "text_column": "words", "label_column": "tags"},
+    "qa": {"task": "qa", "text_column": "question", "second_column": "context", "label_column": "answers", "stride": 4},
 }
 
 
@@ -32,7 +33,7 @@ def small_bert(folder):
 
 
 def write_tables(folder):
-    """Writes sentences that are good or bad, and such with tags, for training and evaluation, into a folder."""
+    """Writes sentences that are good or bad, such with tags, and questions, for training and evaluation, into a folder."""
     random = np.random.default_rng(2)
     for name, n in (("train", 22), ("dev", 9)):
         labels = random.integers(0, 2, n)
@@ -41,7 +42,21 @@ def write_tables(folder):
         records = [{"words": words, "tags": [tag_of(word) for word in words]}
                    for words in (line.split("\t")[0].split() for line in lines)]  # fmt: skip
         write_records(folder / f"{name}_tag.jsonl", records)
+        write_records(folder / f"{name}_qa.jsonl", [question(random, i) for i in range(n)])
     return folder
+
+
+def question(random, i):
+    """A record with a question, whose answer stands in the context; but for every fourth one."""
+    before, after = (random.choice(WORDS[4:], random.integers(1, 16)).tolist() for _ in range(2))
+    answer = "good film" if i % 2 else "bad plot"
+    answers = (
+        {"text": [answer], "answer_start": [len(" ".join([*before, ""]))]}
+        if i % 4
+        else {"text": [], "answer_start": []}
+    )
+    context = " ".join([*before, *([answer] if i % 4 else []), *after])
+    return {"question": answer.split()[1], "context": context, "answers": answers}
 
 
 def tag_of(word):

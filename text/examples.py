@@ -169,17 +169,18 @@ class Examples:
         B is n_rows; those beyond the numbers have no targets. T is a multiple of 8 for few different shapes, K the
         largest number of a row's targets.
         """
-        rows, like = [self.rows[i] for i in numbers], self.rows[0].targets
+        rows = [self.rows[i] for i in numbers]
         longest = max((len(row.ids) for row in rows), default=1)
         shape = n_rows, min(self.block_size, -(-longest // 8) * 8)
-        n_targets = n_rows, max((len(row.targets) for row in rows), default=len(like))
+        n_targets, n_positions = (max(map(len, parts)) for parts in zip(*(row[2:4] for row in rows or self.rows[:1])))
         ids, types, lengths = np.full(shape, self.pad), np.zeros(shape, np.int64), np.ones((n_rows, 1), np.int64)
-        targets, positions = np.full(n_targets, IGNORE, like.dtype), np.zeros(n_targets, np.int64)
+        targets = np.full((n_rows, n_targets), IGNORE, self.rows[0].targets.dtype)
+        positions = np.zeros((n_rows, n_positions), np.int64)
         for i, row in enumerate(rows):
             lengths[i] = len(row.ids)
             ids[i, : len(row.ids)] = row.ids
             types[i, row.n_first : len(row.ids)] = 1
-            targets[i, : len(row.targets)], positions[i, : len(row.targets)] = row.targets, row.positions
+            targets[i, : len(row.targets)], positions[i, : len(row.positions)] = row.targets, row.positions
         mask = np.arange(shape[1]) < lengths
         types = None if self.is_causal else torch.from_numpy(types)
         return *map(torch.from_numpy, (ids, targets, positions, mask)), types
