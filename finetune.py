@@ -73,9 +73,9 @@ class FinetuneConfig(Config):
             raise UserError(
                 f"metric is {self.metric}, which {self.task} does not have; use one of {', '.join(possible)}"
             )
-        if self.focal_gamma and not TASKS[self.task].has_classes:
-            raise UserError(f"focal_gamma is {self.focal_gamma}, but task {self.task} has no classes; leave it out")
-        TASKS[self.task].check(self)
+        if 1 + bool(self.second_column) not in (n := TASKS[self.task].n_texts):
+            rule = f"task {self.task} reads {n[0]} of text_column and second_column"
+            raise UserError(f"second_column is {self.second_column or 'none'}, but {rule}; name as many")
         for part in self.freeze or ():
             if not re.fullmatch(PART, part):
                 raise UserError(f"freeze names {part!r}; its parts are embeddings, blocks.3 or blocks.0-5")
@@ -182,9 +182,9 @@ def open_task(cfg, world):
     where = out_dir if checkpoints(out_dir) else cfg.run.init_from
     if where is None:
         raise UserError("init_from is none; name the weights to fine-tune: a run's or a Hugging Face model's folder")
-    if cfg.model.label_smoothing and not TASKS[tune.task].has_classes:
-        rule = f"label_smoothing is {cfg.model.label_smoothing}, but task {tune.task} has no classes"
-        raise UserError(f"{rule}; leave it out")
+    for name, value in (("focal_gamma", tune.focal_gamma), ("label_smoothing", cfg.model.label_smoothing)):
+        if value and not TASKS[tune.task].has_classes:
+            raise UserError(f"{name} is {value}, but task {tune.task} has no classes; leave it out")
     if cfg.parallel.tp > 1:
         raise UserError(f"tp is {cfg.parallel.tp}, but heads for labels are not split; use --strategy=fsdp")
     source = starting_config(where, cfg.model, cfg.given)

@@ -252,7 +252,7 @@ def test_wrong_records_of_words_are_told_in_a_line(record, line, folder, tables,
 
 
 @pytest.mark.parametrize(("change", "line"), [
-    ({"second_column": "b"}, "second_column is b, but tag has one list of words"),
+    ({"second_column": "b"}, "second_column is b, but task tag reads 1 of text_column and second_column"),
     ({"train_file": "{tmp}/odd.jsonl"}, "column tags has 'O', where there must be a list of tags"),
     ({"metric": "matthews"}, "metric is matthews, which tag does not have; use one of f1, precision, recall, accuracy"),
 ])  # fmt: skip
@@ -487,6 +487,7 @@ GOOD = {"question": "plot", "context": "a good film", "answers": {"text": ["good
     ({"answers": "good"}, "record 1 has 'good', where there must be {text: [...], answer_start: [...]}"),
     ({"answers": {"text": [""], "answer_start": [0]}}, "record 1 has the answer '' at 0; give its text and place"),
     ({"answers": {"text": ["\u200b"], "answer_start": [11]}, "context": "a good film\u200b"}, "of which the tokenizer makes no token"),
+    ({"context": "\u200b"}, "record 1 has a context of which the tokenizer makes no token"),
     ({"context": " "}, "record 1 has ' ', where there must be a text"),
     ({"context": None}, "has no context in record 1"),
     ({"question": ["a"]}, "record 1 has ['a'], where there must be a text"),
@@ -499,7 +500,7 @@ def test_wrong_questions_are_told_in_a_line(change, line, folder, tables, tmp_pa
 
 
 @pytest.mark.parametrize(("change", "line"), [
-    ({"second_column": "none"}, "second_column is none; for qa name the context's"),
+    ({"second_column": "none"}, "second_column is none, but task qa reads 2 of text_column and second_column"),
     ({"second_column": "text"}, "has no column text; its columns are question, context, answers"),
     ({"stride": 20}, "stride is 20, but block_size 23 leaves 19 tokens for a window of the context in .*; lower stride"),
     ({"focal_gamma": 1}, "focal_gamma is 1.0, but task qa has no classes"),

@@ -22,10 +22,7 @@ class Classify:
 
     metrics = "accuracy", "f1", "matthews"  # the first one chooses the best checkpoint
     has_classes = True  # which cross-entropy tells apart
-
-    @staticmethod
-    def check(cfg):
-        """UserError where a setting of the FinetuneConfig does not fit."""
+    n_texts = 1, 2  # how many columns of texts it may read
 
     @staticmethod
     def read(path, names, cfg):
@@ -111,12 +108,7 @@ class Tag(Classify):
     """
 
     metrics = "f1", "precision", "recall", "accuracy"
-
-    @staticmethod
-    def check(cfg):
-        """UserError where a setting of the FinetuneConfig does not fit."""
-        if cfg.second_column:
-            raise UserError(f"second_column is {cfg.second_column}, but tag has one list of words; leave it out")
+    n_texts = (1,)
 
     @staticmethod
     def read(path, names, cfg):
@@ -178,19 +170,12 @@ class Tag(Classify):
             yield {"prediction": [self.labels[found[i]] if i in found else None for i in range(n_words)]}
 
 
-class Question(NamedTuple):
-    """A question's context, and its answers, texts, where they are known."""
-
-    context: str
-    answers: list
-
-
 class Window(NamedTuple):
-    """A part of a question's context: the place of its first token in a Row, and where in the text its tokens lie."""
+    """A part of a question's context in a Row."""
 
-    question: Question
-    first: int
-    starts: np.ndarray
+    question: tuple  # (context, answers), one object for all of its windows
+    first: int  # place of the window's first token in the Row
+    starts: np.ndarray  # characters of the context where its tokens begin
     ends: np.ndarray
 
 
@@ -204,12 +189,7 @@ class Answer(Classify):
 
     metrics = "f1", "exact_match"
     has_classes = False
-
-    @staticmethod
-    def check(cfg):
-        """UserError where a setting of the FinetuneConfig does not fit."""
-        if not cfg.second_column:
-            raise UserError("second_column is none; for qa name the context's, and the question's by --text_column")
+    n_texts = (2,)
 
     @staticmethod
     def labels(column, where):
@@ -240,8 +220,10 @@ class Answer(Classify):
             rule = f"leaves {room} tokens for a window of the context in {where}"
             raise UserError(f"stride is {stride}, but block_size {framing.block_size} {rule}; lower stride")
         ids, starts, ends = self._spans_of(context)
+        if not len(ids):
+            raise UserError(f"{where} has a context of which the tokenizer makes no token; leave it out")
         first, last = (None, None) if label is None else self.target(label, where, context)
-        about, rows = Question(context, [] if label is None else label["text"]), []
+        about, rows = (context, [] if label is None else label["text"]), []
         for start in range(0, max(1, len(ids) - stride), room - stride):
             here = slice(start, start + room)
             row = np.array([*head, *ids[here].tolist(), *self.ending], dtype=np.int32)
@@ -282,19 +264,14 @@ class Answer(Classify):
 
     def figures(self, rows, logits):
         """{metric: value} for all Rows of a file and their logits, arrays (T, 2)."""
-        found = [*self._found(rows, logits)]
-        return answers([text for _, text, _ in found], [question.answers for question, *_ in found])
+        truths = {id(row.about.question): row.about.question[1] for row in rows}
+        return answers([found["prediction"] for found in self.predictions(rows, logits)], [*truths.values()])
 
     def predictions(self, rows, logits):
-        """A dict for each record of a file, in order."""
-        for _, text, start in self._found(rows, logits):
-            yield {"prediction": text, "answer_start": start}
-
-    def _found(self, rows, logits):
-        """(question, answer, its place; None where there is no answer) for each question.
+        """A dict for each record of a file, in order.
 
         The answer is the span of at most max_answer_tokens in a window with the largest sum of logits. Where files have
-        questions without an answer, it is empty if the sum of [CLS] is larger in all windows.
+        questions without an answer, it is empty if [CLS] has a larger sum in all windows.
         """
         for _, windows in itertools.groupby(zip(rows, logits), key=lambda pair: id(pair[0].about.question)):
             best, least = (-math.inf, "", None), math.inf
@@ -306,10 +283,11 @@ class Answer(Classify):
                 sums = np.where(is_span, start[:, None] + end, -math.inf)
                 i, j = np.unravel_index(sums.argmax(), sums.shape)
                 if sums[i, j] > best[0]:
-                    text = question.context[starts[i] : ends[j]]
+                    text = question[0][starts[i] : ends[j]]
                     best = sums[i, j], text.strip(), int(starts[i]) + len(text) - len(text.lstrip())
                 least = min(least, scores[self.none].sum())
-            yield question, *(("", None) if self.lacks_some and least > best[0] else best[1:])
+            text, place = ("", None) if self.lacks_some and least > best[0] else best[1:]
+            yield {"prediction": text, "answer_start": place}
 
 
 def _short(value):
