@@ -13,13 +13,15 @@ from config import UserError
 from heads import label_loss
 from metrics import classes, correlations, tags
 from ops import IGNORE
-from text.examples import Row, read_columns
+from text.chat import Instruct
+from text.examples import Examples, Row, read_columns
 
 
 class Classify:
     """Gives a text, or a pair of texts, one of the labels in the training file."""
 
-    metrics = "accuracy", "f1", "matthews"  # the first one chooses the best checkpoint
+    has_head, metrics = True, ("accuracy", "f1", "matthews")  # the first one chooses the best checkpoint
+    defaults, examples = {}, Examples  # settings that the user has not given; the class of a file's Rows
 
     @staticmethod
     def check(cfg):
@@ -185,5 +187,5 @@ def _short(value):
 
 
 # A new task is a class, its line here, and its head in heads.py.
-TASKS = {"classify": Classify, "regress": Regress, "tag": Tag}
+TASKS = {"classify": Classify, "regress": Regress, "tag": Tag, "instruct": Instruct}
 METRICS = *dict.fromkeys(name for task in TASKS.values() for name in task.metrics), "loss"
