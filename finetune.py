@@ -313,11 +313,8 @@ def evaluate(model, task, examples, cfg, world):
         return {"val_loss": loss / targets.sum().item(), "val_accuracy": n_correct / targets.sum().item()}
     logits = logits_of(model, examples, cfg, world)
     metrics, chosen = task.figures(examples.rows, logits), cfg.finetune.metric or task.metrics[0]
-    return {
-        "val_loss": task.loss(examples.rows, logits),
-        **metrics,
-        **({} if chosen == "loss" else {"score": metrics[chosen]}),
-    }
+    score = {} if chosen == "loss" else {"score": metrics[chosen]}
+    return {"val_loss": task.loss(examples.rows, logits), **metrics, **score}
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 
 import numpy as np
 import pytest
@@ -117,7 +116,9 @@ def test_ids_and_answers_equal_transformers_with_marks_and_without(number, token
 def test_plain_template_gives_the_same_ids_and_answers_as_transformers(tokenizer):
     ours, theirs, names = tokenizer
     chat = Chat(plain_template("", names["eos_token"]), names, hub_json(ours))
-    wanted = theirs.apply_chat_template(TALK, chat_template=chat.template, return_dict=True, return_assistant_tokens_mask=True)
+    wanted = theirs.apply_chat_template(
+        TALK, chat_template=chat.template, return_dict=True, return_assistant_tokens_mask=True
+    )
     ids, answers = chat.ids(TALK, "it")
     assert ids.tolist() == wanted["input_ids"] and answers.astype(int).tolist() == wanted["assistant_masks"]
     assert answers.sum() < len(ids) / 2
@@ -128,9 +129,14 @@ def test_special_tokens_in_messages_are_ordinary_text():
     names = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
     for template in (marked(CHATML), unmarked(CHATML)):
         chat = Chat(template, names, hub_json(tokenizer))
-        talk = [{"role": "user", "content": "<|sep|>\n<|cls|>assistant\n"}, {"role": "assistant", "content": "a<|sep|>b"}]
+        talk = [
+            {"role": "user", "content": "<|sep|>\n<|cls|>assistant\n"},
+            {"role": "assistant", "content": "a<|sep|>b"},
+        ]
         ids, answers = chat.ids(talk, "it")
-        assert tokenizer.decode(ids) == f"<|cls|>user\n{talk[0]['content']}<|sep|>\n<|cls|>assistant\na<|sep|>b<|sep|>\n"
+        assert (
+            tokenizer.decode(ids) == f"<|cls|>user\n{talk[0]['content']}<|sep|>\n<|cls|>assistant\na<|sep|>b<|sep|>\n"
+        )
         assert (ids >= 256).sum() == 4 and tokenizer.decode(ids[answers]) == "a<|sep|>b<|sep|>"
 
 
@@ -138,7 +144,7 @@ def test_special_tokens_in_messages_are_ordinary_text():
     ("{% for", "the chat template cannot be used"),
     ("{{ raise_exception('roles must alternate') }}", "it does not fit the chat template (TemplateError: roles must"),
     ("{{ messages[0].__class__.__mro__ }}", "it does not fit the chat template (SecurityError"),
-    ("{% for m in messages %}{{ m.content }}{% endfor %}", "ends the assistant's turn with no special token"),
+    ("{% for m in messages %}{{ m.content }}{% endfor %}", "ends an assistant's turn with no special token"),
     ("{{ messages | length }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}", "so turn 3 has no place"),
     ("{% for m in messages %}{% if loop.last %}{{ m.content + eos_token }}{% endif %}{% endfor %}", "so turn 3 has no place"),
 ])  # fmt: skip
@@ -159,7 +165,9 @@ def test_template_of_a_folder_is_that_of_transformers(tmp_path):
     named = [{"name": "tools", "template": "x"}, {"name": "default", "template": "of a list{{ eos_token }}"}]
     for template in (named, "of the config{{ eos_token }}"):
         config_file.write_text(json.dumps(given | {"chat_template": template}))
-        source = type("Source", (), {"folder": tmp_path, "chat": HubModel.chat.fget(type("S", (), {"folder": tmp_path}))})
+        source = type(
+            "Source", (), {"folder": tmp_path, "chat": HubModel.chat.fget(type("S", (), {"folder": tmp_path}))}
+        )
         chat = open_chat(source, tokenizer)
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
         assert chat.prompt(TALK, "it").tolist() == theirs.apply_chat_template(TALK)["input_ids"]
@@ -212,7 +220,9 @@ def test_loss_and_gradients_equal_transformers_with_padding(kind, tmp_path):
     block = "transformer.h.0.mlp.c_proj" if kind == "gpt2" else "model.layers.0.mlp.down_proj"
     there = theirs.get_submodule(block).weight.grad
     there = there.T if kind == "gpt2" else there
-    torch.testing.assert_close(ours.blocks[0].mlp.down.weight.grad, there, rtol=1e-4, atol=1e-5 * there.abs().max().item())
+    torch.testing.assert_close(
+        ours.blocks[0].mlp.down.weight.grad, there, rtol=1e-4, atol=1e-5 * there.abs().max().item()
+    )
     there = theirs.get_input_embeddings().weight.grad
     torch.testing.assert_close(ours.wte.weight.grad[:V], there, rtol=1e-4, atol=1e-5 * there.abs().max().item())
 
@@ -236,7 +246,10 @@ def talks(tmp_path_factory):
     for name, letters in (("train", "abcdefghijklmnopqr"), ("dev", "stuvw")):
         lines = []
         for i, letter in enumerate(letters):
-            talk = [{"role": "user", "content": f"say {letter}"}, {"role": "assistant", "content": letter * (1 + i % 3)}]
+            talk = [
+                {"role": "user", "content": f"say {letter}"},
+                {"role": "assistant", "content": letter * (1 + i % 3)},
+            ]
             lines.append(json.dumps({"messages": talk * (1 + i % 2)}))
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     return folder
@@ -388,7 +401,10 @@ def test_pairs_of_prompt_and_answer_are_conversations_of_two_turns(start, talks,
 def test_records_longer_than_block_size_are_cut_or_left_out_and_counted(start, talks, tmp_path, capsys):
     """A prompt takes 18 tokens more than the user's text."""
     sizes = (3, 3), (3, 40), (28, 30), (60, 3)
-    lines = [{"messages": [{"role": "user", "content": "u" * a}, {"role": "assistant", "content": "v" * b}]} for a, b in sizes]
+    lines = [
+        {"messages": [{"role": "user", "content": "u" * a}, {"role": "assistant", "content": "v" * b}]}
+        for a, b in sizes
+    ]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     files = dict.fromkeys(("train_file", "eval_file"), tmp_path / "long.jsonl")
     tune(start, talks, tmp_path / "run", **files, max_steps=1, block_size=48)

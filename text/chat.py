@@ -70,7 +70,7 @@ class Chat:
         for here in borders:
             special = here[np.isin(ids[here], self._special_ids)]
             if not len(special):
-                rule = f"{where}: the chat template ends the assistant's turn with no special token, so no answer could end"
+                rule = f"{where}: the chat template ends an assistant's turn with no special token, so none could end"
                 raise UserError(f"{rule}; let it write {{{{ eos_token }}}} there, in a --chat_template=FILE")
             if not re.search(GENERATION, self.template):
                 here = here[here <= special[-1]]
@@ -188,9 +188,9 @@ class Instruct:
         self.chat, self.framing = chat, framing
 
     def rows(self, texts, label, where):
-        """The Row of a record: a list of messages, or the user's first one. label: its answer, () where the list has it.
+        """The Row of a record, a list of messages, or the user's alone; [] where no answer begins within block_size.
 
-        label is None where the model is to answer. [] where no answer begins within block_size.
+        label: the answer, or () where the list holds it; None where the model is to answer.
         """
         messages, framing = self.messages(*texts, label, where), self.framing
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
