@@ -90,6 +90,7 @@ def export(source, folder, dtype=None):
         write_json(config, partial / "config.json")
         if source.cfg.is_causal and not isinstance(source, HubModel) and not has_labels:
             known_ids = {name: id_ for name, id_ in special_ids.items() if id_ is not None}
+            known_ids |= {name: ids for name, ids in source.kept_chat.items() if name == "eos_token_id"}
             write_json(known_ids, partial / "generation_config.json")
         itemsize = getattr(torch, dtype or source.dtype).itemsize
         n_bytes = write_weights(their_tensors(source.cfg, source.read, source.extra), partial, dtype, itemsize)
@@ -126,6 +127,12 @@ def put_tokenizer(source, tokenizer, folder):
             special_ids["pad_token_id"] = tokenizer and tokenizer.eot
     elif tokenizer:
         special_ids |= write_tokenizer(tokenizer, folder, source.cfg.objective, source.cfg.block_size)
+    if not isinstance(source, HubModel) and source.kept_chat:
+        (folder / "chat_template.jinja").write_text(source.kept_chat["chat_template"], encoding="utf-8")
+        config = foreign.read_json(folder / "tokenizer_config.json", lacking={})
+        config = {name: value for name, value in config.items() if name != "chat_template"}
+        # The template's special tokens must be found in text.
+        write_json(config | {"split_special_tokens": False}, folder / "tokenizer_config.json")
     return special_ids
 
 
@@ -206,7 +213,9 @@ def card(source, family, name, tokenizer):
         f'model = {auto}.from_pretrained("{name}")\n```',
     ]
     facts = training_facts(source)
-    if facts and tokenizer and tokenizer.specials:
+    if getattr(source, "kept_chat", None):
+        blocks.append("It answers in conversations: `tokenizer.apply_chat_template` makes their tokens.")
+    elif facts and tokenizer and tokenizer.specials:
         how = "as that token" if is_masked else "as ordinary text, unless `split_special_tokens=False`"
         blocks.append(
             f"In training no text held special tokens, such as `{next(iter(tokenizer.specials))}`, whatever it spelt; "

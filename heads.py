@@ -6,32 +6,32 @@ of spans as ...ForQuestionAnswering, but that padding is never a span's end.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora import adapt
-from model import ModelConfig, Transformer
+from lora import AdaptedModel, AdaptedTransformer
 from ops import IGNORE, Linear
 
 SPAN = ("start", "end")  # the labels of a SpanFinder
 
 
 @dataclass(frozen=True)
-class TunedModel(ModelConfig):
-    """A ModelConfig with a task and the labels that its head tells apart, in the order of its logits."""
+class TunedModel(AdaptedModel):
+    """An AdaptedModel with a task and the labels that its head tells apart, in the order of its logits."""
 
     task: Literal["classify", "regress", "tag", "qa"] = "classify"
     labels: tuple = ()
-    lora_rank: int | None = None  # the blocks' matrices have adapters of this rank
-    lora_scale: float = 1.0
 
     def build(self):
         """The model with these settings."""
         return SpanFinder(self) if self.task == "qa" else Labeller(self)
+
+    def without_adapters(self):
+        """The settings of the model whose adapters have been merged."""
+        return replace(self, lora_rank=None)
 
     @property
     def has_pooler(self):
@@ -44,7 +44,7 @@ class TunedModel(ModelConfig):
         return self.task in ("classify", "regress")
 
 
-class Labeller(Transformer):
+class Labeller(AdaptedTransformer):
     """Token ids to logits of labels (B, K, L) at positions (B, K) or, with targets (B, K), to the sum of their losses."""
 
     focal_gamma = 0.0  # exponent of the focal loss; 0: cross-entropy
@@ -55,19 +55,9 @@ class Labeller(Transformer):
         self.pooler = Linear(cfg.n_embd, cfg.n_embd) if cfg.has_pooler else None
         self.head_dropout = nn.Dropout(cfg.dropout if cfg.has_pooler or cfg.task == "tag" else 0.0)
         self.classifier = Linear(cfg.n_embd, len(cfg.labels), bias=cfg.has_pooler or not cfg.labels_texts)
-        if cfg.lora_rank:
-            adapt(self, cfg.lora_rank, cfg.lora_scale)
 
     def tie_weights(self):
         """Ties nothing: there is no head of the vocabulary."""
-
-    @torch.no_grad()
-    def init_weights(self, seed, fill=torch.Tensor.copy_):
-        """Transformer's, but that adapters add nothing."""
-        super().init_weights(seed, fill)
-        for name, param in self.named_parameters():
-            if name.endswith("lora_b"):
-                fill(param, torch.zeros(param.shape))
 
     def num_params(self):
         """Parameters, without the vocabulary's padding rows."""

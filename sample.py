@@ -5,6 +5,7 @@ python sample.py --out_dir=out/quickstart_bert --prompt="for i in [MASK](10):"
 python sample.py --out_dir=out/quickstart --prompt=FILE:prompt.txt
 python sample.py --out_dir=out/fim --prompt="def add(" --suffix="return a + b"
 echo "import os" | python sample.py --out_dir=out/quickstart --prompt=-
+python sample.py --out_dir=out/finetune --chat --prompt="What is the capital of France?"
 python sample.py --out_dir=out/quickstart --prompt="def main(" --min_p=0.1 --stop='["\\n\\n", "def "]'
 """
 
@@ -21,6 +22,7 @@ import torch
 
 from config import Config, Range, UserError, only, run_script
 from generation import GenerationConfig, UntilStop, generate
+from interop.chat import open_chat
 from interop.pretrained import load_model, load_tokenizer_of, model_location
 from objective import FIM_TOKENS, fim_tokens, special_id
 from run.folder import RunConfig
@@ -34,11 +36,14 @@ Samples = Annotated[int, Range("at least 1 and at most 100,000", lambda n: 1 <= 
 class SampleConfig(Config):
     prompt: str = ""  # text to continue, or to fill at each [MASK]; FILE:path reads a file, - reads stdin
     suffix: str | None = None  # text behind a gap that follows the prompt, to fill by a model trained with fim_rate
+    chat: bool = False  # the prompt is a user's message, the sample the answer, by the model's chat template
     num_samples: Samples = 1  # continuations of the prompt, in one batch
     stop: str | None = None  # text that ends a continuation and is left out; several as JSON: ["\n\n", "User:"]
 
     def __post_init__(self):
         super().__post_init__()
+        if self.chat and self.suffix is not None:
+            raise UserError("chat is on and suffix is given, but an answer fills no gap; leave one of them out")
         if self.stop is not None and not (self.stops and all(isinstance(stop, str) and stop for stop in self.stops)):
             example = """--stop='["User:", "Bot:"]'"""
             raise UserError(f"stop is {self.stop}; it must be text, or a JSON list of texts, as in {example}")
@@ -75,11 +80,14 @@ def main(cfg):
         cfg.sample.suffix and read_text(cfg.sample.suffix, "suffix"),
     )
     if not model.cfg.is_causal:
-        given = {"suffix": suffix, "stop": cfg.sample.stop, "min_p": cfg.generation.min_p}
+        given = {"suffix": suffix, "stop": cfg.sample.stop, "min_p": cfg.generation.min_p, "chat": cfg.sample.chat or None}
         if given := [name for name, value in given.items() if value is not None]:
             raise UserError(f"{' and '.join(given)}: a masked model fills each [MASK], without them; leave them out")
         return print_candidates(model, tokenizer, prompt, cfg.generation.top_k or 5, device)
     ids = [*tokenizer.begin, *tokenizer.encode(prompt).tolist()] or [tokenizer.eot]
+    if cfg.sample.chat:
+        chat = open_chat(source, tokenizer)
+        ids, prompt = chat.prompt([{"role": "user", "content": prompt}], "the prompt").tolist(), ""
     most = cfg.generation.max_new_tokens
     if suffix is not None:
         settings = getattr(source, "manifest", {}).get("settings", {"fim_rate": 1})  # the hub's models have none

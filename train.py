@@ -93,7 +93,7 @@ def train(saver, state, train_data, evaluation, stop, tasks=None):
     them val_loss. tasks(model): the same, due every tasks_interval steps.
     """
     cfg, world, model, optimizer, scaler = saver.cfg, saver.world, saver.model, saver.optimizer, saver.scaler
-    if state.is_finished(cfg):
+    if state.step and state.is_finished(cfg):  # max_steps 0 evaluates
         print_finished(cfg, state, world)
         return state
     train_data.seek(state.sequences_seen)

@@ -20,16 +20,18 @@ from checkpoint import (
 )
 from config import UserError, preset_value
 from data import prepare_command, seq_len_of, vocab_size_of
+from foreign import read_json
 from heads import TunedModel
 from interop.families import resolved
 from interop.hub import TOKENIZER_FILES, HubModel, copy_files, folder_of, open_tensors, read_config, save_tensors
-from interop.hub_tokenizer import load_hub_tokenizer
-from lora import merged
+from interop.hub_tokenizer import chat_settings, load_hub_tokenizer
+from lora import AdaptedModel, merged
 from model import TRAINING_ONLY, ModelConfig, Transformer
 from run.folder import keep_tokenizer, run_dir_of, tokenizer_of, writing_to
 from text.tokenizer import load_tokenizer
 
 EXTRA_FILE = "carried.safetensors"
+CHAT_FILE = "chat.json"
 TOKENIZER = "tokenizer"  # folder with a Hugging Face model's tokenizer, in a fine-tuning run's
 SOME_TEXT = "Two words, 3 dots..."
 
@@ -48,14 +50,15 @@ class RunModel:
         self.folder, self.path = Path(run_dir), newest_checkpoint(run_dir, world)
         with reading(self.path):
             self.manifest = read_manifest(self.path)
-            if "labels" in self.manifest["model"]:
+            if "task" in self.manifest.get("settings", {}):  # of fine-tuning
                 self.path = newest_checkpoint(run_dir, world, best=True)
                 self.manifest = read_manifest(self.path)
         whole = config_of_checkpoint(self.path, self.manifest)
         # A tensor by its name, whole; UserError where the checkpoint is damaged, Removed where it has gone.
         self.read = tensor_reader(self.path, whole)
-        if isinstance(whole, TunedModel) and whole.lora_rank:
-            self.read, whole = merged(self.read, whole.lora_scale), replace(whole, lora_rank=None)
+        if isinstance(whole, AdaptedModel):
+            self.read = merged(self.read, whole.lora_scale) if whole.lora_rank else self.read
+            whole = whole.without_adapters()
         self.name = f"{run_dir}, step {self.manifest['step']}"
         self.cfg = replace(whole, block_size=context_of(self.manifest, whole))
         if self.cfg != whole:
@@ -63,9 +66,23 @@ class RunModel:
 
     def load_tokenizer(self):
         """The tokenizer of the run's data; UserError where it is unknown."""
-        if (self.folder / TOKENIZER).is_dir():
-            return load_hub_tokenizer(self.folder / TOKENIZER)
-        return load_tokenizer(tokenizer_of(self.folder))
+        is_theirs = (self.folder / TOKENIZER).is_dir()
+        tokenizer = (
+            load_hub_tokenizer(self.folder / TOKENIZER) if is_theirs else load_tokenizer(tokenizer_of(self.folder))
+        )
+        tokenizer.stops |= {*self.kept_chat.get("eos_token_id", [])}
+        return tokenizer
+
+    @property
+    def chat(self):
+        """(its chat template, None where it has none; {a template's variable, such as eos_token: the token})."""
+        template, names = chat_settings(self.folder / TOKENIZER)
+        return self.kept_chat.get("chat_template", template), names
+
+    @property
+    def kept_chat(self):
+        """What interop.chat's keep_chat has written; empty where the run is not fine-tuned by conversations."""
+        return read_json(self.folder / CHAT_FILE, {"chat_template!": str, "eos_token_id!": [int]}, lacking={})
 
     @property
     def extra(self):
@@ -160,9 +177,14 @@ def run_config(run_dir):
     for _ in range(ATTEMPTS):
         for path in reversed(checkpoints(run_dir)):
             with contextlib.suppress(UserError):
-                return config_of_checkpoint(path, read_manifest(path))
+                return _merged_config(path)
         path = newest_checkpoint(run_dir)  # raises, and says what is wrong, unless it has come since
-    return config_of_checkpoint(path, read_manifest(path))
+    return _merged_config(path)
+
+
+def _merged_config(path):
+    cfg = config_of_checkpoint(path, read_manifest(path))
+    return cfg.without_adapters() if isinstance(cfg, AdaptedModel) else cfg
 
 
 @torch.no_grad()
@@ -239,13 +261,14 @@ def check_ids(tokenizer, vocab_size, folder):
     return tokenizer
 
 
-def start_from(cfg, model, world):
+def start_from(cfg, model, world, longest=None):
     """Loads the weights that init_from names, if any; reports data in another tokenizer's tokens.
 
-    Sets model.context, the longest sequence that the model will have been trained on.
+    Sets model.context, the longest sequence that the model will have been trained on. longest: of the data; None:
+    seq_len.
     """
     labels = isinstance(cfg.model, TunedModel)
-    longest = cfg.model.block_size if labels else cfg.data.seq_len
+    longest = cfg.model.block_size if labels else longest or cfg.data.seq_len
     model.context = longest
     if not cfg.run.init_from:
         return

@@ -247,6 +247,12 @@ def test_recomputation_in_backward_changes_no_loss_not_even_with_dropout(masked_
         assert records(plain, "val_loss") == records(recomputed, "val_loss")
 
 
+def test_max_steps_0_evaluates_and_stops(data_dir, tmp_path, nine, capsys):
+    run(data_dir, tmp_path, max_steps=0)
+    assert records(tmp_path, "val_loss") == {0: records(nine, "val_loss")[0]} and not records(tmp_path)
+    assert "finished" in capsys.readouterr().out
+
+
 def test_max_tokens_ends_a_run(data_dir, tmp_path, nine):
     run(data_dir, tmp_path, max_tokens=9 * 42 - 1, max_steps=5)
     assert records(tmp_path) == records(nine)

@@ -103,11 +103,12 @@ class Framing:
     """One or two texts as a model expects them: [CLS] a [SEP] b [SEP] with token types 0 and 1, or a decoder's tokens.
 
     A decoder's texts begin as its tokenizer has it, and end-of-text stands between two. Texts longer than block_size
-    are cut, of two the longer one; n_cut counts them.
+    are cut, of two the longer one; n_cut counts them, n_left_out records of which nothing could be learned.
     """
 
     def __init__(self, tokenizer, is_causal, block_size):
-        self.tokenizer, self.is_causal, self.block_size, self.n_cut = tokenizer, is_causal, block_size, 0
+        self.tokenizer, self.is_causal, self.block_size = tokenizer, is_causal, block_size
+        self.n_cut = self.n_left_out = 0
         if is_causal:
             self.begin, self.end = [*tokenizer.begin], []
             self.between = [] if tokenizer.eot is None else [tokenizer.eot]
@@ -163,15 +164,17 @@ class Examples:
             digest.update(row.ids.tobytes() + row.targets.tobytes())
         return digest.hexdigest()[:16]
 
+    def width(self, rows):
+        """Tokens of a batch's sequences, T: a multiple of 8 for few different shapes."""
+        return min(self.block_size, -(-max((len(row.ids) for row in rows), default=1) // 8) * 8)
+
     def batch(self, numbers, n_rows):
         """(ids (B, T), targets (B, K), positions (B, K), attention_mask (B, T), token types (B, T)) of some rows.
 
-        B is n_rows; those beyond the numbers have no targets. T is a multiple of 8 for few different shapes, K the
-        largest number of a row's targets.
+        B is n_rows; those beyond the numbers have no targets. K is the largest number of a row's targets.
         """
         rows = [self.rows[i] for i in numbers]
-        longest = max((len(row.ids) for row in rows), default=1)
-        shape = n_rows, min(self.block_size, -(-longest // 8) * 8)
+        shape = n_rows, self.width(rows)
         n_targets, n_positions = (max(map(len, parts)) for parts in zip(*(row[2:4] for row in rows or self.rows[:1])))
         ids, types, lengths = np.full(shape, self.pad), np.zeros(shape, np.int64), np.ones((n_rows, 1), np.int64)
         targets = np.full((n_rows, n_targets), IGNORE, self.rows[0].targets.dtype)

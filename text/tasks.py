@@ -11,18 +11,21 @@ import numpy as np
 import torch
 
 from config import UserError
+from foreign import shown
 from heads import SPAN, label_loss
 from metrics import answers, classes, correlations, tags
 from ops import IGNORE
-from text.examples import Row, read_columns
+from text.chat import Instruct
+from text.examples import Examples, Row, read_columns
 
 
 class Classify:
     """Gives a text, or a pair of texts, one of the labels in the training file."""
 
-    metrics = "accuracy", "f1", "matthews"  # the first one chooses the best checkpoint
+    has_head, metrics = True, ("accuracy", "f1", "matthews")  # the first one chooses the best checkpoint
     has_classes = True  # which cross-entropy tells apart
     n_texts = 1, 2  # how many columns of texts it may read
+    defaults, examples = {}, Examples  # settings that the user has not given; the class of a file's Rows
 
     @staticmethod
     def read(path, names, cfg):
@@ -119,7 +122,7 @@ class Tag(Classify):
     def labels(column, where):
         """The tags in a column of lists, in order; UserError where there is one alone. where: names the column."""
         if odd := [value for value in column if not isinstance(value, list)]:
-            raise UserError(f"{where} has {_short(odd[0])}, where there must be a list of tags; check --label_column")
+            raise UserError(f"{where} has {shown(odd[0])}, where there must be a list of tags; check --label_column")
         return Classify.labels(itertools.chain.from_iterable(column), where)
 
     def __init__(self, labels, framing, cfg):
@@ -133,9 +136,9 @@ class Tag(Classify):
         """The Row of a record, whose one text is a list of words; label: its list of tags, or None."""
         [words], framing = texts, self.framing
         if not (isinstance(words, list) and words and all(isinstance(word, str) and word.strip() for word in words)):
-            raise UserError(f"{where} has {_short(words)}, where there must be a list of words; check --text_column")
+            raise UserError(f"{where} has {shown(words)}, where there must be a list of words; check --text_column")
         if label is not None and not (isinstance(label, list) and len(label) == len(words)):
-            raise UserError(f"{where} has {_short(label)}, where there must be a list of {len(words)} tags, one a word")
+            raise UserError(f"{where} has {shown(label)}, where there must be a list of {len(words)} tags, one a word")
         ids, places, longest = [*framing.begin], {}, framing.block_size - len(framing.end)
         for number, word in enumerate(words):
             tokens, first = self._tokens_of(word)
@@ -209,7 +212,7 @@ class Answer(Classify):
         """The Rows of a question and its context, one for each window; label: {text: [...], answer_start: [...]}."""
         for text in texts:
             if not (isinstance(text, str) and text.strip()):
-                raise UserError(f"{where} has {_short(text)}, where there must be a text; check the columns' names")
+                raise UserError(f"{where} has {shown(text)}, where there must be a text; check the columns' names")
         [question, context], framing, stride = texts, self.framing, self.cfg.stride
         asked, room = framing.tokenizer.encode(question).tolist(), framing.block_size - len(self.ending)
         room -= len(framing.begin) + len(framing.between)
@@ -239,12 +242,12 @@ class Answer(Classify):
         columns = [label.get(name) for name in ("text", "answer_start")] if isinstance(label, dict) else [None]
         if not all(isinstance(column, list) for column in columns) or len(columns[0]) != len(columns[1]):
             rule = "where there must be {text: [...], answer_start: [...]} with lists of one length"
-            raise UserError(f"{where} has {_short(label)}, {rule}; check --label_column")
+            raise UserError(f"{where} has {shown(label)}, {rule}; check --label_column")
         for text, start in zip(*columns):
             if not (isinstance(text, str) and text.strip() and isinstance(start, int) and start >= 0):
-                raise UserError(f"{where} has the answer {_short(text)} at {_short(start)}; give its text and place")
+                raise UserError(f"{where} has the answer {shown(text)} at {shown(start)}; give its text and place")
             if (there := context[start : start + len(text)]) != text:
-                rule = f"has the answer {_short(text)} at {start}, where the context has {_short(there)}"
+                rule = f"has the answer {shown(text)} at {start}, where the context has {shown(there)}"
                 raise UserError(f"{where} {rule}; mend answer_start, which counts characters from 0")
         if not columns[0]:
             self.lacks_some = True
@@ -253,7 +256,7 @@ class Answer(Classify):
         first, last = np.searchsorted(ends, start, "right"), np.searchsorted(starts, start + len(text)) - 1
         if first > last:
             raise UserError(
-                f"{where} has the answer {_short(text)}, of which the tokenizer makes no token; leave it out"
+                f"{where} has the answer {shown(text)}, of which the tokenizer makes no token; leave it out"
             )
         return first, last
 
@@ -290,10 +293,6 @@ class Answer(Classify):
             yield {"prediction": text, "answer_start": place}
 
 
-def _short(value):
-    return text if len(text := repr(value)) < 60 else f"{text[:57]}..."
-
-
 # A new task is a class, its line here, and its head in heads.py.
-TASKS = {"classify": Classify, "regress": Regress, "tag": Tag, "qa": Answer}
+TASKS = {"classify": Classify, "regress": Regress, "tag": Tag, "qa": Answer, "instruct": Instruct}
 METRICS = *dict.fromkeys(name for task in TASKS.values() for name in task.metrics), "loss"

@@ -142,7 +142,7 @@ class FileTokenizer(Tokenizer):
 
         if saved["model"].get("dropout"):
             raise UserError("its model leaves out merges at random (dropout), which changes ids from call to call")
-        harmless, names = _with_secret_specials(saved)
+        harmless, names = with_secret_specials(saved)
         self.saved, self._tokenizer = saved, tokenizers.Tokenizer.from_str(json.dumps(harmless))
         vocab, model = self._tokenizer.get_vocab(with_added_tokens=True), saved["model"]
         specials = {name: vocab.pop(secret) for name, secret in names.items()}
@@ -323,7 +323,7 @@ def _bpe_of_pair(path):
     return json.loads(bpe.to_str())
 
 
-def _with_secret_specials(saved):
+def with_secret_specials(saved):
     """Renames special tokens so that no text contains them; returns the tokenizer.json dict and {name: secret name}.
 
     They can't be removed: `tokenizers` would give their ids to other added tokens.
