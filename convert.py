@@ -120,7 +120,7 @@ def put_tokenizer(source, tokenizer, folder):
             with foreign.telling(lambda reason, name=name: f"{source.folder / name} cannot be copied ({reason})"):
                 (folder / name).write_bytes(foreign.read_bytes(source.folder / name))
     elif tokenizer:
-        special_ids |= write_tokenizer(tokenizer, folder, source.cfg.objective, source.cfg.block_size)
+        special_ids |= write_tokenizer(tokenizer, folder, source.cfg.base, source.cfg.block_size)
     return special_ids
 
 

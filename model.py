@@ -9,7 +9,7 @@ import functools
 import hashlib
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 from config import Config, Count, NotNegative, Positive, Share, UserError
 from data import near_divisors
 from foreign import LARGEST
-from objective import OBJECTIVES
+from objective import OBJECTIVES, PAIRS, weights_of
 from ops import (
     LayerNorm,
     Linear,
@@ -52,7 +52,7 @@ TRAINING_ONLY = {"dropout", "label_smoothing", "z_loss"}  # settings that change
 
 @dataclass(frozen=True)
 class ModelConfig(Config):
-    objective: Literal[*OBJECTIVES] = "clm"  # clm: the next token, seeing those before; mlm: masked ones, seeing all
+    objective: Literal[*OBJECTIVES] | dict = field(default="clm", hash=False)  # what to predict: next token or masked ones
     vocab_size: Count | None = None  # number of token ids, without padding; none: the data's
     block_size: Count = 1024  # longest sequence, in tokens
     n_layer: Count = 12  # blocks
@@ -94,13 +94,33 @@ class ModelConfig(Config):
             wrong.append(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}; {fitting}")
         if self.global_every and not self.window:
             wrong.append(f"global_every is {self.global_every}, but window is none, so all layers are; set --window")
+        if (pairs := [*PAIRS.keys() & self.objectives]) and (self.n_token_types or 0) < 2:
+            wrong.append(
+                f"n_token_types is {self.n_token_types}, but {pairs[0]} tells two sentences apart; set it to 2"
+            )
         if wrong:
             raise UserError(*wrong)
+
+    def build(self):
+        """The model with these settings."""
+        from heads import PretrainingModel  # here, since it is a Transformer
+
+        return Transformer(self) if len(self.objectives) == 1 else PretrainingModel(self)
+
+    @property
+    def objectives(self):
+        """{name: weight} of the objectives, clm or mlm first."""
+        return weights_of(self.objective)
+
+    @property
+    def base(self):
+        """The objective that decides which tokens the model sees."""
+        return next(iter(self.objectives))
 
     @property
     def is_causal(self):
         """Whether a token sees earlier ones alone."""
-        return OBJECTIVES[self.objective].causal
+        return OBJECTIVES[self.base].causal
 
     @property
     def is_gated(self):
@@ -255,26 +275,29 @@ class Transformer(nn.Module):
             self.head.weight = self.wte.weight
 
     def forward(
-        self,
-        ids,
-        targets=None,
-        positions=None,
-        attention_mask=None,
-        token_types=None,
-        documents=None,
-        cache=None,
-        place=None,
-        count_correct=False,
-    ):
+        self, ids, targets=None, positions=None, attention_mask=None, token_types=None, documents=None, cache=None,
+        place=None, count_correct=False,
+    ):  # fmt: skip
         """Logits (B, T, V) for ids (B, T) or, with targets (B, T), the float32 sum of their losses.
 
         Targets that equal IGNORE do not count. positions (B, K) selects tokens: logits are then (B, K, V), targets
-        (B, K). attention_mask (B, T) is False at padding, token_types (B, T) default to 0. documents, the starts of
-        ops.locate, are computed as if each were a sequence of its own. With a cache, ids continue its tokens,
-        attention_mask covers all tokens so far, and logits are the last token's alone, (B, 1, V), unless positions
-        selects others. With place, ids (B, 1) stand at that position, (1,), or each at its own, (B, 1), in kernels that
-        do not depend on it, so that a CUDA graph may repeat them; the caller keeps place below the cache's capacity.
-        count_correct, without gradients, also returns the number of targets that have the largest logit.
+        (B, K). attention_mask and what follows: see states. With a cache, logits are the last token's alone, (B, 1, V),
+        unless positions selects others. count_correct, without gradients, also returns the number of targets that have
+        the largest logit.
+        """
+        x = self.states(ids, attention_mask, token_types, documents, cache, place)
+        if cache is not None and positions is None:
+            x = x[:, -1:]
+        return self.predict(self.selected(x, positions), targets, count_correct)
+
+    def states(self, ids, attention_mask=None, token_types=None, documents=None, cache=None, place=None):
+        """The last block's output (B, T, C) for ids (B, T).
+
+        attention_mask (B, T) is False at padding, token_types (B, T) default to 0. documents, the starts of ops.locate,
+        are computed as if each were a sequence of its own. With a cache, ids continue its tokens, and attention_mask
+        covers all tokens so far. With place, ids (B, 1) stand at that position, (1,), or each at its own, (B, 1), in
+        kernels that do not depend on it, so that a CUDA graph may repeat them; the caller keeps place below the cache's
+        capacity.
         """
         cfg, T, masks = self.cfg, ids.shape[1], None
         caches = None if cache is None else cache.by_layer(place)
@@ -299,20 +322,23 @@ class Transformer(nn.Module):
             packed = can_pack(x, cfg.head_width, cfg.dropout if self.training else 0.0)
             given = documents, attention_mask, packed
             masks = {window: mask_of(x, ids.shape, cfg.is_causal, window, *given) for window in self.windows}
-        x = self.run_blocks(x, rope, masks, caches)
+        return self.run_blocks(x, rope, masks, caches)
+
+    def selected(self, x, positions=None):
+        """The head's input for the last block's output: of all tokens, or of those at positions (B, K)."""
         if positions is not None:
             # An embedding: unlike a gather's, its gradient repeats bitwise and never waits for the device.
-            first = T * torch.arange(len(ids), device=ids.device)[:, None]  # B 1
+            first = x.shape[1] * torch.arange(len(x), device=x.device)[:, None]  # B 1
             x = F.embedding(first + positions, x.flatten(0, 1))  # B K C
-        elif cache is not None:
-            x = x[:, -1:]
-        x = self.transform(self.norm_f(x))
+        return self.transform(self.norm_f(x))
+
+    def predict(self, x, targets=None, count_correct=False):
+        """forward's answer for the head's input (B, T or K, C)."""
         if targets is None:
-            return self.head(x)[..., : cfg.vocab_size]
-        options = LossOptions.of(cfg) if self.training else LossOptions()
+            return self.head(x)[..., : self.cfg.vocab_size]
         weight, bias, vocabulary = self.head_of_vocabulary()
-        x, targets = x.flatten(0, 1), targets.flatten()
-        return linear_cross_entropy(x, weight, targets, vocabulary, bias, options, count_correct, self.loss_pass)
+        options = LossOptions.of(self.cfg) if self.training else LossOptions(), count_correct, self.loss_pass
+        return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), vocabulary, bias, *options)
 
     def head_of_vocabulary(self):
         """Weight and bias of the head, and their Vocabulary; tensor parallelism replaces it by a shard's."""
@@ -366,55 +392,4 @@ class Transformer(nn.Module):
 def parameter_shapes(cfg):
     """{name: shape} of a model's parameters, without allocating them; a tied head is not among them."""
     with torch.device("meta"):
-        return {name: list(param.shape) for name, param in Transformer(cfg).named_parameters()}
-
-
-class Cache:
-    """Keys and values of the tokens so far, for generation: one preallocated tensor per layer."""
-
-    class Layer:
-        def __init__(self, window, shape, **kind):
-            self.window, self.length = window, 0
-            self.k, self.v = torch.zeros(shape, **kind), torch.zeros(shape, **kind)  # a mask hides no NaN
-
-        def append(self, k, v):
-            """Appends k and v (B, H, T, D); returns views of all tokens so far, or of those that a single one sees."""
-            end = self.length + k.shape[2]
-            first = max(0, end - self.window) if self.window and k.shape[2] == 1 else 0
-            self.k[:, :, self.length : end] = k
-            self.v[:, :, self.length : end] = v
-            self.length = end
-            return self.k[:, :, first:end], self.v[:, :, first:end]
-
-        def put(self, place, k, v):
-            """Writes k and v (B, H, 1, D) at place, a tensor, (1,) or (B, 1); returns all, which needs a mask."""
-            index = place.view(-1, 1, 1, 1).expand_as(k)  # B H 1 D
-            return self.k.scatter_(2, index, k), self.v.scatter_(2, index, v)
-
-    def __init__(self, cfg, batch_size, device, dtype, n_tokens=None):
-        """n_tokens: the capacity; None: block_size."""
-        shape = (batch_size, cfg.kv_heads, n_tokens or cfg.block_size, cfg.head_width)
-        windows = [cfg.window_of(layer) for layer in range(cfg.n_layer)]
-        self.layers = [Cache.Layer(window, shape, device=device, dtype=dtype) for window in windows]
-
-    @property
-    def length(self):
-        """Tokens in the cache; those put at a place do not count."""
-        return self.layers[0].length
-
-    def clear(self):
-        """Forgets every token."""
-        for layer in self.layers:
-            layer.length = 0
-
-    def by_layer(self, place=None):
-        """A function for each layer, which adds keys and values at the end, or at place, and returns all."""
-        return [layer.append if place is None else functools.partial(layer.put, place) for layer in self.layers]
-
-    def mask(self, place, window=None):
-        """The mask (1 or B, 1, 1, S) that attention adds to its scores: -inf behind place and before the window."""
-        k = self.layers[0].k
-        at = torch.arange(k.shape[2], device=k.device)
-        unseen = at > place if window is None else (at > place) | (at <= place - window)
-        unseen = unseen.view(-1, 1, 1, len(at))
-        return torch.zeros(unseen.shape, device=k.device, dtype=k.dtype).masked_fill(unseen, -math.inf)
+        return {name: list(param.shape) for name, param in cfg.build().named_parameters()}

@@ -45,6 +45,8 @@ BERT_NAMES = {
     "cls.predictions.transform.LayerNorm": ("transform.norm",),
     "cls.predictions.bias": ("head.bias",),  # in an untied model an extra tensor without effect
     "cls.predictions.decoder": ("head",),
+    "bert.pooler.dense": ("pooler",),
+    "cls.seq_relationship": ("pair_head",),
 }
 LLAMA_NAMES = {
     "model.embed_tokens": ("wte",),
@@ -107,20 +109,19 @@ class Family:
 # Keys of config.json that change nothing that our models compute, at any value
 HARMLESS = frozenset(
     """
-    architectures model_type transformers_version use_cache initializer_range gradient_checkpointing
-    attn_implementation bos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id
-    decoder_start_token_id forced_bos_token_id forced_eos_token_id tokenizer_class prefix name_or_path return_dict
-    return_dict_in_generate output_hidden_states output_attentions output_scores output_past output_logits
-    torchscript use_bfloat16 tf_legacy_loss use_return_dict keys_to_ignore_at_inference n_ctx
-    reorder_and_upcast_attn chunk_size_feed_forward pretraining_tp classifier_dropout num_labels id2label label2id
-    problem_type finetuning_task task_specific_params summary_type summary_use_proj summary_activation
-    summary_proj_to_labels summary_first_dropout summary_last_dropout summary_hidden_size directionality
-    pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
-    tie_encoder_decoder cross_attention_hidden_size unsloth_fixed unsloth_version max_length min_length
-    max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
-    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
-    suppress_tokens begin_suppress_tokens num_return_sequences remove_invalid_values
-    exponential_decay_length_penalty is_decoder
+    architectures model_type transformers_version use_cache initializer_range gradient_checkpointing attn_implementation
+    bos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id decoder_start_token_id
+    forced_bos_token_id forced_eos_token_id tokenizer_class prefix name_or_path return_dict return_dict_in_generate
+    output_hidden_states output_attentions output_scores output_past output_logits torchscript use_bfloat16
+    tf_legacy_loss use_return_dict keys_to_ignore_at_inference n_ctx reorder_and_upcast_attn chunk_size_feed_forward
+    pretraining_tp classifier_dropout num_labels id2label label2id problem_type finetuning_task task_specific_params
+    summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout summary_last_dropout
+    summary_hidden_size directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
+    pooler_size_per_head pooler_type tie_encoder_decoder cross_attention_hidden_size unsloth_fixed unsloth_version
+    max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids suppress_tokens begin_suppress_tokens num_return_sequences
+    remove_invalid_values exponential_decay_length_penalty is_decoder
     """.split()
 )
 NEEDS = {"is_encoder_decoder": False, "pruned_heads": {}, "auto_map": {}, "add_cross_attention": False}
@@ -212,7 +213,7 @@ def family_of(cfg):
         family = GPT2
     else:
         family = QWEN3 if cfg.qk_norm else MISTRAL if cfg.window else LLAMA
-    ours, theirs = resolved(cfg), family.fixed
+    ours, theirs = resolved(cfg) | {"objective": cfg.base}, family.fixed
     if cfg.position == "learned":
         theirs = theirs | {"n_kv_head": cfg.n_head, "head_dim": cfg.n_embd / cfg.n_head}
     wrong = [f"{name} is {ours[name]}, not {value}" for name, value in theirs.items() if ours[name] != value]
@@ -229,18 +230,17 @@ def config_of(cfg, special_ids, dtype, extra=()):
     extra: names of extra tensors; a BERT with its next-sentence head has another class.
     """
     family = family_of(cfg)
-    complete = family.complete(cfg)
-    explicit = resolved(complete)
+    names, explicit = {*extra, *(t.name for t in tensors_of(family, cfg))}, resolved(family.complete(cfg))
     values = {key: explicit[name] for key, name in family.keys.items()} | dict.fromkeys(family.dropouts, cfg.dropout)
     values[family.activation] = next(theirs for theirs, ours in family.activations.items() if ours == cfg.mlp)
-    own = {name: getattr(cfg, name) for name in family.filled if getattr(cfg, name) != getattr(complete, name)}
+    own = {name: getattr(cfg, name) for name in family.filled if getattr(cfg, name) != explicit[name]}
     if cfg.position == "rope":
         values |= _rope_values(cfg) | dict.fromkeys(family.biases, cfg.bias)
         if cfg.rope_scale != 1:  # transformers expects the scaled length
             values["max_position_embeddings"] = max(cfg.block_size, int(cfg.rope_scale * cfg.rope_context))
             own["block_size"] = cfg.block_size
     return {
-        "architectures": ["BertForPreTraining" if "cls.seq_relationship.weight" in extra else family.architecture],
+        "architectures": ["BertForPreTraining" if "cls.seq_relationship.weight" in names else family.architecture],
         "model_type": family.model_type,
         **values,
         **({"n_ctx": cfg.block_size} if family is GPT2 else {}),  # converters of llama.cpp read it

@@ -19,9 +19,9 @@ from checkpoint import (
 )
 from config import UserError, preset_value
 from data import prepare_command, seq_len_of, vocab_size_of
-from interop.families import resolved
+from interop.families import family_of, resolved, tensors_of
 from interop.hub import HubModel, folder_of, open_tensors, read_config, save_tensors
-from model import TRAINING_ONLY, ModelConfig, Transformer
+from model import TRAINING_ONLY, ModelConfig, parameter_shapes
 from run.folder import run_dir_of, tokenizer_of, writing_to
 from text.tokenizer import load_tokenizer
 
@@ -99,7 +99,7 @@ def starting_config(where, wanted, given):
     """The settings of a model that starts from weights: the weights' own, with block_size and training's as wanted.
 
     given: names of the settings that the user has set. UserError where one of them differs from the weights' own, or
-    block_size exceeds their longest sequence.
+    block_size exceeds their longest sequence. Of several objectives the first one, clm or mlm, must be theirs.
     """
     if checkpoints(where):
         source = run_config(where)
@@ -109,7 +109,7 @@ def starting_config(where, wanted, given):
     automatic = {"vocab_size"} if wanted.vocab_size is None else set()
     names = ({field.name for field in fields(ModelConfig)} & set(given) - automatic) | TRAINING_ONLY
     cfg = replace(source, **{name: getattr(wanted, name) for name in names})
-    found, here = resolved(source), resolved(cfg)
+    found, here = (resolved(model) | {"objective": model.base} for model in (source, cfg))
     fixed = sorted(names - TRAINING_ONLY - {"block_size"})
     if wrong := [f"{name} {found[name]} there, {here[name]} here" for name in fixed if here[name] != found[name]]:
         raise UserError(f"{where} has another model: {', '.join(wrong)}; leave these settings out")
@@ -144,9 +144,16 @@ def run_config(run_dir):
 
 @torch.no_grad()
 def load_weights(source, model):
-    """Copies an opened model's weights into a model, sharded or not; a shorter position table takes the first rows."""
+    """Copies an opened model's weights into a model, sharded or not; a shorter position table takes the first rows.
+
+    Returns the names of the model's weights that stay as they are, since the source has none: heads of objectives.
+    """
+    own, heads = parameter_shapes(source.cfg).keys(), heads_in(source, model.cfg)
     for name, param in model.named_parameters():
-        weight, read = torch.zeros(param.shape), source.read(name)  # rows that pad the vocabulary stay zero
+        if name not in own and name not in heads:
+            continue
+        read = source.read(name) if name in own else source.extra[heads[name]]
+        weight = torch.zeros(param.shape)  # rows that pad the vocabulary stay zero
         n_rows = min(len(weight), len(read))
         weight[:n_rows] = read[:n_rows]
         if hasattr(param, "placements"):
@@ -155,6 +162,19 @@ def load_weights(source, model):
             fill_shard(param, weight)
         else:
             param.copy_(weight)
+    return [name for name, _ in model.named_parameters() if name not in own and name not in heads]
+
+
+def heads_in(source, cfg):
+    """{our name: theirs}: the source's extra tensors that its own model lacks, and a model of settings cfg has."""
+    own, extra, found = parameter_shapes(source.cfg), source.extra, {}
+    for theirs in tensors_of(family_of(cfg), cfg) if extra else ():
+        if theirs.name in extra and not theirs.ours.keys() & own:
+            if (shape := [*extra[theirs.name].shape]) != theirs.shape:
+                what = f"has the shape {shape}, where the model's is {theirs.shape}"
+                raise UserError(f"{source.folder}: {theirs.name!r} {what}; its files do not belong to its config.json")
+            found |= dict.fromkeys(theirs.ours, theirs.name)
+    return found
 
 
 def load_model(where, device, world=None):
@@ -165,7 +185,7 @@ def load_model(where, device, world=None):
 
     def load(source):
         with torch.device("meta"):
-            model = Transformer(source.cfg)
+            model = source.cfg.build()
         model.to_empty(device=device)
         model.tie_weights()
         load_weights(source, model)
@@ -208,18 +228,22 @@ def start_from(cfg, model, world):
         return
 
     def load(source):
-        load_weights(source, model)
-        return source
+        return source, load_weights(source, model)
 
-    source = with_model(cfg.run.init_from, load, world)
+    source, new = with_model(cfg.run.init_from, load, world)
     model.context = min(cfg.model.block_size, max(cfg.data.seq_len, source.cfg.block_size))
     if world.is_main:
         with writing_to(cfg.run.out_dir):
             path = Path(cfg.run.out_dir) / EXTRA_FILE
             path.unlink(missing_ok=True)  # an earlier run without a checkpoint left it
-            if source.extra:
-                save_tensors(source.extra, path)
+            used = heads_in(source, model.cfg).values()
+            if extra := {name: tensor for name, tensor in source.extra.items() if name not in used}:
+                save_tensors(extra, path)
         print(f"weights    from {source.name}")
+        if new:
+            print(f"weights    not there, drawn anew: {', '.join(new)}")
+        if unused := [name for name in parameter_shapes(source.cfg) if name not in parameter_shapes(model.cfg)]:
+            print(f"weights    left out, since no objective uses them: {', '.join(unused)}")
         if line := tokenizer_mismatch(source, cfg.data.folder):
             print(f"warning    {line}")
 

@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from model import Transformer
-from objective import OBJECTIVES
+from objective import PAIRS, windows_of
 from ops import BY_MATMULS
 from parallel import DDP_SEGMENTS, POWERSGD_RANK
 from perf.hardware import CONTENTION, GRAPH_LAUNCH_S, ROUNDS, collective_s, measured_rates, rates_of
@@ -111,7 +110,7 @@ def setup_of(cfg, mesh_shape, micro_steps, precision, device_type, **others):
         compiled=p.compiles(device_type),
         cuda_graphs=p.cuda_graphs is not False,
         on_cpu=device_type == "cpu",
-        head_share=OBJECTIVES[cfg.model.objective].head_share(cfg.objective, cfg.data.seq_len),
+        head_share=windows_of(cfg.model.objective).head_share(cfg.objective, cfg.data.seq_len),
         document_mask=cfg.objective.document_mask,
         **others,
     )  # fmt: skip
@@ -124,7 +123,7 @@ def setup_of(cfg, mesh_shape, micro_steps, precision, device_type, **others):
 def _counted(cfg):
     """(parameters, shapes in a block, other shapes) of a model with one block, counted on the meta device."""
     with torch.device("meta"):
-        model = Transformer(replace(cfg, n_layer=1))
+        model = replace(cfg, n_layer=1).build()
     block = [tuple(p.shape) for p in model.blocks.parameters()]
     others = [tuple(p.shape) for name, p in model.named_parameters() if not name.startswith("blocks.")]
     return model.num_params(), block, others
@@ -151,6 +150,13 @@ def block_params(cfg):
     return numbers(_counted(cfg)[1])
 
 
+def head_weights(cfg, seq_len, head_share):
+    """Weights in the heads' matmuls per token; head_share: share of tokens that go through the vocabulary's head."""
+    head = cfg.vocab_size * cfg.n_embd + (cfg.n_embd**2 if not cfg.is_causal else 0)
+    of_sequence = cfg.n_embd * (cfg.n_embd + 2) if PAIRS.keys() & cfg.objectives else 0
+    return head_share * head + of_sequence / max(1, seq_len)
+
+
 def flops_per_token(cfg, seq_len, head_share=1.0, causal=False):
     """FLOPs of forward and backward per token: 6 per weight in a matmul, plus attention's.
 
@@ -159,10 +165,9 @@ def flops_per_token(cfg, seq_len, head_share=1.0, causal=False):
     share of tokens that go through the head, the masked ones of a masked model. Activation checkpointing never adds to
     the count.
     """
-    head = cfg.vocab_size * cfg.n_embd + (cfg.n_embd**2 if not cfg.is_causal else 0)
     keys = sum(keys_seen(cfg, layer, seq_len) for layer in range(cfg.n_layer))
     attention = (6 if causal and cfg.is_causal else 12) * cfg.n_head * cfg.head_width * keys
-    return round(6 * (cfg.n_layer * block_weights(cfg) + head_share * head) + attention)
+    return round(6 * (cfg.n_layer * block_weights(cfg) + head_weights(cfg, seq_len, head_share)) + attention)
 
 
 def keys_seen(cfg, layer, seq_len):
@@ -290,7 +295,7 @@ def work(cfg, s):
         matmuls=2 * tokens * cfg.n_layer * block_weights(cfg) * (3 + repeat_matmuls),
         attention=2 * tokens * q * keys * (7 + 2 * repeat_attention),
         elementwise_bytes=tokens * cfg.n_layer * elementwise * (1 + repeat_rest / 3),  # forward is a third of it
-        head=6 * tokens * s.head_share * cfg.n_embd * (cfg.vocab_size + (cfg.n_embd if not cfg.is_causal else 0)),
+        head=6 * tokens * head_weights(cfg, s.seq_len, s.head_share),
         # Eager cross-entropy is mostly in float32; compiled, it reads bf16 logits three times and writes gradients.
         loss_bytes=(8 if s.compiled else 24) * tokens * s.head_share * cfg.vocab_size,
     )

@@ -13,9 +13,10 @@ import torch
 from config import UserError
 from conftest import slow
 from data import Split, objective_for
+from generation import Cache
 from interop.families import family_of
 from launch import compile_model
-from model import Cache, ModelConfig, Transformer
+from model import ModelConfig, Transformer
 from objective import OBJECTIVES, Masked, NextToken, ObjectiveConfig
 from ops import IGNORE, locate
 from optim import OptimConfig, build_optimizer

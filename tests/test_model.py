@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import MLP, Block, Cache, ModelConfig, Transformer
+from generation import Cache
+from model import MLP, Block, ModelConfig, Transformer
 from ops import (
     IGNORE,
     LayerNorm,

@@ -19,8 +19,8 @@ import config
 import generation
 import sample
 from config import UserError
-from generation import GenerationConfig, draw, generate, kept_probabilities, next_tokens
-from model import Cache, ModelConfig, Transformer
+from generation import Cache, GenerationConfig, draw, generate, kept_probabilities, next_tokens
+from model import ModelConfig, Transformer
 from objective import special_id
 from ranks import run, write_data
 from sample import generation_dtype, masked_ids, print_candidates, stream
