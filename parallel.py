@@ -289,6 +289,8 @@ def tensor_parallel_plan(n_layer):
         ),
         "norm_f": Replicated(),
         "transform": Replicated(),
+        "pooler": Replicated(),
+        "pair_head": Replicated(),
         "head": styles.ColwiseParallel(output_layouts=Replicate()),
     }
 
