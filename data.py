@@ -343,8 +343,10 @@ def open_data(cfg, world):
 
 def objective_for(cfg, seed):
     """The objective of a run; the seed draws the masks, if any."""
-    from objective import windows_of  # here, since it imports torch, which prepare.py does without
+    from objective import CONTRASTIVE, windows_of  # here, since it imports torch, which prepare.py does without
 
+    if CONTRASTIVE in cfg.model.objectives and cfg.objective.document_mask:
+        raise UserError("document_mask is on, but contrastive embeds a sequence as one text; leave it off")
     return windows_of(cfg.model.objective).build(cfg.objective, cfg.data.seq_len, seed, read_meta(cfg.data.folder))
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from config import Config, Count, NotNegative, Positive, Share, UserError
 from data import near_divisors
 from foreign import LARGEST
-from objective import OBJECTIVES, PAIRS, weights_of
+from objective import CONTRASTIVE, OBJECTIVES, PAIRS, weights_of
 from ops import (
     LayerNorm,
     Linear,
@@ -52,7 +52,7 @@ TRAINING_ONLY = {"dropout", "label_smoothing", "z_loss"}  # settings that change
 
 @dataclass(frozen=True)
 class ModelConfig(Config):
-    objective: Literal[*OBJECTIVES] | dict = field(default="clm", hash=False)  # what to predict: next token or masked ones
+    objective: Literal[*OBJECTIVES] | dict = field(default="clm", hash=False)  # clm: next token; mlm: masked ones
     vocab_size: Count | None = None  # number of token ids, without padding; none: the data's
     block_size: Count = 1024  # longest sequence, in tokens
     n_layer: Count = 12  # blocks
@@ -78,6 +78,7 @@ class ModelConfig(Config):
     label_smoothing: Share = 0.0  # share of the target spread over the vocabulary, in training
     z_loss: NotNegative = 0.0  # weight of log(Z)^2 in the loss, in training; PaLM: 1e-4
     tie_embeddings: bool = True  # share the head's weight with the token embedding
+    pooling: Literal["mean", "cls"] = "mean"  # a text's embedding, in contrastive and --embed: tokens' mean, or [CLS]'s
 
     def __post_init__(self):
         super().__post_init__()
@@ -98,6 +99,10 @@ class ModelConfig(Config):
             wrong.append(
                 f"n_token_types is {self.n_token_types}, but {pairs[0]} tells two sentences apart; set it to 2"
             )
+        if CONTRASTIVE in self.objectives and not self.dropout:
+            wrong.append("dropout is 0, but contrastive compares a text's two outputs under dropout; set it to 0.1")
+        if self.pooling == "cls" and self.is_causal:
+            wrong.append("pooling is cls, but a causal model's first token sees itself alone; set it to mean")
         if wrong:
             raise UserError(*wrong)
 
@@ -121,6 +126,11 @@ class ModelConfig(Config):
     def is_causal(self):
         """Whether a token sees earlier ones alone."""
         return OBJECTIVES[self.base].causal
+
+    @property
+    def passes(self):
+        """Times that training computes a sequence: twice for contrastive, a masked model once more with its masks."""
+        return (2 if self.is_causal else 3) if CONTRASTIVE in self.objectives else 1
 
     @property
     def is_gated(self):

@@ -339,19 +339,22 @@ def fim_tokens(specials):
 # The objectives by name. A new one is a class and its line here; `causal` tells the model which tokens it may see.
 OBJECTIVES = {"clm": NextToken, "mlm": Masked}
 PAIRS = {"nsp": NextSentence, "sop": SentenceOrder}  # more, beside mlm
+CONTRASTIVE = "contrastive"  # beside either; it needs no batches of its own
 
 
 def weights_of(objective):
     """{name: weight} of the objectives that the setting names, clm or mlm first; UserError where they do not fit."""
     if isinstance(objective, str):
         return {objective: 1.0}
-    wrong, known = [], [*OBJECTIVES, *PAIRS]
+    wrong, known = [], [*OBJECTIVES, *PAIRS, CONTRASTIVE]
     bases, pairs = ([name for name in kind if name in objective] for kind in (OBJECTIVES, PAIRS))
     for name, weight in objective.items():
         if name not in known:
             wrong.append(f"objective names {name!r}; objectives are {', '.join(known)}")
-        elif type(weight) not in (int, float) or not 0 < weight < math.inf:
+        elif type(weight) not in (int, float) or not 0 <= weight < math.inf:
             wrong.append(f"objective gives {name} the weight {weight!r}; it must be a number above 0")
+        elif not weight and not (name in OBJECTIVES and CONTRASTIVE in objective):
+            wrong.append(f"objective gives {name} the weight 0; only clm or mlm may have it, beside contrastive")
     if len(bases) != 1:
         wrong.append(f"objective has {len(bases)} of {', '.join(OBJECTIVES)}; name one of them, for tokens")
     if "clm" in bases and pairs:
@@ -361,6 +364,12 @@ def weights_of(objective):
     if wrong:
         raise UserError(*wrong)
     return {name: float(objective[name]) for name in known if name in objective}
+
+
+def count_targets(objectives, ids, targets, *context):
+    """The targets (M,) of each objective in the model's arguments: tokens, labels, or sequences with targets."""
+    parts = dict.fromkeys(PAIRS, context[-1] if context else None) | {CONTRASTIVE: targets.amax(1)}
+    return torch.stack([(parts.get(name, targets) != IGNORE).sum() for name in objectives])
 
 
 def windows_of(objective):

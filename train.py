@@ -18,11 +18,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from checkpoint import CheckpointConfig
 from config import Config, Count, Positive, UserError, run_script
 from data import DataConfig, Split, each, eval_batches, objective_for, open_data, seq_len_of
+from heads import CONTRASTED, contrast
 from interop.harness import HarnessConfig, open_tasks
 from interop.pretrained import resolve, start_from
 from launch import refresh_copies, replay
 from model import ModelConfig
-from objective import ObjectiveConfig
+from objective import CONTRASTIVE, ObjectiveConfig, count_targets
 from ops import IGNORE
 from optim import OptimConfig, build_optimizer, can_capture, lr_at, set_lr
 from parallel import ParallelConfig, distribute, has_gradient_buckets, reshard, sync_gradients
@@ -142,7 +143,7 @@ def train_step(model, optimizer, scaler, batches, cfg, world, recent=()):
     spikes.
     """
     with world.phase("forward", "counting targets"):
-        n_targets = world.sum_over_data(sum(map(count_targets, batches)))
+        n_targets = world.sum_over_data(sum(count_targets(model.cfg.objectives, *batch) for batch in batches))
         n_targets = n_targets.clamp(min=1)  # a batch of special tokens alone has nothing to predict
     refresh_copies(model)
     keep_gradients = has_gradient_buckets(model) or model.graphs is not None
@@ -182,12 +183,6 @@ def micro_step(model, scaler, world, progress, n_targets, *batch):
         # DDP and FSDP average gradients over ranks, and the loss is the ranks' sum: so multiply by the ranks.
         scaler.scale(loss * world.data_ranks).backward()
     return losses.detach()
-
-
-def count_targets(batch):
-    """The targets of each objective (M,) in a micro-batch: tokens and, where there are labels, sequences."""
-    _, targets, *context = batch
-    return torch.stack([(part != IGNORE).sum() for part in (targets, *context[4:])])
 
 
 class Loss(float):
@@ -245,6 +240,7 @@ def evaluate(model, splits, objective, cfg, world):
     if len(weights) > 1:
         for kind, sums_of_kind in (("loss", losses), ("accuracy", n_correct)):
             figures |= {f"val_{kind}_{name}": x for name, x in zip(weights, (sums_of_kind / counts).tolist())}
+        figures.pop(f"val_accuracy_{CONTRASTIVE}", None)  # nothing is nearer to a text than itself
     return figures
 
 
@@ -261,14 +257,23 @@ def sums_over(model, batches, world):
     the targets.
     """
     sums = torch.zeros(3, len(model.cfg.objectives), dtype=torch.float64)
-    frequencies = torch.zeros(model.cfg.vocab_size, dtype=torch.int64)
-    for batch in batches:
+    frequencies, embedded = torch.zeros(model.cfg.vocab_size, dtype=torch.int64), {}
+    for i, batch in enumerate(batches):
         with world.phase("evaluation"), world.autocast():
-            loss_and_correct = model(*each(batch, lambda part: part.to(world.device)), count_correct=True)
-        sums[:2] += torch.stack(loss_and_correct).view(2, -1).cpu()
-        sums[2] += count_targets(batch)
+            figures = model(*each(batch, lambda part: part.to(world.device)), count_correct=True)
+        loss_and_correct = torch.stack(figures[:2]).view(2, -1)
+        sums[:2, : loss_and_correct.shape[1]] += loss_and_correct.cpu()
+        sums[2] += count_targets(model.cfg.objectives, *batch)
         frequencies += torch.bincount(batch[1][batch[1] != IGNORE], minlength=len(frequencies))
-    return world.sum_over_data(sums), world.sum_over_data(frequencies)
+        if len(figures) > 2:
+            first = (i * world.data_ranks + world.data_rank) * len(batch[0])
+            texts = (batch[1].amax(1) != IGNORE) & (torch.arange(len(batch[0])) < CONTRASTED - first)
+            embedded[first] = figures[2].cpu()[texts]
+    sums, frequencies = world.sum_over_data(sums), world.sum_over_data(frequencies)
+    if embedded:
+        by_first = {first: part for of_rank in world.gather(embedded) for first, part in of_rank.items()}
+        sums[:, -1] = contrast(torch.cat([by_first[first] for first in sorted(by_first)]))
+    return sums, frequencies
 
 
 def build(cfg, world, seed):

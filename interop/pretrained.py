@@ -107,10 +107,11 @@ def starting_config(where, wanted, given):
     else:
         _, source, longest = read_config(folder_of(where))
     automatic = {"vocab_size"} if wanted.vocab_size is None else set()
+    free = TRAINING_ONLY | {"block_size", "pooling"}
     names = ({field.name for field in fields(ModelConfig)} & set(given) - automatic) | TRAINING_ONLY
     cfg = replace(source, **{name: getattr(wanted, name) for name in names})
     found, here = (resolved(model) | {"objective": model.base} for model in (source, cfg))
-    fixed = sorted(names - TRAINING_ONLY - {"block_size"})
+    fixed = sorted(names - free)
     if wrong := [f"{name} {found[name]} there, {here[name]} here" for name in fixed if here[name] != found[name]]:
         raise UserError(f"{where} has another model: {', '.join(wrong)}; leave these settings out")
     if longest and cfg.block_size > longest:

@@ -174,7 +174,7 @@ class Log:
         else:
             text += f"  masked {accuracy} (the most frequent token alone {figures['val_accuracy_of_commonest']:.1%})"
         for name in [*self.cfg.model.objectives][1:]:
-            text += f"  {name} accuracy {figures[f'val_accuracy_{name}']:.1%}"
+            text += f"  {name} accuracy {figures[key]:.1%}" if (key := f"val_accuracy_{name}") in figures else ""
         text += "".join(f"  {loss:.4f} in {folder}" for folder, loss in figures.get("val_losses", {}).items())
         text += "".join(f"  {name} {value:.4f}" for name, value in figures.items() if "/" in name)  # tasks' figures
         self._write(record)

@@ -291,8 +291,10 @@ def test_exports_are_berts_for_pre_training_and_come_back_whole(folder, tmp_path
     ({"mlm": 1, "nsp": 1, "sop": 1}, "objective has nsp and sop, which need different pairs"),
     ({"nsp": 1}, "objective has 0 of clm, mlm; name one of them"),
     ({"mlm": 1, "clm": 1}, "objective has 2 of clm, mlm; name one of them"),
-    ({"mlm": 1, "nps": 1}, "objective names 'nps'; objectives are clm, mlm, nsp, sop"),
-    ({"mlm": 1, "nsp": 0}, "objective gives nsp the weight 0; it must be a number above 0"),
+    ({"mlm": 1, "nps": 1}, "objective names 'nps'; objectives are clm, mlm, nsp, sop, contrastive"),
+    ({"mlm": 1, "nsp": 0}, "objective gives nsp the weight 0; only clm or mlm may have it, beside contrastive"),
+    ({"mlm": 0}, "objective gives mlm the weight 0; only clm or mlm may have it, beside contrastive"),
+    ({"mlm": -1}, "objective gives mlm the weight -1; it must be a number above 0"),
     ({"mlm": 1, "nsp": "1"}, "objective gives nsp the weight '1'; it must be a number above 0"),
     ({"mlm": float("inf")}, "objective gives mlm the weight inf; it must be a number above 0"),
 ])  # fmt: skip

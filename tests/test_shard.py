@@ -35,6 +35,7 @@ MODELS = {
     "gpt": GPT,
     "bert": replace(GPT, objective="mlm", norm_position="post", n_token_types=2, mlp="gelu"),
     "pairs": replace(GPT, objective={"mlm": 1.0, "nsp": 0.7}, norm_position="post", n_token_types=2, mlp="gelu"),
+    "contrast": replace(GPT, objective={"mlm": 0, "contrastive": 1.0}, norm_position="post", dropout=1e-9),
     "modern": replace(GPT, n_kv_head=2, norm="rmsnorm", position="rope", mlp="swiglu", qk_norm=True, bias=False,
                       tie_embeddings=False),
 }  # fmt: skip
@@ -56,13 +57,13 @@ def batch(name, step):
     ids, targets = torch.randint(37, (2, SEQUENCES, T), generator=g)
     targets[[0, 2, 4, 6]] = IGNORE
     targets[1, :5] = IGNORE
-    if name not in ("bert", "pairs"):
+    if name not in ("bert", "pairs", "contrast"):
         return ids, targets
     positions = torch.stack([torch.randperm(4, generator=g)[:3] for _ in range(SEQUENCES)])
     attention_mask = torch.arange(T) < torch.randint(4, T + 1, (SEQUENCES, 1), generator=g)
     types = (torch.arange(T) > 2).long().expand(SEQUENCES, T)
     labels = torch.tensor([0, 1, IGNORE, 1, 1, 0, IGNORE, IGNORE, 1, 0, 1, 1])
-    more = () if name == "bert" else (None, labels)
+    more = (None, labels) if name == "pairs" else ()
     return ids, targets[:, 5:].contiguous(), positions, attention_mask, types, *more
 
 
@@ -107,7 +108,7 @@ def trained(name, micro_steps=1, **layout):
         first = {key: whole(p) for key, p in model.named_parameters()}
         figures = [step_of(world, model, optimizer, name, step, micro_steps) for step in range(STEPS)]
         with torch.no_grad(), world.autocast():
-            figures.append(torch.stack(model(*batch(name, 0), count_correct=True)).flatten().tolist())
+            figures.append(torch.cat([x.flatten() for x in model(*batch(name, 0), count_correct=True)]).tolist())
         parallel.reshard(model)  # gathered weights are rounded to the run's precision
         last = {key: whole(p) for key, p in model.named_parameters()}
         return (first, figures, last) if world.is_main else (None, figures, None)
@@ -158,8 +159,9 @@ QUICK = matrix(["gpt"], ["adamw"], ["full"], [3], ["fsdp"])
 QUICK += matrix(["modern"], ["muon"], ["none"], [1], ["hsdp"])
 QUICK += matrix(["gpt"], ["adamw"], ["none"], [3], ["ddp tp"])
 QUICK += matrix(["pairs"], ["adamw"], ["full"], [3], ["fsdp tp"])
+QUICK += matrix(["contrast"], ["adamw"], ["none"], [1], ["ddp tp"])
 SLOW = matrix(["bert"], ["adafactor"], ["selective"], [1], ["fsdp tp"])
-FULL = matrix(MODELS, ["adamw"], ["none"], [3], MORE_LAYOUTS)
+FULL = matrix([name for name in MODELS if name != "contrast"], ["adamw"], ["none"], [3], MORE_LAYOUTS)  # which compares micro-steps' texts
 FULL += matrix(MODELS, ["muon"], ["full"], [1], MORE_LAYOUTS)
 
 
