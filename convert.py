@@ -222,12 +222,13 @@ def training_facts(source):
     lines = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     losses = re.findall(r'"loss": ([-+.\de]+)', lines)
     bits = re.findall(rf'"step": {state.get("evaluated_at")}, .*"val_bpb": ([-+.\de]+)', lines)
+    unit = "in all, each objective's by its weight" if isinstance(settings.get("objective"), dict) else "nats a token"
     rows = {
         "steps": f"{manifest['step']:,}",
         "tokens trained on": f"{state.get('sequences_seen', 0) * settings.get('seq_len', 0):,}",
         "hours": f"{state.get('hours', 0):.2f}",
-        "training loss, the last logged": f"{float(losses[-1]):.4f} nats a token" if losses else None,
-        "validation loss": None if state.get("val_loss") is None else f"{state['val_loss']:.4f} nats a token",
+        "training loss, the last logged": f"{float(losses[-1]):.4f} {unit}" if losses else None,
+        "validation loss": None if state.get("val_loss") is None else f"{state['val_loss']:.4f} {unit}",
     }
     if bits:
         rows["validation bits per byte"] = f"{float(bits[-1]):.4f}"

@@ -115,7 +115,6 @@ def contrastive_losses(first, second, is_text):
 
 def contrast(embedded):
     """(sum of losses, right answers, rows) of embeddings (N, C), each GROUP of rows compared with itself."""
-    losses = [
-        contrastive_losses(group, group, torch.ones(len(group), dtype=torch.bool)) for group in embedded.split(GROUP)
-    ]
-    return torch.tensor([torch.cat(losses).sum(), len(embedded), len(embedded)], dtype=torch.float64)
+    n, is_text = len(embedded), torch.ones(GROUP, dtype=torch.bool)
+    losses = [contrastive_losses(group, group, is_text[: len(group)]).sum() for group in embedded.split(GROUP)]
+    return torch.tensor([sum(losses), n, n], dtype=torch.float64)

@@ -242,9 +242,7 @@ class NextSentence(Masked):
             raise UserError(f"document_mask is on, but with {cls.name} a sequence has to see two texts; leave it off")
         for split, facts in meta.get("splits", {}).items():
             if (n := facts.get("documents", 0)) < 2:
-                needs = (
-                    f"{cls.name} takes sentences from documents, and the {split} split of the data has {n or 'none'}"
-                )
+                needs = f"{cls.name} takes text from documents, and the {split} split of the data has {n or 'none'}"
                 remedy = "make the data of several: files, records of .jsonl or .parquet, or .txt with --doc_separator"
                 raise UserError(f"{needs}; {remedy}, and with --val_fraction large enough for both splits")
         return super().build(cfg, seq_len, seed, meta)

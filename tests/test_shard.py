@@ -35,7 +35,7 @@ MODELS = {
     "gpt": GPT,
     "bert": replace(GPT, objective="mlm", norm_position="post", n_token_types=2, mlp="gelu"),
     "pairs": replace(GPT, objective={"mlm": 1.0, "nsp": 0.7}, norm_position="post", n_token_types=2, mlp="gelu"),
-    "contrast": replace(GPT, objective={"mlm": 0, "contrastive": 1.0}, norm_position="post", dropout=1e-9),
+    "contrast": replace(GPT, objective={"mlm": 0.5, "contrastive": 1.0}, norm_position="post", dropout=1e-9),
     "modern": replace(GPT, n_kv_head=2, norm="rmsnorm", position="rope", mlp="swiglu", qk_norm=True, bias=False,
                       tie_embeddings=False),
 }  # fmt: skip
@@ -108,7 +108,7 @@ def trained(name, micro_steps=1, **layout):
         first = {key: whole(p) for key, p in model.named_parameters()}
         figures = [step_of(world, model, optimizer, name, step, micro_steps) for step in range(STEPS)]
         with torch.no_grad(), world.autocast():
-            figures.append(torch.cat([x.flatten() for x in model(*batch(name, 0), count_correct=True)]).tolist())
+            figures.append(torch.cat([x.flatten() for x in model(*batch(name, 0), count_correct=True)[:2]]).tolist())
         parallel.reshard(model)  # gathered weights are rounded to the run's precision
         last = {key: whole(p) for key, p in model.named_parameters()}
         return (first, figures, last) if world.is_main else (None, figures, None)
