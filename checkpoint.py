@@ -23,6 +23,7 @@ import torch
 import foreign
 from config import Config, Count, UserError
 from data import sha256
+from heads import TunedModel
 from model import TRAINING_ONLY, ModelConfig, parameter_shapes
 from world import local
 
@@ -33,9 +34,9 @@ NUMBER = (float, None)
 # Kinds of a manifest's values (see foreign.check)
 MANIFEST = {
     "step!": COUNT, "files!": {"*": str}, "model!": dict, "context": range(1, 2**31), "checksum": str, "scaler": dict,
-    "settings": {"seq_len": (range(1, 2**31), None), "init_from": (str, None)}, "val_loss": NUMBER,
-    "state": {"step": COUNT, "sequences_seen": COUNT, "hours": float, "val_loss": NUMBER, "evaluated_at": (COUNT, None),
-              "bad_steps": COUNT, "recent": [[float]], "went_back_to": (COUNT, None)},
+    "settings": {"seq_len": (range(1, 2**31), None), "init_from": (str, None)}, "val_loss": NUMBER, "score": NUMBER,
+    "state": {"step": COUNT, "sequences_seen": COUNT, "hours": float, "val_loss": NUMBER, "score": NUMBER,
+              "evaluated_at": (COUNT, None), "bad_steps": COUNT, "recent": [[float]], "went_back_to": (COUNT, None)},
 }  # fmt: skip
 
 
@@ -191,19 +192,27 @@ def on_all_ranks(world, function):
 
 
 def remove_old_checkpoints(out_dir, cfg):
-    """Removes all checkpoints but the newest keep_checkpoints, the best by validation loss and every keep_every-th."""
-    paths, losses = checkpoints(out_dir), {}
-    for path in paths:
-        with contextlib.suppress(UserError):  # a damaged manifest
-            losses[path] = read_manifest(path).get("val_loss")
-    losses = {path: loss for path, loss in losses.items() if loss is not None and math.isfinite(loss)}
-    best = min(losses, key=losses.get, default=None)
+    """Removes all checkpoints but the newest keep_checkpoints, the best one and every keep_every-th."""
+    paths = checkpoints(out_dir)
+    best = best_of(paths)
     for path in paths[: -cfg.keep_checkpoints]:
         if path != best and not (cfg.keep_every and step_of(path) % cfg.keep_every == 0):
             # Renamed first: an interrupted removal must not leave half a checkpoint under a whole one's name.
             doomed = path.with_name(f".{path.name}.partial")
             os.replace(path, doomed)
             shutil.rmtree(doomed)
+
+
+def best_of(paths):
+    """The best of some checkpoints, by score where they have one, else by validation loss; None where none has any."""
+    costs = {}
+    for path in paths:
+        with contextlib.suppress(UserError):  # a damaged manifest
+            manifest = read_manifest(path)
+            score = manifest.get("score")
+            costs[path] = manifest.get("val_loss") if score is None else -score
+    costs = {path: cost for path, cost in costs.items() if cost is not None and math.isfinite(cost)}
+    return min(costs, key=costs.get, default=None)
 
 
 def _cause_of(error):
@@ -249,8 +258,8 @@ def read_manifest(path, *needed):
         raise UserError(f"{path} is damaged or not flatlm's: it has no readable manifest.json ({why})") from error
 
 
-def newest_checkpoint(run_dir, world=None):
-    """The newest checkpoint of a run whose checksums match; prints which ones it skips.
+def newest_checkpoint(run_dir, world=None, best=False):
+    """The newest checkpoint of a run, or the best, whose checksums match; prints which ones it skips.
 
     UserError where there is none. With a world, its ranks split the reading. Where a run that trains in run_dir removes
     a checkpoint meanwhile, the search begins again.
@@ -258,6 +267,8 @@ def newest_checkpoint(run_dir, world=None):
     as_rank_0_sees = (lambda value: value) if world is None else (lambda value: world.gather(value)[0])
     for attempt in range(ATTEMPTS):
         paths, problems = as_rank_0_sees(checkpoints(run_dir)), []
+        if best and (chosen := as_rank_0_sees(best_of(paths))):
+            paths = [*(path for path in paths if path != chosen), chosen]
         if not paths:
             there = "does not exist" if not Path(run_dir).is_dir() else "holds no checkpoint (ckpt/step_*)"
             raise UserError(f"{run_dir} {there}; train.py makes one, in its out_dir")
@@ -355,7 +366,8 @@ def config_of_checkpoint(path, manifest):
     """The ModelConfig of a checkpoint; settings that did not exist when it was written have their defaults."""
     where = Path(path) / "manifest.json"
     foreign.check(manifest["model"], {"vocab_size!": int}, where)
-    return foreign.settings_of(ModelConfig, manifest["model"], where)
+    kind = TunedModel if "labels" in manifest["model"] else ModelConfig
+    return foreign.settings_of(kind, manifest["model"], where)
 
 
 def context_of(manifest, cfg):

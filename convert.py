@@ -22,10 +22,11 @@ import torch
 
 import foreign
 from config import UserError, only, run_script
+from heads import TunedModel
 from interop.families import config_of, family_of, their_tensors
-from interop.hub import ACCOMPANYING, HubModel, save_tensors
+from interop.hub import ACCOMPANYING, TOKENIZER_FILES, HubModel, copy_files, save_tensors
 from interop.nanogpt import import_nanogpt
-from interop.pretrained import load_tokenizer_of, model_location, with_model
+from interop.pretrained import TOKENIZER, load_tokenizer_of, model_location, with_model
 from interop.tokenizer import write_tokenizer
 from run.folder import RunConfig
 from text.remote import bare_url, is_url
@@ -69,7 +70,7 @@ def export(source, folder, dtype=None):
 
     UserError where the folder is not empty, or transformers has no such model.
     """
-    family, final = family_of(source.cfg), Path(folder)
+    family, final, has_labels = family_of(source.cfg), Path(folder), isinstance(source.cfg, TunedModel)
     if re.search(r"[\ud800-\udfff]", str(folder)):
         raise UserError(f"to_hf {folder} is not UTF-8, as safetensors wants its paths; name another folder")
     tokenizer = load_tokenizer_of(source, may_lack=True)
@@ -86,7 +87,7 @@ def export(source, folder, dtype=None):
         else:
             config = config_of(source.cfg, special_ids, dtype or source.dtype, source.extra)
         write_json(config, partial / "config.json")
-        if source.cfg.is_causal and not isinstance(source, HubModel):
+        if source.cfg.is_causal and not isinstance(source, HubModel) and not has_labels:
             known_ids = {name: id_ for name, id_ in special_ids.items() if id_ is not None}
             write_json(known_ids, partial / "generation_config.json")
         itemsize = getattr(torch, dtype or source.dtype).itemsize
@@ -115,10 +116,13 @@ def put_tokenizer(source, tokenizer, folder):
     # None, not absent: transformers would fill in its defaults.
     special_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     if isinstance(source, HubModel):
-        for name in filter(lambda name: os.path.lexists(source.folder / name), ACCOMPANYING):
-            foreign.check_inside(source.folder / name)
-            with foreign.telling(lambda reason, name=name: f"{source.folder / name} cannot be copied ({reason})"):
-                (folder / name).write_bytes(foreign.read_bytes(source.folder / name))
+        copy_files(source.folder, folder, ACCOMPANYING)
+    elif (kept := source.folder / TOKENIZER).is_dir():
+        copy_files(kept, folder, TOKENIZER_FILES)
+        theirs = foreign.read_json(kept / "config.json")
+        special_ids |= {name: theirs[name] for name in special_ids if name in theirs}
+        if special_ids["pad_token_id"] is None:  # a decoder's head looks for the last token that is none
+            special_ids["pad_token_id"] = tokenizer and tokenizer.eot
     elif tokenizer:
         special_ids |= write_tokenizer(tokenizer, folder, source.cfg.base, source.cfg.block_size)
     return special_ids
@@ -177,7 +181,7 @@ SPLITS = {"*": {"tokens": int, "bytes": int}}
 MANIFEST = {
     "step": int,
     "settings": dict,
-    "state": {"sequences_seen": int, "hours": NUMBER, "val_loss": NUMBER, "evaluated_at": (int, None)},
+    "state": {"sequences_seen": int, "hours": NUMBER, "val_loss": NUMBER, "evaluated_at": (int, None), "score": NUMBER},
 }
 DATA = {"splits": SPLITS, "settings": ({"tokenizer": str}, None), "tokenizer": str, "command": str}
 
@@ -186,10 +190,13 @@ def card(source, family, name, tokenizer):
     """README.md of an exported model: what it is, what it was trained on, how long, to which loss, how to use it."""
     cfg, is_masked = source.cfg, not source.cfg.is_causal
     auto, task = ("AutoModelForMaskedLM", "fill-mask") if is_masked else ("AutoModelForCausalLM", "text-generation")
-    kind = "masked" if is_masked else "causal"
+    kind = "masked language model" if is_masked else "causal language model"
+    if isinstance(cfg, TunedModel):
+        auto, task = "AutoModelForSequenceClassification", "text-classification"
+        kind = f"model to {cfg.task} texts ({', '.join(cfg.labels)})"
     blocks = [
         f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags: [flatlm]\n---\n# {name}",
-        f"A {kind} language model of {family.name}'s kind: {cfg.n_layer} layers {cfg.n_embd} wide, {cfg.n_head} heads, "
+        f"A {kind} of {family.name}'s kind: {cfg.n_layer} layers {cfg.n_embd} wide, {cfg.n_head} heads, "
         f"{cfg.vocab_size:,} token ids, sequences of up to {cfg.block_size:,} tokens.",
         "```python\n"
         f"from transformers import AutoTokenizer, {auto}\n\n"
@@ -222,13 +229,15 @@ def training_facts(source):
     lines = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     losses = re.findall(r'"loss": ([-+.\de]+)', lines)
     bits = re.findall(rf'"step": {state.get("evaluated_at")}, .*"val_bpb": ([-+.\de]+)', lines)
-    unit = "in all, each objective's by its weight" if isinstance(settings.get("objective"), dict) else "nats a token"
+    seen, seq_len = state.get("sequences_seen", 0), settings.get("seq_len")  # of fine-tuning: texts, None
+    unit = "" if seq_len is None or isinstance(settings.get("objective"), dict) else " nats a token"
     rows = {
         "steps": f"{manifest['step']:,}",
-        "tokens trained on": f"{state.get('sequences_seen', 0) * settings.get('seq_len', 0):,}",
+        "texts trained on" if seq_len is None else "tokens trained on": f"{seen * (seq_len or 1):,}",
         "hours": f"{state.get('hours', 0):.2f}",
-        "training loss, the last logged": f"{float(losses[-1]):.4f} {unit}" if losses else None,
-        "validation loss": None if state.get("val_loss") is None else f"{state['val_loss']:.4f} {unit}",
+        "training loss, the last logged": f"{float(losses[-1]):.4f}{unit}" if losses else None,
+        "validation loss": None if state.get("val_loss") is None else f"{state['val_loss']:.4f}{unit}",
+        "validation metric": None if state.get("score") is None else f"{state['score']:.4f}",
     }
     if bits:
         rows["validation bits per byte"] = f"{float(bits[-1]):.4f}"

@@ -1,9 +1,14 @@
-"""Heads beside the one of the vocabulary: a Transformer that also learns from whole sequences."""
+"""Heads beside or in place of the vocabulary's: for whole sequences in pre-training, for labels in fine-tuning."""
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from model import Transformer
+from lora import adapt
+from model import ModelConfig, Transformer
 from objective import CONTRASTIVE, PAIRS
 from ops import IGNORE, Linear
 
@@ -28,8 +33,8 @@ class PretrainingModel(Transformer):
     def __init__(self, cfg):
         super().__init__(cfg)
         if PAIRS.keys() & cfg.objectives:
-            self.pooler = Pooler(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
-            self.pair_head = Linear(cfg.n_embd, 2, bias=cfg.bias)
+            self.pooler = Pooler(cfg.n_embd, cfg.n_embd)
+            self.pair_head = Linear(cfg.n_embd, 2)
         self.gather = lambda x: (x, 0)  # parallel.py: rows of all ranks, and the number of this one's first
 
     def forward(self, ids, targets=None, positions=None, attention_mask=None, token_types=None, documents=None,
@@ -82,11 +87,6 @@ class PretrainingModel(Transformer):
         return own.detach() + (total - total.detach())
 
 
-def label_loss(logits, targets):
-    """Sum of the cross-entropies of logits (B, L), float32, of L classes; targets (B,) with IGNORE for none."""
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
-
-
 def embedding(model, x, seen=None):
     """Embeddings of texts (B, C), float32, by cfg.pooling: the last norm's output at [CLS], or its mean where seen.
 
@@ -118,3 +118,82 @@ def contrast(embedded):
     n, is_text = len(embedded), torch.ones(GROUP, dtype=torch.bool)
     losses = [contrastive_losses(group, group, is_text[: len(group)]).sum() for group in embedded.split(GROUP)]
     return torch.tensor([sum(losses), n, n], dtype=torch.float64)
+
+
+# ---- fine-tuning, as transformers' ...ForSequenceClassification: an encoder's head looks at the first token, through
+# BERT's pooler and dropout, a decoder's at the last token of a text
+
+
+@dataclass(frozen=True)
+class TunedModel(ModelConfig):
+    """A ModelConfig with a task and the labels that its head tells apart, in the order of its logits."""
+
+    task: Literal["classify", "regress"] = "classify"
+    labels: tuple = ()
+    lora_rank: int | None = None  # the blocks' matrices have adapters of this rank
+    lora_scale: float = 1.0
+
+    def build(self):
+        """The model with these settings."""
+        return Labeller(self)
+
+    @property
+    def has_pooler(self):
+        """Whether BERT's pooler stands between the first token and the head."""
+        return not self.is_causal
+
+
+class Labeller(Transformer):
+    """Token ids to logits of labels (B, 1, L) at positions (B, 1) or, with targets (B, 1), to the sum of their losses."""
+
+    focal_gamma = 0.0  # exponent of the focal loss; 0: cross-entropy
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.head = self.transform = None
+        self.pooler = Pooler(cfg.n_embd, cfg.n_embd) if cfg.has_pooler else None
+        self.head_dropout = nn.Dropout(cfg.dropout if cfg.has_pooler else 0.0)
+        self.classifier = Linear(cfg.n_embd, len(cfg.labels), bias=cfg.has_pooler)
+        if cfg.lora_rank:
+            adapt(self, cfg.lora_rank, cfg.lora_scale)
+
+    def tie_weights(self):
+        """Ties nothing: there is no head of the vocabulary."""
+
+    @torch.no_grad()
+    def init_weights(self, seed, fill=torch.Tensor.copy_):
+        """Transformer's, but that adapters add nothing."""
+        super().init_weights(seed, fill)
+        for name, param in self.named_parameters():
+            if name.endswith("lora_b"):
+                fill(param, torch.zeros(param.shape))
+
+    def num_params(self):
+        """Parameters, without the vocabulary's padding rows."""
+        padding = self.cfg.padded_vocab_size - self.cfg.vocab_size
+        return sum(p.numel() for p in self.parameters()) - padding * self.cfg.n_embd
+
+    def predict(self, x, targets=None, count_correct=False):
+        """forward's answer for the last norm's output at the positions (B, 1, C); logits are float32."""
+        if self.pooler is not None:
+            x = self.pooler(x)
+        logits = self.classifier(self.head_dropout(x)).float()  # B 1 L
+        if targets is None:
+            return logits
+        smoothing, gamma = (self.cfg.label_smoothing, self.focal_gamma) if self.training else (0.0, 0.0)
+        return label_loss(logits, targets, smoothing, gamma)
+
+
+def label_loss(logits, targets, label_smoothing=0.0, focal_gamma=0.0):
+    """Sum of the losses of logits (..., L): cross-entropy or, where targets (...) are floats, the squared error.
+
+    focal_gamma: each cross-entropy -log p is multiplied by (1 - p)^gamma (Lin et al. 2017, arXiv 1708.02002).
+    """
+    if targets.is_floating_point():
+        return ((logits[..., 0] - targets).square() * (targets != IGNORE)).sum()
+    options = {"ignore_index": IGNORE, "reduction": "none"}
+    loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), label_smoothing=label_smoothing, **options)
+    if focal_gamma:
+        likelihood = (-F.cross_entropy(logits.flatten(0, -2), targets.flatten(), **options)).exp()
+        loss = loss * (1 - likelihood).clamp(min=1e-7) ** focal_gamma  # at 0 a root has no gradient
+    return loss.sum()

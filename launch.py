@@ -64,11 +64,12 @@ def keep_copies(model):
     Autocast would cast at each micro-step, and save the same copies for backward. The copies' gradients are added to
     the weights' as soon as they are there. FSDP has such copies of its own; DDP's buckets do not allow them.
     """
-    linears = [module for module in model.blocks.modules() if isinstance(module, Linear)]
+    linears = [m for m in model.blocks.modules() if isinstance(m, Linear) and m.weight.requires_grad]
     for linear in linears:
         linear.copy = linear.weight.detach().bfloat16().requires_grad_()
         linear.copy.register_post_accumulate_grad_hook(functools.partial(_add_gradient, linear.weight))
-    model.copies = [linear.copy for linear in linears], [linear.weight for linear in linears]
+    if linears:  # none where all are frozen
+        model.copies = [linear.copy for linear in linears], [linear.weight for linear in linears]
 
 
 def _add_gradient(weight, copy):

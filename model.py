@@ -335,15 +335,16 @@ class Transformer(nn.Module):
         return self.run_blocks(x, rope, masks, caches)
 
     def selected(self, x, positions=None):
-        """The head's input for the last block's output: of all tokens, or of those at positions (B, K)."""
+        """The last norm's output for the last block's: of all tokens, or of those at positions (B, K)."""
         if positions is not None:
             # An embedding: unlike a gather's, its gradient repeats bitwise and never waits for the device.
             first = x.shape[1] * torch.arange(len(x), device=x.device)[:, None]  # B 1
             x = F.embedding(first + positions, x.flatten(0, 1))  # B K C
-        return self.transform(self.norm_f(x))
+        return self.norm_f(x)
 
     def predict(self, x, targets=None, count_correct=False):
-        """forward's answer for the head's input (B, T or K, C)."""
+        """forward's answer for the last norm's output (B, T or K, C)."""
+        x = self.transform(x)
         if targets is None:
             return self.head(x)[..., : self.cfg.vocab_size]
         weight, bias, vocabulary = self.head_of_vocabulary()

@@ -366,8 +366,10 @@ def weights_of(objective):
 
 def count_targets(objectives, ids, targets, *context):
     """The targets (M,) of each objective in the model's arguments: tokens, labels, or sequences with targets."""
-    parts = dict.fromkeys(PAIRS, context[-1] if context else None) | {CONTRASTIVE: targets.amax(1)}
-    return torch.stack([(parts.get(name, targets) != IGNORE).sum() for name in objectives])
+    parts = [
+        context[-1] if name in PAIRS else targets.amax(1) if name == CONTRASTIVE else targets for name in objectives
+    ]
+    return torch.stack([(part != IGNORE).sum() for part in parts])
 
 
 def windows_of(objective):

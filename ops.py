@@ -76,7 +76,8 @@ def linear_together(x, *layers, stacked=None):
     stacked None: for training on CUDA; on a CPU it takes up to 1.1 times as long (torch 2.13).
     """
     if stacked is None:
-        are_whole = all(type(layer.weight) is nn.Parameter for layer in layers)  # tensor parallelism has DTensors
+        # Tensor parallelism has DTensors, and an adapter adds to its layer's output.
+        are_whole = all(type(layer) is Linear and type(layer.weight) is nn.Parameter for layer in layers)
         stacked = x.is_cuda and torch.is_grad_enabled() and are_whole
     if not stacked:
         return [layer(x) for layer in layers]

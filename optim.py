@@ -60,11 +60,19 @@ def lr_at(step, cfg, last_step):
     return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * factor[cfg.schedule]
 
 
-def build_optimizer(model, cfg, world=None):
-    """The optimizer; matrices and embeddings decay, vectors do not. A world's ranks share Muon's work."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def build_optimizer(model, cfg, world=None, scale_of=lambda name: 1.0):
+    """The optimizer; matrices and embeddings decay, vectors do not. A world's ranks share Muon's work.
+
+    scale_of(name): the factor of a parameter's learning rate.
+    """
+    by_kind = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            by_kind.setdefault((p.dim() < 2, scale_of(name)), []).append(p)
+    groups = [
+        {"params": params, "weight_decay": 0.0 if is_vector else cfg.weight_decay} | ({"lr_scale": s} if s != 1 else {})
+        for (is_vector, s), params in sorted(by_kind.items(), key=lambda item: item[0])
+    ]
     if cfg.optimizer == "muon":
         return MuonAndAdamW(model, groups, cfg, world)
     if cfg.optimizer == "adafactor":
@@ -73,7 +81,7 @@ def build_optimizer(model, cfg, world=None):
         return torch.optim.SGD(groups, lr=cfg.learning_rate, momentum=cfg.beta1)
     lr, captured = cfg.learning_rate, model.graphs is not None
     if captured:  # a CUDA graph reads the learning rate from the GPU's memory
-        lr = torch.tensor(lr, device=matrices[0].device)
+        lr = torch.tensor(lr, device=next(model.parameters()).device)
     return torch.optim.AdamW(groups, lr=lr, betas=(cfg.beta1, cfg.beta2), fused=True, capturable=captured)
 
 
@@ -201,4 +209,4 @@ def set_lr(optimizer, learning_rate):
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(learning_rate)
         else:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)

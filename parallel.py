@@ -222,8 +222,9 @@ def sync_gradients(model, last):
         model.set_requires_all_reduce(last)
     elif hasattr(model, "set_requires_gradient_sync"):  # DDP
         model.set_requires_gradient_sync(last)
-        if next(model.parameters()).grad is None:  # DDP takes the first forward's gradients into its buckets
-            for p in model.parameters():
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if trained[0].grad is None:  # DDP takes the first forward's gradients into its buckets
+            for p in trained:
                 p.grad = torch.zeros_like(p)
 
 

@@ -81,58 +81,72 @@ def main(cfg):
         if state is None:
             start_from(cfg, model, world)
             state = State()
-        elif state.is_finished(cfg):
-            return print_finished(cfg, state, world)
-        train_data.seek(state.sequences_seen)
         plain = dataclasses.replace(cfg, objective=cfg.objective.without_augmentation())
         val_objective = objective_for(plain, EVAL_MASK_SEED)
+        evaluation = functools.partial(evaluate, model, val_data, val_objective, cfg.data, world)
+        train(saver, state, train_data, evaluation, stop, tasks)
 
-        with Log(cfg, world, model, optimizer, state, saver.changes, train_data.order) as log:
-            while True:
-                world.progress.step = state.step
-                request = Stop.NO if state.is_at_end(cfg) else stop.agreed(log.is_out_of_time, saver.writer.failed)
-                if request == Stop.SAVE_FAILED:
-                    saver.writer.wait()  # raises, on all ranks, what happened
 
-                # evaluate and write checkpoints; the last turn does only this
-                ending = request != Stop.NO or state.is_at_end(cfg)
-                tasks_due = tasks and (ending or state.step % cfg.harness.tasks_interval == 0)
-                due = ending or tasks_due or state.step % cfg.train.eval_interval == 0
-                # stop requested: skip the evaluation, we may be killed soon
-                if due and not request.is_requested and state.evaluated_at != state.step:
-                    with log.paused():
-                        figures = evaluate(model, val_data, val_objective, cfg.data, world)
-                        if tasks_due:
-                            figures |= tasks(model)
-                        state.val_loss, state.evaluated_at = figures["val_loss"], state.step
-                        log.evaluation(state, figures)
-                ending = ending or state.has_reached_target(cfg)
-                if saver.is_due(state, ending):
-                    with log.paused():
-                        saver.save(state)
-                if ending:
-                    break
+def train(saver, state, train_data, evaluation, stop, tasks=None):
+    """Trains from `state` to the run's end, or until a stop is requested; returns the State it has reached.
 
-                # learning rate for this step
-                lr = lr_at(state.step, cfg.optim, state.last_step(cfg))
-                set_lr(optimizer, lr)
-                seed_step(cfg.run.seed, state.step, world.rank)
+    saver: the run's Saver, which holds its settings, world, model and optimizer. evaluation(): {name: figure}, one of
+    them val_loss. tasks(model): the same, due every tasks_interval steps.
+    """
+    cfg, world, model, optimizer, scaler = saver.cfg, saver.world, saver.model, saver.optimizer, saver.scaler
+    if state.is_finished(cfg):
+        print_finished(cfg, state, world)
+        return state
+    train_data.seek(state.sequences_seen)
 
-                # forward, backward, update
-                with world.phase("data"):
-                    batches, waited = train_data.next()
-                loss, grad_norm, bad = train_step(model, optimizer, scaler, batches, cfg, world, state.recent)
-                state.advance(cfg, loss, grad_norm, bad)
-                log.step(state, loss, grad_norm, lr, waited, bad)
+    with Log(cfg, world, model, optimizer, state, saver.changes, train_data.order) as log:
+        while True:
+            world.progress.step = state.step
+            request = Stop.NO if state.is_at_end(cfg) else stop.agreed(log.is_out_of_time, saver.writer.failed)
+            if request == Stop.SAVE_FAILED:
+                saver.writer.wait()  # raises, on all ranks, what happened
 
-                if state.bad_steps >= cfg.health.max_bad_steps:
-                    repeat_step = functools.partial(train_step, model, optimizer, scaler, batches, cfg, world)
-                    state = saver.roll_back(state, bad, repeat_step)
-                    train_data.seek(state.sequences_seen)
-                    log.rolled_back(state)
-            saver.writer.wait()
-            stop.acknowledge(request)
-            log.end(state, request)
+            # evaluate and write checkpoints; the last turn does only this
+            ending = request != Stop.NO or state.is_at_end(cfg)
+            tasks_due = tasks and (ending or state.step % cfg.harness.tasks_interval == 0)
+            due = ending or tasks_due or state.step % cfg.train.eval_interval == 0
+            # stop requested: skip the evaluation, we may be killed soon
+            if due and not request.is_requested and state.evaluated_at != state.step:
+                with log.paused():
+                    figures = evaluation()
+                    if tasks_due:
+                        figures |= tasks(model)
+                    state.val_loss, state.score = figures["val_loss"], figures.get("score")
+                    state.evaluated_at = state.step
+                    log.evaluation(state, figures)
+            ending = ending or state.has_reached_target(cfg)
+            if saver.is_due(state, ending):
+                with log.paused():
+                    saver.save(state)
+            if ending:
+                break
+
+            # learning rate for this step
+            lr = lr_at(state.step, cfg.optim, state.last_step(cfg))
+            set_lr(optimizer, lr)
+            seed_step(cfg.run.seed, state.step, world.rank)
+
+            # forward, backward, update
+            with world.phase("data"):
+                batches, waited = train_data.next()
+            loss, grad_norm, bad = train_step(model, optimizer, scaler, batches, cfg, world, state.recent)
+            state.advance(cfg, loss, grad_norm, bad)
+            log.step(state, loss, grad_norm, lr, waited, bad)
+
+            if state.bad_steps >= cfg.health.max_bad_steps:
+                repeat_step = functools.partial(train_step, model, optimizer, scaler, batches, cfg, world)
+                state = saver.roll_back(state, bad, repeat_step)
+                train_data.seek(state.sequences_seen)
+                log.rolled_back(state)
+        saver.writer.wait()
+        stop.acknowledge(request)
+        log.end(state, request)
+    return state
 
 
 def train_step(model, optimizer, scaler, batches, cfg, world, recent=()):

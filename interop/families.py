@@ -13,57 +13,9 @@ import torch
 
 import foreign
 from config import UserError
+from heads import TunedModel
+from interop.names import BERT_NAMES, GPT2_NAMES, HEADS, LLAMA_NAMES
 from model import ModelConfig, parameter_shapes
-
-# {their module: our modules}; several of ours are one of theirs with its rows in this order.
-GPT2_NAMES = {
-    "transformer.wte": ("wte",),
-    "transformer.wpe": ("wpe",),
-    "transformer.h.{i}.ln_1": ("blocks.{i}.norm1",),
-    "transformer.h.{i}.attn.c_attn": ("blocks.{i}.attn.q", "blocks.{i}.attn.k", "blocks.{i}.attn.v"),
-    "transformer.h.{i}.attn.c_proj": ("blocks.{i}.attn.proj",),
-    "transformer.h.{i}.ln_2": ("blocks.{i}.norm2",),
-    "transformer.h.{i}.mlp.c_fc": ("blocks.{i}.mlp.up",),
-    "transformer.h.{i}.mlp.c_proj": ("blocks.{i}.mlp.down",),
-    "transformer.ln_f": ("norm_f",),
-    "lm_head": ("head",),
-}
-BERT_NAMES = {
-    "bert.embeddings.word_embeddings": ("wte",),
-    "bert.embeddings.position_embeddings": ("wpe",),
-    "bert.embeddings.token_type_embeddings": ("wtt",),
-    "bert.embeddings.LayerNorm": ("norm_e",),
-    "bert.encoder.layer.{i}.attention.self.query": ("blocks.{i}.attn.q",),
-    "bert.encoder.layer.{i}.attention.self.key": ("blocks.{i}.attn.k",),
-    "bert.encoder.layer.{i}.attention.self.value": ("blocks.{i}.attn.v",),
-    "bert.encoder.layer.{i}.attention.output.dense": ("blocks.{i}.attn.proj",),
-    "bert.encoder.layer.{i}.attention.output.LayerNorm": ("blocks.{i}.norm1",),
-    "bert.encoder.layer.{i}.intermediate.dense": ("blocks.{i}.mlp.up",),
-    "bert.encoder.layer.{i}.output.dense": ("blocks.{i}.mlp.down",),
-    "bert.encoder.layer.{i}.output.LayerNorm": ("blocks.{i}.norm2",),
-    "cls.predictions.transform.dense": ("transform.dense",),
-    "cls.predictions.transform.LayerNorm": ("transform.norm",),
-    "cls.predictions.bias": ("head.bias",),  # in an untied model an extra tensor without effect
-    "cls.predictions.decoder": ("head",),
-    "bert.pooler.dense": ("pooler",),
-    "cls.seq_relationship": ("pair_head",),
-}
-LLAMA_NAMES = {
-    "model.embed_tokens": ("wte",),
-    "model.layers.{i}.input_layernorm": ("blocks.{i}.norm1",),
-    "model.layers.{i}.self_attn.q_proj": ("blocks.{i}.attn.q",),
-    "model.layers.{i}.self_attn.k_proj": ("blocks.{i}.attn.k",),
-    "model.layers.{i}.self_attn.v_proj": ("blocks.{i}.attn.v",),
-    "model.layers.{i}.self_attn.q_norm": ("blocks.{i}.attn.q_norm",),
-    "model.layers.{i}.self_attn.k_norm": ("blocks.{i}.attn.k_norm",),
-    "model.layers.{i}.self_attn.o_proj": ("blocks.{i}.attn.proj",),
-    "model.layers.{i}.post_attention_layernorm": ("blocks.{i}.norm2",),
-    "model.layers.{i}.mlp.gate_proj": ("blocks.{i}.mlp.gate",),
-    "model.layers.{i}.mlp.up_proj": ("blocks.{i}.mlp.up",),
-    "model.layers.{i}.mlp.down_proj": ("blocks.{i}.mlp.down",),
-    "model.norm": ("norm_f",),
-    "lm_head": ("head",),
-}
 
 
 @dataclass(frozen=True)
@@ -109,19 +61,20 @@ class Family:
 # Keys of config.json that change nothing that our models compute, at any value
 HARMLESS = frozenset(
     """
-    architectures model_type transformers_version use_cache initializer_range gradient_checkpointing attn_implementation
-    bos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id decoder_start_token_id
-    forced_bos_token_id forced_eos_token_id tokenizer_class prefix name_or_path return_dict return_dict_in_generate
-    output_hidden_states output_attentions output_scores output_past output_logits torchscript use_bfloat16
-    tf_legacy_loss use_return_dict keys_to_ignore_at_inference n_ctx reorder_and_upcast_attn chunk_size_feed_forward
-    pretraining_tp classifier_dropout num_labels id2label label2id problem_type finetuning_task task_specific_params
-    summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout summary_last_dropout
-    summary_hidden_size directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
-    pooler_size_per_head pooler_type tie_encoder_decoder cross_attention_hidden_size unsloth_fixed unsloth_version
-    max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty
-    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids suppress_tokens begin_suppress_tokens num_return_sequences
-    remove_invalid_values exponential_decay_length_penalty is_decoder
+    model_type transformers_version use_cache initializer_range gradient_checkpointing
+    attn_implementation bos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id
+    decoder_start_token_id forced_bos_token_id forced_eos_token_id tokenizer_class prefix name_or_path return_dict
+    return_dict_in_generate output_hidden_states output_attentions output_scores output_past output_logits
+    torchscript use_bfloat16 tf_legacy_loss use_return_dict keys_to_ignore_at_inference n_ctx
+    reorder_and_upcast_attn chunk_size_feed_forward pretraining_tp classifier_dropout num_labels label2id
+    finetuning_task task_specific_params summary_type summary_use_proj summary_activation
+    summary_proj_to_labels summary_first_dropout summary_last_dropout summary_hidden_size directionality
+    pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
+    tie_encoder_decoder cross_attention_hidden_size unsloth_fixed unsloth_version max_length min_length
+    max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    suppress_tokens begin_suppress_tokens num_return_sequences remove_invalid_values
+    exponential_decay_length_penalty is_decoder
     """.split()
 )
 NEEDS = {"is_encoder_decoder": False, "pruned_heads": {}, "auto_map": {}, "add_cross_attention": False}
@@ -129,7 +82,8 @@ CAUSAL = NEEDS | {"is_causal": True}
 FULL = {"sliding_window": None, "layer_types": None, "use_sliding_window": False}
 KINDS = {
     "dtype": (str, None), "torch_dtype": (str, None), "quantization_config": (dict, None), "tie_word_embeddings": bool,
-    "eos_token_id": (int, [int], None),
+    "eos_token_id": (int, [int], None), "architectures": ([str], None), "id2label": ({"*": str}, None),
+    "problem_type": (str, None),
     "flatlm": ({"bias": bool, "n_token_types": (int, None), "block_size": range(1, 2**31)}, None),
 }  # fmt: skip
 LAYERS = {"layer_types": ([str], None), "sliding_window": (int, None), "use_sliding_window": (bool, None)}
@@ -221,7 +175,35 @@ def family_of(cfg):
         wrong.append(f"mlp is {cfg.mlp}, not {' or '.join(sorted({*family.activations.values()}))}")
     if wrong:
         raise UserError(f"transformers cannot compute this model; {family.name} is near, but {', '.join(wrong)}")
-    return family
+    return with_head(family, cfg) if isinstance(cfg, TunedModel) else family
+
+
+def with_head(family, cfg):
+    """The family's models with a TunedModel's head in place of that for tokens."""
+    names = {theirs: ours for theirs, ours in family.names.items() if not ours[0].startswith(("head", "transform"))}
+    ending, *heads = HEADS[cfg.task]
+    names[heads[family is not BERT]] = ("classifier",)
+    architecture = re.sub(r"(LMHeadModel|For\w+)$", ending, family.architecture)
+    return replace(family, names=names, architecture=architecture, head="")
+
+
+def _label_values(cfg):
+    """config.json's entries on a TunedModel's labels."""
+    by_id = {str(i): label for i, label in enumerate(cfg.labels)}
+    kind = {"classify": "single_label_classification", "regress": "regression"}[cfg.task]
+    return {"id2label": by_id, "label2id": {label: i for i, label in enumerate(cfg.labels)}, "problem_type": kind}
+
+
+def with_labels(config, cfg):
+    """A TunedModel where a config.json's class has a head for labels, else cfg, a ModelConfig."""
+    architecture, by_id = (config.get("architectures") or [""])[0], config.get("id2label") or {"0": "0", "1": "1"}
+    if not architecture.endswith(HEADS["classify"][0]):
+        return cfg
+    if by_id.keys() != {str(i) for i in range(len(by_id))}:
+        raise UserError("its id2label does not count from 0; number its labels anew")
+    is_regression = config.get("problem_type") == "regression" or len(by_id) == 1
+    labels = tuple(by_id[str(i)] for i in range(len(by_id)))
+    return TunedModel(**vars(cfg), task="regress" if is_regression else "classify", labels=labels)
 
 
 def config_of(cfg, special_ids, dtype, extra=()):
@@ -243,8 +225,9 @@ def config_of(cfg, special_ids, dtype, extra=()):
         "architectures": ["BertForPreTraining" if "cls.seq_relationship.weight" in names else family.architecture],
         "model_type": family.model_type,
         **values,
-        **({"n_ctx": cfg.block_size} if family is GPT2 else {}),  # converters of llama.cpp read it
+        **({"n_ctx": cfg.block_size} if family.model_type == "gpt2" else {}),  # converters of llama.cpp read it
         **special_ids,
+        **(_label_values(cfg) if isinstance(cfg, TunedModel) else {}),
         "initializer_range": 0.02,
         "torch_dtype": dtype,
         **({"flatlm": own} if own else {}),  # read by model_config
@@ -286,7 +269,7 @@ def model_config(config):
         raise UserError(f"it has {', '.join(unsupported)}, which our models do not compute; use another model")
     settings["dropout"] = config.get(family.dropouts[0]) or 0.0
     settings["mlp"] = family.activations[config.get(family.activation, family.defaults[family.activation])]
-    return foreign.settings_of(ModelConfig, settings | family.fixed, "it"), longest
+    return with_labels(config, foreign.settings_of(ModelConfig, settings | family.fixed, "it")), longest
 
 
 def _plain_settings(family, config):

@@ -10,13 +10,17 @@ import torch
 
 import foreign
 from config import UserError
-from interop.families import FAMILIES, model_config, tensors_of
+from heads import TunedModel
+from interop.families import FAMILIES, model_config, tensors_of, with_head
 from interop.hub_tokenizer import load_hub_tokenizer
 
 MODELS = ("config.json", "model*.safetensors", "model.safetensors.index.json")
-ACCOMPANYING = (  # files that accompany the weights in an export
+TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model"),
-    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+)
+ACCOMPANYING = (  # files that accompany the weights in an export
+    *(*TOKENIZER_FILES, "generation_config.json"),
     *("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt"),
 )
 PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
@@ -32,11 +36,15 @@ class HubModel:
         self.folder = Path(folder)
         self.config, self.cfg, _ = read_config(folder)
         self.family = FAMILIES[self.config["model_type"]]
+        if isinstance(self.cfg, TunedModel):
+            self.family = with_head(self.family, self.cfg)
         self.name = f"{folder}, a Hugging Face model of {self.family.name}'s kind"
         tensors = tensors_in(self.folder)
         expected = tensors_of(self.family, self.cfg)
         self._tensor_of = {name: theirs for theirs in expected for name in theirs.ours}
+        self._lacking = None  # why some tensors cannot be read
         self._theirs, self.extra = self._assign(tensors, {theirs.name for theirs in expected})
+        self._tensor_of = {name: theirs for name, theirs in self._tensor_of.items() if theirs.name in self._theirs}
         for theirs in self._tensor_of.values():
             if (found := [*self._theirs[theirs.name].shape]) != theirs.shape:
                 what = f"has the shape {found}, where config.json gives {theirs.shape}"
@@ -57,6 +65,8 @@ class HubModel:
 
     def read(self, name):
         """A tensor by our name, whole, without the vocabulary's padding, in the file's dtype."""
+        if self._lacking and name not in self._tensor_of:
+            raise UserError(self._lacking)
         theirs = self._tensor_of[name]
         tensor, place = self._theirs[theirs.name], f"{self.folder}: {theirs.name!r}"
         if not tensor.is_floating_point() or tensor.itemsize < 2:
@@ -89,11 +99,12 @@ class HubModel:
             elif not re.search(family.ignored, name):
                 strange.append(key)
         if missing := sorted(used - found.keys()):
-            if all(name.startswith("cls.predictions") for name in missing):
+            if all(name.startswith("cls.predictions") for name in missing):  # fine-tuning needs none
                 what = "has no head for masked tokens (cls.predictions), so it predicts none"
-                raise UserError(f"{self.folder} {what}; use a {family.architecture}")
-            what = f"lacks {len(missing)} tensors of a {family.architecture}, {missing[0]} for one"
-            raise UserError(f"{self.folder} {what}; its files are incomplete, or do not belong to its config.json")
+                self._lacking = f"{self.folder} {what}; use a {family.architecture}"
+            else:
+                what = f"lacks {len(missing)} tensors of a {family.architecture}, {missing[0]} for one"
+                raise UserError(f"{self.folder} {what}; its files are incomplete, or do not belong to its config.json")
         if strange:
             what = f"has {len(strange)} tensors that no {family.architecture} has, or has twice, {strange[0]!r} for one"
             raise UserError(f"{self.folder} {what}; its files do not belong to its config.json")
@@ -165,6 +176,14 @@ def load_plain(path):
             return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=is_new))
         except pickle.UnpicklingError as error:  # torch's text explains how to run the code all the same
             raise UserError("it is damaged, or holds more than plain values, which could run code") from error
+
+
+def copy_files(folder, to, names):
+    """Copies those of a folder's files that are there; UserError where one leads out of it or cannot be read."""
+    for path in (folder / name for name in names if os.path.lexists(folder / name)):
+        foreign.check_inside(path)
+        with foreign.telling(lambda reason, path=path: f"{path} cannot be copied ({reason})"):
+            (to / path.name).write_bytes(foreign.read_bytes(path))
 
 
 def is_plain(tensor):

@@ -1,6 +1,7 @@
 """Initial weights, from a run or from a Hugging Face model, behind one interface."""
 
 import contextlib
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -19,18 +20,24 @@ from checkpoint import (
 )
 from config import UserError, preset_value
 from data import prepare_command, seq_len_of, vocab_size_of
+from heads import TunedModel
 from interop.families import family_of, resolved, tensors_of
-from interop.hub import HubModel, folder_of, open_tensors, read_config, save_tensors
+from interop.hub import TOKENIZER_FILES, HubModel, copy_files, folder_of, open_tensors, read_config, save_tensors
+from interop.hub_tokenizer import load_hub_tokenizer
+from lora import merged
 from model import TRAINING_ONLY, ModelConfig, parameter_shapes
-from run.folder import run_dir_of, tokenizer_of, writing_to
+from run.folder import keep_tokenizer, run_dir_of, tokenizer_of, writing_to
 from text.tokenizer import load_tokenizer
 
 EXTRA_FILE = "carried.safetensors"
+TOKENIZER = "tokenizer"  # folder with a Hugging Face model's tokenizer, in a fine-tuning run's
 SOME_TEXT = "Two words, 3 dots..."
 
 
 class RunModel:
-    """The model of a run's newest checkpoint, read a tensor at a time, with HubModel's interface.
+    """The model of a run's newest checkpoint, or of a fine-tuned one's best, with HubModel's interface.
+
+    Tensors are read one at a time.
 
     cfg.block_size is the longest sequence that it was trained on, which bounds sampling, scores and exports.
     """
@@ -41,9 +48,14 @@ class RunModel:
         self.folder, self.path = Path(run_dir), newest_checkpoint(run_dir, world)
         with reading(self.path):
             self.manifest = read_manifest(self.path)
+            if "labels" in self.manifest["model"]:
+                self.path = newest_checkpoint(run_dir, world, best=True)
+                self.manifest = read_manifest(self.path)
         whole = config_of_checkpoint(self.path, self.manifest)
         # A tensor by its name, whole; UserError where the checkpoint is damaged, Removed where it has gone.
         self.read = tensor_reader(self.path, whole)
+        if isinstance(whole, TunedModel) and whole.lora_rank:
+            self.read, whole = merged(self.read, whole.lora_scale), replace(whole, lora_rank=None)
         self.name = f"{run_dir}, step {self.manifest['step']}"
         self.cfg = replace(whole, block_size=context_of(self.manifest, whole))
         if self.cfg != whole:
@@ -51,6 +63,8 @@ class RunModel:
 
     def load_tokenizer(self):
         """The tokenizer of the run's data; UserError where it is unknown."""
+        if (self.folder / TOKENIZER).is_dir():
+            return load_hub_tokenizer(self.folder / TOKENIZER)
         return load_tokenizer(tokenizer_of(self.folder))
 
     @property
@@ -98,8 +112,9 @@ def with_model(where, use, world=None):
 def starting_config(where, wanted, given):
     """The settings of a model that starts from weights: the weights' own, with block_size and training's as wanted.
 
-    given: names of the settings that the user has set. UserError where one of them differs from the weights' own, or
-    block_size exceeds their longest sequence. Of several objectives the first one, clm or mlm, must be theirs.
+    given: names of the settings that the user has set. A setting of training that is none stays as the weights have it.
+    UserError where a given one differs from the weights' own, or block_size exceeds their longest sequence. Of several
+    objectives the first one, clm or mlm, must be theirs.
     """
     if checkpoints(where):
         source = run_config(where)
@@ -107,11 +122,11 @@ def starting_config(where, wanted, given):
     else:
         _, source, longest = read_config(folder_of(where))
     automatic = {"vocab_size"} if wanted.vocab_size is None else set()
-    free = TRAINING_ONLY | {"block_size", "pooling"}
-    names = ({field.name for field in fields(ModelConfig)} & set(given) - automatic) | TRAINING_ONLY
+    training = {name for name in TRAINING_ONLY if getattr(wanted, name) is not None}
+    names = ({field.name for field in fields(ModelConfig)} & set(given) - automatic) | training
     cfg = replace(source, **{name: getattr(wanted, name) for name in names})
     found, here = (resolved(model) | {"objective": model.base} for model in (source, cfg))
-    fixed = sorted(names - free)
+    fixed = sorted(names - TRAINING_ONLY - {"block_size", "pooling"})
     if wrong := [f"{name} {found[name]} there, {here[name]} here" for name in fixed if here[name] != found[name]]:
         raise UserError(f"{where} has another model: {', '.join(wrong)}; leave these settings out")
     if longest and cfg.block_size > longest:
@@ -124,6 +139,7 @@ def resolve(cfg):
     if cfg.run.init_from:
         has_begun = cfg.run.out_dir and checkpoints(cfg.run.out_dir)
         model = starting_config(cfg.run.out_dir if has_begun else cfg.run.init_from, cfg.model, cfg.given)
+        check_predicts_tokens(cfg.run.init_from, model)
     else:
         vocab_size = cfg.model.vocab_size or vocab_size_of(cfg.data.folder, prepare_command(cfg))
         model = replace(cfg.model, vocab_size=vocab_size)
@@ -131,6 +147,13 @@ def resolve(cfg):
     cfg = replace(cfg, data=replace(cfg.data, seq_len=seq_len_of(cfg)))
     cfg.parallel.check_tensor_parallel(cfg.model, cfg.data.seq_len)
     return cfg
+
+
+def check_predicts_tokens(where, cfg):
+    """UserError where a model has a head for labels."""
+    if isinstance(cfg, TunedModel):
+        what = f"{where} was fine-tuned to {cfg.task} texts and predicts no tokens"
+        raise UserError(f"{what}; use it by finetune.py, or take the weights that it started from")
 
 
 def run_config(run_dir):
@@ -147,13 +170,14 @@ def run_config(run_dir):
 def load_weights(source, model):
     """Copies an opened model's weights into a model, sharded or not; a shorter position table takes the first rows.
 
-    Returns the names of the model's weights that stay as they are, since the source has none: heads of objectives.
+    Returns the names of the model's weights that stay as they are: adapters, heads that the source has not, or for
+    other labels.
     """
-    own, heads = parameter_shapes(source.cfg).keys(), heads_in(source, model.cfg)
+    heads, kept = heads_in(source, model.cfg), []
     for name, param in model.named_parameters():
-        if name not in own and name not in heads:
+        if (read := _weight_of(source, model.cfg, name, heads)) is None:
+            kept.append(name)
             continue
-        read = source.read(name) if name in own else source.extra[heads[name]]
         weight = torch.zeros(param.shape)  # rows that pad the vocabulary stay zero
         n_rows = min(len(weight), len(read))
         weight[:n_rows] = read[:n_rows]
@@ -163,7 +187,7 @@ def load_weights(source, model):
             fill_shard(param, weight)
         else:
             param.copy_(weight)
-    return [name for name, _ in model.named_parameters() if name not in own and name not in heads]
+    return kept
 
 
 def heads_in(source, cfg):
@@ -178,6 +202,18 @@ def heads_in(source, cfg):
     return found
 
 
+def _weight_of(source, cfg, name, heads):
+    """A source's weight by our name, for a model of settings cfg; None where that starts anew. heads: see heads_in."""
+    if name in heads:
+        return source.extra[heads[name]]
+    if ".lora_" in name or name not in parameter_shapes(source.cfg):
+        return None
+    if isinstance(source.cfg, TunedModel) and name.startswith(("pooler.", "classifier.")):
+        is_same = isinstance(cfg, TunedModel) and (source.cfg.task, source.cfg.labels) == (cfg.task, cfg.labels)
+        return source.read(name) if is_same else None
+    return source.read(name)
+
+
 def load_model(where, device, world=None):
     """(model ready to evaluate, its opened source), of a run's folder, or of a Hugging Face folder or name.
 
@@ -185,6 +221,7 @@ def load_model(where, device, world=None):
     """
 
     def load(source):
+        check_predicts_tokens(where, source.cfg)
         with torch.device("meta"):
             model = source.cfg.build()
         model.to_empty(device=device)
@@ -224,7 +261,9 @@ def start_from(cfg, model, world):
 
     Sets model.context, the longest sequence that the model will have been trained on.
     """
-    model.context = cfg.data.seq_len
+    labels = isinstance(cfg.model, TunedModel)
+    longest = cfg.model.block_size if labels else cfg.data.seq_len
+    model.context = longest
     if not cfg.run.init_from:
         return
 
@@ -232,21 +271,38 @@ def start_from(cfg, model, world):
         return source, load_weights(source, model)
 
     source, new = with_model(cfg.run.init_from, load, world)
-    model.context = min(cfg.model.block_size, max(cfg.data.seq_len, source.cfg.block_size))
+    model.context = min(cfg.model.block_size, max(longest, source.cfg.block_size))
     if world.is_main:
         with writing_to(cfg.run.out_dir):
             path = Path(cfg.run.out_dir) / EXTRA_FILE
             path.unlink(missing_ok=True)  # an earlier run without a checkpoint left it
             used = heads_in(source, model.cfg).values()
-            if extra := {name: tensor for name, tensor in source.extra.items() if name not in used}:
+            extra = {name: tensor for name, tensor in source.extra.items() if name not in used}
+            if extra and not labels:
                 save_tensors(extra, path)
         print(f"weights    from {source.name}")
-        if new:
+        unused = [name for name in parameter_shapes(source.cfg) if name not in parameter_shapes(model.cfg)]
+        if new and not labels:
             print(f"weights    not there, drawn anew: {', '.join(new)}")
-        if unused := [name for name in parameter_shapes(source.cfg) if name not in parameter_shapes(model.cfg)]:
+        if unused and not labels:
             print(f"weights    left out, since no objective uses them: {', '.join(unused)}")
         if line := tokenizer_mismatch(source, cfg.data.folder):
             print(f"warning    {line}")
+
+
+def keep_tokenizer_of(cfg, world):
+    """Copies the tokenizer of the weights that init_from names into a fine-tuning run's folder."""
+    if not world.is_main:
+        return
+    source, out_dir = open_model(cfg.run.init_from), Path(cfg.run.out_dir)
+    with writing_to(out_dir):
+        if isinstance(source, HubModel):
+            (out_dir / TOKENIZER).mkdir(exist_ok=True)
+            copy_files(source.folder, out_dir / TOKENIZER, ("config.json", *TOKENIZER_FILES))
+        elif (source.folder / TOKENIZER).is_dir():
+            shutil.copytree(source.folder / TOKENIZER, out_dir / TOKENIZER, dirs_exist_ok=True)
+        else:
+            keep_tokenizer(source.folder, out_dir)
 
 
 def tokenizer_mismatch(source, data_dir):

@@ -164,9 +164,13 @@ class Log:
 
     def evaluation(self, state, figures):
         """Logs an evaluation and redraws the curves."""
-        record, accuracy = {"step": state.step, **figures}, f"accuracy {figures['val_accuracy']:.1%}"
+        record, accuracy = {"step": state.step, **figures}, f"accuracy {figures.get('val_accuracy', 0):.1%}"
         text = f"{self._step_text(state)}  val loss {state.val_loss:.4f}{_named(figures, 'val_loss_')}"
-        if self.cfg.model.is_causal:
+        if "val_accuracy" not in figures:  # of fine-tuning
+            text += "".join(
+                f"  {name} {value:.4f}" for name, value in figures.items() if name not in ("val_loss", "score")
+            )
+        elif self.cfg.model.is_causal:
             loss = figures.get("val_loss_clm", state.val_loss)
             text += f"  perplexity {math.exp(min(loss, 700)):.5g}  {accuracy}"  # exp(710) overflows
             if "val_bpb" in figures:
@@ -243,7 +247,7 @@ class Log:
             print(f"resumed from step {state.step}, after {_duration(3600 * state.hours)}", *changes, sep="\n  ")
         if not self.draws:
             print("matplotlib is not installed, so there will be no curves.png")
-        if cfg.model.is_causal and not order.split.token_bytes:
+        if cfg.model.is_causal and order.split and not order.split.token_bytes:
             unknown = f"{data.folder} has no token_bytes in a meta.json; prepare.py writes them"
             changed = "the data's tokenizer changes text, so a token stands for no fixed number of bytes"
             print(f"no bits per byte: {unknown if order.split.token_bytes is None else changed}")

@@ -34,6 +34,7 @@ class State:
     sequences_seen: int = 0
     hours: float = 0.0
     val_loss: float | None = None
+    score: float | None = None  # the evaluation's metric, by which the best checkpoint is chosen; None: by val_loss
     evaluated_at: int | None = None
     bad_steps: int = 0  # skipped in a row
     recent: list = field(default_factory=list)  # (loss, gradient norm) of sound steps, the baseline for spikes
@@ -110,6 +111,7 @@ class Saver:
             "settings": self.settings,
             "scaler": self.scaler.state_dict(),
             "val_loss": state.val_loss if state.evaluated_at == state.step else None,
+            "score": state.score if state.evaluated_at == state.step else None,
         }
         self.writer.save(state.step, self.model, self.optimizer, facts)
 
@@ -158,6 +160,7 @@ def changed_settings(old, new, step=0):
     """Lines `name: old -> new` of the settings that a run changes at a step; UserError where one must not change."""
     defaults = {f.name: f.default for owner in (ModelConfig, ObjectiveConfig) for f in dataclasses.fields(owner)}
     fixed = {*defaults, "seq_len", "seed", "optimizer", "data_fingerprint"}
+    fixed |= {"task", "batch_examples", "freeze", "lora_rank"}  # of fine-tuning
     old = defaults | old  # a run from before a setting has trained with its default
     changes = {name: f"{name}: {old[name]} -> {new[name]}" for name in new if name in old and old[name] != new[name]}
     if "data_fingerprint" in changes and is_same_data(str(old["data_fingerprint"]), new["data_fingerprint"]):

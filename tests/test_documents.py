@@ -10,10 +10,10 @@ import pytest
 import test_model
 import torch
 
+from cache import Cache
 from config import UserError
 from conftest import slow
 from data import Split, objective_for
-from generation import Cache
 from interop.families import family_of
 from launch import compile_model
 from model import ModelConfig, Transformer

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from generation import Cache
+from cache import Cache
 from model import MLP, Block, ModelConfig, Transformer
 from ops import (
     IGNORE,

@@ -46,6 +46,8 @@ TINY = {
     "evaluate.py": "--device=cpu",
     "prepare.py": "--workers=2",
     "clean.py": "--workers=2",
+    "finetune.py": "--init_from=bert --train_file=reviews/train.tsv --eval_file=reviews/dev.tsv --tsv_columns=text,label"
+    " --batch_examples=4 --max_steps=2 --device=cpu --precision=fp32",
 }
 
 
@@ -66,6 +68,14 @@ def folder(tmp_path_factory):
     (folder / "crawl").mkdir()
     for i in range(20):
         (folder / "crawl" / f"{i}.html").write_text(page(f"page{i}"))
+    saved("bert", folder / "bert")
+    tokens = (folder / "vocab.txt").read_text().split()
+    (folder / "bert" / "vocab.txt").write_text(
+        "\n".join([*tokens, *(f"[unused{i}]" for i in range(131 - len(tokens)))])
+    )
+    (folder / "reviews").mkdir()
+    for name in ("train", "dev"):
+        (folder / "reviews" / f"{name}.tsv").write_text("paris is the capital\t1\nof france\t0\n" * 4)
     (folder / "tasks").mkdir()
     write_tasks(folder / "tasks")
     (folder / "fineweb").mkdir()

@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_leaves
 import config
 import generation
 import sample
+from cache import Cache
 from config import UserError
-from generation import Cache, GenerationConfig, draw, generate, kept_probabilities, next_tokens
+from generation import GenerationConfig, draw, generate, kept_probabilities, next_tokens
 from model import ModelConfig, Transformer
 from objective import special_id
 from ranks import run, write_data

@@ -1,0 +1,308 @@
+"""Fine-tunes a model to classify texts, or to give them numbers.
+
+    python finetune.py --task=classify --init_from=bert-base-uncased --train_file=train.tsv --eval_file=dev.tsv
+    torchrun --nproc_per_node=2 finetune.py config/finetune_sst2.py --seeds=3
+
+The same command again continues from the newest checkpoint in out_dir.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import re
+import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from checkpoint import CheckpointConfig, checkpoints, load_checkpoint, newest_checkpoint
+from config import Config, Count, NotNegative, Positive, Share, UpToOne, UserError, only, run_script
+from data import DataConfig, each, near_divisors
+from heads import TunedModel, label_loss
+from interop.pretrained import keep_tokenizer_of, load_tokenizer_of, start_from, starting_config, with_model
+from model import ModelConfig
+from objective import ObjectiveConfig
+from optim import OptimConfig, build_optimizer
+from parallel import ParallelConfig, distribute, reshard
+from run.folder import RunConfig, run_dir_of, writing_to
+from run.guard import guarded
+from run.health import HealthConfig
+from run.log import LogConfig
+from run.resume import Saver, State
+from text.examples import ExampleLoader, ExampleOrder, Examples, Framing, read_columns
+from text.tasks import METRICS, TASKS
+from train import TrainConfig, train
+from world import WorldConfig, end_process, init_world
+
+PART = r"embeddings|blocks\.(\d+)(?:-(\d+))?"  # of a model, to freeze
+PREDICTIONS = "predictions.jsonl"
+EMBEDDINGS = ("wte", "wpe", "wtt", "norm_e")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(Config):
+    task: Literal[*TASKS] = "classify"  # classify: one of the labels in train_file; regress: a number
+    train_file: str | None = None  # labelled texts to learn from: a .tsv, .jsonl or .parquet file
+    eval_file: str | None = None  # labelled texts to evaluate on
+    predict_file: str | None = None  # texts to label at the end, into out_dir/predictions.jsonl; none: eval_file
+    text_column: str = "text"  # column of the text
+    second_column: str | None = None  # column of a second text, for pairs of texts
+    label_column: str = "label"  # column of the label
+    tsv_columns: tuple | None = None  # names of the .tsv files' columns; none: they stand in the first line
+    batch_examples: Count = 32  # examples per optimizer step, over all ranks and micro-steps
+    epochs: Positive = 3.0  # passes over train_file; max_steps replaces it
+    focal_gamma: NotNegative = 0.0  # classify: exponent of the focal loss, for rare classes; 0: cross-entropy
+    freeze: tuple | None = None  # parts that stay as they are: embeddings, blocks.3, blocks.0-5, with commas between
+    layer_decay: UpToOne = 1.0  # factor of the learning rate from a layer to the one below it; 1: all learn alike
+    lora_rank: Count | None = None  # train the head, and adapters of this rank in the blocks; none: everything
+    lora_alpha: Positive = 16.0  # lora_rank times the adapters' scale
+    metric: Literal[*METRICS] | None = None  # chooses the best checkpoint; none: the first that the task has
+    seeds: Count = 1  # runs with seeds from `seed` on, each in a folder of its own; prints mean and deviation
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.metric and self.metric not in (possible := (*TASKS[self.task].metrics, "loss")):
+            raise UserError(
+                f"metric is {self.metric}, which {self.task} does not have; use one of {', '.join(possible)}"
+            )
+        if self.focal_gamma and self.task != "classify":
+            raise UserError(f"focal_gamma is {self.focal_gamma}, but task {self.task} has no classes; leave it out")
+        for part in self.freeze or ():
+            if not re.fullmatch(PART, part):
+                raise UserError(f"freeze names {part!r}; its parts are embeddings, blocks.3 or blocks.0-5")
+
+
+@dataclass(frozen=True)
+class Weights(ModelConfig):
+    """The settings of the model that fine-tuning may change."""
+
+    block_size: Count | None = None  # longest text, in tokens; none: the weights' own
+    dropout: Share | None = None  # share of activations set to 0; none: the weights' own
+
+
+@dataclass(frozen=True)
+class Optim(OptimConfig):
+    """OptimConfig with fine-tuning's usual values."""
+
+    learning_rate: NotNegative = 2e-5
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "linear"
+    weight_decay: NotNegative = 0.01
+    beta2: Share = 0.999
+
+
+@dataclass(frozen=True)
+class Settings:
+    finetune: FinetuneConfig
+    model: Weights = only("block_size", "dropout", "label_smoothing")
+    objective: ObjectiveConfig = only()
+    data: DataConfig = only("micro_batch_size")
+    optim: Optim
+    parallel: ParallelConfig
+    world: WorldConfig
+    run: RunConfig
+    checkpoint: CheckpointConfig = only("keep_checkpoints")
+    health: HealthConfig
+    log: LogConfig
+    train: TrainConfig = only("eval_interval", "max_minutes")
+    presets: tuple = ()
+    given: frozenset = dataclasses.field(default=frozenset(), compare=False)
+
+
+def main(cfg):
+    out_dir, n = run_dir_of(cfg) or "out/finetune", cfg.finetune.seeds
+    with init_world(cfg.world, cfg.parallel) as world:
+        results = []
+        for seed in range(cfg.run.seed, cfg.run.seed + n):
+            run = replace(cfg.run, seed=seed, out_dir=out_dir if n == 1 else f"{out_dir}/seed_{seed}")
+            figures = fine_tune(replace(cfg, run=run), world)
+            if figures is None:  # a stop was requested
+                return
+            results.append(figures)
+        if n > 1 and world.is_main:
+            spread = {name: [figures[name] for figures in results] for name in results[0]}
+            for name, values in spread.items():
+                print(f"{name:<10} {statistics.fmean(values):.4f} +- {statistics.stdev(values):.4f} over {n} seeds")
+            with writing_to(out_dir):
+                (Path(out_dir) / "seeds.json").write_text(json.dumps(spread, indent=1) + "\n")
+
+
+def fine_tune(cfg, world):
+    """One run: its figures on eval_file with the best checkpoint; None where it was stopped before its end."""
+    tune = cfg.finetune
+    cfg, task = open_task(cfg, world)
+    train_set, eval_set = (read_examples(task, tune, path, world) for path in (tune.train_file, tune.eval_file))
+    predict_set = read_examples(task, tune, tune.predict_file, world, False) if tune.predict_file else eval_set
+    order = ExampleOrder(tune.train_file, train_set.lengths, tune.batch_examples, cfg.run.seed)
+    cfg = with_steps(cfg, order, world)
+    micro_steps = tune.batch_examples // (cfg.data.micro_batch_size * world.data_ranks)
+    loader = ExampleLoader(order, train_set, 0, micro_steps, cfg.data.micro_batch_size, world)
+    with guarded(cfg, world) as stop, contextlib.closing(loader) as train_data:
+        model, optimizer, scaler = build(cfg, world)
+        saver = Saver(cfg, world, model, optimizer, scaler, f"{train_set.fingerprint()}-{eval_set.fingerprint()}")
+        state = saver.resume()
+        if state is None:
+            start_from(cfg, model, world)
+            keep_tokenizer_of(cfg, world)
+            state = State()
+        evaluation = functools.partial(evaluate, model, task, eval_set, cfg, world)
+        state = train(saver, state, train_data, evaluation, stop)
+        if not state.is_finished(cfg):
+            return None
+        if checkpoints(cfg.run.out_dir):
+            load_checkpoint(newest_checkpoint(cfg.run.out_dir, world, best=True), model)
+        figures = evaluation()
+        figures.pop("score", None)
+        predictions = task.predictions(predict_set.rows, logits_of(model, predict_set, cfg, world))
+        if world.is_main:
+            with writing_to(cfg.run.out_dir):
+                lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in predictions]
+                (Path(cfg.run.out_dir) / PREDICTIONS).write_text("".join(lines), encoding="utf-8")
+            text = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            print(f"best       {text}; its predictions are in {cfg.run.out_dir}/{PREDICTIONS}", flush=True)
+        return figures
+
+
+# ---- settings and data
+
+
+def open_task(cfg, world):
+    """(cfg with its model's settings, the task)."""
+    tune, out_dir = cfg.finetune, cfg.run.out_dir
+    if lacking := [name for name in ("train_file", "eval_file") if getattr(tune, name) is None]:
+        raise UserError(f"{', '.join(lacking)} is none; name a .tsv, .jsonl or .parquet file of labelled texts")
+    where = out_dir if checkpoints(out_dir) else cfg.run.init_from
+    if where is None:
+        raise UserError("init_from is none; name the weights to fine-tune: a run's or a Hugging Face model's folder")
+    if cfg.parallel.tp > 1:
+        raise UserError(f"tp is {cfg.parallel.tp}, but heads for labels are not split; use --strategy=fsdp")
+    source = starting_config(where, cfg.model, cfg.given)
+    column = read_columns(tune.train_file, [tune.label_column], tune.tsv_columns)[tune.label_column]
+    labels = TASKS[tune.task].labels(column, f"{tune.train_file}, column {tune.label_column}")
+    fields = {f.name: getattr(source, f.name) for f in dataclasses.fields(ModelConfig)} | {"objective": source.base}
+    adapters = {"lora_rank": tune.lora_rank, "lora_scale": tune.lora_alpha / (tune.lora_rank or tune.lora_alpha)}
+    model = TunedModel(**fields, task=tune.task, labels=labels, **adapters)
+    framing = Framing(with_model(where, load_tokenizer_of, world), model.is_causal, model.block_size)
+    return replace(cfg, model=model), TASKS[tune.task](labels, framing)
+
+
+def read_examples(task, cfg, path, world, has_labels=True):
+    """The Examples of a file. cfg: a FinetuneConfig."""
+    texts = [name for name in (cfg.text_column, cfg.second_column) if name]
+    columns = read_columns(path, texts + [cfg.label_column] * has_labels, cfg.tsv_columns)
+    n, n_cut = len(columns[cfg.text_column]), task.framing.n_cut
+    labels = columns[cfg.label_column] if has_labels else [None] * n
+    records = enumerate(zip(*(columns[name] for name in texts)))
+    rows = [row for i, text in records for row in task.rows(text, labels[i], f"{path}, record {i + 1}")]
+    examples = Examples(rows, task.framing)
+    if world.is_main:
+        mean, longest = examples.lengths.mean(), examples.lengths.max()
+        n_cut = task.framing.n_cut - n_cut
+        cut = f"; {n_cut:,} of them were longer and are cut to block_size" if n_cut else ""
+        print(f"examples   {n:,} of {path}, {mean:.0f} tokens on average, at most {longest}{cut}")
+    return examples
+
+
+def with_steps(cfg, order, world):
+    """cfg with what follows from the number of examples; a token of `batch_tokens` is one of an average example."""
+    tune, given, ranks = cfg.finetune, cfg.given, world.data_ranks
+    size, micro = tune.batch_examples, cfg.data.micro_batch_size
+    if "micro_batch_size" not in given:
+        micro = math.gcd(micro, max(1, size // ranks))
+    if size % (micro * ranks):
+        fits = f"batch_examples {max(1, round(size / (micro * ranks))) * micro * ranks}"
+        fits = f"micro_batch_size {near_divisors(size // ranks, micro)}" if size % ranks == 0 else fits
+        rule = f"batch_examples {size} is not a multiple of micro_batch_size {micro} x {ranks} ranks"
+        raise UserError(f"{rule}; {fits} would fit")
+    mean = max(1, round(float(order.lengths.mean())))
+    data = replace(cfg.data, data_dir=tune.train_file, seq_len=mean, batch_tokens=size * mean, micro_batch_size=micro)
+    steps = cfg.optim.max_steps if "max_steps" in given else math.ceil(tune.epochs * order.steps_per_epoch)
+    warmup = cfg.optim.warmup_steps if "warmup_steps" in given else steps // 10
+    interval = cfg.train.eval_interval if "eval_interval" in given else order.steps_per_epoch
+    graphs = cfg.parallel.cuda_graphs or False  # batches have too many shapes
+    return replace(
+        cfg, data=data, optim=replace(cfg.optim, max_steps=steps, warmup_steps=warmup),
+        train=replace(cfg.train, eval_interval=interval), parallel=replace(cfg.parallel, cuda_graphs=graphs),
+        checkpoint=replace(cfg.checkpoint, save_interval=interval),
+    )  # fmt: skip
+
+
+def build(cfg, world):
+    """The model, ready to train on this rank, its optimizer, and the gradient scaler, which only fp16 uses."""
+    with torch.device("meta"):
+        model = cfg.model.build()
+    model.focal_gamma = cfg.finetune.focal_gamma
+    freeze(model, cfg.finetune.freeze or ())
+    if (decay := cfg.finetune.layer_decay) != 1 and cfg.optim.optimizer == "muon":
+        raise UserError(f"layer_decay is {decay}, which muon does not have; use --optimizer=adamw")
+    distribute(model, cfg.parallel, world, cfg.run.seed)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=world.precision == "fp16")
+    return model, build_optimizer(model, cfg.optim, world, lambda name: decay ** layers_above(model, name)), scaler
+
+
+def freeze(model, parts):
+    """Keeps parts of a model from training, each as in PART; UserError where there is no such block.
+
+    With adapters, all else but the head and its pooler stays as it is, too.
+    """
+    frozen, n = [], len(model.blocks)
+    for name, param in model.named_parameters():
+        if model.cfg.lora_rank and not (".lora_" in name or name.startswith(("pooler", "classifier"))):
+            param.requires_grad_(False)
+    for part in parts:
+        first, last = re.fullmatch(PART, part).groups()
+        if first is None:
+            frozen += filter(None, (getattr(model, name) for name in EMBEDDINGS))
+        elif int(first) <= int(last or first) < n:
+            frozen += model.blocks[int(first) : int(last or first) + 1]
+        else:
+            raise UserError(f"freeze names {part}, but the model has blocks 0 to {n - 1}; name some of them, in order")
+    for module in frozen:
+        module.requires_grad_(False)
+
+
+def layers_above(model, name):
+    """Layers between the parameter of a name and the head, which has none; embeddings are the lowest layer."""
+    kind, _, rest = name.partition(".")
+    n = len(model.blocks)
+    return n - int(rest.partition(".")[0]) if kind == "blocks" else n + 1 if kind in EMBEDDINGS else 0
+
+
+# ---- evaluation
+
+
+def evaluate(model, task, examples, cfg, world):
+    """Mean loss and the task's metrics; score is the metric that chooses the best checkpoint."""
+    logits = logits_of(model, examples, cfg, world)
+    targets = torch.from_numpy(np.stack([row.targets for row in examples.rows]))
+    loss = label_loss(torch.from_numpy(np.stack(logits)), targets).item() / len(examples)
+    metrics, chosen = task.figures(examples.rows, logits), cfg.finetune.metric or task.metrics[0]
+    return {"val_loss": loss, **metrics, **({} if chosen == "loss" else {"score": metrics[chosen]})}
+
+
+@torch.no_grad()
+def logits_of(model, examples, cfg, world):
+    """The logits of each row, float32 (1, L), on each rank; the ranks share the work."""
+    size, ranks = cfg.data.micro_batch_size, world.data_ranks
+    order, found = np.argsort(examples.lengths, kind="stable"), []
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    batches += [order[:0]] * (-len(batches) % ranks)  # equally many for each rank
+    model.eval()
+    for here in batches[world.data_rank :: ranks]:
+        ids, _, *others = each(examples.batch(here, size), lambda part: part.to(world.device))
+        with world.phase("evaluation"), world.autocast():
+            found += zip(here.tolist(), model(ids, None, *others).cpu().numpy())
+    model.train()
+    reshard(model)
+    by_row = dict(itertools.chain.from_iterable(world.gather(found)))
+    return [by_row[i] for i in range(len(examples))]
+
+
+if __name__ == "__main__":
+    run_script(main, Settings, __doc__, needs_console=False)
+    end_process()
