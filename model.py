@@ -96,9 +96,7 @@ class ModelConfig(Config):
         if self.global_every and not self.window:
             wrong.append(f"global_every is {self.global_every}, but window is none, so all layers are; set --window")
         if (pairs := [*PAIRS.keys() & self.objectives]) and (self.n_token_types or 0) < 2:
-            wrong.append(
-                f"n_token_types is {self.n_token_types}, but {pairs[0]} tells two sentences apart; set it to 2"
-            )
+            wrong.append(f"n_token_types is {self.n_token_types}, but {pairs[0]} has two kinds of tokens; set it to 2")
         if CONTRASTIVE in self.objectives and not self.dropout:
             wrong.append("dropout is 0, but contrastive compares a text's two outputs under dropout; set it to 0.1")
         if self.pooling == "cls" and self.is_causal:

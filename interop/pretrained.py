@@ -173,11 +173,15 @@ def load_weights(source, model):
     Returns the names of the model's weights that stay as they are: adapters, heads that the source has not, or for
     other labels.
     """
-    heads, kept = heads_in(source, model.cfg), []
+    own, heads, kept = parameter_shapes(source.cfg), heads_in(source, model.cfg), []
     for name, param in model.named_parameters():
-        if (read := _weight_of(source, model.cfg, name, heads)) is None:
+        if name in heads:
+            read = source.extra[heads[name]]
+        elif name not in own or _is_of_other_labels(name, source.cfg, model.cfg):
             kept.append(name)
             continue
+        else:
+            read = source.read(name)
         weight = torch.zeros(param.shape)  # rows that pad the vocabulary stay zero
         n_rows = min(len(weight), len(read))
         weight[:n_rows] = read[:n_rows]
@@ -202,16 +206,11 @@ def heads_in(source, cfg):
     return found
 
 
-def _weight_of(source, cfg, name, heads):
-    """A source's weight by our name, for a model of settings cfg; None where that starts anew. heads: see heads_in."""
-    if name in heads:
-        return source.extra[heads[name]]
-    if ".lora_" in name or name not in parameter_shapes(source.cfg):
-        return None
-    if isinstance(source.cfg, TunedModel) and name.startswith(("pooler.", "classifier.")):
-        is_same = isinstance(cfg, TunedModel) and (source.cfg.task, source.cfg.labels) == (cfg.task, cfg.labels)
-        return source.read(name) if is_same else None
-    return source.read(name)
+def _is_of_other_labels(name, source, cfg):
+    """Whether a weight of settings `source` belongs to a head for labels that a model of settings cfg has not."""
+    if not isinstance(source, TunedModel) or not name.startswith(("pooler.", "classifier.")):
+        return False
+    return not isinstance(cfg, TunedModel) or (source.task, source.labels) != (cfg.task, cfg.labels)
 
 
 def load_model(where, device, world=None):

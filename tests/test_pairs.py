@@ -305,7 +305,7 @@ def test_objectives_that_do_not_go_together_are_refused_in_a_line(objective, sai
 
 
 def test_pairs_need_token_types_and_documents_and_room():
-    with pytest.raises(UserError, match="n_token_types is None, but nsp tells two sentences apart; set it to 2"):
+    with pytest.raises(UserError, match="n_token_types is None, but nsp has two kinds of tokens; set it to 2"):
         ModelConfig(objective={"mlm": 1, "nsp": 1})
     meta = {"vocab_size": 40, "specials": SPECIALS, "splits": {"train": {"documents": 5}, "val": {"documents": 1}}}
     with pytest.raises(UserError, match="nsp takes text from documents, and the val split of the data has 1; make"):
