@@ -25,6 +25,7 @@ from config import UserError, only, run_script
 from heads import TunedModel
 from interop.families import config_of, family_of, their_tensors
 from interop.hub import ACCOMPANYING, TOKENIZER_FILES, HubModel, copy_files, save_tensors
+from interop.names import HEADS
 from interop.nanogpt import import_nanogpt
 from interop.pretrained import TOKENIZER, load_tokenizer_of, model_location, with_model
 from interop.tokenizer import write_tokenizer
@@ -175,6 +176,7 @@ def write_json(value, path):
 # ---- the model card
 
 PRIVATE = {"out_dir", "resume", "device", "data_fingerprint", "wandb", "wandb_project", "wandb_run_name"}
+PIPELINES = {"tag": "token-classification", "qa": "question-answering"}  # by task of fine-tuning
 NUMBER = (float, None)
 SPLITS = {"*": {"tokens": int, "bytes": int}}
 # Kinds of values of a run's files from which a card is written (see foreign.check)
@@ -192,8 +194,8 @@ def card(source, family, name, tokenizer):
     auto, task = ("AutoModelForMaskedLM", "fill-mask") if is_masked else ("AutoModelForCausalLM", "text-generation")
     kind = "masked language model" if is_masked else "causal language model"
     if isinstance(cfg, TunedModel):
-        auto, task = "AutoModelForSequenceClassification", "text-classification"
-        kind = f"model to {cfg.task} texts ({', '.join(cfg.labels)})"
+        ending, task = HEADS[cfg.task][0], PIPELINES.get(cfg.task, "text-classification")
+        auto, kind = f"AutoModel{ending}", f"model for the task {cfg.task} ({', '.join(cfg.labels)})"
     blocks = [
         f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags: [flatlm]\n---\n# {name}",
         f"A {kind} of {family.name}'s kind: {cfg.n_layer} layers {cfg.n_embd} wide, {cfg.n_head} heads, "

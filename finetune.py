@@ -1,4 +1,4 @@
-"""Fine-tunes a model to classify texts, or to give them numbers.
+"""Fine-tunes a model to classify texts, to give them numbers, to tag their words, or to find answers in them.
 
     python finetune.py --task=classify --init_from=bert-base-uncased --train_file=train.tsv --eval_file=dev.tsv
     torchrun --nproc_per_node=2 finetune.py config/finetune_sst2.py --seeds=3
@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from checkpoint import CheckpointConfig, checkpoints, load_checkpoint, newest_checkpoint
-from config import Config, Count, NotNegative, Positive, Share, UpToOne, UserError, only, run_script
+from config import Config, Count, NotNegative, Positive, Share, UpToOne, UserError, Whole, only, run_script
 from data import DataConfig, each, near_divisors
-from heads import TunedModel, label_loss
+from heads import TunedModel
 from interop.pretrained import keep_tokenizer_of, load_tokenizer_of, start_from, starting_config, with_model
 from model import ModelConfig
 from objective import ObjectiveConfig
@@ -35,7 +35,7 @@ from run.guard import guarded
 from run.health import HealthConfig
 from run.log import LogConfig
 from run.resume import Saver, State
-from text.examples import ExampleLoader, ExampleOrder, Examples, Framing, read_columns
+from text.examples import ExampleLoader, ExampleOrder, Examples, Framing
 from text.tasks import METRICS, TASKS
 from train import TrainConfig, train
 from world import WorldConfig, end_process, init_world
@@ -47,17 +47,19 @@ EMBEDDINGS = ("wte", "wpe", "wtt", "norm_e")
 
 @dataclass(frozen=True)
 class FinetuneConfig(Config):
-    task: Literal[*TASKS] = "classify"  # classify: one of the labels in train_file; regress: a number
+    task: Literal[*TASKS] = "classify"  # classify: a label a text; regress: a number; tag: a label a word; qa: answers
     train_file: str | None = None  # labelled texts to learn from: a .tsv, .jsonl or .parquet file
     eval_file: str | None = None  # labelled texts to evaluate on
     predict_file: str | None = None  # texts to label at the end, into out_dir/predictions.jsonl; none: eval_file
-    text_column: str = "text"  # column of the text
-    second_column: str | None = None  # column of a second text, for pairs of texts
-    label_column: str = "label"  # column of the label
+    text_column: str = "text"  # column of the text; tag: of the list of words; qa: of the question
+    second_column: str | None = None  # column of a second text, for pairs of texts; qa: of the context
+    label_column: str = "label"  # column of the label; tag: of the list of tags; qa: of the answers
     tsv_columns: tuple | None = None  # names of the .tsv files' columns; none: they stand in the first line
+    stride: Whole = 128  # qa: tokens that a long context's windows share
+    max_answer_tokens: Count = 30  # qa: longest answer to predict
     batch_examples: Count = 32  # examples per optimizer step, over all ranks and micro-steps
     epochs: Positive = 3.0  # passes over train_file; max_steps replaces it
-    focal_gamma: NotNegative = 0.0  # classify: exponent of the focal loss, for rare classes; 0: cross-entropy
+    focal_gamma: NotNegative = 0.0  # classify, tag: exponent of the focal loss, for rare classes; 0: cross-entropy
     freeze: tuple | None = None  # parts that stay as they are: embeddings, blocks.3, blocks.0-5, with commas between
     layer_decay: UpToOne = 1.0  # factor of the learning rate from a layer to the one below it; 1: all learn alike
     lora_rank: Count | None = None  # train the head, and adapters of this rank in the blocks; none: everything
@@ -71,8 +73,9 @@ class FinetuneConfig(Config):
             raise UserError(
                 f"metric is {self.metric}, which {self.task} does not have; use one of {', '.join(possible)}"
             )
-        if self.focal_gamma and self.task != "classify":
-            raise UserError(f"focal_gamma is {self.focal_gamma}, but task {self.task} has no classes; leave it out")
+        if 1 + bool(self.second_column) not in (n := TASKS[self.task].n_texts):
+            rule = f"task {self.task} reads {n[0]} of text_column and second_column"
+            raise UserError(f"second_column is {self.second_column or 'none'}, but {rule}; name as many")
         for part in self.freeze or ():
             if not re.fullmatch(PART, part):
                 raise UserError(f"freeze names {part!r}; its parts are embeddings, blocks.3 or blocks.0-5")
@@ -179,22 +182,25 @@ def open_task(cfg, world):
     where = out_dir if checkpoints(out_dir) else cfg.run.init_from
     if where is None:
         raise UserError("init_from is none; name the weights to fine-tune: a run's or a Hugging Face model's folder")
+    for name, value in (("focal_gamma", tune.focal_gamma), ("label_smoothing", cfg.model.label_smoothing)):
+        if value and not TASKS[tune.task].has_classes:
+            raise UserError(f"{name} is {value}, but task {tune.task} has no classes; leave it out")
     if cfg.parallel.tp > 1:
         raise UserError(f"tp is {cfg.parallel.tp}, but heads for labels are not split; use --strategy=fsdp")
     source = starting_config(where, cfg.model, cfg.given)
-    column = read_columns(tune.train_file, [tune.label_column], tune.tsv_columns)[tune.label_column]
+    column = TASKS[tune.task].read(tune.train_file, [tune.label_column], tune)[tune.label_column]
     labels = TASKS[tune.task].labels(column, f"{tune.train_file}, column {tune.label_column}")
     fields = {f.name: getattr(source, f.name) for f in dataclasses.fields(ModelConfig)} | {"objective": source.base}
     adapters = {"lora_rank": tune.lora_rank, "lora_scale": tune.lora_alpha / (tune.lora_rank or tune.lora_alpha)}
     model = TunedModel(**fields, task=tune.task, labels=labels, **adapters)
     framing = Framing(with_model(where, load_tokenizer_of, world), model.is_causal, model.block_size)
-    return replace(cfg, model=model), TASKS[tune.task](labels, framing)
+    return replace(cfg, model=model), TASKS[tune.task](labels, framing, tune)
 
 
 def read_examples(task, cfg, path, world, has_labels=True):
     """The Examples of a file. cfg: a FinetuneConfig."""
     texts = [name for name in (cfg.text_column, cfg.second_column) if name]
-    columns = read_columns(path, texts + [cfg.label_column] * has_labels, cfg.tsv_columns)
+    columns = task.read(path, texts + [cfg.label_column] * has_labels, cfg)
     n, n_cut = len(columns[cfg.text_column]), task.framing.n_cut
     labels = columns[cfg.label_column] if has_labels else [None] * n
     records = enumerate(zip(*(columns[name] for name in texts)))
@@ -204,7 +210,8 @@ def read_examples(task, cfg, path, world, has_labels=True):
         mean, longest = examples.lengths.mean(), examples.lengths.max()
         n_cut = task.framing.n_cut - n_cut
         cut = f"; {n_cut:,} of them were longer and are cut to block_size" if n_cut else ""
-        print(f"examples   {n:,} of {path}, {mean:.0f} tokens on average, at most {longest}{cut}")
+        windows = f" in {len(rows):,} windows" if len(rows) > n else ""
+        print(f"examples   {n:,} of {path}{windows}, {mean:.0f} tokens on average, at most {longest}{cut}")
     return examples
 
 
@@ -279,15 +286,17 @@ def layers_above(model, name):
 def evaluate(model, task, examples, cfg, world):
     """Mean loss and the task's metrics; score is the metric that chooses the best checkpoint."""
     logits = logits_of(model, examples, cfg, world)
-    targets = torch.from_numpy(np.stack([row.targets for row in examples.rows]))
-    loss = label_loss(torch.from_numpy(np.stack(logits)), targets).item() / len(examples)
     metrics, chosen = task.figures(examples.rows, logits), cfg.finetune.metric or task.metrics[0]
-    return {"val_loss": loss, **metrics, **({} if chosen == "loss" else {"score": metrics[chosen]})}
+    return {
+        "val_loss": task.loss(examples.rows, logits),
+        **metrics,
+        **({} if chosen == "loss" else {"score": metrics[chosen]}),
+    }
 
 
 @torch.no_grad()
 def logits_of(model, examples, cfg, world):
-    """The logits of each row, float32 (1, L), on each rank; the ranks share the work."""
+    """The logits of each row, float32 (K, L), on each rank; the ranks share the work."""
     size, ranks = cfg.data.micro_batch_size, world.data_ranks
     order, found = np.argsort(examples.lengths, kind="stable"), []
     batches = [order[i : i + size] for i in range(0, len(order), size)]
@@ -296,7 +305,8 @@ def logits_of(model, examples, cfg, world):
     for here in batches[world.data_rank :: ranks]:
         ids, _, *others = each(examples.batch(here, size), lambda part: part.to(world.device))
         with world.phase("evaluation"), world.autocast():
-            found += zip(here.tolist(), model(ids, None, *others).cpu().numpy())
+            logits = model(ids, None, *others).cpu().numpy()
+        found += [(i, part[: len(examples.rows[i].positions)]) for i, part in zip(here.tolist(), logits)]
     model.train()
     reshard(model)
     by_row = dict(itertools.chain.from_iterable(world.gather(found)))

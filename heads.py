@@ -1,5 +1,11 @@
-"""Heads beside or in place of the vocabulary's: for whole sequences in pre-training, for labels in fine-tuning."""
+"""Heads beside or in place of the vocabulary's: for whole sequences in pre-training, for labels in fine-tuning.
 
+Fine-tuning's for texts compute as transformers' ...ForSequenceClassification do: an encoder's from the first token, through
+BERT's pooler and dropout; a decoder's from the last token of a text. Those of words compute as ...ForTokenClassification
+do, those of spans as ...ForQuestionAnswering, but that padding is never a span's end.
+"""
+
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -120,31 +126,37 @@ def contrast(embedded):
     return torch.tensor([sum(losses), n, n], dtype=torch.float64)
 
 
-# ---- fine-tuning, as transformers' ...ForSequenceClassification: an encoder's head looks at the first token, through
-# BERT's pooler and dropout, a decoder's at the last token of a text
+# ---- fine-tuning
+
+SPAN = ("start", "end")  # the labels of a SpanFinder
 
 
 @dataclass(frozen=True)
 class TunedModel(ModelConfig):
     """A ModelConfig with a task and the labels that its head tells apart, in the order of its logits."""
 
-    task: Literal["classify", "regress"] = "classify"
+    task: Literal["classify", "regress", "tag", "qa"] = "classify"
     labels: tuple = ()
     lora_rank: int | None = None  # the blocks' matrices have adapters of this rank
     lora_scale: float = 1.0
 
     def build(self):
         """The model with these settings."""
-        return Labeller(self)
+        return SpanFinder(self) if self.task == "qa" else Labeller(self)
 
     @property
     def has_pooler(self):
         """Whether BERT's pooler stands between the first token and the head."""
-        return not self.is_causal
+        return not self.is_causal and self.labels_texts
+
+    @property
+    def labels_texts(self):
+        """Whether a label belongs to a whole text."""
+        return self.task in ("classify", "regress")
 
 
 class Labeller(Transformer):
-    """Token ids to logits of labels (B, 1, L) at positions (B, 1) or, with targets (B, 1), to the sum of their losses."""
+    """Token ids to logits of labels (B, K, L) at positions (B, K) or, with targets (B, K), to the sum of their losses."""
 
     focal_gamma = 0.0  # exponent of the focal loss; 0: cross-entropy
 
@@ -152,8 +164,8 @@ class Labeller(Transformer):
         super().__init__(cfg)
         self.head = self.transform = None
         self.pooler = Pooler(cfg.n_embd, cfg.n_embd) if cfg.has_pooler else None
-        self.head_dropout = nn.Dropout(cfg.dropout if cfg.has_pooler else 0.0)
-        self.classifier = Linear(cfg.n_embd, len(cfg.labels), bias=cfg.has_pooler)
+        self.head_dropout = nn.Dropout(cfg.dropout if cfg.has_pooler or cfg.task == "tag" else 0.0)
+        self.classifier = Linear(cfg.n_embd, len(cfg.labels), bias=cfg.has_pooler or not cfg.labels_texts)
         if cfg.lora_rank:
             adapt(self, cfg.lora_rank, cfg.lora_scale)
 
@@ -174,14 +186,27 @@ class Labeller(Transformer):
         return sum(p.numel() for p in self.parameters()) - padding * self.cfg.n_embd
 
     def predict(self, x, targets=None, count_correct=False):
-        """forward's answer for the last norm's output at the positions (B, 1, C); logits are float32."""
+        """forward's answer for the last norm's output at the positions (B, K, C); logits are float32."""
         if self.pooler is not None:
             x = self.pooler(x)
-        logits = self.classifier(self.head_dropout(x)).float()  # B 1 L
+        logits = self.classifier(self.head_dropout(x)).float()  # B K L
         if targets is None:
             return logits
         smoothing, gamma = (self.cfg.label_smoothing, self.focal_gamma) if self.training else (0.0, 0.0)
         return label_loss(logits, targets, smoothing, gamma)
+
+
+class SpanFinder(Labeller):
+    """Token ids to the logits of a span's start and its end (B, T, 2) or, with targets (B, 2), to the sum of losses.
+
+    The targets are the positions of both; positions (B, K) change nothing. Padding has the logits -inf.
+    """
+
+    def forward(self, ids, targets=None, positions=None, attention_mask=None, token_types=None):
+        logits = super().forward(ids, None, None, attention_mask, token_types)
+        if attention_mask is not None:
+            logits = logits.masked_fill(~attention_mask[..., None], -math.inf)
+        return logits if targets is None else label_loss(logits.transpose(1, 2), targets)
 
 
 def label_loss(logits, targets, label_smoothing=0.0, focal_gamma=0.0):

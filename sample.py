@@ -17,32 +17,35 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 
-from config import Config, Count, UserError, only, run_script
+from config import Config, Range, UserError, only, run_script
 from generation import GenerationConfig, UntilStop, generate
 from heads import embedding
 from interop.pretrained import load_model, load_tokenizer_of, model_location
 from objective import FIM_TOKENS, fim_tokens, special_id
 from run.folder import RunConfig
 from shards import refusing_system_errors
-from text.files import read_text
+from text.files import read_text, unescaped
 from world import DTYPES, WorldConfig, pick_device, pick_precision
+
+Samples = Annotated[int, Range("at least 1 and at most 100,000", lambda n: 1 <= n <= 100_000)]
 
 
 @dataclass(frozen=True)
 class SampleConfig(Config):
     prompt: str = ""  # text to continue, or to fill at each [MASK]; FILE:path reads a file, - reads stdin
     suffix: str | None = None  # text behind a gap that follows the prompt, to fill by a model trained with fim_rate
-    num_samples: Count = 1  # continuations of the prompt, in one batch
+    num_samples: Samples = 1  # continuations of the prompt, in one batch
     embed: str | None = None  # file of texts, one a line, to embed instead, into a file of that name with .npy
     stop: str | None = None  # text that ends a continuation and is left out; several as JSON: ["\n\n", "User:"]
 
     def __post_init__(self):
         super().__post_init__()
-        if not all(isinstance(stop, str) and stop for stop in self.stops):
+        if self.stop is not None and not (self.stops and all(isinstance(stop, str) and stop for stop in self.stops)):
             example = """--stop='["User:", "Bot:"]'"""
             raise UserError(f"stop is {self.stop}; it must be text, or a JSON list of texts, as in {example}")
 
@@ -52,9 +55,9 @@ class SampleConfig(Config):
         if self.stop is None:
             return []
         try:
-            return json.loads(self.stop) if self.stop.startswith("[") else [self.stop]
+            return json.loads(self.stop) if self.stop.startswith("[") else [unescaped(self.stop)]
         except ValueError:  # text that begins as JSON does, such as [INST]
-            return [self.stop]
+            return [unescaped(self.stop)]
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,10 @@ def main(cfg):
         read_text(cfg.sample.prompt, "prompt"),
         cfg.sample.suffix and read_text(cfg.sample.suffix, "suffix"),
     )
-    if suffix is not None and not model.cfg.is_causal:
-        raise UserError("suffix is given, but a masked model fills each [MASK]; leave it out")
     if not model.cfg.is_causal:
+        given = {"suffix": suffix, "stop": cfg.sample.stop, "min_p": cfg.generation.min_p}
+        if given := [name for name, value in given.items() if value is not None]:
+            raise UserError(f"{' and '.join(given)}: a masked model fills each [MASK], without them; leave them out")
         return print_candidates(model, tokenizer, prompt, cfg.generation.top_k or 5, device)
     ids = [*tokenizer.begin, *tokenizer.encode(prompt).tolist()] or [tokenizer.eot]
     most = cfg.generation.max_new_tokens
@@ -90,7 +94,11 @@ def main(cfg):
         if not settings.get("fim_rate"):
             print("warning: this run was trained without fim_rate; expect no good middle", file=sys.stderr)
         ids = gap_ids(tokenizer, prompt, suffix, settings.get("fim_spm_rate") == 1)
-        most = max(1, min(most, model.cfg.block_size - len(ids) + 1))  # later tokens would no longer see the prefix
+        room = model.cfg.block_size - len(ids) + 1  # later tokens would no longer see the prefix
+        if 0 < room < most:
+            rule = f"the context of {model.cfg.block_size} tokens has room for {room} between prompt and suffix"
+            print(f"max_new_tokens: {most} -> {room}; {rule}", file=sys.stderr)
+            most = room
     if ids == [None]:
         raise UserError(f"the tokenizer {tokenizer.name} has no end-of-text token to start from; give a --prompt=")
     ids = as_batch(ids, model, device).repeat(cfg.sample.num_samples, 1)  # B T

@@ -13,8 +13,8 @@ import torch
 
 import foreign
 from config import UserError
-from heads import TunedModel
-from interop.names import BERT_NAMES, GPT2_NAMES, HEADS, LLAMA_NAMES
+from heads import SPAN, TunedModel
+from interop.names import BERT_NAMES, GPT2_NAMES, HEADS, LLAMA_NAMES, QA_BASES
 from model import ModelConfig, parameter_shapes
 
 
@@ -181,29 +181,33 @@ def family_of(cfg):
 def with_head(family, cfg):
     """The family's models with a TunedModel's head in place of that for tokens."""
     names = {theirs: ours for theirs, ours in family.names.items() if not ours[0].startswith(("head", "transform"))}
-    ending, *heads = HEADS[cfg.task]
-    names[heads[family is not BERT]] = ("classifier",)
+    ending, head, others = HEADS[cfg.task]
+    names[others.get(family.model_type, head)] = ("classifier",)
     architecture = re.sub(r"(LMHeadModel|For\w+)$", ending, family.architecture)
-    return replace(family, names=names, architecture=architecture, head="")
+    base = QA_BASES.get(family.model_type, family.base) if cfg.task == "qa" else family.base
+    names = {base + theirs.removeprefix(family.base) if theirs.startswith(family.base) else theirs: ours
+             for theirs, ours in names.items()}  # fmt: skip
+    return replace(family, names=names, architecture=architecture, base=base, head="")
 
 
 def _label_values(cfg):
     """config.json's entries on a TunedModel's labels."""
     by_id = {str(i): label for i, label in enumerate(cfg.labels)}
-    kind = {"classify": "single_label_classification", "regress": "regression"}[cfg.task]
-    return {"id2label": by_id, "label2id": {label: i for i, label in enumerate(cfg.labels)}, "problem_type": kind}
+    more = {"classify": {"problem_type": "single_label_classification"}, "regress": {"problem_type": "regression"}}
+    more["tag"] = {"classifier_dropout": cfg.dropout}  # a decoder's is otherwise 0.1
+    return {"id2label": by_id, "label2id": {label: i for i, label in enumerate(cfg.labels)}, **more.get(cfg.task, {})}
 
 
 def with_labels(config, cfg):
     """A TunedModel where a config.json's class has a head for labels, else cfg, a ModelConfig."""
     architecture, by_id = (config.get("architectures") or [""])[0], config.get("id2label") or {"0": "0", "1": "1"}
-    if not architecture.endswith(HEADS["classify"][0]):
+    if not (tasks := [task for task, (ending, *_) in HEADS.items() if architecture.endswith(ending)]):
         return cfg
     if by_id.keys() != {str(i) for i in range(len(by_id))}:
         raise UserError("its id2label does not count from 0; number its labels anew")
-    is_regression = config.get("problem_type") == "regression" or len(by_id) == 1
-    labels = tuple(by_id[str(i)] for i in range(len(by_id)))
-    return TunedModel(**vars(cfg), task="regress" if is_regression else "classify", labels=labels)
+    is_regression = "regress" in tasks and (config.get("problem_type") == "regression" or len(by_id) == 1)
+    labels = SPAN if tasks == ["qa"] else tuple(by_id[str(i)] for i in range(len(by_id)))
+    return TunedModel(**vars(cfg), task="regress" if is_regression else tasks[0], labels=labels)
 
 
 def config_of(cfg, special_ids, dtype, extra=()):

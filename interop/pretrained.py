@@ -152,7 +152,7 @@ def resolve(cfg):
 def check_predicts_tokens(where, cfg):
     """UserError where a model has a head for labels."""
     if isinstance(cfg, TunedModel):
-        what = f"{where} was fine-tuned to {cfg.task} texts and predicts no tokens"
+        what = f"{where} was fine-tuned for the task {cfg.task} and predicts no tokens"
         raise UserError(f"{what}; use it by finetune.py, or take the weights that it started from")
 
 

@@ -387,6 +387,8 @@ def test_a_gap_is_filled_between_prompt_and_suffix(filler, capsys):
     assert all(part.strip("\n").startswith("def f(") and part.endswith("): pass\n") for part in parts)
     assert "warning" not in sampled(capsys, *args, "--max_new_tokens=4").err
     told = sampled(capsys, *args).err  # 16 of 40 tokens are given; past a full context the prefix is forgotten
+    assert "max_new_tokens: 256 -> 25; the context of 40 tokens has room for 25" in told
+    assert "max_new_tokens" not in sampled(capsys, *args, "--max_new_tokens=25").err
     assert sum(int(line.split()[0]) for line in told.splitlines() if " tokens in " in line) <= 2 * 25
 
 

@@ -67,7 +67,7 @@ def test_an_environment_that_contradicts_itself_is_refused_in_a_line(variables, 
     assert "\n" not in str(error.value)
 
 
-def test_a_rank_without_a_world_trains_nothing_and_writes_nothing(environment, tmp_path, no_curves):
+def test_a_rank_without_a_world_trains_nothing_and_writes_nothing(environment, tmp_path):
     data_dir = write_data(tmp_path / "data")
     environment(RANK="1")
     with pytest.raises(UserError, match="RANK is 1 .* below WORLD_SIZE"):
