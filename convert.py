@@ -126,7 +126,7 @@ def put_tokenizer(source, tokenizer, folder):
         if special_ids["pad_token_id"] is None:  # a decoder's head looks for the last token that is none
             special_ids["pad_token_id"] = tokenizer and tokenizer.eot
     elif tokenizer:
-        special_ids |= write_tokenizer(tokenizer, folder, source.cfg.objective, source.cfg.block_size)
+        special_ids |= write_tokenizer(tokenizer, folder, source.cfg.base, source.cfg.block_size)
     if not isinstance(source, HubModel) and source.kept_chat:
         (folder / "chat_template.jinja").write_text(source.kept_chat["chat_template"], encoding="utf-8")
         config = foreign.read_json(folder / "tokenizer_config.json", lacking={})
@@ -241,7 +241,7 @@ def training_facts(source):
     losses = re.findall(r'"loss": ([-+.\de]+)', lines)
     bits = re.findall(rf'"step": {state.get("evaluated_at")}, .*"val_bpb": ([-+.\de]+)', lines)
     seen, seq_len = state.get("sequences_seen", 0), settings.get("seq_len")  # of fine-tuning: texts, None
-    unit = "" if seq_len is None else " nats a token"
+    unit = "" if seq_len is None or isinstance(settings.get("objective"), dict) else " nats a token"
     rows = {
         "steps": f"{manifest['step']:,}",
         "texts trained on" if seq_len is None else "tokens trained on": f"{seen * (seq_len or 1):,}",

@@ -207,7 +207,8 @@ def open_task(cfg, world):
     tune = replace(tune, **{name: value for name, value in kind.defaults.items() if name not in cfg.given})
     source = starting_config(where, cfg.model, cfg.given)
     fields = {f.name: getattr(source, f.name) for f in dataclasses.fields(ModelConfig)}
-    fields |= {"lora_rank": tune.lora_rank, "lora_scale": tune.lora_alpha / (tune.lora_rank or tune.lora_alpha)}
+    fields |= {"objective": source.base, "lora_rank": tune.lora_rank}
+    fields["lora_scale"] = tune.lora_alpha / (tune.lora_rank or tune.lora_alpha)
     tokenizer = with_model(where, load_tokenizer_of, world)
     framing = Framing(tokenizer, source.is_causal, source.block_size)
     if kind.has_head:

@@ -1,4 +1,4 @@
-"""Continues a prompt with a trained model, or fills the gap before a suffix, or a prompt's [MASK]s.
+"""Continues a prompt with a trained model, or fills the gap before a suffix, or a prompt's [MASK]s; embeds texts.
 
 python sample.py --out_dir=out/quickstart --prompt="def main(" --num_samples=3
 python sample.py --out_dir=out/quickstart_bert --prompt="for i in [MASK](10):"
@@ -6,6 +6,7 @@ python sample.py --out_dir=out/quickstart --prompt=FILE:prompt.txt
 python sample.py --out_dir=out/fim --prompt="def add(" --suffix="return a + b"
 echo "import os" | python sample.py --out_dir=out/quickstart --prompt=-
 python sample.py --out_dir=out/finetune --chat --prompt="What is the capital of France?"
+python sample.py --out_dir=out/quickstart --embed=texts.txt
 python sample.py --out_dir=out/quickstart --prompt="def main(" --min_p=0.1 --stop='["\\n\\n", "def "]'
 """
 
@@ -16,16 +17,20 @@ import re
 import sys
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 
 from config import Config, Range, UserError, only, run_script
 from generation import GenerationConfig, UntilStop, generate
+from heads import embedding
 from interop.chat import open_chat
 from interop.pretrained import load_model, load_tokenizer_of, model_location
 from objective import FIM_TOKENS, fim_tokens, special_id
 from run.folder import RunConfig
+from shards import refusing_system_errors
 from text.files import read_text, unescaped
 from world import DTYPES, WorldConfig, pick_device, pick_precision
 
@@ -38,6 +43,7 @@ class SampleConfig(Config):
     suffix: str | None = None  # text behind a gap that follows the prompt, to fill by a model trained with fim_rate
     chat: bool = False  # the prompt is a user's message, the sample the answer, by the model's chat template
     num_samples: Samples = 1  # continuations of the prompt, in one batch
+    embed: str | None = None  # file of texts, one a line, to embed instead, into a file of that name with .npy
     stop: str | None = None  # text that ends a continuation and is left out; several as JSON: ["\n\n", "User:"]
 
     def __post_init__(self):
@@ -71,6 +77,8 @@ class Settings:
 def main(cfg):
     device = pick_device(cfg.world.device)
     model, source = load_model(model_location(cfg), device)
+    if cfg.sample.embed:
+        return write_embeddings(model, load_tokenizer_of(source), cfg.sample.embed, device)
     dtype = generation_dtype(cfg.world.precision, device, model.num_params())
     model.to(dtype)  # not autocast, which would cast all weights for each token
     tokenizer = load_tokenizer_of(source)
@@ -148,6 +156,34 @@ def masked_ids(tokenizer, prompt):
             part = part.removesuffix(" ")  # the space belongs to the masked word
         ids += [*tokenizer.encode(part).tolist(), mask]
     return [*ids[:-1], sep]
+
+
+@torch.inference_mode()
+def write_embeddings(model, tokenizer, path, device, batch_size=32):
+    """Writes the embeddings (N, C) of a file's lines beside it as .npy: float32, by the model's pooling, not normalised.
+
+    Texts are [CLS] text [SEP] for a masked model, and cut at the model's context.
+    """
+    before, after = list(tokenizer.begin), []
+    if not model.cfg.is_causal:
+        before, after = ([special_id(tokenizer.specials, role)] for role in ("cls", "sep"))
+    room = model.cfg.block_size - len(before) - len(after)
+    lines = read_text(f"FILE:{path}", "embed").removesuffix("\n").split("\n")
+    texts = [tokenizer.encode(line).tolist() for line in lines]
+    rows = [[*before, *text[:room], *after] or [tokenizer.eot or 0] for text in texts]
+    found = []
+    for first in range(0, len(rows), batch_size):
+        here = rows[first : first + batch_size]
+        lengths = torch.tensor([len(row) for row in here], device=device)
+        ids = torch.tensor([row + [0] * (int(lengths.max()) - len(row)) for row in here], device=device)
+        seen = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+        found.append(embedding(model, model.states(ids, seen), seen).cpu().numpy())
+    target = Path(path).with_suffix(".npy")
+    with refusing_system_errors(f"{target} cannot be written", "make room, or put the texts elsewhere"):
+        np.save(target, np.concatenate(found))
+    n_cut = sum(len(text) > room for text in texts)
+    cut = f"; {n_cut} texts were cut at {model.cfg.block_size} tokens" if n_cut else ""
+    print(f"{len(rows)} embeddings, by pooling {model.cfg.pooling}, are in {target}{cut}", file=sys.stderr)
 
 
 def gap_ids(tokenizer, prompt, suffix, is_spm=False):

@@ -167,7 +167,7 @@ def family_of(cfg):
         family = GPT2
     else:
         family = QWEN3 if cfg.qk_norm else MISTRAL if cfg.window else LLAMA
-    ours, theirs = resolved(cfg), family.fixed
+    ours, theirs = resolved(cfg) | {"objective": cfg.base}, family.fixed
     if cfg.position == "learned":
         theirs = theirs | {"n_kv_head": cfg.n_head, "head_dim": cfg.n_embd / cfg.n_head}
     wrong = [f"{name} is {ours[name]}, not {value}" for name, value in theirs.items() if ours[name] != value]
@@ -182,7 +182,6 @@ def with_head(family, cfg):
     """The family's models with a TunedModel's head in place of that for tokens."""
     names = {theirs: ours for theirs, ours in family.names.items() if not ours[0].startswith(("head", "transform"))}
     ending, head, others = HEADS[cfg.task]
-    names |= {"bert.pooler.dense": ("pooler",)} if cfg.has_pooler else {}
     names[others.get(family.model_type, head)] = ("classifier",)
     architecture = re.sub(r"(LMHeadModel|For\w+)$", ending, family.architecture)
     base = QA_BASES.get(family.model_type, family.base) if cfg.task == "qa" else family.base
@@ -217,18 +216,17 @@ def config_of(cfg, special_ids, dtype, extra=()):
     extra: names of extra tensors; a BERT with its next-sentence head has another class.
     """
     family = family_of(cfg)
-    complete = family.complete(cfg)
-    explicit = resolved(complete)
+    names, explicit = {*extra, *(t.name for t in tensors_of(family, cfg))}, resolved(family.complete(cfg))
     values = {key: explicit[name] for key, name in family.keys.items()} | dict.fromkeys(family.dropouts, cfg.dropout)
     values[family.activation] = next(theirs for theirs, ours in family.activations.items() if ours == cfg.mlp)
-    own = {name: getattr(cfg, name) for name in family.filled if getattr(cfg, name) != getattr(complete, name)}
+    own = {name: getattr(cfg, name) for name in family.filled if getattr(cfg, name) != explicit[name]}
     if cfg.position == "rope":
         values |= _rope_values(cfg) | dict.fromkeys(family.biases, cfg.bias)
         if cfg.rope_scale != 1:  # transformers expects the scaled length
             values["max_position_embeddings"] = max(cfg.block_size, int(cfg.rope_scale * cfg.rope_context))
             own["block_size"] = cfg.block_size
     return {
-        "architectures": ["BertForPreTraining" if "cls.seq_relationship.weight" in extra else family.architecture],
+        "architectures": ["BertForPreTraining" if "cls.seq_relationship.weight" in names else family.architecture],
         "model_type": family.model_type,
         **values,
         **({"n_ctx": cfg.block_size} if family.model_type == "gpt2" else {}),  # converters of llama.cpp read it

@@ -30,6 +30,8 @@ BERT_NAMES = {
     "cls.predictions.transform.LayerNorm": ("transform.norm",),
     "cls.predictions.bias": ("head.bias",),  # in an untied model an extra tensor without effect
     "cls.predictions.decoder": ("head",),
+    "bert.pooler.dense": ("pooler",),
+    "cls.seq_relationship": ("pair_head",),
 }
 LLAMA_NAMES = {
     "model.embed_tokens": ("wte",),

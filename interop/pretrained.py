@@ -22,11 +22,11 @@ from config import UserError, preset_value
 from data import prepare_command, seq_len_of, vocab_size_of
 from foreign import read_json
 from heads import TunedModel
-from interop.families import resolved
+from interop.families import family_of, resolved, tensors_of
 from interop.hub import TOKENIZER_FILES, HubModel, copy_files, folder_of, open_tensors, read_config, save_tensors
 from interop.hub_tokenizer import chat_settings, load_hub_tokenizer
 from lora import AdaptedModel, merged
-from model import TRAINING_ONLY, ModelConfig, Transformer
+from model import TRAINING_ONLY, ModelConfig, parameter_shapes
 from run.folder import keep_tokenizer, run_dir_of, tokenizer_of, writing_to
 from text.tokenizer import load_tokenizer
 
@@ -130,7 +130,8 @@ def starting_config(where, wanted, given):
     """The settings of a model that starts from weights: the weights' own, with block_size and training's as wanted.
 
     given: names of the settings that the user has set. A setting of training that is none stays as the weights have it.
-    UserError where a given one differs from the weights' own, or block_size exceeds their longest sequence.
+    UserError where a given one differs from the weights' own, or block_size exceeds their longest sequence. Of several
+    objectives the first one, clm or mlm, must be theirs.
     """
     if checkpoints(where):
         source = run_config(where)
@@ -141,8 +142,8 @@ def starting_config(where, wanted, given):
     training = {name for name in TRAINING_ONLY if getattr(wanted, name) is not None}
     names = ({field.name for field in fields(ModelConfig)} & set(given) - automatic) | training
     cfg = replace(source, **{name: getattr(wanted, name) for name in names})
-    found, here = resolved(source), resolved(cfg)
-    fixed = sorted(names - TRAINING_ONLY - {"block_size"})
+    found, here = (resolved(model) | {"objective": model.base} for model in (source, cfg))
+    fixed = sorted(names - TRAINING_ONLY - {"block_size", "pooling"})
     if wrong := [f"{name} {found[name]} there, {here[name]} here" for name in fixed if here[name] != found[name]]:
         raise UserError(f"{where} has another model: {', '.join(wrong)}; leave these settings out")
     if longest and cfg.block_size > longest:
@@ -191,11 +192,18 @@ def _merged_config(path):
 def load_weights(source, model):
     """Copies an opened model's weights into a model, sharded or not; a shorter position table takes the first rows.
 
-    Adapters keep their weights, and a Labeller's pooler and head where the source has none, or a head for other labels.
+    Returns the names of the model's weights that stay as they are: adapters, heads that the source has not, or for
+    other labels.
     """
+    own, heads, kept = parameter_shapes(source.cfg), heads_in(source, model.cfg), []
     for name, param in model.named_parameters():
-        if (read := _weight_of(source, model.cfg, name)) is None:
+        if name in heads:
+            read = source.extra[heads[name]]
+        elif name not in own or _is_of_other_labels(name, source.cfg, model.cfg):
+            kept.append(name)
             continue
+        else:
+            read = source.read(name)
         weight = torch.zeros(param.shape)  # rows that pad the vocabulary stay zero
         n_rows = min(len(weight), len(read))
         weight[:n_rows] = read[:n_rows]
@@ -205,18 +213,26 @@ def load_weights(source, model):
             fill_shard(param, weight)
         else:
             param.copy_(weight)
+    return kept
 
 
-def _weight_of(source, cfg, name):
-    module, _, kind = name.partition(".")
-    if ".lora_" in name:
-        return None
-    if not isinstance(cfg, TunedModel) or module not in ("pooler", "classifier"):
-        return source.read(name)
-    if module == "pooler" and (carried := source.extra.get(f"bert.pooler.dense.{kind}")) is not None:
-        return carried
-    is_same = isinstance(source.cfg, TunedModel) and (source.cfg.task, source.cfg.labels) == (cfg.task, cfg.labels)
-    return source.read(name) if is_same else None
+def heads_in(source, cfg):
+    """{our name: theirs}: the source's extra tensors that its own model lacks, and a model of settings cfg has."""
+    own, extra, found = parameter_shapes(source.cfg), source.extra, {}
+    for theirs in tensors_of(family_of(cfg), cfg) if extra else ():
+        if theirs.name in extra and not theirs.ours.keys() & own:
+            if (shape := [*extra[theirs.name].shape]) != theirs.shape:
+                what = f"has the shape {shape}, where the model's is {theirs.shape}"
+                raise UserError(f"{source.folder}: {theirs.name!r} {what}; its files do not belong to its config.json")
+            found |= dict.fromkeys(theirs.ours, theirs.name)
+    return found
+
+
+def _is_of_other_labels(name, source, cfg):
+    """Whether a weight of settings `source` belongs to a head for labels that a model of settings cfg has not."""
+    if not isinstance(source, TunedModel) or not name.startswith(("pooler.", "classifier.")):
+        return False
+    return not isinstance(cfg, TunedModel) or (source.task, source.labels) != (cfg.task, cfg.labels)
 
 
 def load_model(where, device, world=None):
@@ -228,7 +244,7 @@ def load_model(where, device, world=None):
     def load(source):
         check_predicts_tokens(where, source.cfg)
         with torch.device("meta"):
-            model = Transformer(source.cfg)
+            model = source.cfg.build()
         model.to_empty(device=device)
         model.tie_weights()
         load_weights(source, model)
@@ -274,18 +290,24 @@ def start_from(cfg, model, world, longest=None):
         return
 
     def load(source):
-        load_weights(source, model)
-        return source
+        return source, load_weights(source, model)
 
-    source = with_model(cfg.run.init_from, load, world)
+    source, new = with_model(cfg.run.init_from, load, world)
     model.context = min(cfg.model.block_size, max(longest, source.cfg.block_size))
     if world.is_main:
         with writing_to(cfg.run.out_dir):
             path = Path(cfg.run.out_dir) / EXTRA_FILE
             path.unlink(missing_ok=True)  # an earlier run without a checkpoint left it
-            if source.extra and not labels:
-                save_tensors(source.extra, path)
+            used = heads_in(source, model.cfg).values()
+            extra = {name: tensor for name, tensor in source.extra.items() if name not in used}
+            if extra and not labels:
+                save_tensors(extra, path)
         print(f"weights    from {source.name}")
+        unused = [name for name in parameter_shapes(source.cfg) if name not in parameter_shapes(model.cfg)]
+        if new and not labels:
+            print(f"weights    not there, drawn anew: {', '.join(new)}")
+        if unused and not labels:
+            print(f"weights    left out, since no objective uses them: {', '.join(unused)}")
         if line := tokenizer_mismatch(source, cfg.data.folder):
             print(f"warning    {line}")
 

@@ -62,6 +62,7 @@ def folder(tmp_path_factory):
     (folder / "wikipedia").mkdir()
     articles = [json.dumps({"text": f"Paris {i} is the capital of France. " * 20}) for i in range(300)]
     (folder / "wikipedia" / "0.jsonl").write_text("\n".join(articles))
+    (folder / "texts.txt").write_text("import os\nimport sys\n")
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] paris is the capital of france . ##1 ##2 0 1 2 3 4 5 6 7 8 9".split()
     (folder / "vocab.txt").write_text("\n".join(words))
     make_theirs(folder)

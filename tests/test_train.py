@@ -21,12 +21,13 @@ import config
 import train
 from checkpoint import checkpoints, load_checkpoint, newest_checkpoint, read_manifest
 from conftest import slow
-from data import Split, TrainOrder
+from data import Split
 from interop.pretrained import load_model
 from interop.score import loglikelihood_rolling
 from model import ModelConfig, Transformer
 from objective import IGNORE, Masked
 from optim import OptimConfig, build_optimizer, lr_at
+from order import TrainOrder
 from perf import cost
 from ranks import (
     SMALL,

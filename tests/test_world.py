@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 from config import UserError
-from data import Loader, Split, TrainOrder
+from data import Loader, Split
 from objective import NextToken
+from order import TrainOrder
 from ranks import codes, free_port, run, settings, start, train_rank, wait_until, write_data
 from world import World, processes_here
 

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from config import UserError
-from data import Loader, permute
+from data import Loader
 from objective import special_id
 from ops import IGNORE
+from order import permute
 from text.files import TextFile, ending_of
 
 WINDOW = 64  # steps whose examples are sorted by length before they become batches
