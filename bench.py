@@ -22,7 +22,7 @@ from config import UserError, only, run_script
 from data import DataConfig, accumulation_steps, each, open_data, seq_len_of
 from interop.pretrained import resolve
 from model import ModelConfig
-from objective import FIM_TOKENS, OBJECTIVES, ObjectiveConfig
+from objective import FIM_TOKENS, ObjectiveConfig, windows_of
 from optim import OptimConfig
 from parallel import ParallelConfig
 from perf import cost, hardware, machine, meters
@@ -160,7 +160,7 @@ def random_batches(cfg, micro_steps, world):
     specials = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[MASK]": 3}  # any ids do; [SEP] ends documents
     specials |= {name: id_ for id_, name in enumerate(FIM_TOKENS[0], start=4)}
     meta = {"vocab_size": vocab_size, "specials": specials, "continuations": range(7, vocab_size, 3)}
-    windows = OBJECTIVES[cfg.model.objective].build(cfg.objective, cfg.data.seq_len, 0, meta)
+    windows = windows_of(cfg.model.objective).build(cfg.objective, cfg.data.seq_len, 0, meta)
     random = np.random.default_rng(world.data_rank)
     shape = (cfg.data.micro_batch_size, windows.stride + windows.extra)
     batches = [windows.batch(random.integers(vocab_size, size=shape), first=i) for i in range(micro_steps)]
@@ -200,7 +200,7 @@ def speed(cfg, model, micro_steps, timed_micro_steps, times, matmul_flops, world
     measured_peak = peak if peak_name.startswith("measured") else matmul_flops
     figures = {
         "device": device_name(world.device), "ranks": world.size, "data_ranks": world.data_ranks,
-        "torch": torch.__version__, "precision": world.precision, "objective": cfg.model.objective,
+        "torch": torch.__version__, "precision": world.precision, "objective": " + ".join(cfg.model.objectives),
         "n_params": model.num_params(), "micro_batch_size": cfg.data.micro_batch_size, "seq_len": seq_len,
         "activation_checkpointing": checkpointing,
         "micro_steps": timed_micro_steps, "micro_steps_of_training": micro_steps, "tokens": tokens, "steps": len(times),

@@ -24,13 +24,13 @@ import foreign
 from config import Config, Count, UserError
 from data import sha256
 from heads import TunedModel
+from lora import AdaptedModel
 from model import TRAINING_ONLY, ModelConfig, parameter_shapes
 from world import local
 
 FILE_BYTES = 2**27
 ATTEMPTS = 9  # to read a checkpoint, where a run that trains removes it meanwhile
-COUNT = range(2**63)
-NUMBER = (float, None)
+COUNT, NUMBER = range(2**63), (float, None)
 # Kinds of a manifest's values (see foreign.check)
 MANIFEST = {
     "step!": COUNT, "files!": {"*": str}, "model!": dict, "context": range(1, 2**31), "checksum": str, "scaler": dict,
@@ -364,10 +364,10 @@ def tensor_reader(path, cfg):
 
 def config_of_checkpoint(path, manifest):
     """The ModelConfig of a checkpoint; settings that did not exist when it was written have their defaults."""
-    where = Path(path) / "manifest.json"
-    foreign.check(manifest["model"], {"vocab_size!": int}, where)
-    kind = TunedModel if "labels" in manifest["model"] else ModelConfig
-    return foreign.settings_of(kind, manifest["model"], where)
+    where, model = Path(path) / "manifest.json", manifest["model"]
+    foreign.check(model, {"vocab_size!": int}, where)
+    kind = TunedModel if "labels" in model else AdaptedModel if "lora_rank" in model else ModelConfig
+    return foreign.settings_of(kind, model, where)
 
 
 def context_of(manifest, cfg):

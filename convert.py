@@ -27,6 +27,7 @@ from heads import TunedModel
 from interop.families import config_of, family_of, their_tensors
 from interop.gguf import write_gguf
 from interop.hub import ACCOMPANYING, TOKENIZER_FILES, HubModel, copy_files, save_tensors
+from interop.names import HEADS
 from interop.nanogpt import import_nanogpt
 from interop.pretrained import TOKENIZER, load_tokenizer_of, model_location, with_model
 from interop.tokenizer import write_tokenizer
@@ -98,6 +99,7 @@ def export(source, folder, dtype=None):
         write_json(config, partial / "config.json")
         if source.cfg.is_causal and not isinstance(source, HubModel) and not has_labels:
             known_ids = {name: id_ for name, id_ in special_ids.items() if id_ is not None}
+            known_ids |= {name: ids for name, ids in source.kept_chat.items() if name == "eos_token_id"}
             write_json(known_ids, partial / "generation_config.json")
         itemsize = getattr(torch, dtype or source.dtype).itemsize
         n_bytes = write_weights(their_tensors(source.cfg, source.read, source.extra), partial, dtype, itemsize)
@@ -133,7 +135,13 @@ def put_tokenizer(source, tokenizer, folder):
         if special_ids["pad_token_id"] is None:  # a decoder's head looks for the last token that is none
             special_ids["pad_token_id"] = tokenizer and tokenizer.eot
     elif tokenizer:
-        special_ids |= write_tokenizer(tokenizer, folder, source.cfg.objective, source.cfg.block_size)
+        special_ids |= write_tokenizer(tokenizer, folder, source.cfg.base, source.cfg.block_size)
+    if not isinstance(source, HubModel) and source.kept_chat:
+        (folder / "chat_template.jinja").write_text(source.kept_chat["chat_template"], encoding="utf-8")
+        config = foreign.read_json(folder / "tokenizer_config.json", lacking={})
+        config = {name: value for name, value in config.items() if name != "chat_template"}
+        # The template's special tokens must be found in text.
+        write_json(config | {"split_special_tokens": False}, folder / "tokenizer_config.json")
     return special_ids
 
 
@@ -184,6 +192,7 @@ def write_json(value, path):
 # ---- the model card
 
 PRIVATE = {"out_dir", "resume", "device", "data_fingerprint", "wandb", "wandb_project", "wandb_run_name"}
+PIPELINES = {"tag": "token-classification", "qa": "question-answering"}  # by task of fine-tuning
 NUMBER = (float, None)
 SPLITS = {"*": {"tokens": int, "bytes": int}}
 # Kinds of values of a run's files from which a card is written (see foreign.check)
@@ -201,8 +210,8 @@ def card(source, family, name, tokenizer):
     auto, task = ("AutoModelForMaskedLM", "fill-mask") if is_masked else ("AutoModelForCausalLM", "text-generation")
     kind = "masked language model" if is_masked else "causal language model"
     if isinstance(cfg, TunedModel):
-        auto, task = "AutoModelForSequenceClassification", "text-classification"
-        kind = f"model to {cfg.task} texts ({', '.join(cfg.labels)})"
+        ending, task = HEADS[cfg.task][0], PIPELINES.get(cfg.task, "text-classification")
+        auto, kind = f"AutoModel{ending}", f"model for the task {cfg.task} ({', '.join(cfg.labels)})"
     blocks = [
         f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags: [flatlm]\n---\n# {name}",
         f"A {kind} of {family.name}'s kind: {cfg.n_layer} layers {cfg.n_embd} wide, {cfg.n_head} heads, "
@@ -213,7 +222,9 @@ def card(source, family, name, tokenizer):
         f'model = {auto}.from_pretrained("{name}")\n```',
     ]
     facts = training_facts(source)
-    if facts and tokenizer and tokenizer.specials:
+    if getattr(source, "kept_chat", None):
+        blocks.append("It answers in conversations: `tokenizer.apply_chat_template` makes their tokens.")
+    elif facts and tokenizer and tokenizer.specials:
         how = "as that token" if is_masked else "as ordinary text, unless `split_special_tokens=False`"
         blocks.append(
             f"In training no text held special tokens, such as `{next(iter(tokenizer.specials))}`, whatever it spelt; "
@@ -239,7 +250,7 @@ def training_facts(source):
     losses = re.findall(r'"loss": ([-+.\de]+)', lines)
     bits = re.findall(rf'"step": {state.get("evaluated_at")}, .*"val_bpb": ([-+.\de]+)', lines)
     seen, seq_len = state.get("sequences_seen", 0), settings.get("seq_len")  # of fine-tuning: texts, None
-    unit = "" if seq_len is None else " nats a token"
+    unit = "" if seq_len is None or isinstance(settings.get("objective"), dict) else " nats a token"
     rows = {
         "steps": f"{manifest['step']:,}",
         "texts trained on" if seq_len is None else "tokens trained on": f"{seen * (seq_len or 1):,}",

@@ -22,6 +22,8 @@ import numpy as np
 import mixture
 from config import Config, Count, UserError, preset_value
 from foreign import is_regular
+from order import TrainOrder
+from pairs import Partners
 from shards import BLOCK, files_cache, is_own_shard, open_shard, read_meta, unfinished, unreadable
 
 
@@ -250,64 +252,7 @@ def is_same_data(old, new):
     return all(None not in pair and all(a == b for a, b in zip(*(s.split(".") for s in pair))) for pair in splits)
 
 
-# ---- the order of training
-
-
-def permute(index, n, key):
-    """The images of indices under a random permutation of range(n), in O(1) memory.
-
-    A Feistel network of 6 rounds on the smallest even number of bits that covers n, repeated until the result is below
-    n. index: uint64 array; key: tuple of ints, the permutation's seed.
-    """
-    half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
-    mask = np.uint64((1 << int(half)) - 1)
-    factors = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9], dtype=np.uint64)  # odd constants that mix well
-    rounds = np.random.SeedSequence(key).generate_state(6, np.uint64)
-    out, todo = index.astype(np.uint64), np.ones(len(index), dtype=bool)
-    while todo.any():
-        left, right = out[todo] >> half, out[todo] & mask
-        for round_key in rounds:
-            mixed = (right ^ round_key) * factors[0]
-            mixed = (mixed ^ (mixed >> np.uint64(29))) * factors[1]
-            left, right = right, left ^ (mixed >> np.uint64(32)) & mask
-        out[todo] = left << half | right
-        todo[todo] = out[todo] >= n
-    return out
-
-
-class TrainOrder:
-    """The order of training sequences, a pure function of the seed and the data.
-
-    An epoch takes each window once, in permuted order. Windows of stride tokens lie end to end within a shard, from an
-    offset that each epoch draws anew. So sequences_seen is all that a run must remember of its data.
-    """
-
-    def __init__(self, split, stride, seed):
-        self.split, self.stride, self.seed = split, stride, seed
-        # An offset may push the last window out of its shard: without it, all epochs have equally many.
-        self.ends = np.cumsum([max(0, len(shard) // stride - 1) for shard in split.shards])
-        self.per_epoch = int(self.ends[-1])
-        if self.per_epoch == 0:
-            lacks = f"no shard of 2 x {stride} tokens (its longest has {max(map(len, split.shards))})"
-            where = f"the {split.name} split of {split.folder}"
-            raise UserError(f"{where} has {lacks}; lower seq_len or block_size, or add text")
-
-    def epochs(self, n):
-        """{folder: how often n sequences read it}, for this order's folder."""
-        return {self.split.folder: n * self.stride / self.split.tokens}
-
-    def locate(self, numbers):
-        """(shard, start) for each sequence number, as arrays."""
-        numbers = np.asarray(numbers, dtype=np.uint64)
-        window, offset = np.empty(len(numbers), dtype=np.int64), np.empty(len(numbers), dtype=np.int64)
-        epochs = numbers // np.uint64(self.per_epoch)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            window[here] = permute(numbers[here] % np.uint64(self.per_epoch), self.per_epoch, (self.seed, int(epoch)))
-            offset[here] = np.random.SeedSequence((self.seed, int(epoch), 1)).generate_state(1)[0] % self.stride
-        shard = np.searchsorted(self.ends, window, side="right")
-        first = np.concatenate([[0], self.ends])[shard]
-        return shard, offset + (window - first) * self.stride
+# ---- the batches of training
 
 
 def each(batch, function):
@@ -356,18 +301,27 @@ class Loader:
         per_step, pins = B * self._ranks * self._micro_steps, self._device.type == "cuda"
         while True:
             steps = max(1, 4096 // per_step)  # permute many indices per call; overhead dominates small calls
-            shards, starts = self.order.locate(self._seen + np.arange(steps * per_step))
+            numbers = self._seen + np.arange(steps * per_step)
+            # A sequence's partner is its neighbour in the order, which lies anywhere in the data.
+            found = [self.order.locate(n) for n in (numbers, numbers ^ 1)[: 1 + self._objective.has_partners]]
             for step in range(steps):
                 batches = []
                 for micro_step in range(self._micro_steps):
                     first = step * per_step + (micro_step * self._ranks + self._rank) * B
-                    here = slice(first, first + B)
-                    places = [*zip(shards[here].tolist(), starts[here].tolist(), itertools.repeat(width))]
-                    assert len(places) == B, f"rank {self._rank} of {self._ranks} lies beyond the step's sequences"
-                    batch = self._objective.batch(self.order.split.read(places, (B, width)), self._seen + first)
+                    places = [[*zip(*(x[first : first + B].tolist() for x in f), [width] * B)] for f in found]
+                    assert len(places[0]) == B, f"rank {self._rank} of {self._ranks} lies beyond the step's sequences"
+                    batch = read_batch(self._objective, self.order.split, (B, width), self._seen + first, *places)
                     batches.append(each(batch, lambda part: part.pin_memory()) if pins else batch)
                 yield batches
             self._seen += steps * per_step
+
+
+def read_batch(objective, split, shape, first, places, others=None, lengths=None):
+    """The objective's batch of windows (B, W) at places, (shard, start, length); others: their partners' places."""
+    rows = split.read(places, shape)
+    if others is None:
+        return objective.batch(rows, first, lengths)
+    return objective.batch(rows, first, lengths, Partners.read(split, places, others, shape))
 
 
 @contextlib.contextmanager
@@ -389,10 +343,11 @@ def open_data(cfg, world):
 
 def objective_for(cfg, seed):
     """The objective of a run; the seed draws the masks, if any."""
-    from objective import OBJECTIVES  # here, since it imports torch, which prepare.py does without
+    from objective import CONTRASTIVE, windows_of  # here, since it imports torch, which prepare.py does without
 
-    objective = OBJECTIVES[cfg.model.objective]
-    return objective.build(cfg.objective, cfg.data.seq_len, seed, read_meta(cfg.data.folder))
+    if CONTRASTIVE in cfg.model.objectives and cfg.objective.document_mask:
+        raise UserError("document_mask is on, but contrastive embeds a sequence as one text; leave it off")
+    return windows_of(cfg.model.objective).build(cfg.objective, cfg.data.seq_len, seed, read_meta(cfg.data.folder))
 
 
 # ---- the windows of evaluation
@@ -412,9 +367,12 @@ def eval_batches(split, objective, eval_tokens, batch_size, rank, ranks):
         here = min(left, max(0, len(tokens) - objective.extra))
         places += [(shard, start, min(objective.stride, here - start)) for start in range(0, here, objective.stride)]
         left -= here
+    half, width = len(places) // 2, objective.stride + objective.extra
+    far = places[half:] + places[:half]  # a window's partner is half of the split away
     for first in range(rank * batch_size, len(places) + rank * batch_size, batch_size * ranks):
-        here = places[first : first + batch_size]
+        here = slice(first, first + batch_size)
         lengths = np.zeros(batch_size, dtype=np.int64)
-        lengths[: len(here)] = [length for *_, length in here]
-        windows = [(shard, start, length + objective.extra) for shard, start, length in here]
-        yield objective.batch(split.read(windows, (batch_size, objective.stride + objective.extra)), first, lengths)
+        lengths[: len(places[here])] = [length for *_, length in places[here]]
+        windows = [(shard, start, length + objective.extra) for shard, start, length in places[here]]
+        others = far[here] if objective.has_partners else None
+        yield read_batch(objective, split, (batch_size, width), first, windows, others, lengths)

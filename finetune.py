@@ -1,7 +1,8 @@
-"""Fine-tunes a model to classify texts, or to give them numbers.
+"""Fine-tunes a model to label texts or words, to give texts numbers, to find answers in them, or to answer in chats.
 
     python finetune.py --task=classify --init_from=bert-base-uncased --train_file=train.tsv --eval_file=dev.tsv
     torchrun --nproc_per_node=2 finetune.py config/finetune_sst2.py --seeds=3
+    python finetune.py --task=instruct --init_from=gpt2 --train_file=train.jsonl --eval_file=dev.jsonl
 
 The same command again continues from the newest checkpoint in out_dir.
 """
@@ -22,10 +23,13 @@ import numpy as np
 import torch
 
 from checkpoint import CheckpointConfig, checkpoints, load_checkpoint, newest_checkpoint
-from config import Config, Count, NotNegative, Positive, Share, UpToOne, UserError, only, run_script
+from config import Config, Count, NotNegative, Positive, Share, UpToOne, UserError, Whole, only, run_script
 from data import DataConfig, each, near_divisors
-from heads import TunedModel, label_loss
+from generation import GenerationConfig
+from heads import TunedModel
+from interop.chat import answer_rows, keep_chat, open_chat
 from interop.pretrained import keep_tokenizer_of, load_tokenizer_of, start_from, starting_config, with_model
+from lora import AdaptedModel
 from model import ModelConfig
 from objective import ObjectiveConfig
 from optim import OptimConfig, build_optimizer
@@ -35,9 +39,9 @@ from run.guard import guarded
 from run.health import HealthConfig
 from run.log import LogConfig
 from run.resume import Saver, State
-from text.examples import ExampleLoader, ExampleOrder, Examples, Framing, read_columns
+from text.examples import ExampleLoader, ExampleOrder, Framing
 from text.tasks import METRICS, TASKS
-from train import TrainConfig, train
+from train import TrainConfig, sums_over, train
 from world import WorldConfig, end_process, init_world
 
 PART = r"embeddings|blocks\.(\d+)(?:-(\d+))?"  # of a model, to freeze
@@ -47,21 +51,24 @@ EMBEDDINGS = ("wte", "wpe", "wtt", "norm_e")
 
 @dataclass(frozen=True)
 class FinetuneConfig(Config):
-    task: Literal[*TASKS] = "classify"  # classify: one of the labels in train_file; regress: a number
+    task: Literal[*TASKS] = "classify"  # classify, regress: a label, a number a text; tag: a label a word; qa; instruct
     train_file: str | None = None  # labelled texts to learn from: a .tsv, .jsonl or .parquet file
     eval_file: str | None = None  # labelled texts to evaluate on
     predict_file: str | None = None  # texts to label at the end, into out_dir/predictions.jsonl; none: eval_file
-    text_column: str = "text"  # column of the text
-    second_column: str | None = None  # column of a second text, for pairs of texts
-    label_column: str = "label"  # column of the label
+    text_column: str = "text"  # column of the text; tag: of words; qa: of the question; instruct: of messages, or prompts
+    second_column: str | None = None  # column of a second text, for pairs of texts; qa: of the context
+    label_column: str | None = "label"  # column of the label; tag: of tags; qa, instruct: of answers (none: in messages)
     tsv_columns: tuple | None = None  # names of the .tsv files' columns; none: they stand in the first line
+    stride: Whole = 128  # qa: tokens that a long context's windows share
+    max_answer_tokens: Count = 30  # qa: longest answer to predict
     batch_examples: Count = 32  # examples per optimizer step, over all ranks and micro-steps
     epochs: Positive = 3.0  # passes over train_file; max_steps replaces it
-    focal_gamma: NotNegative = 0.0  # classify: exponent of the focal loss, for rare classes; 0: cross-entropy
+    focal_gamma: NotNegative = 0.0  # classify, tag: exponent of the focal loss, for rare classes; 0: cross-entropy
     freeze: tuple | None = None  # parts that stay as they are: embeddings, blocks.3, blocks.0-5, with commas between
     layer_decay: UpToOne = 1.0  # factor of the learning rate from a layer to the one below it; 1: all learn alike
     lora_rank: Count | None = None  # train the head, and adapters of this rank in the blocks; none: everything
     lora_alpha: Positive = 16.0  # lora_rank times the adapters' scale
+    chat_template: str | None = None  # instruct: file of a chat template; none: the model's own, or a plain one
     metric: Literal[*METRICS] | None = None  # chooses the best checkpoint; none: the first that the task has
     seeds: Count = 1  # runs with seeds from `seed` on, each in a folder of its own; prints mean and deviation
 
@@ -71,8 +78,9 @@ class FinetuneConfig(Config):
             raise UserError(
                 f"metric is {self.metric}, which {self.task} does not have; use one of {', '.join(possible)}"
             )
-        if self.focal_gamma and self.task != "classify":
-            raise UserError(f"focal_gamma is {self.focal_gamma}, but task {self.task} has no classes; leave it out")
+        if 1 + bool(self.second_column) not in (n := TASKS[self.task].n_texts):
+            rule = f"task {self.task} reads {n[0]} of text_column and second_column"
+            raise UserError(f"second_column is {self.second_column or 'none'}, but {rule}; name as many")
         for part in self.freeze or ():
             if not re.fullmatch(PART, part):
                 raise UserError(f"freeze names {part!r}; its parts are embeddings, blocks.3 or blocks.0-5")
@@ -101,6 +109,7 @@ class Settings:
     finetune: FinetuneConfig
     model: Weights = only("block_size", "dropout", "label_smoothing")
     objective: ObjectiveConfig = only()
+    generation: GenerationConfig = only("max_new_tokens")
     data: DataConfig = only("micro_batch_size")
     optim: Optim
     parallel: ParallelConfig
@@ -134,8 +143,8 @@ def main(cfg):
 
 def fine_tune(cfg, world):
     """One run: its figures on eval_file with the best checkpoint; None where it was stopped before its end."""
-    tune = cfg.finetune
     cfg, task = open_task(cfg, world)
+    tune = cfg.finetune
     train_set, eval_set = (read_examples(task, tune, path, world) for path in (tune.train_file, tune.eval_file))
     predict_set = read_examples(task, tune, tune.predict_file, world, False) if tune.predict_file else eval_set
     order = ExampleOrder(tune.train_file, train_set.lengths, tune.batch_examples, cfg.run.seed)
@@ -147,8 +156,10 @@ def fine_tune(cfg, world):
         saver = Saver(cfg, world, model, optimizer, scaler, f"{train_set.fingerprint()}-{eval_set.fingerprint()}")
         state = saver.resume()
         if state is None:
-            start_from(cfg, model, world)
+            start_from(cfg, model, world, int(train_set.lengths.max()))
             keep_tokenizer_of(cfg, world)
+            if not task.has_head and world.is_main:
+                keep_chat(task.chat, task.framing.tokenizer, cfg.run.out_dir)
             state = State()
         evaluation = functools.partial(evaluate, model, task, eval_set, cfg, world)
         state = train(saver, state, train_data, evaluation, stop)
@@ -158,7 +169,11 @@ def fine_tune(cfg, world):
             load_checkpoint(newest_checkpoint(cfg.run.out_dir, world, best=True), model)
         figures = evaluation()
         figures.pop("score", None)
-        predictions = task.predictions(predict_set.rows, logits_of(model, predict_set, cfg, world))
+        rows = predict_set.rows
+        answers = logits_of(model, predict_set, cfg, world) if task.has_head else answer_rows(cfg, task, rows, world)
+        predictions = [*task.predictions(rows, answers)]
+        if hits := [each["prediction"].strip() == each["answer"].strip() for each in predictions if "answer" in each]:
+            figures["exact_match"] = statistics.fmean(hits)
         if world.is_main:
             with writing_to(cfg.run.out_dir):
                 lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in predictions]
@@ -179,32 +194,55 @@ def open_task(cfg, world):
     where = out_dir if checkpoints(out_dir) else cfg.run.init_from
     if where is None:
         raise UserError("init_from is none; name the weights to fine-tune: a run's or a Hugging Face model's folder")
-    if cfg.parallel.tp > 1:
-        raise UserError(f"tp is {cfg.parallel.tp}, but heads for labels are not split; use --strategy=fsdp")
+    kind, tp = TASKS[tune.task], cfg.parallel.tp
+    for name, value, is_possible in (
+        ("focal_gamma", tune.focal_gamma, kind.has_classes and kind.has_head),
+        ("label_smoothing", cfg.model.label_smoothing, kind.has_classes),
+    ):
+        if value and not is_possible:
+            raise UserError(f"{name} is {value}, but task {tune.task} has no classes; leave it out")
+    if tp > 1 and (kind.has_head or tune.lora_rank or 8 % tp):  # batches' widths are multiples of 8
+        rule = "heads for labels and adapters are not split" if 8 % tp == 0 else "fine-tuning splits by 2, 4 or 8"
+        raise UserError(f"tp is {tp}, but {rule}; use --strategy=fsdp")
+    tune = replace(tune, **{name: value for name, value in kind.defaults.items() if name not in cfg.given})
     source = starting_config(where, cfg.model, cfg.given)
-    column = read_columns(tune.train_file, [tune.label_column], tune.tsv_columns)[tune.label_column]
-    labels = TASKS[tune.task].labels(column, f"{tune.train_file}, column {tune.label_column}")
     fields = {f.name: getattr(source, f.name) for f in dataclasses.fields(ModelConfig)}
-    adapters = {"lora_rank": tune.lora_rank, "lora_scale": tune.lora_alpha / (tune.lora_rank or tune.lora_alpha)}
-    model = TunedModel(**fields, task=tune.task, labels=labels, **adapters)
-    framing = Framing(with_model(where, load_tokenizer_of, world), model.is_causal, model.block_size)
-    return replace(cfg, model=model), TASKS[tune.task](labels, framing)
+    fields |= {"objective": source.base, "lora_rank": tune.lora_rank}
+    fields["lora_scale"] = tune.lora_alpha / (tune.lora_rank or tune.lora_alpha)
+    tokenizer = with_model(where, load_tokenizer_of, world)
+    framing = Framing(tokenizer, source.is_causal, source.block_size)
+    if kind.has_head:
+        column = kind.read(tune.train_file, [tune.label_column], tune)[tune.label_column]
+        labels = kind.labels(column, f"{tune.train_file}, column {tune.label_column}")
+        model, task = TunedModel(**fields, task=tune.task, labels=labels), kind(labels, framing, tune)
+    else:
+        if not source.is_causal:
+            raise UserError(f"{where} is a masked model, which writes no answers; {tune.task} needs a causal one")
+        cfg.parallel.check_tensor_parallel(source, source.block_size)
+        chat = with_model(where, lambda opened: open_chat(opened, tokenizer, tune.chat_template, True), world)
+        model, task = AdaptedModel(**fields), kind(chat, framing)
+    return replace(cfg, model=model, finetune=tune), task
 
 
 def read_examples(task, cfg, path, world, has_labels=True):
     """The Examples of a file. cfg: a FinetuneConfig."""
     texts = [name for name in (cfg.text_column, cfg.second_column) if name]
-    columns = read_columns(path, texts + [cfg.label_column] * has_labels, cfg.tsv_columns)
-    n, n_cut = len(columns[cfg.text_column]), task.framing.n_cut
+    columns = task.read(path, texts + [cfg.label_column] * has_labels, cfg)
+    n, framing = len(columns[cfg.text_column]), task.framing
+    framing.n_cut = framing.n_left_out = 0
     labels = columns[cfg.label_column] if has_labels else [None] * n
     records = enumerate(zip(*(columns[name] for name in texts)))
     rows = [row for i, text in records for row in task.rows(text, labels[i], f"{path}, record {i + 1}")]
-    examples = Examples(rows, task.framing)
+    if not rows:
+        raise UserError(f"{path} has no record with an answer within block_size {framing.block_size}; raise it")
+    examples = task.examples(rows, framing)
     if world.is_main:
         mean, longest = examples.lengths.mean(), examples.lengths.max()
-        n_cut = task.framing.n_cut - n_cut
-        cut = f"; {n_cut:,} of them were longer and are cut to block_size" if n_cut else ""
-        print(f"examples   {n:,} of {path}, {mean:.0f} tokens on average, at most {longest}{cut}")
+        cut = f"; {framing.n_cut:,} of them were longer and are cut to block_size" if framing.n_cut else ""
+        lost, n = framing.n_left_out, n - framing.n_left_out
+        cut += f"; {lost:,} others have no answer within block_size and are left out" if lost else ""
+        windows = f" in {len(rows):,} windows" if len(rows) > n else ""
+        print(f"examples   {n:,} of {path}{windows}, {mean:.0f} tokens on average, at most {longest}{cut}")
     return examples
 
 
@@ -277,30 +315,44 @@ def layers_above(model, name):
 
 
 def evaluate(model, task, examples, cfg, world):
-    """Mean loss and the task's metrics; score is the metric that chooses the best checkpoint."""
+    """Mean loss and the task's metrics; score is the metric that chooses the best checkpoint, if it is not the loss."""
+    if not task.has_head:
+        model.eval()
+        batches = (examples.batch(here, cfg.data.micro_batch_size) for here in shares_of(examples, cfg, world))
+        loss, n_correct, targets = sums_over(model, batches, world)
+        model.train()
+        reshard(model)
+        return {"val_loss": loss / targets.sum().item(), "val_accuracy": n_correct / targets.sum().item()}
     logits = logits_of(model, examples, cfg, world)
-    targets = torch.from_numpy(np.stack([row.targets for row in examples.rows]))
-    loss = label_loss(torch.from_numpy(np.stack(logits)), targets).item() / len(examples)
     metrics, chosen = task.figures(examples.rows, logits), cfg.finetune.metric or task.metrics[0]
-    return {"val_loss": loss, **metrics, **({} if chosen == "loss" else {"score": metrics[chosen]})}
+    score = {} if chosen == "loss" else {"score": metrics[chosen]}
+    return {"val_loss": task.loss(examples.rows, logits), **metrics, **score}
 
 
 @torch.no_grad()
 def logits_of(model, examples, cfg, world):
-    """The logits of each row, float32 (1, L), on each rank; the ranks share the work."""
-    size, ranks = cfg.data.micro_batch_size, world.data_ranks
-    order, found = np.argsort(examples.lengths, kind="stable"), []
-    batches = [order[i : i + size] for i in range(0, len(order), size)]
-    batches += [order[:0]] * (-len(batches) % ranks)  # equally many for each rank
+    """The logits of each row, float32 (K, L), on each rank; the ranks share the work."""
+    found = []
     model.eval()
-    for here in batches[world.data_rank :: ranks]:
-        ids, _, *others = each(examples.batch(here, size), lambda part: part.to(world.device))
+    for here in shares_of(examples, cfg, world):
+        batch = examples.batch(here, cfg.data.micro_batch_size)
+        ids, _, *others = each(batch, lambda part: part.to(world.device))
         with world.phase("evaluation"), world.autocast():
-            found += zip(here.tolist(), model(ids, None, *others).cpu().numpy())
+            logits = model(ids, None, *others).cpu().numpy()
+        found += [(i, part[: len(examples.rows[i].positions)]) for i, part in zip(here.tolist(), logits)]
     model.train()
     reshard(model)
     by_row = dict(itertools.chain.from_iterable(world.gather(found)))
     return [by_row[i] for i in range(len(examples))]
+
+
+def shares_of(examples, cfg, world):
+    """The numbers of the examples of each batch of this rank; each rank has equally many batches, sorted by length."""
+    size, ranks = cfg.data.micro_batch_size, world.data_ranks
+    order = np.argsort(examples.lengths, kind="stable")
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    batches += [order[:0]] * (-len(batches) % ranks)
+    return batches[world.data_rank :: ranks]
 
 
 if __name__ == "__main__":

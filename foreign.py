@@ -56,7 +56,7 @@ def check(value, kind, where):
     key with "!" behind it must be there; keys without a kind may hold anything.
     """
     if not _is_of(value, kind):
-        raise UserError(f"{where} is {_shown(value)}, where there must be {_described(kind)}; {COPY_AGAIN}")
+        raise UserError(f"{where} is {shown(value)}, where there must be {_described(kind)}; {COPY_AGAIN}")
     for alternative in kind if isinstance(kind, tuple) else (kind,):
         if isinstance(alternative, list) and isinstance(value, list):
             pairs = [(i, item, alternative[0]) for i, item in enumerate(value)]
@@ -84,7 +84,7 @@ def settings_of(cls, values, where):
         except KeyError:
             wrong.append(f"{name!r}, which is unknown here")
         except (TypeError, OverflowError):
-            wrong.append(f"{name} {_shown(value)}")
+            wrong.append(f"{name} {shown(value)}")
     if wrong:
         raise UserError(f"{where} has settings that are not {cls.__name__}'s: {', '.join(wrong[:5])}; {COPY_AGAIN}")
     return cls(**typed)
@@ -121,7 +121,7 @@ def read_bytes(path, largest=LARGEST_FILE):
 def check_name(name, where):
     """A file's name in another file: UserError where it leads out of the folder."""
     if name in ("", ".", "..") or "\0" in name or name != Path(name).name:
-        raise UserError(f"{where} names {_shown(name)}, which is no name of a file beside it; {COPY_AGAIN}")
+        raise UserError(f"{where} names {shown(name)}, which is no name of a file beside it; {COPY_AGAIN}")
     return name
 
 
@@ -202,6 +202,7 @@ def _described(kind):
     return names.get(kind, "a number" if kind is float else "null")
 
 
-def _shown(value):
+def shown(value):
+    """A value as short text for an error."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -129,7 +129,7 @@ def on_host(steps):
 
 
 class UntilStop:
-    """The bytes of a continuation as its tokens come, up to the first of some stop strings."""
+    """The bytes of a continuation as its tokens come, up to the stop string that is complete first."""
 
     def __init__(self, stops=()):
         self.stops = [stop.encode("utf-8", "surrogateescape") for stop in stops]
@@ -139,9 +139,9 @@ class UntilStop:
     def add(self, new):
         """The bytes that are now sure to come before any stop string; new: the next token's."""
         text, self.held = self.held + new, b""
-        if found := [at for stop in self.stops if (at := text.find(stop)) >= 0]:
+        if found := [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]:
             self.has_ended = True
-            return text[: min(found)]
+            return text[: min(found)[1]]  # the first that is complete, as if bytes came one by one
         n = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
         self.held = text[len(text) - n :]
         return text[: len(text) - n]

@@ -1,10 +1,46 @@
 """Low-rank adapters: a fine-tuned matrix is its frozen weight and the product of two thin ones (LoRA, arXiv 2106.09685)."""
 
+from dataclasses import dataclass, fields
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model import ModelConfig, Transformer
 from ops import Linear
+
+
+@dataclass(frozen=True)
+class AdaptedModel(ModelConfig):
+    """A ModelConfig with adapters in the blocks' matrices."""
+
+    lora_rank: int | None = None  # rank of the adapters; none: there are none
+    lora_scale: float = 1.0
+
+    def build(self):
+        """The model with these settings."""
+        return AdaptedTransformer(self)
+
+    def without_adapters(self):
+        """The settings of the model whose adapters have been merged."""
+        return ModelConfig(**{field.name: getattr(self, field.name) for field in fields(ModelConfig)})
+
+
+class AdaptedTransformer(Transformer):
+    """A Transformer with adapters, which add nothing at first."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        if cfg.lora_rank:
+            adapt(self, cfg.lora_rank, cfg.lora_scale)
+
+    @torch.no_grad()
+    def init_weights(self, seed, fill=torch.Tensor.copy_):
+        """Transformer's, but that adapters add nothing."""
+        super().init_weights(seed, fill)
+        for name, param in self.named_parameters():
+            if name.endswith("lora_b"):
+                fill(param, torch.zeros(param.shape))
 
 
 class AdaptedLinear(Linear):

@@ -1,4 +1,9 @@
-"""Metrics of fine-tuning, as GLUE has them (arXiv 1804.07461, table 1)."""
+"""Metrics of fine-tuning: GLUE's (arXiv 1804.07461, table 1), those of entities as CoNLL counts them, and SQuAD's."""
+
+import collections
+import operator
+import re
+import string
 
 import numpy as np
 
@@ -9,7 +14,7 @@ def _library(name):
     try:
         return __import__(name, fromlist=["_"])
     except ImportError as error:
-        raise UserError(f"metrics need {error.name}; pip install scipy scikit-learn") from error
+        raise UserError(f"metrics need {error.name}; pip install scipy scikit-learn seqeval") from error
 
 
 def classes(logits, targets):
@@ -31,3 +36,44 @@ def correlations(guesses, targets):
     stats, varies = _library("scipy.stats"), len(targets) > 1 and np.ptp(guesses) > 0 and np.ptp(targets) > 0
     both = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}
     return {name: float(function(guesses, targets)[0]) if varies else 0.0 for name, function in both.items()}
+
+
+def tags(guesses, truths, are_entities):
+    """f1, precision, recall and accuracy of tags, a list for each sentence, for the right ones.
+
+    are_entities: of entities by seqeval, as conlleval counts them: an entity is right where its type and both ends are,
+    and an I- without its B- begins one. Otherwise of tags, as the mean over those that occur. accuracy: of words.
+    """
+    library = _library("seqeval.metrics.sequence_labeling" if are_entities else "sklearn.metrics")
+    flat_guesses, flat_truths = ([tag for sentence in part for tag in sentence] for part in (guesses, truths))
+    pair, average = ((truths, guesses), "micro") if are_entities else ((flat_truths, flat_guesses), "macro")
+    precision, recall, f1, _ = library.precision_recall_fscore_support(*pair, average=average, zero_division=0)
+    n_right = sum(map(operator.eq, flat_guesses, flat_truths))
+    figures = {"f1": f1, "precision": precision, "recall": recall, "accuracy": n_right / len(flat_truths)}
+    return {name: float(value) for name, value in figures.items()}
+
+
+def answers(guesses, truths):
+    """exact_match and f1 of answers for lists of right ones, as SQuAD 2.0 counts them (arXiv 1806.03822).
+
+    Compared without case, ASCII punctuation, the articles a, an, the, and spacing; f1 is that of words. Of several
+    right answers the best fit counts; without one, the right answer is no text.
+    """
+    exact, f1 = [], []
+    for guess, those in zip(guesses, truths):
+        words, options = _plain_words(guess), [*filter(None, map(_plain_words, those))] or [[]]
+        exact.append(words in options)
+        f1.append(max(_overlap(words, option) for option in options))
+    return {"exact_match": sum(exact) / len(exact), "f1": sum(f1) / len(f1)}
+
+
+def _plain_words(text):
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def _overlap(words, others):
+    """F1 of the words that two lists share; without words, 1 where both are empty."""
+    if not (words and others):
+        return float(words == others)
+    return 2 * (collections.Counter(words) & collections.Counter(others)).total() / (len(words) + len(others))

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 from config import Config, Count, NotNegative, Positive, Share, UserError
 from data import near_divisors
 from foreign import LARGEST
-from objective import OBJECTIVES
+from objective import CONTRASTIVE, OBJECTIVES, PAIRS, weights_of
 from ops import (
     LayerNorm,
     Linear,
@@ -52,7 +52,7 @@ TRAINING_ONLY = {"dropout", "label_smoothing", "z_loss"}  # settings that change
 
 @dataclass(frozen=True)
 class ModelConfig(Config):
-    objective: Literal[*OBJECTIVES] = "clm"  # clm: the next token, seeing those before; mlm: masked ones, seeing all
+    objective: Literal[*OBJECTIVES] | dict = field(default="clm", hash=False)  # clm: next token; mlm: masked ones
     vocab_size: Count | None = None  # number of token ids, without padding; none: the data's
     block_size: Count = 1024  # longest sequence, in tokens
     n_layer: Count = 12  # blocks
@@ -78,6 +78,7 @@ class ModelConfig(Config):
     label_smoothing: Share = 0.0  # share of the target spread over the vocabulary, in training
     z_loss: NotNegative = 0.0  # weight of log(Z)^2 in the loss, in training; PaLM: 1e-4
     tie_embeddings: bool = True  # share the head's weight with the token embedding
+    pooling: Literal["mean", "cls"] = "mean"  # a text's embedding, in contrastive and --embed: tokens' mean, or [CLS]'s
 
     def __post_init__(self):
         super().__post_init__()
@@ -94,17 +95,40 @@ class ModelConfig(Config):
             wrong.append(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}; {fitting}")
         if self.global_every and not self.window:
             wrong.append(f"global_every is {self.global_every}, but window is none, so all layers are; set --window")
+        if (pairs := [*PAIRS.keys() & self.objectives]) and (self.n_token_types or 0) < 2:
+            wrong.append(f"n_token_types is {self.n_token_types}, but {pairs[0]} has two kinds of tokens; set it to 2")
+        if CONTRASTIVE in self.objectives and not self.dropout:
+            wrong.append("dropout is 0, but contrastive compares a text's two outputs under dropout; set it to 0.1")
+        if self.pooling == "cls" and self.is_causal:
+            wrong.append("pooling is cls, but a causal model's first token sees itself alone; set it to mean")
         if wrong:
             raise UserError(*wrong)
 
     def build(self):
         """The model with these settings."""
-        return Transformer(self)
+        from heads import PretrainingModel  # here, since it is a Transformer
+
+        return Transformer(self) if len(self.objectives) == 1 else PretrainingModel(self)
+
+    @property
+    def objectives(self):
+        """{name: weight} of the objectives, clm or mlm first."""
+        return weights_of(self.objective)
+
+    @property
+    def base(self):
+        """The objective that decides which tokens the model sees."""
+        return next(iter(self.objectives))
 
     @property
     def is_causal(self):
         """Whether a token sees earlier ones alone."""
-        return OBJECTIVES[self.objective].causal
+        return OBJECTIVES[self.base].causal
+
+    @property
+    def passes(self):
+        """Times that training computes a sequence: twice for contrastive, a masked model once more with its masks."""
+        return (2 if self.is_causal else 3) if CONTRASTIVE in self.objectives else 1
 
     @property
     def is_gated(self):
@@ -259,26 +283,29 @@ class Transformer(nn.Module):
             self.head.weight = self.wte.weight
 
     def forward(
-        self,
-        ids,
-        targets=None,
-        positions=None,
-        attention_mask=None,
-        token_types=None,
-        documents=None,
-        cache=None,
-        place=None,
-        count_correct=False,
-    ):
+        self, ids, targets=None, positions=None, attention_mask=None, token_types=None, documents=None, cache=None,
+        place=None, count_correct=False,
+    ):  # fmt: skip
         """Logits (B, T, V) for ids (B, T) or, with targets (B, T), the float32 sum of their losses.
 
         Targets that equal IGNORE do not count. positions (B, K) selects tokens: logits are then (B, K, V), targets
-        (B, K). attention_mask (B, T) is False at padding, token_types (B, T) default to 0. documents, the starts of
-        ops.locate, are computed as if each were a sequence of its own. With a cache, ids continue its tokens,
-        attention_mask covers all tokens so far, and logits are the last token's alone, (B, 1, V), unless positions
-        selects others. With place, ids (B, 1) stand at that position, (1,), or each at its own, (B, 1), in kernels that
-        do not depend on it, so that a CUDA graph may repeat them; the caller keeps place below the cache's capacity.
-        count_correct, without gradients, also returns the number of targets that have the largest logit.
+        (B, K). attention_mask and what follows: see states. With a cache, logits are the last token's alone, (B, 1, V),
+        unless positions selects others. count_correct, without gradients, also returns the number of targets that have
+        the largest logit.
+        """
+        x = self.states(ids, attention_mask, token_types, documents, cache, place)
+        if cache is not None and positions is None:
+            x = x[:, -1:]
+        return self.predict(self.selected(x, positions), targets, count_correct)
+
+    def states(self, ids, attention_mask=None, token_types=None, documents=None, cache=None, place=None):
+        """The last block's output (B, T, C) for ids (B, T).
+
+        attention_mask (B, T) is False at padding, token_types (B, T) default to 0. documents, the starts of ops.locate,
+        are computed as if each were a sequence of its own. With a cache, ids continue its tokens, and attention_mask
+        covers all tokens so far. With place, ids (B, 1) stand at that position, (1,), or each at its own, (B, 1), in
+        kernels that do not depend on it, so that a CUDA graph may repeat them; the caller keeps place below the cache's
+        capacity.
         """
         cfg, T, masks = self.cfg, ids.shape[1], None
         caches = None if cache is None else cache.by_layer(place)
@@ -303,24 +330,24 @@ class Transformer(nn.Module):
             packed = can_pack(x, cfg.head_width, cfg.dropout if self.training else 0.0)
             given = documents, attention_mask, packed
             masks = {window: mask_of(x, ids.shape, cfg.is_causal, window, *given) for window in self.windows}
-        x = self.run_blocks(x, rope, masks, caches)
+        return self.run_blocks(x, rope, masks, caches)
+
+    def selected(self, x, positions=None):
+        """The last norm's output for the last block's: of all tokens, or of those at positions (B, K)."""
         if positions is not None:
             # An embedding: unlike a gather's, its gradient repeats bitwise and never waits for the device.
-            first = T * torch.arange(len(ids), device=ids.device)[:, None]  # B 1
+            first = x.shape[1] * torch.arange(len(x), device=x.device)[:, None]  # B 1
             x = F.embedding(first + positions, x.flatten(0, 1))  # B K C
-        elif cache is not None:
-            x = x[:, -1:]
-        return self.predict(self.norm_f(x), targets, count_correct)
+        return self.norm_f(x)
 
     def predict(self, x, targets=None, count_correct=False):
         """forward's answer for the last norm's output (B, T or K, C)."""
         x = self.transform(x)
         if targets is None:
             return self.head(x)[..., : self.cfg.vocab_size]
-        options = LossOptions.of(self.cfg) if self.training else LossOptions()
         weight, bias, vocabulary = self.head_of_vocabulary()
-        x, targets = x.flatten(0, 1), targets.flatten()
-        return linear_cross_entropy(x, weight, targets, vocabulary, bias, options, count_correct, self.loss_pass)
+        options = LossOptions.of(self.cfg) if self.training else LossOptions(), count_correct, self.loss_pass
+        return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), vocabulary, bias, *options)
 
     def head_of_vocabulary(self):
         """Weight and bias of the head, and their Vocabulary; tensor parallelism replaces it by a shard's."""

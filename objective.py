@@ -1,5 +1,6 @@
-"""Training objectives: from windows of tokens to inputs and targets, for the next token or masked ones."""
+"""Training objectives: from windows of tokens to inputs and targets, for the next token, masked ones, or sentences."""
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 
 from config import Config, Fraction, Rate, Share, UserError
 from ops import IGNORE
+from pairs import Partners, pair_of
 from shards import end_of_text
 
 
@@ -27,7 +29,7 @@ class ObjectiveConfig(Config):
 class NextToken:
     """The next token as the target of each: windows start `stride` tokens apart, with `extra` tokens behind them."""
 
-    causal = True  # the model sees earlier tokens alone
+    causal, has_partners = True, False  # the model sees earlier tokens alone; a batch is made of its own windows
     document_end = None  # token id behind which a document begins that sees nothing before itself
     fill_in = None  # the FillInTheMiddle that windows go through first
 
@@ -132,7 +134,8 @@ class Masked:
     3.1) do it to a decoder's inputs.
     """
 
-    causal, extra = False, 0
+    causal, has_partners, extra = False, False, 0
+    frame, least = 2, (3, "[CLS], a token and [SEP]")  # special tokens of a sequence; tokens that it needs
 
     @classmethod
     def build(cls, cfg, seq_len, seed, meta):
@@ -159,12 +162,12 @@ class Masked:
         self, seq_len, mask_prob, seed, vocab_size, specials, continuations=(), document_mask=False, word_dropout=0.0
     ):
         """specials: {name: id} of the tokenizer, with a mask, cls, sep and pad token under a usual name."""
-        if seq_len < 3:
-            raise UserError(f"seq_len is {seq_len}; masked training needs at least 3: [CLS], a token and [SEP]")
-        if (count := n_masked(seq_len, mask_prob)) > seq_len - 2:
+        if seq_len < self.least[0]:
+            raise UserError(f"seq_len is {seq_len}; masked training needs at least {self.least[0]}: {self.least[1]}")
+        if (count := n_masked(seq_len, mask_prob)) > seq_len - self.frame:
             what = f"mask_prob {mask_prob} of seq_len {seq_len} is {count} tokens"
-            raise UserError(f"{what}, and between [CLS] and [SEP] are only {seq_len - 2}; lower mask_prob")
-        self.stride, self.mask_prob, self.document_mask = seq_len - 2, mask_prob, document_mask
+            raise UserError(f"{what}, and between [CLS] and [SEP] are only {seq_len - self.frame}; lower mask_prob")
+        self.stride, self.mask_prob, self.document_mask = seq_len - self.frame, mask_prob, document_mask
         self.word_dropout = word_dropout
         self.mask, self.cls, self.sep, self.pad = (special_id(specials, role) for role in ("mask", "cls", "sep", "pad"))
         self.eot = end_of_text({"[SEP]": self.sep} | specials)
@@ -182,25 +185,29 @@ class Masked:
         a sequence. With document_mask the model's argument `documents` comes last instead: they end with [SEP], so that
         padding is a document of its own.
         """
-        B, T = len(rows), self.stride + 2
-        lengths = np.full(B, self.stride) if lengths is None else lengths
+        lengths = np.full(len(rows), self.stride) if lengths is None else lengths
         ids, attention_mask = self._framed(rows, lengths)
+        batch = self._masked(ids, lengths + 2, first)
+        if self.document_mask:
+            return *map(torch.from_numpy, batch), None, None, document_starts(batch[0] == self.sep)
+        return tuple(map(torch.from_numpy, batch if attention_mask.all() else (*batch, attention_mask)))
+
+    def _masked(self, ids, lengths, first):
+        """batch's first parts from sequences (B, T) that have so many tokens (B,) before their padding."""
+        B, T = ids.shape
         # Philox gives 4 numbers per count, enough for a token: so each sequence has counts of its own.
         random = np.random.Philox(key=self.key, counter=first * T).random_raw(4 * B * T).reshape(B, T, 4)
         K = n_masked(T, self.mask_prob)
         positions = self._order(random[..., 0], ids).argsort(axis=1, kind="stable")[:, :K]  # B K
         old, action, drawn = (np.take_along_axis(a, positions, 1) for a in (ids, random[..., 1], random[..., 2]))
-        wanted = np.array([[n_masked(length + 2, self.mask_prob)] for length in lengths])  # B 1
+        wanted = np.array([[n_masked(length, self.mask_prob)] for length in lengths])  # B 1
         predicted = ~self.is_special[old] & (np.arange(K) < wanted)  # B K
         share, other = action / 2.0**64, self.replacements[drawn % np.uint64(len(self.replacements))]
         new = np.where(share < 0.8, self.mask, np.where(share < 0.9, other, old))
         if self.word_dropout:
             ids[~self.is_special[ids] & (random[..., 3] / 2.0**64 < self.word_dropout)] = self.mask
         np.put_along_axis(ids, positions, np.where(predicted, new, old), 1)
-        batch = ids, np.where(predicted, old, IGNORE), positions
-        if self.document_mask:
-            return *map(torch.from_numpy, batch), None, None, document_starts(ids == self.sep)
-        return tuple(map(torch.from_numpy, batch if attention_mask.all() else (*batch, attention_mask)))
+        return ids, np.where(predicted, old, IGNORE), positions
 
     def _framed(self, rows, lengths):
         """[CLS] tokens [SEP] and padding, (B, T), and a mask (B, T) that is False at padding."""
@@ -216,6 +223,72 @@ class Masked:
             start = np.where(self.continues[ids], 0, np.arange(ids.shape[1]))
             random = np.take_along_axis(random, np.maximum.accumulate(start, axis=1), 1)
         return np.where(self.is_special[ids], np.iinfo(np.uint64).max, random)
+
+
+class NextSentence(Masked):
+    """Masked tokens in [CLS] A [SEP] B [SEP], and whether B follows A in its document (BERT, section 3.1, task 2).
+
+    Half of the sequences have another document's text as B (see pairs.py). Labels are BERT's: 0 where B follows, else
+    1. Which sequences these are, and where A ends, is a function of the seed and a sequence's number alone.
+    """
+
+    name, has_partners = "nsp", True
+    frame, least = 3, (5, "[CLS], two tokens and two [SEP]")
+
+    @classmethod
+    def build(cls, cfg, seq_len, seed, meta):
+        """The objective of a run; UserError where the data has no documents to take sentences from."""
+        if cfg.document_mask:
+            raise UserError(f"document_mask is on, but with {cls.name} a sequence has to see two texts; leave it off")
+        for split, facts in meta.get("splits", {}).items():
+            if (n := facts.get("documents", 0)) < 2:
+                needs = f"{cls.name} takes text from documents, and the {split} split of the data has {n or 'none'}"
+                remedy = "make the data of several: files, records of .jsonl or .parquet, or .txt with --doc_separator"
+                raise UserError(f"{needs}; {remedy}, and with --val_fraction large enough for both splits")
+        return super().build(cfg, seq_len, seed, meta)
+
+    def __init__(self, seq_len, mask_prob, seed, *rest):
+        super().__init__(seq_len, mask_prob, seed, *rest)
+        self.pair_key = np.random.SeedSequence((seed, 5)).generate_state(2, np.uint64)
+
+    def batch(self, rows, first, lengths=None, partners=None):
+        """(ids, targets, positions, attention_mask, token_types, None, labels (B,)) from windows (B, T - 3).
+
+        partners: the windows that may give B's text; without them each one's is the row before. A label is IGNORE where
+        documents are too short for two sentences.
+        """
+        lengths = np.full(len(rows), self.stride) if lengths is None else lengths
+        partners = partners or Partners(np.roll(rows, 1, axis=0))
+        random = np.random.Philox(key=self.pair_key, counter=first).random_raw(4 * len(rows)).reshape(-1, 4)
+        ids = np.full((len(rows), self.stride + 3), self.pad)
+        types, labels, sizes = np.zeros_like(ids), np.full(len(rows), IGNORE), np.zeros(len(rows), np.int64)
+        for i, (row, length) in enumerate(zip(rows, lengths)):
+            a, b, label = self._pair(row[:length], *(int(n) for n in random[i, :2]), i, partners)
+            sequence = np.concatenate([[self.cls], a, [self.sep], b, [self.sep]])
+            sizes[i] = len(sequence)
+            ids[i, : sizes[i]] = sequence
+            types[i, len(a) + 2 : sizes[i]] = 1
+            labels[i] = IGNORE if label is None else label
+        place = np.arange(self.stride + 3)
+        masked = self._masked(ids, sizes, first)
+        return *map(torch.from_numpy, (*masked, place < sizes[:, None], types)), None, torch.from_numpy(labels)
+
+    def _pair(self, row, place, coin, i, partners):
+        """(A, B, label) from a window and two random numbers."""
+        return pair_of(row, self.eot, place, coin & 1, partners, i)
+
+
+class SentenceOrder(NextSentence):
+    """Masked tokens in [CLS] A [SEP] B [SEP], and whether A and B, neighbours, are swapped (ALBERT, arXiv 1909.11942).
+
+    The label is 1 where they are.
+    """
+
+    name, has_partners = "sop", False
+
+    def _pair(self, row, place, coin, *_):
+        a, b, label = pair_of(row, self.eot, place)
+        return (a, b, label) if label is None or not coin & 1 else (b, a, 1)
 
 
 def document_starts(ends):
@@ -263,3 +336,43 @@ def fim_tokens(specials):
 
 # The objectives by name. A new one is a class and its line here; `causal` tells the model which tokens it may see.
 OBJECTIVES = {"clm": NextToken, "mlm": Masked}
+PAIRS = {"nsp": NextSentence, "sop": SentenceOrder}  # more, beside mlm
+CONTRASTIVE = "contrastive"  # beside either; it needs no batches of its own
+
+
+def weights_of(objective):
+    """{name: weight} of the objectives that the setting names, clm or mlm first; UserError where they do not fit."""
+    if isinstance(objective, str):
+        return {objective: 1.0}
+    wrong, known = [], [*OBJECTIVES, *PAIRS, CONTRASTIVE]
+    bases, pairs = ([name for name in kind if name in objective] for kind in (OBJECTIVES, PAIRS))
+    for name, weight in objective.items():
+        if name not in known:
+            wrong.append(f"objective names {name!r}; objectives are {', '.join(known)}")
+        elif type(weight) not in (int, float) or not 0 <= weight < math.inf:
+            wrong.append(f"objective gives {name} the weight {weight!r}; it must be a number above 0")
+        elif not weight and not (name in OBJECTIVES and CONTRASTIVE in objective):
+            wrong.append(f"objective gives {name} the weight 0; only clm or mlm may have it, beside contrastive")
+    if len(bases) != 1:
+        wrong.append(f"objective has {len(bases)} of {', '.join(OBJECTIVES)}; name one of them, for tokens")
+    if "clm" in bases and pairs:
+        wrong.append(f"objective has clm and {pairs[0]}, which needs a model that sees all tokens; use mlm with it")
+    if len(pairs) > 1:
+        wrong.append("objective has nsp and sop, which need different pairs of sentences; name one of them")
+    if wrong:
+        raise UserError(*wrong)
+    return {name: float(objective[name]) for name in known if name in objective}
+
+
+def count_targets(objectives, ids, targets, *context):
+    """The targets (M,) of each objective in the model's arguments: tokens, labels, or sequences with targets."""
+    parts = [
+        context[-1] if name in PAIRS else targets.amax(1) if name == CONTRASTIVE else targets for name in objectives
+    ]
+    return torch.stack([(part != IGNORE).sum() for part in parts])
+
+
+def windows_of(objective):
+    """The class that makes batches for the objectives that the setting names."""
+    names = weights_of(objective)
+    return next((PAIRS[name] for name in names if name in PAIRS), OBJECTIVES[next(iter(names))])

@@ -128,6 +128,8 @@ def distribute(model, cfg, world, seed):
         rule = "whose error feedback would keep every overflow of precision fp16"
         raise UserError(f"grad_compression is powersgd, {rule}; use --precision=bf16 or --grad_compression=bf16")
     is_sharded = cfg.is_sharded(world.size)
+    if world.data_ranks > 1 and hasattr(model, "gather"):
+        model.gather = functools.partial(gather_rows, world)
     if cfg.tp > 1:
         shard_tensors(model, world.mesh["tp"])
     if cfg.activation_checkpointing == "selective":  # before compile: the compiler must see what is saved
@@ -241,6 +243,17 @@ def reshard(model):
             module.reshard()
 
 
+def gather_rows(world, x):
+    """All data ranks' rows of x (B, ...), in their order, and the number of this rank's first one.
+
+    Only this rank's have a gradient: what all ranks compute of all rows then has, summed over ranks, the whole one.
+    """
+    parts = [torch.empty_like(x) for _ in range(world.data_ranks)]
+    dist.all_gather(parts, x.detach().contiguous(), group=world.data_group)
+    parts[world.data_rank] = x
+    return torch.cat(parts), world.data_rank * len(x)
+
+
 # ---- tensor parallelism
 
 
@@ -290,6 +303,8 @@ def tensor_parallel_plan(n_layer):
         ),
         "norm_f": Replicated(),
         "transform": Replicated(),
+        "pooler": Replicated(),
+        "pair_head": Replicated(),
         "head": styles.ColwiseParallel(output_layouts=Replicate()),
     }
 

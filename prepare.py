@@ -124,9 +124,11 @@ def is_prepared(cfg, folder):
         return False
     defaults = {name: field.default for name, (_, field) in settings_of(Settings).items()}
     settings, old = settings_of_tokens(cfg), defaults | meta.get("settings", {})
-    if "settings" not in meta or {name: old[name] for name in settings} != settings:
+    changes = [f"{name} {old[name]} -> {value}" for name, value in settings.items() if old[name] != value]
+    if "settings" not in meta or changes:
         made = f"{folder} already holds data, made by: {meta.get('command')}"
-        raise UserError(f"{made}; use another --data_dir, or remove it first")
+        differs = f" (here {', '.join(changes)})" if changes else ""
+        raise UserError(f"{made}{differs}; use another --data_dir, or remove it first")
     print(f"{shown(folder)} is already prepared:\n{summary(meta)}", flush=True)
     if changes := changes_of_input(cfg.prepare, folder, meta.get("input_files")):
         print(f"its input has changed since: {changes}; to prepare it again, remove {shown(folder)}")

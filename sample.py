@@ -1,10 +1,12 @@
-"""Continues a prompt with a trained model, or fills the gap before a suffix, or a prompt's [MASK]s.
+"""Continues a prompt with a trained model, or fills the gap before a suffix, or a prompt's [MASK]s; embeds texts.
 
 python sample.py --out_dir=out/quickstart --prompt="def main(" --num_samples=3
 python sample.py --out_dir=out/quickstart_bert --prompt="for i in [MASK](10):"
 python sample.py --out_dir=out/quickstart --prompt=FILE:prompt.txt
 python sample.py --out_dir=out/fim --prompt="def add(" --suffix="return a + b"
 echo "import os" | python sample.py --out_dir=out/quickstart --prompt=-
+python sample.py --out_dir=out/finetune --chat --prompt="What is the capital of France?"
+python sample.py --out_dir=out/quickstart --embed=texts.txt
 python sample.py --out_dir=out/quickstart --prompt="def main(" --min_p=0.1 --stop='["\\n\\n", "def "]'
 """
 
@@ -15,28 +17,40 @@ import re
 import sys
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
 
+import numpy as np
 import torch
 
-from config import Config, Count, UserError, only, run_script
+from config import Config, Range, UserError, only, run_script
 from generation import GenerationConfig, UntilStop, generate
+from heads import embedding
+from interop.chat import open_chat
 from interop.pretrained import load_model, load_tokenizer_of, model_location
 from objective import FIM_TOKENS, fim_tokens, special_id
 from run.folder import RunConfig
-from text.files import read_text
+from shards import refusing_system_errors
+from text.files import read_text, unescaped
 from world import DTYPES, WorldConfig, pick_device, pick_precision
+
+Samples = Annotated[int, Range("at least 1 and at most 100,000", lambda n: 1 <= n <= 100_000)]
 
 
 @dataclass(frozen=True)
 class SampleConfig(Config):
     prompt: str = ""  # text to continue, or to fill at each [MASK]; FILE:path reads a file, - reads stdin
     suffix: str | None = None  # text behind a gap that follows the prompt, to fill by a model trained with fim_rate
-    num_samples: Count = 1  # continuations of the prompt, in one batch
+    chat: bool = False  # the prompt is a user's message, the sample the answer, by the model's chat template
+    num_samples: Samples = 1  # continuations of the prompt, in one batch
+    embed: str | None = None  # file of texts, one a line, to embed instead, into a file of that name with .npy
     stop: str | None = None  # text that ends a continuation and is left out; several as JSON: ["\n\n", "User:"]
 
     def __post_init__(self):
         super().__post_init__()
-        if not all(isinstance(stop, str) and stop for stop in self.stops):
+        if self.chat and self.suffix is not None:
+            raise UserError("chat is on and suffix is given, but an answer fills no gap; leave one of them out")
+        if self.stop is not None and not (self.stops and all(isinstance(stop, str) and stop for stop in self.stops)):
             example = """--stop='["User:", "Bot:"]'"""
             raise UserError(f"stop is {self.stop}; it must be text, or a JSON list of texts, as in {example}")
 
@@ -46,9 +60,9 @@ class SampleConfig(Config):
         if self.stop is None:
             return []
         try:
-            return json.loads(self.stop) if self.stop.startswith("[") else [self.stop]
+            return json.loads(self.stop) if self.stop.startswith("[") else [unescaped(self.stop)]
         except ValueError:  # text that begins as JSON does, such as [INST]
-            return [self.stop]
+            return [unescaped(self.stop)]
 
 
 @dataclass(frozen=True)
@@ -63,23 +77,36 @@ class Settings:
 def main(cfg):
     device = pick_device(cfg.world.device)
     model, source = load_model(model_location(cfg), device)
+    if cfg.sample.embed:
+        return write_embeddings(model, load_tokenizer_of(source), cfg.sample.embed, device)
     dtype = generation_dtype(cfg.world.precision, device, model.num_params())
     model.to(dtype)  # not autocast, which would cast all weights for each token
     tokenizer = load_tokenizer_of(source)
     print(f"{source.name}, {model.num_params():,} parameters on {device} in {dtype}", file=sys.stderr)
-    prompt, suffix = read_text(cfg.sample.prompt, "prompt"), cfg.sample.suffix and read_text(cfg.sample.suffix, "suffix")
-    if suffix is not None and not model.cfg.is_causal:
-        raise UserError("suffix is given, but a masked model fills each [MASK]; leave it out")
+    prompt, suffix = (
+        read_text(cfg.sample.prompt, "prompt"),
+        cfg.sample.suffix and read_text(cfg.sample.suffix, "suffix"),
+    )
     if not model.cfg.is_causal:
+        given = {"suffix": suffix, "stop": cfg.sample.stop, "min_p": cfg.generation.min_p, "chat": cfg.sample.chat or None}
+        if given := [name for name, value in given.items() if value is not None]:
+            raise UserError(f"{' and '.join(given)}: a masked model fills each [MASK], without them; leave them out")
         return print_candidates(model, tokenizer, prompt, cfg.generation.top_k or 5, device)
     ids = [*tokenizer.begin, *tokenizer.encode(prompt).tolist()] or [tokenizer.eot]
+    if cfg.sample.chat:
+        chat = open_chat(source, tokenizer)
+        ids, prompt = chat.prompt([{"role": "user", "content": prompt}], "the prompt").tolist(), ""
     most = cfg.generation.max_new_tokens
     if suffix is not None:
         settings = getattr(source, "manifest", {}).get("settings", {"fim_rate": 1})  # the hub's models have none
         if not settings.get("fim_rate"):
             print("warning: this run was trained without fim_rate; expect no good middle", file=sys.stderr)
         ids = gap_ids(tokenizer, prompt, suffix, settings.get("fim_spm_rate") == 1)
-        most = max(1, min(most, model.cfg.block_size - len(ids) + 1))  # later tokens would no longer see the prefix
+        room = model.cfg.block_size - len(ids) + 1  # later tokens would no longer see the prefix
+        if 0 < room < most:
+            rule = f"the context of {model.cfg.block_size} tokens has room for {room} between prompt and suffix"
+            print(f"max_new_tokens: {most} -> {room}; {rule}", file=sys.stderr)
+            most = room
     if ids == [None]:
         raise UserError(f"the tokenizer {tokenizer.name} has no end-of-text token to start from; give a --prompt=")
     ids = as_batch(ids, model, device).repeat(cfg.sample.num_samples, 1)  # B T
@@ -129,6 +156,34 @@ def masked_ids(tokenizer, prompt):
             part = part.removesuffix(" ")  # the space belongs to the masked word
         ids += [*tokenizer.encode(part).tolist(), mask]
     return [*ids[:-1], sep]
+
+
+@torch.inference_mode()
+def write_embeddings(model, tokenizer, path, device, batch_size=32):
+    """Writes the embeddings (N, C) of a file's lines beside it as .npy: float32, by the model's pooling, not normalised.
+
+    Texts are [CLS] text [SEP] for a masked model, and cut at the model's context.
+    """
+    before, after = list(tokenizer.begin), []
+    if not model.cfg.is_causal:
+        before, after = ([special_id(tokenizer.specials, role)] for role in ("cls", "sep"))
+    room = model.cfg.block_size - len(before) - len(after)
+    lines = read_text(f"FILE:{path}", "embed").removesuffix("\n").split("\n")
+    texts = [tokenizer.encode(line).tolist() for line in lines]
+    rows = [[*before, *text[:room], *after] or [tokenizer.eot or 0] for text in texts]
+    found = []
+    for first in range(0, len(rows), batch_size):
+        here = rows[first : first + batch_size]
+        lengths = torch.tensor([len(row) for row in here], device=device)
+        ids = torch.tensor([row + [0] * (int(lengths.max()) - len(row)) for row in here], device=device)
+        seen = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+        found.append(embedding(model, model.states(ids, seen), seen).cpu().numpy())
+    target = Path(path).with_suffix(".npy")
+    with refusing_system_errors(f"{target} cannot be written", "make room, or put the texts elsewhere"):
+        np.save(target, np.concatenate(found))
+    n_cut = sum(len(text) > room for text in texts)
+    cut = f"; {n_cut} texts were cut at {model.cfg.block_size} tokens" if n_cut else ""
+    print(f"{len(rows)} embeddings, by pooling {model.cfg.pooling}, are in {target}{cut}", file=sys.stderr)
 
 
 def gap_ids(tokenizer, prompt, suffix, is_spm=False):

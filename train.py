@@ -18,11 +18,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from checkpoint import CheckpointConfig
 from config import Config, Count, Positive, UserError, run_script
 from data import DataConfig, Split, each, eval_batches, objective_for, open_data, seq_len_of
+from heads import CONTRASTED, contrast
 from interop.harness import HarnessConfig, open_tasks
 from interop.pretrained import resolve, start_from
 from launch import refresh_copies, replay
-from model import ModelConfig, Transformer
-from objective import ObjectiveConfig
+from model import ModelConfig
+from objective import CONTRASTIVE, ObjectiveConfig, count_targets
 from ops import IGNORE
 from optim import OptimConfig, build_optimizer, can_capture, lr_at, set_lr
 from parallel import ParallelConfig, distribute, has_gradient_buckets, reshard, sync_gradients
@@ -93,7 +94,7 @@ def train(saver, state, train_data, evaluation, stop, tasks=None):
     them val_loss. tasks(model): the same, due every tasks_interval steps.
     """
     cfg, world, model, optimizer, scaler = saver.cfg, saver.world, saver.model, saver.optimizer, saver.scaler
-    if state.is_finished(cfg):
+    if state.step and state.is_finished(cfg):  # max_steps 0 evaluates
         print_finished(cfg, state, world)
         return state
     train_data.seek(state.sequences_seen)
@@ -151,27 +152,29 @@ def train(saver, state, train_data, evaluation, stop, tasks=None):
 def train_step(model, optimizer, scaler, batches, cfg, world, recent=()):
     """One optimizer step over micro-batches, each a tuple of the model's arguments (tokens, targets, ...).
 
-    Returns the mean loss, the gradient norm before clipping, and None, or why the step was skipped: then weights and
-    optimizer are as before, on all ranks. recent: (loss, gradient norm) of sound steps, the baseline for spikes.
+    Returns the mean loss, a Loss, the gradient norm before clipping, and None, or why the step was skipped: then
+    weights and optimizer are as before, on all ranks. recent: (loss, gradient norm) of sound steps, the baseline for
+    spikes.
     """
     with world.phase("forward", "counting targets"):
-        n_targets = world.sum_over_data(sum((targets != IGNORE).sum() for _, targets, *_ in batches))
+        n_targets = world.sum_over_data(sum(count_targets(model.cfg.objectives, *batch) for batch in batches))
         n_targets = n_targets.clamp(min=1)  # a batch of special tokens alone has nothing to predict
     refresh_copies(model)
     keep_gradients = has_gradient_buckets(model) or model.graphs is not None
     clear = functools.partial(optimizer.zero_grad, set_to_none=not keep_gradients)
-    loss = torch.zeros((), device=world.device)
+    losses = torch.zeros_like(n_targets, dtype=torch.float32)
     for i, batch in enumerate(batches, start=1):
         sync_gradients(model, last=i == len(batches))
         forward_backward = functools.partial(micro_step, model, scaler, world, f"{i} of {len(batches)}")
         recording = {"undo": clear, "may_record": i == 1}  # undone, warming up takes the step's gradients with it
-        loss += replay(model.graphs, "micro-step", forward_backward, n_targets, *batch, **recording)
+        losses += replay(model.graphs, "micro-step", forward_backward, n_targets, *batch, **recording)
     with world.phase("optimizer"):
         scaler.unscale_(optimizer)
         norm = get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
         grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's is a DTensor
-        # One exchange for both: tp ranks have the same loss, all ranks the same norm.
-        loss, grad_norm = world.sum_over_all(loss / world.tp, grad_norm / world.size)
+        # One exchange for all: tp ranks have the same losses, all ranks the same norm.
+        *losses, grad_norm = world.sum_over_all(*(losses / world.tp), grad_norm / world.size)
+        loss = Loss.of(losses, model.cfg.objectives)
         bad = bad_step(loss, grad_norm, cfg.health, recent)
         overflow = scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(grad_norm)
         if overflow and scaler.get_scale() > 1:
@@ -186,13 +189,30 @@ def train_step(model, optimizer, scaler, batches, cfg, world, recent=()):
 
 
 def micro_step(model, scaler, world, progress, n_targets, *batch):
-    """Adds a micro-batch's gradients; returns its part of the step's mean loss, which n_targets divide."""
+    """Adds a micro-batch's gradients; returns its part of the objectives' mean losses (M,), which n_targets divide."""
     with world.phase("forward", progress), world.autocast():
-        loss = model(*batch) / n_targets
+        losses = model(*batch) / n_targets
+        loss = weighted_sum(losses, model.cfg.objectives)
     with world.phase("backward", progress):
         # DDP and FSDP average gradients over ranks, and the loss is the ranks' sum: so multiply by the ranks.
         scaler.scale(loss * world.data_ranks).backward()
-    return loss.detach()
+    return losses.detach()
+
+
+class Loss(float):
+    """The sum of the objectives' mean losses, each by its weight; parts: {name: mean loss}."""
+
+    @classmethod
+    def of(cls, losses, weights):
+        """The Loss of mean losses in the order of weights, {name: weight}."""
+        loss = cls(weighted_sum(losses, weights))
+        loss.parts = dict(zip(weights, losses))
+        return loss
+
+
+def weighted_sum(losses, weights):
+    """The sum of losses, numbers or tensors, in the order of weights, {name: weight}."""
+    return sum(weight * loss for loss, weight in zip(losses, weights.values()))
 
 
 def update(model, optimizer, scaler, cfg, norm):
@@ -207,49 +227,73 @@ def evaluate(model, splits, objective, cfg, world):
 
     Also returns the accuracy of always predicting the most frequent target and, where the splits know the bytes of
     their tokens, the bits per byte of the targets' text. Several splits get equal parts of eval_tokens; val_losses has
-    the loss of each by its folder's name.
+    the loss of each by its folder's name. Of several objectives val_loss is the weighted sum, the other figures are the
+    first one's, and val_loss_nsp and val_accuracy_nsp, for example, are each one's own.
     """
     model.eval()
     share = cfg.eval_tokens // len(splits), cfg.micro_batch_size, world.data_rank, world.data_ranks
     sums = {split.folder: sums_over(model, eval_batches(split, objective, *share), world) for split in splits}
     model.train()
     reshard(model)
-    loss, n_correct, frequencies = map(sum, zip(*sums.values()))
-    n_targets, n_bytes = frequencies.sum().item(), 0
-    if empty := [folder for folder, (*_, n) in sums.items() if not n.any()]:
+    (losses, n_correct, counts), frequencies = map(sum, zip(*sums.values()))
+    n_targets, n_bytes, weights = counts[0].item(), 0, model.cfg.objectives
+    if empty := [folder for folder, (_, n) in sums.items() if not n.any()]:
         what = f"eval_tokens {cfg.eval_tokens} reads special tokens alone from the validation split of {empty[0]}"
         raise UserError(f"{what}; raise eval_tokens, or the split's share of the text by --val_fraction of prepare.py")
     if model.cfg.is_causal and splits[0].token_bytes:
         n_bytes = sum(map(operator.mul, frequencies.tolist(), splits[0].token_bytes))
-    return {
-        "val_loss": loss / n_targets,
-        "val_accuracy": n_correct / n_targets,
+    figures = {
+        "val_loss": mean_loss(losses, counts, weights),
+        "val_accuracy": (n_correct[0] / n_targets).item(),
         "val_accuracy_of_commonest": frequencies.max().item() / n_targets,
-        **({"val_bpb": loss / math.log(2) / n_bytes} if n_bytes else {}),
-        **(
-            {"val_losses": {name: loss / n.sum().item() for name, (loss, _, n) in sums.items()}}
-            if len(sums) > 1
-            else {}
-        ),
     }
+    if n_bytes:
+        figures["val_bpb"] = losses[0].item() / math.log(2) / n_bytes
+    if len(sums) > 1:
+        figures["val_losses"] = {name: mean_loss(*s[::2], weights) for name, (s, _) in sums.items()}
+    if len(weights) > 1:
+        for kind, sums_of_kind in (("loss", losses), ("accuracy", n_correct)):
+            figures |= {f"val_{kind}_{name}": x for name, x in zip(weights, (sums_of_kind / counts).tolist())}
+        figures.pop(f"val_accuracy_{CONTRASTIVE}", None)  # nothing is nearer to a text than itself
+    return figures
+
+
+def mean_loss(losses, counts, weights):
+    """The weighted sum of mean losses from sums of losses and numbers of targets (M,)."""
+    return weighted_sum((losses / counts).tolist(), weights)
 
 
 @torch.no_grad()
 def sums_over(model, batches, world):
-    """(sum of losses, number of right answers, number of each token among the targets) over all ranks' batches."""
-    sums, frequencies = torch.zeros(2, dtype=torch.float64), torch.zeros(model.cfg.vocab_size, dtype=torch.int64)
-    for batch in batches:
+    """Sums over all ranks' batches: (3, M) and (V,).
+
+    The first has the losses, right answers and targets of each objective, the second the number of each token among
+    the targets.
+    """
+    sums = torch.zeros(3, len(model.cfg.objectives), dtype=torch.float64)
+    frequencies, embedded = torch.zeros(model.cfg.vocab_size, dtype=torch.int64), {}
+    for i, batch in enumerate(batches):
         with world.phase("evaluation"), world.autocast():
-            loss_and_correct = model(*each(batch, lambda part: part.to(world.device)), count_correct=True)
-        sums += torch.stack(loss_and_correct).cpu()
+            figures = model(*each(batch, lambda part: part.to(world.device)), count_correct=True)
+        loss_and_correct = torch.stack(figures[:2]).view(2, -1)
+        sums[:2, : loss_and_correct.shape[1]] += loss_and_correct.cpu()
+        sums[2] += count_targets(model.cfg.objectives, *batch)
         frequencies += torch.bincount(batch[1][batch[1] != IGNORE], minlength=len(frequencies))
-    return *world.sum_over_data(sums).tolist(), world.sum_over_data(frequencies)
+        if len(figures) > 2:
+            first = (i * world.data_ranks + world.data_rank) * len(batch[0])
+            texts = (batch[1].amax(1) != IGNORE) & (torch.arange(len(batch[0])) < CONTRASTED - first)
+            embedded[first] = figures[2].cpu()[texts]
+    sums, frequencies = world.sum_over_data(sums), world.sum_over_data(frequencies)
+    if embedded:
+        by_first = {first: part for of_rank in world.gather(embedded) for first, part in of_rank.items()}
+        sums[:, -1] = contrast(torch.cat([by_first[first] for first in sorted(by_first)]))
+    return sums, frequencies
 
 
 def build(cfg, world, seed):
     """The model, ready to train on this rank, its optimizer, and the gradient scaler, which only fp16 uses."""
     with torch.device("meta"):
-        model = Transformer(cfg.model)
+        model = cfg.model.build()
     distribute(model, cfg.parallel, world, seed)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.precision == "fp16")
     return model, build_optimizer(model, cfg.optim, world), scaler

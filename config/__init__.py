@@ -180,7 +180,7 @@ class _Command:
     def _set(self, name, value, where):
         section, field = self.settings[name]
         try:
-            self.values[name] = checked(value, field.type)
+            self.values[name] = value if value == field.default == "" else checked(value, field.type)
         except (TypeError, OverflowError):  # OverflowError: an int beyond the range of floats
             self.wrong_sections.add(section)
             hint = _did_you_mean(value, _choices(field.type)) if isinstance(value, str) else ""

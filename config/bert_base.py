@@ -1,5 +1,6 @@
-# BERT base, uncased: the model of google-research/bert (arXiv 1810.04805) and the masked half of its recipe. It needs
-# BERT's vocab.txt (in any bert-base-uncased folder) and your text; BERT read Wikipedia and books, 3.3 B words.
+# BERT base, uncased: model and recipe of google-research/bert (arXiv 1810.04805), masked tokens and next sentence. It
+# needs BERT's vocab.txt (in any bert-base-uncased folder) and your text, as documents; BERT read Wikipedia and books,
+# 3.3 B words.
 #
 #   python prepare.py config/bert_base.py
 #
@@ -15,14 +16,15 @@
 # get 4,096 tokens each and wait for their hosts, as `python plan.py config/bert_base.py --micro_batch_size=32` says.
 #
 # Differences from Google's code:
-# - no next-sentence task; sequences cross documents, with [SEP] between
+# - A and B meet at any token of a document, theirs at the end of a sentence; another document's B is as long as the own
+#   one would be; all sequences are as long as their document allows, 10 % of theirs are shorter
 # - new masks each time a sequence is seen; theirs has ten, drawn beforehand
 # - AdamW corrects its means' bias and adds 1e-8; theirs does not and adds 1e-6
 # - the decay starts after warm-up, theirs at step 0
 # - initial weights are normal, theirs truncated at two standard deviations
 # - phase 2 starts with an empty optimizer state and its own warm-up
 
-objective = "mlm"
+objective = {"mlm": 1.0, "nsp": 1.0}
 vocab_size = 30_522
 block_size = 512
 n_layer = 12

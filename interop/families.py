@@ -13,8 +13,8 @@ import torch
 
 import foreign
 from config import UserError
-from heads import TunedModel
-from interop.names import BERT_NAMES, GPT2_NAMES, HEADS, LLAMA_NAMES
+from heads import SPAN, TunedModel
+from interop.names import BERT_NAMES, GPT2_NAMES, HEADS, LLAMA_NAMES, QA_BASES
 from model import ModelConfig, parameter_shapes
 
 
@@ -167,7 +167,7 @@ def family_of(cfg):
         family = GPT2
     else:
         family = QWEN3 if cfg.qk_norm else MISTRAL if cfg.window else LLAMA
-    ours, theirs = resolved(cfg), family.fixed
+    ours, theirs = resolved(cfg) | {"objective": cfg.base}, family.fixed
     if cfg.position == "learned":
         theirs = theirs | {"n_kv_head": cfg.n_head, "head_dim": cfg.n_embd / cfg.n_head}
     wrong = [f"{name} is {ours[name]}, not {value}" for name, value in theirs.items() if ours[name] != value]
@@ -181,30 +181,33 @@ def family_of(cfg):
 def with_head(family, cfg):
     """The family's models with a TunedModel's head in place of that for tokens."""
     names = {theirs: ours for theirs, ours in family.names.items() if not ours[0].startswith(("head", "transform"))}
-    ending, *heads = HEADS[cfg.task]
-    names |= {"bert.pooler.dense": ("pooler",)} if cfg.has_pooler else {}
-    names[heads[family is not BERT]] = ("classifier",)
+    ending, head, others = HEADS[cfg.task]
+    names[others.get(family.model_type, head)] = ("classifier",)
     architecture = re.sub(r"(LMHeadModel|For\w+)$", ending, family.architecture)
-    return replace(family, names=names, architecture=architecture, head="")
+    base = QA_BASES.get(family.model_type, family.base) if cfg.task == "qa" else family.base
+    names = {base + theirs.removeprefix(family.base) if theirs.startswith(family.base) else theirs: ours
+             for theirs, ours in names.items()}  # fmt: skip
+    return replace(family, names=names, architecture=architecture, base=base, head="")
 
 
 def _label_values(cfg):
     """config.json's entries on a TunedModel's labels."""
     by_id = {str(i): label for i, label in enumerate(cfg.labels)}
-    kind = {"classify": "single_label_classification", "regress": "regression"}[cfg.task]
-    return {"id2label": by_id, "label2id": {label: i for i, label in enumerate(cfg.labels)}, "problem_type": kind}
+    more = {"classify": {"problem_type": "single_label_classification"}, "regress": {"problem_type": "regression"}}
+    more["tag"] = {"classifier_dropout": cfg.dropout}  # a decoder's is otherwise 0.1
+    return {"id2label": by_id, "label2id": {label: i for i, label in enumerate(cfg.labels)}, **more.get(cfg.task, {})}
 
 
 def with_labels(config, cfg):
     """A TunedModel where a config.json's class has a head for labels, else cfg, a ModelConfig."""
     architecture, by_id = (config.get("architectures") or [""])[0], config.get("id2label") or {"0": "0", "1": "1"}
-    if not architecture.endswith(HEADS["classify"][0]):
+    if not (tasks := [task for task, (ending, *_) in HEADS.items() if architecture.endswith(ending)]):
         return cfg
     if by_id.keys() != {str(i) for i in range(len(by_id))}:
         raise UserError("its id2label does not count from 0; number its labels anew")
-    is_regression = config.get("problem_type") == "regression" or len(by_id) == 1
-    labels = tuple(by_id[str(i)] for i in range(len(by_id)))
-    return TunedModel(**vars(cfg), task="regress" if is_regression else "classify", labels=labels)
+    is_regression = "regress" in tasks and (config.get("problem_type") == "regression" or len(by_id) == 1)
+    labels = SPAN if tasks == ["qa"] else tuple(by_id[str(i)] for i in range(len(by_id)))
+    return TunedModel(**vars(cfg), task="regress" if is_regression else tasks[0], labels=labels)
 
 
 def config_of(cfg, special_ids, dtype, extra=()):
@@ -213,18 +216,17 @@ def config_of(cfg, special_ids, dtype, extra=()):
     extra: names of extra tensors; a BERT with its next-sentence head has another class.
     """
     family = family_of(cfg)
-    complete = family.complete(cfg)
-    explicit = resolved(complete)
+    names, explicit = {*extra, *(t.name for t in tensors_of(family, cfg))}, resolved(family.complete(cfg))
     values = {key: explicit[name] for key, name in family.keys.items()} | dict.fromkeys(family.dropouts, cfg.dropout)
     values[family.activation] = next(theirs for theirs, ours in family.activations.items() if ours == cfg.mlp)
-    own = {name: getattr(cfg, name) for name in family.filled if getattr(cfg, name) != getattr(complete, name)}
+    own = {name: getattr(cfg, name) for name in family.filled if getattr(cfg, name) != explicit[name]}
     if cfg.position == "rope":
         values |= _rope_values(cfg) | dict.fromkeys(family.biases, cfg.bias)
         if cfg.rope_scale != 1:  # transformers expects the scaled length
             values["max_position_embeddings"] = max(cfg.block_size, int(cfg.rope_scale * cfg.rope_context))
             own["block_size"] = cfg.block_size
     return {
-        "architectures": ["BertForPreTraining" if "cls.seq_relationship.weight" in extra else family.architecture],
+        "architectures": ["BertForPreTraining" if "cls.seq_relationship.weight" in names else family.architecture],
         "model_type": family.model_type,
         **values,
         **({"n_ctx": cfg.block_size} if family.model_type == "gpt2" else {}),  # converters of llama.cpp read it

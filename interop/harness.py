@@ -3,7 +3,9 @@
 import contextlib
 import difflib
 import functools
+import os
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,8 +53,11 @@ def load_tasks(cfg, in_training=False):
         if not (names := manager.match_tasks([name])):
             near = difflib.get_close_matches(name, manager.all_tasks, 3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else "lm_eval ls tasks lists all"
+            for path in Path(cfg.include_path or os.devnull).rglob("*.y*ml"):
+                if re.search(rf"^(task|group): *{re.escape(name)} *$", path.read_text(errors="replace"), re.MULTILINE):
+                    raise UserError(f"task {name} is in {path}, which lm-eval cannot read; check that it is valid YAML")
             raise UserError(f"task {name} is unknown to lm-eval; {hint}; --include_path= names a folder of your own")
-        remedy = "without a network, load it once where there is one, and copy that machine's HF_HOME"
+        remedy = "check its .yaml or, without a network, load it once where there is one, and copy that machine's HF_HOME"
         with telling(lambda reason: f"task {name} cannot be loaded ({reason}); {remedy}"):
             found = manager.load(names)  # a task may run any code, and its data is anywhere
         for kind, items in loaded.items():

@@ -12,7 +12,7 @@ import foreign
 from config import UserError
 from heads import TunedModel
 from interop.families import FAMILIES, model_config, tensors_of, with_head
-from interop.hub_tokenizer import load_hub_tokenizer
+from interop.hub_tokenizer import chat_settings, load_hub_tokenizer
 
 MODELS = ("config.json", "model*.safetensors", "model.safetensors.index.json")
 TOKENIZER_FILES = (
@@ -56,6 +56,11 @@ class HubModel:
     def load_tokenizer(self):
         """The folder's tokenizer; UserError where it has none that we can read."""
         return load_hub_tokenizer(self.folder)
+
+    @property
+    def chat(self):
+        """(its chat template, None where it has none; {a template's variable, such as eos_token: the token})."""
+        return chat_settings(self.folder)
 
     @property
     def dtype(self):

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import UserError
-from foreign import read_json, telling
+from foreign import read_bytes, read_json, telling
 from text.tokenizer import TOKEN_ID, saved_tokenizer, tokenizer_of_saved
 
 WRITE_ONE = "write one with transformers: AutoTokenizer.from_pretrained(X).save_pretrained(X)"
 NAME = (str, {"content!": str}, None)
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 ADDED = {"content!": str, "special!": bool} | dict.fromkeys(FLAGS, bool)
+TEMPLATE = {"name!": str, "template!": str}
 STOPS = {"eos_token_id": (int, [int], None)}
 # Kinds of values of tokenizer_config.json, special_tokens_map.json and the model's config.json (see foreign.check)
 CONFIG = {
@@ -80,6 +81,21 @@ def stop_ids(folder, model):
     return {*ids} if isinstance(ids, list) else {ids}
 
 
+def chat_settings(folder):
+    """(a Hugging Face folder's chat template, None where it has none; {a template's variable: the special token})."""
+    folder = Path(folder)
+    config = read_json(folder / "special_tokens_map.json", lacking={})
+    config |= read_json(folder / "tokenizer_config.json", {"chat_template": (str, [TEMPLATE], None)}, lacking={})
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = next((each["template"] for each in template if each["name"] == "default"), None)
+    if os.path.lexists(path := folder / "chat_template.jinja"):
+        with telling(lambda reason: f"{path} cannot be read ({reason}); copy it again"):
+            template = read_bytes(path).decode()
+    names = {key: _content(value) for key, value in config.items() if key.endswith("_token")}
+    return template, {key: name for key, name in names.items() if isinstance(name, str)}
+
+
 def hub_tokenizer_file(folder):
     """The file of a Hugging Face folder to give to load_tokenizer, as a path."""
     folder = Path(folder)
@@ -94,7 +110,7 @@ def hub_tokenizer_file(folder):
 
 
 def _content(name):
-    return name["content"] if isinstance(name, dict) else name
+    return name.get("content") if isinstance(name, dict) else name
 
 
 def _class_name(saved, path, config, model):

@@ -30,6 +30,8 @@ BERT_NAMES = {
     "cls.predictions.transform.LayerNorm": ("transform.norm",),
     "cls.predictions.bias": ("head.bias",),  # in an untied model an extra tensor without effect
     "cls.predictions.decoder": ("head",),
+    "bert.pooler.dense": ("pooler",),
+    "cls.seq_relationship": ("pair_head",),
 }
 LLAMA_NAMES = {
     "model.embed_tokens": ("wte",),
@@ -48,8 +50,11 @@ LLAMA_NAMES = {
     "lm_head": ("head",),
 }
 
-# {task of fine-tuning: (end of their class's name, name of the head in a BERT, in others)}
+# {task of fine-tuning: (end of their class's name, name of the head, {model type: another name of it})}
 HEADS = {
-    "classify": ("ForSequenceClassification", "classifier", "score"),
-    "regress": ("ForSequenceClassification", "classifier", "score"),
+    "classify": ("ForSequenceClassification", "score", {"bert": "classifier"}),
+    "regress": ("ForSequenceClassification", "score", {"bert": "classifier"}),
+    "tag": ("ForTokenClassification", "score", {"bert": "classifier", "gpt2": "classifier"}),
+    "qa": ("ForQuestionAnswering", "qa_outputs", {}),
 }
+QA_BASES = {"llama": "transformer.", "qwen3": "transformer."}  # {model type: another prefix of its tensors there}

@@ -20,16 +20,18 @@ from checkpoint import (
 )
 from config import UserError, preset_value
 from data import prepare_command, seq_len_of, vocab_size_of
+from foreign import read_json
 from heads import TunedModel
-from interop.families import resolved
+from interop.families import family_of, resolved, tensors_of
 from interop.hub import TOKENIZER_FILES, HubModel, copy_files, folder_of, open_tensors, read_config, save_tensors
-from interop.hub_tokenizer import load_hub_tokenizer
-from lora import merged
-from model import TRAINING_ONLY, ModelConfig, Transformer
+from interop.hub_tokenizer import chat_settings, load_hub_tokenizer
+from lora import AdaptedModel, merged
+from model import TRAINING_ONLY, ModelConfig, parameter_shapes
 from run.folder import keep_tokenizer, run_dir_of, tokenizer_of, writing_to
 from text.tokenizer import load_tokenizer
 
 EXTRA_FILE = "carried.safetensors"
+CHAT_FILE = "chat.json"
 TOKENIZER = "tokenizer"  # folder with a Hugging Face model's tokenizer, in a fine-tuning run's
 SOME_TEXT = "Two words, 3 dots..."
 
@@ -48,14 +50,15 @@ class RunModel:
         self.folder, self.path = Path(run_dir), newest_checkpoint(run_dir, world)
         with reading(self.path):
             self.manifest = read_manifest(self.path)
-            if "labels" in self.manifest["model"]:
+            if "task" in self.manifest.get("settings", {}):  # of fine-tuning
                 self.path = newest_checkpoint(run_dir, world, best=True)
                 self.manifest = read_manifest(self.path)
         whole = config_of_checkpoint(self.path, self.manifest)
         # A tensor by its name, whole; UserError where the checkpoint is damaged, Removed where it has gone.
         self.read = tensor_reader(self.path, whole)
-        if isinstance(whole, TunedModel) and whole.lora_rank:
-            self.read, whole = merged(self.read, whole.lora_scale), replace(whole, lora_rank=None)
+        if isinstance(whole, AdaptedModel):
+            self.read = merged(self.read, whole.lora_scale) if whole.lora_rank else self.read
+            whole = whole.without_adapters()
         self.name = f"{run_dir}, step {self.manifest['step']}"
         self.cfg = replace(whole, block_size=context_of(self.manifest, whole))
         if self.cfg != whole:
@@ -63,9 +66,23 @@ class RunModel:
 
     def load_tokenizer(self):
         """The tokenizer of the run's data; UserError where it is unknown."""
-        if (self.folder / TOKENIZER).is_dir():
-            return load_hub_tokenizer(self.folder / TOKENIZER)
-        return load_tokenizer(tokenizer_of(self.folder))
+        is_theirs = (self.folder / TOKENIZER).is_dir()
+        tokenizer = (
+            load_hub_tokenizer(self.folder / TOKENIZER) if is_theirs else load_tokenizer(tokenizer_of(self.folder))
+        )
+        tokenizer.stops |= {*self.kept_chat.get("eos_token_id", [])}
+        return tokenizer
+
+    @property
+    def chat(self):
+        """(its chat template, None where it has none; {a template's variable, such as eos_token: the token})."""
+        template, names = chat_settings(self.folder / TOKENIZER)
+        return self.kept_chat.get("chat_template", template), names
+
+    @property
+    def kept_chat(self):
+        """What interop.chat's keep_chat has written; empty where the run is not fine-tuned by conversations."""
+        return read_json(self.folder / CHAT_FILE, {"chat_template!": str, "eos_token_id!": [int]}, lacking={})
 
     @property
     def extra(self):
@@ -113,7 +130,8 @@ def starting_config(where, wanted, given):
     """The settings of a model that starts from weights: the weights' own, with block_size and training's as wanted.
 
     given: names of the settings that the user has set. A setting of training that is none stays as the weights have it.
-    UserError where a given one differs from the weights' own, or block_size exceeds their longest sequence.
+    UserError where a given one differs from the weights' own, or block_size exceeds their longest sequence. Of several
+    objectives the first one, clm or mlm, must be theirs.
     """
     if checkpoints(where):
         source = run_config(where)
@@ -124,8 +142,8 @@ def starting_config(where, wanted, given):
     training = {name for name in TRAINING_ONLY if getattr(wanted, name) is not None}
     names = ({field.name for field in fields(ModelConfig)} & set(given) - automatic) | training
     cfg = replace(source, **{name: getattr(wanted, name) for name in names})
-    found, here = resolved(source), resolved(cfg)
-    fixed = sorted(names - TRAINING_ONLY - {"block_size"})
+    found, here = (resolved(model) | {"objective": model.base} for model in (source, cfg))
+    fixed = sorted(names - TRAINING_ONLY - {"block_size", "pooling"})
     if wrong := [f"{name} {found[name]} there, {here[name]} here" for name in fixed if here[name] != found[name]]:
         raise UserError(f"{where} has another model: {', '.join(wrong)}; leave these settings out")
     if longest and cfg.block_size > longest:
@@ -151,7 +169,7 @@ def resolve(cfg):
 def check_predicts_tokens(where, cfg):
     """UserError where a model has a head for labels."""
     if isinstance(cfg, TunedModel):
-        what = f"{where} was fine-tuned to {cfg.task} texts and predicts no tokens"
+        what = f"{where} was fine-tuned for the task {cfg.task} and predicts no tokens"
         raise UserError(f"{what}; use it by finetune.py, or take the weights that it started from")
 
 
@@ -160,20 +178,32 @@ def run_config(run_dir):
     for _ in range(ATTEMPTS):
         for path in reversed(checkpoints(run_dir)):
             with contextlib.suppress(UserError):
-                return config_of_checkpoint(path, read_manifest(path))
+                return _merged_config(path)
         path = newest_checkpoint(run_dir)  # raises, and says what is wrong, unless it has come since
-    return config_of_checkpoint(path, read_manifest(path))
+    return _merged_config(path)
+
+
+def _merged_config(path):
+    cfg = config_of_checkpoint(path, read_manifest(path))
+    return cfg.without_adapters() if isinstance(cfg, AdaptedModel) else cfg
 
 
 @torch.no_grad()
 def load_weights(source, model):
     """Copies an opened model's weights into a model, sharded or not; a shorter position table takes the first rows.
 
-    Adapters keep their weights, and a Labeller's pooler and head where the source has none, or a head for other labels.
+    Returns the names of the model's weights that stay as they are: adapters, heads that the source has not, or for
+    other labels.
     """
+    own, heads, kept = parameter_shapes(source.cfg), heads_in(source, model.cfg), []
     for name, param in model.named_parameters():
-        if (read := _weight_of(source, model.cfg, name)) is None:
+        if name in heads:
+            read = source.extra[heads[name]]
+        elif name not in own or _is_of_other_labels(name, source.cfg, model.cfg):
+            kept.append(name)
             continue
+        else:
+            read = source.read(name)
         weight = torch.zeros(param.shape)  # rows that pad the vocabulary stay zero
         n_rows = min(len(weight), len(read))
         weight[:n_rows] = read[:n_rows]
@@ -183,18 +213,26 @@ def load_weights(source, model):
             fill_shard(param, weight)
         else:
             param.copy_(weight)
+    return kept
 
 
-def _weight_of(source, cfg, name):
-    module, _, kind = name.partition(".")
-    if ".lora_" in name:
-        return None
-    if not isinstance(cfg, TunedModel) or module not in ("pooler", "classifier"):
-        return source.read(name)
-    if module == "pooler" and (carried := source.extra.get(f"bert.pooler.dense.{kind}")) is not None:
-        return carried
-    is_same = isinstance(source.cfg, TunedModel) and (source.cfg.task, source.cfg.labels) == (cfg.task, cfg.labels)
-    return source.read(name) if is_same else None
+def heads_in(source, cfg):
+    """{our name: theirs}: the source's extra tensors that its own model lacks, and a model of settings cfg has."""
+    own, extra, found = parameter_shapes(source.cfg), source.extra, {}
+    for theirs in tensors_of(family_of(cfg), cfg) if extra else ():
+        if theirs.name in extra and not theirs.ours.keys() & own:
+            if (shape := [*extra[theirs.name].shape]) != theirs.shape:
+                what = f"has the shape {shape}, where the model's is {theirs.shape}"
+                raise UserError(f"{source.folder}: {theirs.name!r} {what}; its files do not belong to its config.json")
+            found |= dict.fromkeys(theirs.ours, theirs.name)
+    return found
+
+
+def _is_of_other_labels(name, source, cfg):
+    """Whether a weight of settings `source` belongs to a head for labels that a model of settings cfg has not."""
+    if not isinstance(source, TunedModel) or not name.startswith(("pooler.", "classifier.")):
+        return False
+    return not isinstance(cfg, TunedModel) or (source.task, source.labels) != (cfg.task, cfg.labels)
 
 
 def load_model(where, device, world=None):
@@ -206,7 +244,7 @@ def load_model(where, device, world=None):
     def load(source):
         check_predicts_tokens(where, source.cfg)
         with torch.device("meta"):
-            model = Transformer(source.cfg)
+            model = source.cfg.build()
         model.to_empty(device=device)
         model.tie_weights()
         load_weights(source, model)
@@ -239,30 +277,37 @@ def check_ids(tokenizer, vocab_size, folder):
     return tokenizer
 
 
-def start_from(cfg, model, world):
+def start_from(cfg, model, world, longest=None):
     """Loads the weights that init_from names, if any; reports data in another tokenizer's tokens.
 
-    Sets model.context, the longest sequence that the model will have been trained on.
+    Sets model.context, the longest sequence that the model will have been trained on. longest: of the data; None:
+    seq_len.
     """
     labels = isinstance(cfg.model, TunedModel)
-    longest = cfg.model.block_size if labels else cfg.data.seq_len
+    longest = cfg.model.block_size if labels else longest or cfg.data.seq_len
     model.context = longest
     if not cfg.run.init_from:
         return
 
     def load(source):
-        load_weights(source, model)
-        return source
+        return source, load_weights(source, model)
 
-    source = with_model(cfg.run.init_from, load, world)
+    source, new = with_model(cfg.run.init_from, load, world)
     model.context = min(cfg.model.block_size, max(longest, source.cfg.block_size))
     if world.is_main:
         with writing_to(cfg.run.out_dir):
             path = Path(cfg.run.out_dir) / EXTRA_FILE
             path.unlink(missing_ok=True)  # an earlier run without a checkpoint left it
-            if source.extra and not labels:
-                save_tensors(source.extra, path)
+            used = heads_in(source, model.cfg).values()
+            extra = {name: tensor for name, tensor in source.extra.items() if name not in used}
+            if extra and not labels:
+                save_tensors(extra, path)
         print(f"weights    from {source.name}")
+        unused = [name for name in parameter_shapes(source.cfg) if name not in parameter_shapes(model.cfg)]
+        if new and not labels:
+            print(f"weights    not there, drawn anew: {', '.join(new)}")
+        if unused and not labels:
+            print(f"weights    left out, since no objective uses them: {', '.join(unused)}")
         if line := tokenizer_mismatch(source, cfg.data.folder):
             print(f"warning    {line}")
 

@@ -34,7 +34,7 @@ def write_tokenizer(tokenizer, folder, objective, block_size):
     except ImportError as error:
         raise UserError("a tokenizer for Hugging Face needs tokenizers: pip install tokenizers") from error
 
-    specials = _by_role(tokenizer.specials, objective)
+    specials = by_role(tokenizer.specials, objective)
     saved = hub_json(tokenizer) | {"truncation": None, "padding": None, "post_processor": None}
     if objective == "mlm":
         saved |= _framing(saved, tokenizer, specials)
@@ -86,7 +86,7 @@ def check_same_ids(tokenizer, theirs):
             raise UserError(f"{refusal} encode {tokenizer.decode(here)!r} as {there}, it is {here}")
 
 
-def _by_role(specials, objective):
+def by_role(specials, objective):
     """{role: name} of the special tokens that a model of this objective has a use for."""
     roles = ROLES_OF_OBJECTIVE[objective]
     names = {role: next((name for name in ROLES[role] if name in specials), None) for role in roles}

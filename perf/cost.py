@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from objective import OBJECTIVES
+from objective import PAIRS, windows_of
 from ops import BY_MATMULS
 from parallel import DDP_SEGMENTS, POWERSGD_RANK
 from perf.hardware import CONTENTION, GRAPH_LAUNCH_S, ROUNDS, collective_s, measured_rates, rates_of
@@ -110,7 +110,7 @@ def setup_of(cfg, mesh_shape, micro_steps, precision, device_type, **others):
         compiled=p.compiles(device_type),
         cuda_graphs=p.cuda_graphs is not False,
         on_cpu=device_type == "cpu",
-        head_share=OBJECTIVES[cfg.model.objective].head_share(cfg.objective, cfg.data.seq_len),
+        head_share=windows_of(cfg.model.objective).head_share(cfg.objective, cfg.data.seq_len),
         document_mask=cfg.objective.document_mask,
         **others,
     )  # fmt: skip
@@ -150,6 +150,13 @@ def block_params(cfg):
     return numbers(_counted(cfg)[1])
 
 
+def head_weights(cfg, seq_len, head_share):
+    """Weights in the heads' matmuls per token; head_share: share of tokens that go through the vocabulary's head."""
+    head = cfg.vocab_size * cfg.n_embd + (cfg.n_embd**2 if not cfg.is_causal else 0)
+    of_sequence = cfg.n_embd * (cfg.n_embd + 2) if PAIRS.keys() & cfg.objectives else 0
+    return head_share * head + of_sequence / max(1, seq_len)
+
+
 def flops_per_token(cfg, seq_len, head_share=1.0, causal=False):
     """FLOPs of forward and backward per token: 6 per weight in a matmul, plus attention's.
 
@@ -158,10 +165,10 @@ def flops_per_token(cfg, seq_len, head_share=1.0, causal=False):
     share of tokens that go through the head, the masked ones of a masked model. Activation checkpointing never adds to
     the count.
     """
-    head = cfg.vocab_size * cfg.n_embd + (cfg.n_embd**2 if not cfg.is_causal else 0)
     keys = sum(keys_seen(cfg, layer, seq_len) for layer in range(cfg.n_layer))
     attention = (6 if causal and cfg.is_causal else 12) * cfg.n_head * cfg.head_width * keys
-    return round(6 * (cfg.n_layer * block_weights(cfg) + head_share * head) + attention)
+    blocks = 6 * cfg.n_layer * block_weights(cfg) + attention
+    return round(cfg.passes * blocks + 6 * head_weights(cfg, seq_len, head_share))
 
 
 def keys_seen(cfg, layer, seq_len):
@@ -276,7 +283,7 @@ def work(cfg, s):
     """The Work of a micro-step of a model in a Setup."""
     d, q, kv, f = cfg.n_embd, cfg.n_head * cfg.head_width, cfg.kv_heads * cfg.head_width, cfg.inner_width
     repeat_matmuls, repeat_attention, repeat_rest = REPEATED[s.checkpointing]
-    tokens = s.tokens / s.tp
+    tokens, passed = s.tokens / s.tp, cfg.passes * s.tokens / s.tp
     # Fused attention is 2 matmuls forward and, as it keeps no scores, 5 backward; causal, it needs half of each.
     masked, layers = s.masks(cfg), range(cfg.n_layer)
     half = 0.5 if cfg.is_causal else 1
@@ -286,10 +293,10 @@ def work(cfg, s):
     # activation function, inputs and outputs of attention. The matmuls' own traffic is in their rate.
     elementwise = 11 * d * (2 + s.stream) + 2 * ((13 if cfg.is_gated else 5) * f + 8 * (q + kv))
     return Work(
-        matmuls=2 * tokens * cfg.n_layer * block_weights(cfg) * (3 + repeat_matmuls),
-        attention=2 * tokens * q * keys * (7 + 2 * repeat_attention),
-        elementwise_bytes=tokens * cfg.n_layer * elementwise * (1 + repeat_rest / 3),  # forward is a third of it
-        head=6 * tokens * s.head_share * cfg.n_embd * (cfg.vocab_size + (cfg.n_embd if not cfg.is_causal else 0)),
+        matmuls=2 * passed * cfg.n_layer * block_weights(cfg) * (3 + repeat_matmuls),
+        attention=2 * passed * q * keys * (7 + 2 * repeat_attention),
+        elementwise_bytes=passed * cfg.n_layer * elementwise * (1 + repeat_rest / 3),  # forward is a third of it
+        head=6 * tokens * head_weights(cfg, s.seq_len, s.head_share),
         # Eager cross-entropy is mostly in float32; compiled, it reads bf16 logits three times and writes gradients.
         loss_bytes=(8 if s.compiled else 24) * tokens * s.head_share * cfg.vocab_size,
     )

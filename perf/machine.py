@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.utils import collect_env
 
-from data import Loader, Split, TrainOrder
+from data import Loader, Split
 from objective import NextToken
+from order import TrainOrder
 from perf.hardware import known_device
 from perf.meters import rising, timed
 from perf.rates import training_rates

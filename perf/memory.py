@@ -25,7 +25,7 @@ def memory(cfg, s):
     weights: with gathered and cast copies; logits: all buffers of the loss; other: working memory of backward and of
     the optimizer.
     """
-    d, V = cfg.n_embd, cfg.padded_vocab_size / s.tp
+    d, V, tokens = cfg.n_embd, cfg.padded_vocab_size / s.tp, cfg.passes * s.tokens
     blocks, n = cfg.n_layer * block_params(cfg) / s.tp, num_params(cfg, padded=True) / s.tp
     one_block, is_sharded = blocks / cfg.n_layer, s.ranks > 1 and (s.strategy == "fsdp" or s.tp > 1)
     weights, copies, sent = s.weight_bytes * n / s.shards, 0, 0
@@ -44,13 +44,13 @@ def memory(cfg, s):
     before = gradients if kept_between else 0
     masks = (s.stream if s.on_cpu else 1) * d if cfg.dropout else 0
     outside = s.stream * d + 8 + masks  # the first or last norm, and dropout after the embedding
-    activations = s.tokens * (cfg.n_layer * block_activation_bytes(cfg, s, s.checkpointing) + outside)
+    activations = tokens * (cfg.n_layer * block_activation_bytes(cfg, s, s.checkpointing) + outside)
     mask = s.width * s.seq_len * (s.tokens if s.document_mask else s.seq_len)
     activations += mask * len({*s.masks(cfg)})  # one for all layers with the same window
-    recomputed = 0 if s.checkpointing == "none" else s.tokens * block_activation_bytes(cfg, s)
+    recomputed = 0 if s.checkpointing == "none" else tokens * block_activation_bytes(cfg, s)
     head, head_left = head_bytes(cfg, s)
     # Gradients that flow through a block: two of the residual stream, two of the MLP's width.
-    flowing = s.tokens * (2 * s.stream * d + 2 * s.width * cfg.inner_width) / s.tp
+    flowing = tokens * (2 * s.stream * d + 2 * s.width * cfg.inner_width) / s.tp
     embedding_gradient = s.gradient_bytes * V * d * (cfg.tie_embeddings + kept_between)
     working = {"muon": 8 * min(STACK, cfg.n_layer * cfg.inner_width * d), "adafactor": 16 * d * max(V, cfg.inner_width)}
     pool = int(s.is_captured)  # a CUDA graph keeps the memory that it works in

@@ -49,7 +49,7 @@ def report(f):
 def report_utilization(f):
     """Prints MFU and HFU, each by both counts of FLOPs."""
     counts = {"": "PaLM's count"}
-    if f["objective"] == "clm":
+    if f["objective"].startswith("clm"):
         counts["_causal"] = "causal attention counted as half"
     flops = [f"{f['flops_per_token' + count] / 1e6:,.1f} MFLOP a token ({what})" for count, what in counts.items()]
     print(f"flops      {'; '.join(flops)}")

@@ -48,7 +48,10 @@ def writing_to(out_dir):
 
 
 # Names under which a run writes or removes files, but for .lock and what holds a step or a time in its name.
-FILES = ("config.py", "meta.json", "tokenizer.json", "finished", "stopped", "log.jsonl", "curves.png", "wandb_id")
+FILES = (
+    *("config.py", "meta.json", "tokenizer.json", "chat.json", "finished", "stopped", "log.jsonl", "curves.png"),
+    "wandb_id",
+)
 
 
 def check_is_ours(out_dir):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import secrets
 import shlex
 import statistics
@@ -19,7 +20,7 @@ import torch
 
 from config import ROOT, Config, Count, UserError, as_dict, as_preset
 from console import report
-from objective import OBJECTIVES
+from objective import windows_of
 from perf import cost
 from perf.hardware import peak_flops
 from perf.memory import memory, params_and_bytes, setup_here
@@ -44,7 +45,7 @@ class Log:
         """changes: lines that name what differs from the run that was resumed."""
         self.cfg, self.world, self.order = cfg, world, order
         self.out_dir, self.hours_before = Path(cfg.run.out_dir), state.hours
-        self.head_share = OBJECTIVES[cfg.model.objective].head_share(cfg.objective, cfg.data.seq_len)
+        self.head_share = windows_of(cfg.model.objective).head_share(cfg.objective, cfg.data.seq_len)
         self.flops_per_token = cost.flops_per_token(cfg.model, cfg.data.seq_len, self.head_share)
         self.peak, self.peak_name = peak_flops(world.device, world.precision)
         reset_peak_memory(world.device)  # the matmul that measured the peak had its own
@@ -132,11 +133,16 @@ class Log:
             return
         steps, seconds = state.step - self.interval_step, now - self.interval_start
         tokens_per_s = steps * self.cfg.data.batch_tokens / seconds
+        parts = {  # of several objectives
+            f"mean_loss_{name}": statistics.fmean(past.parts[name] for past in self.losses or [loss])
+            for name in (loss.parts if len(loss.parts) > 1 else ())
+        }
         record = {
             "step": state.step,
             "tokens": state.tokens(self.cfg),
             "loss": loss,
             "mean_loss": statistics.fmean(self.losses) if self.losses else loss,  # over the steps since the last line
+            **parts,
             "lr": lr,
             "grad_norm": grad_norm,
             "tokens_per_s": tokens_per_s,
@@ -150,7 +156,8 @@ class Log:
         self._write(record | ({"skipped": bad} if bad else {}))
         left = (state.last_step(self.cfg) - state.step) * seconds / steps
         self._print(
-            f"{self._step_text(state)} {_short(record['tokens']):>5} tok  loss {record['mean_loss']:7.4f}  lr {lr:.1e}"
+            f"{self._step_text(state)} {_short(record['tokens']):>5} tok  loss {record['mean_loss']:7.4f}"
+            f"{_named(parts, 'mean_loss_')}  lr {lr:.1e}"
             f"  norm {grad_norm:4.2f}  {_short(tokens_per_s):>5} tok/s  mfu {record['mfu']:.1%}"
             f"  {_memory(record['memory_gib'], 1)}  wait {record['data_wait_ms']:.0f}ms  left {_duration(left)}"
         )
@@ -158,17 +165,20 @@ class Log:
     def evaluation(self, state, figures):
         """Logs an evaluation and redraws the curves."""
         record, accuracy = {"step": state.step, **figures}, f"accuracy {figures.get('val_accuracy', 0):.1%}"
-        text = f"{self._step_text(state)}  val loss {state.val_loss:.4f}"
+        text = f"{self._step_text(state)}  val loss {state.val_loss:.4f}{_named(figures, 'val_loss_')}"
         if "val_accuracy" not in figures:  # of fine-tuning
             text += "".join(
                 f"  {name} {value:.4f}" for name, value in figures.items() if name not in ("val_loss", "score")
             )
         elif self.cfg.model.is_causal:
-            text += f"  perplexity {math.exp(min(state.val_loss, 700)):.5g}  {accuracy}"  # exp(710) overflows
+            loss = figures.get("val_loss_clm", state.val_loss)
+            text += f"  perplexity {math.exp(min(loss, 700)):.5g}  {accuracy}"  # exp(710) overflows
             if "val_bpb" in figures:
                 text += f"  {figures['val_bpb']:.4f} bits per byte"
         else:
             text += f"  masked {accuracy} (the most frequent token alone {figures['val_accuracy_of_commonest']:.1%})"
+        for name in [*self.cfg.model.objectives][1:]:
+            text += f"  {name} accuracy {figures[key]:.1%}" if (key := f"val_accuracy_{name}") in figures else ""
         text += "".join(f"  {loss:.4f} in {folder}" for folder, loss in figures.get("val_losses", {}).items())
         text += "".join(f"  {name} {value:.4f}" for name, value in figures.items() if "/" in name)  # tasks' figures
         self._write(record)
@@ -267,6 +277,8 @@ class Log:
         each = ", ".join(f"{n:.3g} epochs of {folder}" for folder, n in epochs.items())
         each = each if len(epochs) > 1 else f"{epochs[data.folder]:.3g} epochs"
         print(f"run        {last_step:,} steps, {tokens:,} tokens, {each}, in {self.out_dir}")
+        if (warmup := cfg.optim.warmup_steps) > last_step:
+            print(f"warning    warmup_steps {warmup:,} is above the last step: the learning rate never reaches its value")
         for folder, n in epochs.items():
             if n > 20:
                 often = f"the run reads the training tokens of {folder} {n:,.0f} times; after about 4 epochs"
@@ -331,9 +343,11 @@ def draw_curves(out_dir):
     records = [record for _, record in read_log(out_dir / "log.jsonl") if record]
     figure = Figure(figsize=(8, 7), layout="constrained")
     loss, lr, norm = all_axes = figure.subplots(3, sharex=True, height_ratios=(3, 1, 1))
+    names = {name: None for record in records for name in record if re.match("(mean|val)_loss_", name)}
     for axes, name, style in (
         (loss, "mean_loss", {"linewidth": 1, "label": "training, mean of the interval"}),
         (loss, "val_loss", {"marker": "o", "label": "validation"}),
+        *((loss, name, {"linewidth": 1, "linestyle": ":", "label": name.replace("_", " ")}) for name in names),
         (lr, "lr", {"linewidth": 1}),
         (norm, "grad_norm", {"linewidth": 1}),
     ):
@@ -385,6 +399,12 @@ def _duration(seconds):
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
+
+
+def _named(losses, prefix):
+    """The objectives' losses among figures, as text: (mlm 5.1234, nsp 0.6931); empty without any."""
+    found = [f"{name.removeprefix(prefix)} {loss:.4f}" for name, loss in losses.items() if name.startswith(prefix)]
+    return f" ({', '.join(found)})" if found else ""
 
 
 def _memory(gib, digits=2):

@@ -1,5 +1,6 @@
 """What the tests share: the project's folder on the path, one thread a process, small models and small data."""
 
+import gc
 import os
 import socket
 import sys
@@ -11,6 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # tests are small; and equal bits need equally many threads in all processes
 os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(ROOT.parent / "shared/data/tiktoken_cache"))
+# At each connection of ranks torch asks a name server who 127.0.0.1 is, and waits 5 s for an answer that is lost.
+os.environ["RES_OPTIONS"] = "attempts:0"  # nobody is asked
+gc.disable()  # until tests are collected: what that makes stays, and looking for garbage in it took a fifth of the time
 
 
 def slow(*values):
@@ -43,9 +47,14 @@ def calls(monkeypatch):
     return seen
 
 
+def pytest_collection_finish():
+    gc.freeze()  # later searches for garbage leave out what is there now
+    gc.enable()
+
+
 def pytest_collection_modifyitems(items):
     """Files that take longest come first, so that of two workers none is left with one of them at the end."""
-    longest = ("shard", "foreign", "readme", "train", "guard", "bench", "chaos", "hub_tokenizer", "prepare", "documents",
-               "health", "memory", "machine", "world", "clean", "log")  # fmt: skip
+    longest = ("shard", "foreign", "readme", "train", "guard", "bench", "chaos", "hub_tokenizer", "prepare", "remote",
+               "augmentation", "documents", "health", "evaluate", "memory", "machine", "world", "clean", "log")  # fmt: skip
     order = {f"test_{name}.py": place for place, name in enumerate(longest)}
     items.sort(key=lambda item: order.get(item.path.name, len(longest)))

@@ -1,6 +1,7 @@
 """Small data and small runs for tests: in this process, in a process to be killed, on several ranks."""
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import config
 import train
@@ -36,11 +38,12 @@ SMALL = {
     "precision": "fp32",
 }  # fmt: skip
 
-# Modules that the tests' processes import; torch._dynamo comes with an optimizer's first step.
+# Modules that the tests' processes import: conftest first, which switches garbage collection off; torch._dynamo comes
+# with an optimizer's first step.
 PRELOADED = [
-    "torch", "torch.distributed.checkpoint", "torch.distributed._composable.replicate", "torch.distributed.fsdp",
-    "torch.distributed.tensor.parallel", "torch._dynamo", "safetensors.torch", "matplotlib.figure",
-    "matplotlib.backends.backend_agg", "tiktoken", "pytest", "train", "bench", "sample", "plan",
+    "conftest", "torch", "torch.distributed.checkpoint", "torch.distributed._composable.replicate",
+    "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo", "safetensors.torch",
+    "matplotlib.figure", "matplotlib.backends.backend_agg", "tiktoken", "train", "bench", "sample", "plan",
 ]  # fmt: skip
 
 
@@ -79,9 +82,10 @@ def step_settings(grad_clip=0.5, **health):
     return types.SimpleNamespace(optim=OptimConfig(grad_clip=grad_clip), health=HealthConfig(**health))
 
 
-def run(data_dir, out_dir, **changes):
+def run(data_dir, out_dir, with_curves=False, **changes):
     """Trains a small run to its end, in this process; returns its folder."""
-    train.main(settings(data_dir, out_dir, **changes))
+    with contextlib.nullcontext() if with_curves else without_matplotlib():
+        train.main(settings(data_dir, out_dir, **changes))
     return Path(out_dir)
 
 
@@ -98,9 +102,11 @@ def without_matplotlib():
     """Nothing can import matplotlib: drawing is most of the time of a run of nine steps."""
     held = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "matplotlib"}
     sys.modules["matplotlib"] = None
-    yield
-    del sys.modules["matplotlib"]
-    sys.modules.update(held)
+    try:
+        yield
+    finally:
+        del sys.modules["matplotlib"]
+        sys.modules.update(held)
 
 
 # ---- other processes
@@ -112,8 +118,9 @@ def on_ranks(n, *cases, patience=1200):
     Functions are a module's own, and what they take and return can be pickled. Each case has a process group to itself.
     patience: seconds for all of them.
     """
-    ports = [free_port() for _ in cases]
-    children = [start(_rank_main, rank, n, cases, ports) for rank in range(n)]
+    # The stores are here, as torchrun's is in torchrun: where rank 0 keeps it, a rank that comes earlier waits for 1 s.
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in cases]
+    children = [start(_rank_main, rank, n, cases, [store.port for store in stores]) for rank in range(n)]
     answers = []
     try:
         for rank, (_, pipe) in enumerate(children):
@@ -139,11 +146,17 @@ def start(function, *args):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     here, there = context.Pipe()
-    process = context.Process(target=function, args=(there, *args), daemon=True)
+    process = context.Process(target=_begin, args=(function, there, *args), daemon=True)
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # a new fork server reads it
         process.start()
     there.close()
     return process, here
+
+
+def _begin(function, *args):
+    gc.freeze()  # what the fork server has imported is no garbage, and long to look through
+    gc.enable()
+    function(*args)
 
 
 def launch(n, cfg, told=None, before=None):
@@ -242,7 +255,8 @@ def wait_until(condition, patience=600):
 def _rank_main(pipe, rank, n, cases, ports):
     torch.set_num_threads(1)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # where torch finds a GPU, its PowerSGD waits for it, of a CPU's model too
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                   "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}  # fmt: skip
     answers = []
     try:
         for (function, *args), port in zip(cases, ports):

@@ -12,9 +12,10 @@ import config
 import prepare
 import sample
 from config import UserError
-from data import Loader, Split, TrainOrder, objective_for
+from data import Loader, Split, objective_for
 from interop.tokenizer import hub_json, write_tokenizer
 from objective import FIM_TOKENS, IGNORE, FillInTheMiddle, Masked, NextToken, ObjectiveConfig
+from order import TrainOrder
 from ranks import records, run, settings, write_data
 from text.tokenizer import FIM_SPECIALS, SPECIALS, FileTokenizer, load_tokenizer, train_bpe
 from world import World
@@ -386,6 +387,8 @@ def test_a_gap_is_filled_between_prompt_and_suffix(filler, capsys):
     assert all(part.strip("\n").startswith("def f(") and part.endswith("): pass\n") for part in parts)
     assert "warning" not in sampled(capsys, *args, "--max_new_tokens=4").err
     told = sampled(capsys, *args).err  # 16 of 40 tokens are given; past a full context the prefix is forgotten
+    assert "max_new_tokens: 256 -> 25; the context of 40 tokens has room for 25" in told
+    assert "max_new_tokens" not in sampled(capsys, *args, "--max_new_tokens=25").err
     assert sum(int(line.split()[0]) for line in told.splitlines() if " tokens in " in line) <= 2 * 25
 
 

@@ -20,9 +20,10 @@ import bench
 import config
 import plan
 import train
-from data import Split, TrainOrder
+from data import Split
 from model import ModelConfig
 from objective import IGNORE, Masked
+from order import TrainOrder
 from perf import cost, hardware, machine, meters, pictures, rates, sweep
 from ranks import on_ranks, run_script, write_data
 from run.folder import run_dir_of

@@ -417,7 +417,7 @@ def test_a_manifest_that_says_what_none_of_ours_says_is_refused_in_a_line(change
     assert "\n" not in str(error.value)
 
 
-def test_a_run_without_settings_cannot_continue_and_says_so(tmp_path, no_curves):
+def test_a_run_without_settings_cannot_continue_and_says_so(tmp_path):
     data_dir, out_dir = write_data(tmp_path / "data"), tmp_path / "run"
     run(data_dir, out_dir, max_steps=1)
     for name in ("settings", "state", "scaler"):

@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import random
+import re
 import sys
 import threading
 import tracemalloc
@@ -315,7 +316,8 @@ def test_kind_of_a_url_is_its_paths_and_its_query_is_written_nowhere(tmp_path, c
             run(tmp_path / "data", f"--input={url}/x.jsonl?token=another", "--val_fraction=0.3")
     assert texts(tmp_path / "data") == sorted(DOCUMENTS)
     assert f"{url}/x.jsonl?..." in meta["command"] and "404" in str(caught.value)
-    assert "already holds data, made by" in str(other.value)  # of another query
+    assert "already holds data, made by" in str(other.value)
+    assert re.search(r"\(here input (\S+\?\.\.\.\w{4}) -> \S+\?\.\.\.\w{4}\)", str(other.value)), "of another query"
     seen = [capsys.readouterr().out, str(caught.value), str(other.value), *everything_written(tmp_path / "data")]
     assert not [text for text in seen if "s3cr3t" in text]
 

@@ -21,14 +21,13 @@ from data import (
     DataConfig,
     Loader,
     Split,
-    TrainOrder,
     accumulation_steps,
     eval_batches,
     is_same_data,
-    permute,
     vocab_size_of,
 )
 from objective import IGNORE, Masked, NextToken, ObjectiveConfig
+from order import TrainOrder, permute
 from run.resume import changed_settings
 from shards import HEADER, MAGIC, Shard, ShardWriter, checksums, open_shard, read_meta
 from world import World

@@ -363,7 +363,7 @@ CASES = [("gpt", {"tp": 2}), ("bert", {"tp": 2}), ("modern", {"tp": 2}), ("moder
 
 
 @pytest.mark.parametrize("cases", [[("gpt", {"tp": 2})], *slow(CASES)], ids=["tp", "all"])
-def test_documents_and_windows_on_two_ranks_are_those_on_one(cases, no_curves):
+def test_documents_and_windows_on_two_ranks_are_those_on_one(cases):
     windows = {"window": 3, "global_every": 2}
     answers = on_ranks(2, *((steps_in, name, windows, layout) for name, layout in cases))
     alone = {name: steps_of(name, windows) for name in {name for name, _ in cases}}
@@ -436,7 +436,7 @@ def test_data_that_names_no_end_of_text_is_refused_in_a_line(specials):
     {}, pytest.param({"objective": "mlm", "norm_position": "post"}, marks=pytest.mark.slow),
     pytest.param({"position": "rope", "window": 3}, marks=pytest.mark.slow),
 ], ids=["gpt", "bert", "rope and window"])  # fmt: skip
-def test_a_run_with_documents_learns_resumes_and_is_another(changes, data, tmp_path, no_curves):
+def test_a_run_with_documents_learns_resumes_and_is_another(changes, data, tmp_path):
     figures = {}
     for name, mask, steps in (("on", True, 9), ("off", False, 9), ("resumed", True, 4), ("resumed", True, 9)):
         run(data, tmp_path / name, document_mask=mask, max_steps=steps, save_interval=2, **changes)

@@ -186,7 +186,7 @@ def test_ranks_share_batches_and_each_gets_all_scores_and_all_errors(two_ranks):
 
 
 @pytest.mark.slow
-def test_ddp_fsdp_and_tp_log_the_figures_of_one_process(two_ranks, tasks, data_dir, tmp_path, no_curves):
+def test_ddp_fsdp_and_tp_log_the_figures_of_one_process(two_ranks, tasks, data_dir, tmp_path):
     alone = run(data_dir, tmp_path / "alone", **asked(tasks, **EVEN))
     for name in LAYOUTS:
         for figure in ("texts/bits_per_byte", "texts/byte_perplexity"):
@@ -206,9 +206,17 @@ def test_a_task_whose_data_cannot_be_loaded_is_one_line(tmp_path):
         .replace("cache_dir: /nowhere", f"cache_dir: {tmp_path}")
     )
     (tmp_path / "lost.yaml").write_text(task)
-    told = r"^task lost cannot be loaded \(\w+: .*\); without a network, load it once where there is one, and copy"
+    told = r"^task lost cannot be loaded \(\w+: .*\); check its .yaml or, without a network, load it once where there is one"
     with pytest.raises(UserError, match=told) as error:
         load_tasks(HarnessConfig(tasks=("lost",), include_path=str(tmp_path)))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow  # reading lm-eval's own tasks takes ten seconds
+def test_a_task_whose_file_is_broken_is_told_as_that(tmp_path):
+    (tmp_path / "mine.yaml").write_text(f"{TASKS['texts'].replace('NAME', 'broken')}\n  - [")
+    with pytest.raises(UserError, match="^task broken is in .*mine.yaml, which lm-eval cannot read; check that") as error:
+        load_tasks(HarnessConfig(tasks=("broken",), include_path=str(tmp_path)))
     assert "\n" not in str(error.value)
 
 
@@ -217,7 +225,7 @@ def test_a_task_that_lm_eval_does_not_know_or_cannot_fetch_is_one_line(tasks, ca
     for name, told in (
         ("lambada_openia", "is unknown to lm-eval; did you mean lambada_openai.*; --include_path= names a folder"),
         ("qqzzqqzz", "is unknown to lm-eval; lm_eval ls tasks lists all"),
-        ("lambada_openai", r"cannot be loaded \(\w+: .*\); without a network, load it once"),
+        ("lambada_openai", r"cannot be loaded \(\w+: .*\); check its .yaml or, without a network, load it once"),
     ):
         with pytest.raises(UserError, match=f"^task {name} {told}") as error:
             load_tasks(HarnessConfig(tasks=("texts", name), include_path=str(tasks)))
@@ -280,7 +288,7 @@ def test_training_is_the_same_with_tasks_and_logs_their_figures(tasks, data_dir,
 
 
 def test_a_task_that_fails_in_training_is_told_and_the_run_goes_on(
-    tasks, data_dir, tmp_path, capsys, monkeypatch, no_curves
+    tasks, data_dir, tmp_path, capsys, monkeypatch
 ):
     def fail(*args, **options):
         raise ZeroDivisionError("no\ndocuments")

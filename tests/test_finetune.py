@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tuning import losses, losses_on_rank, predictions, settings, small_bert, tensors, tune, write_tables
 
 import config
 import convert
@@ -22,14 +23,10 @@ from interop.pretrained import RunModel, load_weights
 from launch import keep_copies, refresh_copies
 from metrics import classes, correlations
 from ops import IGNORE
-from ranks import on_ranks, records, run, without_matplotlib, write_data
+from ranks import on_ranks, records, run, write_data
 from text.examples import ExampleOrder, Examples, Framing, read_columns
 from text.tasks import TASKS
 from text.tokenizer import load_tokenizer
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-WORDS = ["good", "bad", "film", "plot", "the", "a", "is", "was", "very", "not"]
-
 
 # ---- heads
 
@@ -71,7 +68,7 @@ def test_logits_loss_and_gradients_equal_transformers_with_padding(task, kind, p
     framing = Framing(Plain(), kind != "bert", T)
     targets = ["a", "c", "b", "b", "a"] if task == "classify" else [0.5, -1.0, 2.0, 0.0, 7.25]
     records = zip(texts(), texts(6, (2, 7, 4, 1, 3))) if pairs else zip(texts())
-    kind_of_task = TASKS[task](labels, framing)
+    kind_of_task = TASKS[task](labels, framing, finetune.FinetuneConfig(task=task))
     examples = Examples([row for text, y in zip(records, targets) for row in kind_of_task.rows(text, y, "")], framing)
     ids, labels_, positions, mask, types = examples.batch(range(5), 5)
     named_inputs = {"input_ids": ids, "attention_mask": mask.long()} | (
@@ -174,53 +171,16 @@ def test_pairs_are_cut_as_transformers_cuts_the_longer_text(folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small BERT with a tokenizer."""
-    folder = tmp_path_factory.mktemp("bert")
-    saved("bert", folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{c}" for c in LETTERS), *WORDS]
-    tokens = list(dict.fromkeys(tokens))
-    tokens += [f"[unused{i}]" for i in range(V - len(tokens))]
-    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")
-    return folder
+    return small_bert(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory):
-    """Sentences that are good or bad, for training and evaluation."""
-    folder, random = tmp_path_factory.mktemp("tables"), np.random.default_rng(2)
-    for name, n in (("train", 22), ("dev", 9)):
-        labels = random.integers(0, 2, n)
-        lines = [f"{' '.join(random.choice(WORDS[2:], random.integers(1, 9)))} {WORDS[y]}\t{y}" for y in labels]
-        (folder / f"{name}.tsv").write_text("text\tlabel\n" + "\n".join(lines) + "\n")
-    return folder
+    return write_tables(tmp_path_factory.mktemp("tables"))
 
 
-def settings(folder, tables, out_dir, **changes):
-    names = {"init_from": folder, "train_file": tables / "train.tsv", "eval_file": tables / "dev.tsv", "out_dir": out_dir,
-             "batch_examples": 4, "micro_batch_size": 1, "learning_rate": 1e-3, "device": "cpu", "precision": "fp32",
-             "max_steps": 8, "schedule": "constant", "warmup_steps": 1, "log_interval": 1, "eval_interval": 4} | changes  # fmt: skip
-    return config.load(finetune.Settings, [f"--{name}={value}" for name, value in names.items()])
-
-
-def tune(*args, **changes):
-    with without_matplotlib():
-        finetune.main(settings(*args, **changes))
-
-
-def losses(*args, **changes):
-    """Losses by step, and a weight in the end."""
-    tune(*args, **changes)
-    return records(args[2], "loss"), RunModel(args[2]).read("classifier.weight")
-
-
-def tensors(run_dir):
-    from safetensors.torch import load_file
-
-    files = sorted(checkpoints(run_dir)[-1].glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
-@pytest.mark.parametrize("more", [{}, {"freeze": "embeddings,blocks.1", "layer_decay": 0.9, "lora_rank": 3}])
+@pytest.mark.parametrize("more", [{}, {"freeze": "embeddings,blocks.1", "layer_decay": 0.9, "lora_rank": 3},
+                                  {"task": "tag", "lora_rank": 2}, {"task": "qa"}])  # fmt: skip
 def test_resumed_run_equals_uninterrupted_run_bitwise(more, folder, tables, tmp_path):
     tune(folder, tables, tmp_path / "whole", dropout=0.1, **more)
     tune(folder, tables, tmp_path / "parts", dropout=0.1, max_steps=4, **more)
@@ -268,21 +228,15 @@ def test_losses_and_weights_are_equal_over_ranks(n, folder, tables, tmp_path):
     cases = [(losses_on_rank, folder, tables, tmp_path / strategy, {"strategy": strategy, "freeze": "embeddings"})
              for strategy in ("ddp", "fsdp")]  # fmt: skip
     cases.append((losses_on_rank, folder, tables, tmp_path / "lora", {"strategy": "fsdp", "lora_rank": 2}))
-    wanted = (alone, weight), (alone, weight), (adapted, adapted_weight)
-    for by_rank, (*_, out_dir, _), (expected, last) in zip(on_ranks(n, *cases), cases, wanted):
+    wanted = [("alone", alone, weight), ("alone", alone, weight), ("adapted", adapted, adapted_weight)]
+    for task in ("tag", "qa"):
+        wanted.append((f"alone_{task}", *losses(folder, tables, tmp_path / f"alone_{task}", task=task)))
+        cases.append((losses_on_rank, folder, tables, tmp_path / task, {"task": task}))
+    for by_rank, (*_, out_dir, _), (name, expected, last) in zip(on_ranks(n, *cases), cases, wanted):
         shared, found = by_rank[0]
         assert shared == pytest.approx(expected, rel=1e-5)
         torch.testing.assert_close(torch.tensor(found), last, rtol=1e-4, atol=1e-5)
-        assert predictions(out_dir) == predictions(tmp_path / ("adapted" if out_dir.name == "lora" else "alone"))
-
-
-def losses_on_rank(folder, tables, out_dir, changes):
-    found, weight = losses(folder, tables, out_dir, **changes)
-    return found, weight.tolist()
-
-
-def predictions(run_dir):
-    return [json.loads(line)["prediction"] for line in (run_dir / "predictions.jsonl").read_text().splitlines()]
+        assert predictions(out_dir) == predictions(tmp_path / name)
 
 
 def test_frozen_parts_stay_and_a_lower_layer_learns_more_slowly(folder, tables, tmp_path):
@@ -467,7 +421,7 @@ def test_other_scripts_refuse_a_model_with_labels(folder, tables, tmp_path):
     from interop.pretrained import load_model
 
     tune(folder, tables, tmp_path / "run", max_steps=1, eval_interval=1)
-    with pytest.raises(config.UserError, match="was fine-tuned to classify texts and predicts no tokens"):
+    with pytest.raises(config.UserError, match="was fine-tuned for the task classify and predicts no tokens"):
         load_model(str(tmp_path / "run"), "cpu")
 
 

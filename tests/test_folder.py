@@ -18,10 +18,7 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def three(data_dir, tmp_path_factory):
     """A run of three steps; to be copied."""
-    from ranks import without_matplotlib
-
-    with without_matplotlib():
-        return run(data_dir, tmp_path_factory.mktemp("three"), max_steps=3)
+    return run(data_dir, tmp_path_factory.mktemp("three"), max_steps=3)
 
 
 def contents(folder):
@@ -36,7 +33,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_folder_with_others_files_is_refused_and_left_as_it_is(name, data_dir, tmp_path, no_curves):
+def test_a_folder_with_others_files_is_refused_and_left_as_it_is(name, data_dir, tmp_path):
     (tmp_path / name).write_text(OTHERS[name])
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=f"holds {name}, which no run wrote; use another --out_dir"):
@@ -44,7 +41,7 @@ def test_a_folder_with_others_files_is_refused_and_left_as_it_is(name, data_dir,
     assert contents(tmp_path) == {tmp_path / name: OTHERS[name].encode(), tmp_path / "notes.txt": b"mine"}
 
 
-def test_the_datas_own_folder_is_refused(tmp_path, no_curves):
+def test_the_datas_own_folder_is_refused(tmp_path):
     data_dir = write_data(tmp_path / "data")
     before = contents(data_dir)
     with pytest.raises(UserError, match="holds meta.json, which no run wrote"):
@@ -58,7 +55,7 @@ def without_comments(text):
 
 
 @pytest.mark.parametrize("change", [None, lambda text: "# mine\n" + text, lambda text: "", without_comments])
-def test_a_runs_own_folder_goes_on_whatever_became_of_its_preset(change, data_dir, three, tmp_path, no_curves):
+def test_a_runs_own_folder_goes_on_whatever_became_of_its_preset(change, data_dir, three, tmp_path):
     out_dir = copy_run(three, tmp_path / "run")
     (out_dir / "notes.txt").write_text("mine")
     text = (out_dir / "config.py").read_text()
@@ -68,7 +65,7 @@ def test_a_runs_own_folder_goes_on_whatever_became_of_its_preset(change, data_di
 
 
 def test_a_finished_run_whose_mark_could_not_be_written_is_marked_by_the_same_command(
-    data_dir, three, tmp_path, capsys, no_curves
+    data_dir, three, tmp_path, capsys
 ):
     out_dir = copy_run(three, tmp_path / "run")
     os.remove(out_dir / "finished")
@@ -84,7 +81,7 @@ DAMAGED = [
 ]  # fmt: skip
 
 
-def test_a_log_with_lines_that_cannot_be_read_goes_on_and_is_kept(data_dir, three, tmp_path, capsys, no_curves):
+def test_a_log_with_lines_that_cannot_be_read_goes_on_and_is_kept(data_dir, three, tmp_path, capsys):
     out_dir = copy_run(three, tmp_path / "run")
     first, *others = (out_dir / "log.jsonl").read_bytes().splitlines(keepends=True)
     before = b"".join([first, *DAMAGED, *others])
@@ -97,7 +94,7 @@ def test_a_log_with_lines_that_cannot_be_read_goes_on_and_is_kept(data_dir, thre
     assert "warning" not in capsys.readouterr().err and not (out_dir / "log_2.jsonl").exists()
 
 
-def test_a_line_that_a_kill_cut_short_is_no_damage(data_dir, three, tmp_path, capsys, no_curves):
+def test_a_line_that_a_kill_cut_short_is_no_damage(data_dir, three, tmp_path, capsys):
     out_dir = copy_run(three, tmp_path / "run")
     with open(out_dir / "log.jsonl", "a") as file:
         file.write('{"step": 3, "lo')
@@ -116,7 +113,7 @@ def test_a_log_that_is_a_pipe_keeps_no_run_from_going_on(data_dir, three, tmp_pa
     assert (out_dir / "finished").exists()
 
 
-def test_a_folder_named_stop_stops_a_run_which_can_go_on(data_dir, tmp_path, no_curves):
+def test_a_folder_named_stop_stops_a_run_which_can_go_on(data_dir, tmp_path):
     (tmp_path / "stop").mkdir()
     run(data_dir, tmp_path, max_steps=3)
     assert not (tmp_path / "finished").exists() and (tmp_path / "stopped").is_dir()
@@ -130,14 +127,14 @@ def test_a_folder_whose_name_is_no_utf8_is_refused_before_training(data_dir, tmp
     assert not any(tmp_path.iterdir())
 
 
-def test_data_whose_name_is_no_utf8_is_trained_on_and_continued(data_dir, tmp_path, no_curves):
+def test_data_whose_name_is_no_utf8_is_trained_on_and_continued(data_dir, tmp_path):
     odd = shutil.copytree(data_dir, tmp_path / os.fsdecode(b"d\xff"))
     for max_steps in (1, 2):
         run(odd, tmp_path / "run", max_steps=max_steps)
     assert list(records(tmp_path / "run")) == [1, 2]
 
 
-def test_the_log_is_on_the_disk_before_the_checkpoint_of_its_steps_is(data_dir, tmp_path, monkeypatch, no_curves):
+def test_the_log_is_on_the_disk_before_the_checkpoint_of_its_steps_is(data_dir, tmp_path, monkeypatch):
     synced, sync, replace = [], os.fsync, os.replace
 
     def noting_sync(handle):

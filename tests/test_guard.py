@@ -79,7 +79,7 @@ def test_a_signal_to_one_rank_or_all_stops_all_at_the_same_step(who, data_dir, t
     check_stopped(out_dir, tmp_path / "told", "SIGTERM")
 
 
-def test_a_stopped_run_goes_on_to_the_bit(data_dir, tmp_path, no_curves):
+def test_a_stopped_run_goes_on_to_the_bit(data_dir, tmp_path):
     changes = {"max_steps": 120, "dropout": 0.1, "save_interval": 1000}
     out_dir = tmp_path / "stopped"
     processes = launch(1, settings(data_dir, out_dir, **changes))
@@ -147,7 +147,7 @@ def test_a_run_without_checkpoints_says_that_a_stop_saved_nothing(data_dir, tmp_
 
 # ---- one run, one folder
 
-def test_a_second_run_in_the_same_folder_is_refused(data_dir, tmp_path, no_curves):
+def test_a_second_run_in_the_same_folder_is_refused(data_dir, tmp_path):
     out_dir = tmp_path / "run"
     processes = launch(1, settings(data_dir, out_dir, **LONG))
     wait_until(lambda: logged(out_dir) >= 5)
@@ -200,7 +200,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(data_dir, small_disk, tmp_path, no_curves):
+def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(data_dir, small_disk, tmp_path):
     out_dir, changes = small_disk / "run", {"save_interval": 10, "max_steps": 60, "keep_checkpoints": 100}
     processes = launch(1, settings(data_dir, out_dir, **changes), tmp_path / "told")
     [code] = codes(processes)
@@ -227,7 +227,7 @@ def test_a_folder_that_becomes_unwritable_ends_the_run_with_one_line(n, data_dir
     assert newest in checkpoints(out_dir) and newest_checkpoint(out_dir) == checkpoints(out_dir)[-1]
 
 
-def test_a_read_only_disk_is_refused_with_one_line(data_dir, small_disk, tmp_path, no_curves):
+def test_a_read_only_disk_is_refused_with_one_line(data_dir, small_disk, tmp_path):
     out_dir = run(data_dir, small_disk / "run", max_steps=5)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(ValueError, match="out_dir .* cannot be written to .*Read-only.*use another --out_dir") as error:
@@ -299,7 +299,7 @@ def test_slow_steps_that_take_less_than_the_timeout_are_no_hang(data_dir, tmp_pa
     assert codes(launch(1, cfg, tmp_path / "told", (dawdle,))) == [0] and (tmp_path / "run" / "finished").exists()
 
 
-def test_a_watchdog_ends_with_its_run_however_that_ended(data_dir, tmp_path, no_curves):
+def test_a_watchdog_ends_with_its_run_however_that_ended(data_dir, tmp_path):
     with pytest.raises(ValueError, match="resume is never"):
         run(data_dir, run(data_dir, tmp_path / "run", max_steps=1), resume="never")
     assert not [thread for thread in threading.enumerate() if thread.name in ("watchdog", "signals", "saver") and

@@ -146,7 +146,7 @@ def test_a_gradient_that_is_bad_on_one_rank_is_skipped_by_all_and_logged(layout,
     assert all(map(math.isfinite, losses.values()))
 
 
-def test_many_bad_steps_make_the_run_go_back_and_leave_their_data_behind(data_dir, faults, tmp_path, no_curves):
+def test_many_bad_steps_make_the_run_go_back_and_leave_their_data_behind(data_dir, faults, tmp_path):
     """It then is the run that a person gets who takes the checkpoint and moves on in the data by hand."""
     answer, out_dir = faults["ddp", "three"]
     assert answer == [None, None] and (out_dir / "finished").exists()
@@ -209,9 +209,10 @@ def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_spikes_are_skipped_and_the_window_goes_on_where_a_run_was_stopped(data_dir, tmp_path, no_curves):
+def test_spikes_are_skipped_and_the_window_goes_on_where_a_run_was_stopped(data_dir, tmp_path):
     """At a threshold so low that sound steps are skipped too."""
     changes = {"max_steps": 160, "spike_z": 1.0, "save_interval": 70, "lr_decay_steps": 160, "max_bad_steps": 100}
+    changes |= {"n_layer": 1, "micro_batch_size": 6}
     whole = run(data_dir, tmp_path / "whole", **changes)
     skipped = records(whole, "skipped")
     assert skipped and min(skipped) > WINDOW and all("standard deviations above" in text for text in skipped.values())
@@ -220,7 +221,7 @@ def test_spikes_are_skipped_and_the_window_goes_on_where_a_run_was_stopped(data_
     assert records(tmp_path / "parts", "skipped") == skipped
 
 
-def test_what_is_bad_in_forward_is_named_before_what_follows_from_it(data_dir, tmp_path, no_curves, monkeypatch):
+def test_what_is_bad_in_forward_is_named_before_what_follows_from_it(data_dir, tmp_path, monkeypatch):
     build = train.build
 
     def build_with_bad_weight(cfg, world, seed):
@@ -288,7 +289,7 @@ def test_a_spike_is_skipped_in_fp16_too_where_overflows_are_the_scalers_own_affa
     assert step(2.0**10)[0].startswith("loss ")
 
 
-def test_a_run_whose_first_steps_are_skipped_is_saved_and_goes_on_to_the_bit(data_dir, tmp_path, no_curves):
+def test_a_run_whose_first_steps_are_skipped_is_saved_and_goes_on_to_the_bit(data_dir, tmp_path):
     """Saved before the optimizer has ever stepped: then its state must be as if it had not been asked for."""
     changes = {"max_steps": 9, "lr_decay_steps": "none", "dropout": 0.1}
     for name, interval in (("whole", 100), ("parts", 2)):
@@ -302,7 +303,7 @@ def test_a_run_whose_first_steps_are_skipped_is_saved_and_goes_on_to_the_bit(dat
     assert records(tmp_path / "parts") == before
 
 
-def test_going_back_passes_over_a_damaged_checkpoint(data_dir, tmp_path, no_curves, capsys, monkeypatch):
+def test_going_back_passes_over_a_damaged_checkpoint(data_dir, tmp_path, capsys, monkeypatch):
     step, out_dir, steps, damaged = train.train_step, tmp_path / "run", itertools.count(1), []
 
     def damage_step_8(*args):

@@ -81,23 +81,23 @@ def test_lines_that_a_full_disk_refuses_are_written_once_it_has_room(data_dir, t
 @pytest.mark.parametrize("name", ["a$_$b", "a\tb", "$"])
 def test_curves_of_a_run_of_any_name_are_drawn(name, data_dir, tmp_path, capsys):
     open_console(is_needed=True)  # as a script does
-    out_dir = run(data_dir, tmp_path / name, max_steps=1)
+    out_dir = run(data_dir, tmp_path / name, with_curves=True, max_steps=1)
     assert (out_dir / "curves.png").read_bytes().startswith(b"\x89PNG") and "warning: " not in capsys.readouterr().err
 
 
 def test_curves_that_cannot_be_drawn_end_no_run(data_dir, tmp_path, capsys):
     (tmp_path / ".curves.png").mkdir()
-    run(data_dir, tmp_path, max_steps=3, eval_interval=1)
+    run(data_dir, tmp_path, with_curves=True, max_steps=3, eval_interval=1)
     assert capsys.readouterr().err.count("warning: curves.png failed (IsADirectoryError") == 1
     assert (tmp_path / "finished").exists() and not (tmp_path / "curves.png").exists()
 
 
 def test_odd_values_in_the_log_keep_no_curves_from_being_drawn(data_dir, tmp_path, capsys):
-    out_dir = run(data_dir, tmp_path, max_steps=1)
+    out_dir = run(data_dir, tmp_path, with_curves=True, max_steps=1)
     (out_dir / "curves.png").unlink()
     with open(out_dir / "log.jsonl", "a") as file:
         file.write('{"step": 1, "lr": "high", "val_loss": [1]}\n')
-    run(data_dir, tmp_path, max_steps=2)
+    run(data_dir, tmp_path, with_curves=True, max_steps=2)
     assert (out_dir / "curves.png").exists() and "warning: " not in capsys.readouterr().err
 
 

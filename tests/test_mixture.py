@@ -13,9 +13,10 @@ import prepare
 import train
 from config import UserError
 from conftest import slow
-from data import DataConfig, Loader, Split, TrainOrder
+from data import DataConfig, Loader, Split
 from mixture import WINDOW, Mixture, per_window
 from objective import NextToken
+from order import TrainOrder
 from ranks import SMALL, codes, launch, logged, records, run, wait_until, write_data
 from world import World
 

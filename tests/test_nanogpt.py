@@ -486,7 +486,7 @@ def test_an_out_dir_that_cannot_be_written_to_is_refused(theirs, tmp_path):
 # ---- others' token files
 
 
-def test_llmc_shards_train_as_they_are(tmp_path, no_curves):
+def test_llmc_shards_train_as_they_are(tmp_path):
     """nanoGPT's do in test_train.py."""
     for name, n in (("train_000001", 900), ("train_000002", 301), ("val_000000", 300)):
         header = np.zeros(256, np.int32)

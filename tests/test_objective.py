@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import ranks
-from data import Loader, Split, TrainOrder, eval_batches
+from data import Loader, Split, eval_batches
 from model import ModelConfig, Transformer
 from objective import IGNORE, OBJECTIVES, Masked, NextToken, ObjectiveConfig, n_masked
+from order import TrainOrder
 from world import World
 
 V = 53

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from data import DataConfig, Split
 from launch import compile_model, keep_copies
 from model import ModelConfig, Transformer
-from objective import IGNORE, Masked, NextToken
+from objective import IGNORE, Masked, NextSentence, NextToken
 from optim import OptimConfig, build_optimizer
 from parallel import ParallelConfig, distribute
 from ranks import on_ranks, run, step_settings, write_data
@@ -112,6 +112,7 @@ def two_ranks(data_dirs):
     """What two ranks answer, in one launch: {case: [answer by rank]}."""
     cases = {("step", *args): (one_step, *args, args in COUNTED) for args in STEPS}
     cases |= {("eval", name, size): (evaluated, name, data_dirs[name], size) for name, size in EVALUATIONS}
+    cases["eval of sequences"] = (sequences_evaluated, data_dirs["bert"], 3)
     cases["dropout"] = (dropout_losses,)
     cases["buckets"] = (places_of_gradients,)
     return dict(zip(cases, on_ranks(2, *cases.values())))
@@ -272,6 +273,25 @@ def test_evaluation_is_the_same_on_two_ranks(case, two_ranks, plainly_evaluated)
     """15 windows, or 39: no batch size shares them out evenly."""
     for figures in two_ranks["eval", *case]:
         check_evaluation(figures, plainly_evaluated(case[0])[0])
+
+
+def sequences_evaluated(data_dir, micro_batch_size):
+    """What evaluate says of a model that also learns from pairs of sentences and by contrast."""
+    cfg = replace(MODELS["bert"], objective={"mlm": 1.0, "nsp": 1.0, "contrastive": 1.0}, dropout=0.5)
+    with init_world(WorldConfig(device="cpu", precision="fp32")) as world:
+        with torch.device("meta"):
+            model = cfg.build()
+        distribute(model, ParallelConfig(), world, seed=1)
+        data = DataConfig(data_dir=data_dir, seq_len=T, micro_batch_size=micro_batch_size, eval_tokens=1000)
+        windows = NextSentence(T, 0.3, 0, 37, SPECIAL_IDS)
+        return evaluate(model, [Split(data_dir, "val", 37)], windows, data, world)
+
+
+def test_evaluation_of_sequences_is_the_same_on_two_ranks(two_ranks, data_dirs):
+    wanted = sequences_evaluated(data_dirs["bert"], 7)
+    assert 0 < wanted["val_accuracy_nsp"] < 1 and wanted["val_loss_contrastive"] > 0.1
+    for figures in two_ranks["eval of sequences"]:
+        assert figures == pytest.approx(wanted, rel=1e-5)
 
 
 # ---- dropout

@@ -609,7 +609,7 @@ def test_data_of_before_a_setting_was_added_is_still_recognised(tmp_path, capsys
 def test_folder_with_other_data_is_refused_and_left_alone(text_file, tmp_path, other):
     argv = [tmp_path / "data", f"--input={text_file('some text ' * 99)}"]
     first = run(*argv)
-    with pytest.raises(UserError, match="data already holds data, made by: python .*; use another --data_dir"):
+    with pytest.raises(UserError, match=rf"data already holds data, made by: python .* \(here {other[2:].split('=')[0]} .* -> .*\); use another"):
         run(*argv, other)
     assert json.loads((tmp_path / "data/meta.json").read_text()) == first
 

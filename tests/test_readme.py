@@ -48,6 +48,7 @@ TINY = {
     "clean.py": "--workers=2",
     "finetune.py": "--init_from=bert --train_file=reviews/train.tsv --eval_file=reviews/dev.tsv --tsv_columns=text,label"
     " --batch_examples=4 --max_steps=2 --device=cpu --precision=fp32",
+    "instruct": "--batch_examples=4 --max_steps=2 --device=cpu --precision=fp32",
 }
 
 
@@ -61,6 +62,7 @@ def folder(tmp_path_factory):
     (folder / "wikipedia").mkdir()
     articles = [json.dumps({"text": f"Paris {i} is the capital of France. " * 20}) for i in range(300)]
     (folder / "wikipedia" / "0.jsonl").write_text("\n".join(articles))
+    (folder / "texts.txt").write_text("import os\nimport sys\n")
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] paris is the capital of france . ##1 ##2 0 1 2 3 4 5 6 7 8 9".split()
     (folder / "vocab.txt").write_text("\n".join(words))
     make_theirs(folder)
@@ -75,6 +77,10 @@ def folder(tmp_path_factory):
     (folder / "reviews").mkdir()
     for name in ("train", "dev"):
         (folder / "reviews" / f"{name}.tsv").write_text("paris is the capital\t1\nof france\t0\n" * 4)
+    (folder / "chats").mkdir()
+    talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
+    for name in ("train", "dev"):
+        (folder / "chats" / f"{name}.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 8)
     (folder / "tasks").mkdir()
     write_tasks(folder / "tasks")
     (folder / "fineweb").mkdir()
@@ -118,7 +124,7 @@ def run(command, folder, extra=""):
     elif "train.py out/nanogpt" in command:  # the checkpoint has a model and data of its own
         words += ["--max_steps=6", "--device=cpu"]
     elif command != "python bench.py":  # that one measures the machine, not a model
-        words += shlex.split(TINY.get(script, "")) + shlex.split(extra)
+        words += shlex.split(TINY.get("instruct" if "--task=instruct" in command else script, "")) + shlex.split(extra)
     if script not in (None, "prepare.py", "clean.py"):  # torchrun itself is tried in test_guard.py
         at = words.index(str(ROOT / script))
         return run_script(words[at], words[at + 1 :], folder, n_ranks=2 if command.startswith("torchrun") else 1)
@@ -161,7 +167,7 @@ def run_on_two_machines(script, folder, name, more=""):
 
 def needs_gpt2_tokenizer(command):
     """Whether a command needs the gpt2 tokenizer, or data that another command made with it."""
-    words = ("tokenizer=gpt2", "data/books", "finetune_gpt2")
+    words = ("tokenizer=gpt2", "data/books", "finetune_gpt2", "--task=instruct", "out/chat")
     return any(word in command for word in words) or ("sample.py" in command and "gpt2" in command)
 
 

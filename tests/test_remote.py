@@ -253,7 +253,9 @@ def test_file_that_always_breaks_off_ends_in_a_line_and_leaves_no_data(tmp_path,
     with serving({path.name: body}, ranges, lambda first, _: half if first <= half else None) as (url, seen):
         message = refused(tmp_path / "data", f"--input={url}/{path.name}", tokenizer="bpe" if kind == "txt" else "byte")
     no_ranges = kind == "parquet" and not ranges
-    assert message.startswith(f"{url}/{path.name} can{' only be read in parts' if no_ranges else 'not be read'}")
+    how = {(True, True): " cannot be read", (False, True): " can only be read in parts"}
+    how = how.get((ranges, kind == "parquet" or ranges), ", whose server sends it from its start alone, cannot be read")
+    assert message.startswith(f"{url}/{path.name}{how}")
     assert no_ranges or f"{half:,} of {len(body):,} bytes" in message
     assert {path.name for path in tmp_path.rglob("*.bin")} == set()
 
@@ -319,6 +321,31 @@ def test_url_that_cannot_be_read_ends_in_a_line(tmp_path, monkeypatch, where, wo
     monkeypatch.setitem(known_implementations, "nostore", {"class": "nosuchpackage.X", "err": "?"})
     assert words in refused(tmp_path / "data", f"--input={where}")
     assert not (tmp_path / "data").exists()
+
+
+def test_reason_of_a_library_is_one_bounded_line(tmp_path):
+    told = str(remote._told(ValueError("odd\nwords " * 999), "x", "zip://x"))
+    assert "\n" not in told and "odd words" in told and len(told) < 400 and told.endswith(remote.COPY)
+
+
+def test_scheme_of_a_url_may_be_in_capitals_and_a_file_on_localhost(tmp_path):
+    (path := tmp_path / "a b.txt").write_text("text")
+    for url in (f"file://{path}", f"FILE://{path}", f"file://localhost{path}", f"file://{str(path).replace(' ', '%20')}"):
+        assert files.find_files(url, tmp_path / "data")[0] == [path]
+    with serving({"x.txt": b"a text"}) as (url, _):
+        found = files.find_files(f"{url.replace('http', 'HTTP')}/x.txt", tmp_path / "data")[0]
+        assert [str(file) for file in found] == [f"{url}/x.txt"]
+
+
+def test_glob_of_a_web_server_takes_no_query():
+    with pytest.raises(UserError, match=r"^input http://h/\*.txt\?\.\.\.\w{4} is a glob with a query, .*; name each file") as error:
+        files.find_files(f"http://h/*.txt?{SECRET}", "none")
+    assert "s3cr3t" not in str(error.value)
+
+
+def test_a_url_may_have_a_space():
+    with serving({"a b.txt": b"a text"}) as (url, _):
+        assert texts_of(f"{url}/a b.txt") == texts_of(f"{url}/a%20b.txt") == b"a text"
 
 
 # ---- the same input again

@@ -410,14 +410,20 @@ def test_a_stop_string_of_one_token_with_more_text_ends_before_it(capsys):
     assert capsys.readouterr().out == "x \n"
 
 
+def test_where_overlapping_stop_strings_end_a_text_does_not_depend_on_its_tokens():
+    for pieces in ([b"xabcd"], [b"xa", b"bcd"], [b"x", b"a", b"b", b"c", b"d"], [b"xab", b"cd"]):
+        end = generation.UntilStop(["abcd", "bc", "c"])
+        assert b"".join(end.add(piece) for piece in pieces if not end.has_ended) == b"xa"
+
+
 @pytest.mark.parametrize("stop, stops", [
-    (None, []), ("User:", ["User:"]), ('["\\n\\n", "User:"]', ["\n\n", "User:"]), ("[INST]", ["[INST]"]), ("[]", []),
+    (None, []), ("User:", ["User:"]), ('["\\n\\n", "User:"]', ["\n\n", "User:"]), ("[INST]", ["[INST]"]), ("\\n\\n", ["\n\n"]),
 ])  # fmt: skip
 def test_a_stop_is_a_text_or_a_json_list_of_texts(stop, stops):
     assert sample.SampleConfig(stop=stop).stops == stops
 
 
-@pytest.mark.parametrize("stop", ['[""]', '["a", 7]', "[[]]"])
+@pytest.mark.parametrize("stop", ['[""]', '["a", 7]', "[[]]", "[]", ""])
 def test_a_stop_that_is_no_text_is_refused(stop):
     with pytest.raises(UserError, match="stop is .*; it must be text, or a JSON list of texts, as in --stop="):
         sample.SampleConfig(stop=stop)
@@ -484,6 +490,19 @@ def test_a_prompt_that_is_empty_or_no_text_is_refused(run_dir, capsys, tmp_path,
                          (f"FILE:{tmp_path / 'empty'}", "empty is empty"), ("\ud800", "cannot be read as UTF-8")):  # fmt: skip
         with pytest.raises(UserError, match=told):
             sampled(capsys, f"--out_dir={run_dir}", f"--prompt={prompt}")
+
+
+def test_an_empty_prompt_is_as_none(run_dir, capsys):
+    argv = [f"--out_dir={run_dir}", "--max_new_tokens=3"]
+    assert sampled(capsys, *argv, "--prompt=") == sampled(capsys, *argv)
+
+
+def test_what_has_no_end_is_refused(run_dir, capsys, monkeypatch):
+    monkeypatch.setattr("text.files.TEXT_BYTES", 1000)
+    with pytest.raises(UserError, match="prompt file /dev/zero has more than 1,000 bytes; give less text"):
+        sampled(capsys, f"--out_dir={run_dir}", "--prompt=FILE:/dev/zero")
+    with pytest.raises(UserError, match="num_samples is 1000000000000; it must be at least 1 and at most 100,000"):
+        sampled(capsys, f"--out_dir={run_dir}", "--num_samples=1000000000000")
 
 
 def test_a_prompt_longer_than_the_context_is_refused(run_dir, capsys):
@@ -686,3 +705,16 @@ def test_a_run_in_characters_goes_on_from_a_prompt_and_asks_for_one(tmp_path, ca
         sampled(capsys, *args)
     with pytest.raises(UserError, match="knows only 16 characters, and the text has others: 'é'"):
         sampled(capsys, *args, "--prompt=aé")
+
+
+def test_a_masked_model_refuses_the_settings_that_it_would_ignore(with_mask, monkeypatch):
+    monkeypatch.setattr(sample, "model_location", lambda cfg: None)
+    monkeypatch.setattr(sample, "load_model", lambda where, device: (masked_model(with_mask), config.ROOT))
+    monkeypatch.setattr(sample, "load_tokenizer_of", lambda source: with_mask)
+    args = ["--device=cpu", "--prompt=[MASK]"]
+    sample.main(config.load(sample.Settings, args))
+    for given, told in (
+        (["--stop=a"], "stop"), (["--min_p=0.1", "--stop=a"], "stop and min_p"), (["--suffix=b"], "suffix")
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"^{told}: a masked model fills each"):
+            sample.main(config.load(sample.Settings, [*args, *given]))

@@ -19,7 +19,7 @@ import optim
 import parallel
 from checkpoint import CheckpointConfig, CheckpointWriter, _tensors, load_checkpoint
 from conftest import slow
-from model import ModelConfig, Transformer
+from model import ModelConfig
 from objective import IGNORE
 from optim import OptimConfig, build_optimizer, orthogonalize
 from parallel import ParallelConfig, distribute, on_whole_matrices
@@ -34,6 +34,8 @@ GPT = ModelConfig(vocab_size=37, block_size=11, n_layer=3, n_head=4, n_embd=20, 
 MODELS = {
     "gpt": GPT,
     "bert": replace(GPT, objective="mlm", norm_position="post", n_token_types=2, mlp="gelu"),
+    "pairs": replace(GPT, objective={"mlm": 1.0, "nsp": 0.7}, norm_position="post", n_token_types=2, mlp="gelu"),
+    "contrast": replace(GPT, objective={"mlm": 0.5, "contrastive": 1.0}, norm_position="post", dropout=1e-9),
     "modern": replace(GPT, n_kv_head=2, norm="rmsnorm", position="rope", mlp="swiglu", qk_norm=True, bias=False,
                       tie_embeddings=False),
 }  # fmt: skip
@@ -50,17 +52,19 @@ RANKS = dict.fromkeys(LAYOUTS, 4) | {"tp": 2, "hsdp tp": 8}
 
 
 def batch(name, step):
-    """Twelve sequences with an uneven number of targets; of the masked model with positions, padding and types."""
+    """Twelve sequences with an uneven number of targets; of masked models with positions, padding, types, labels."""
     g = torch.Generator().manual_seed(5 + step)
     ids, targets = torch.randint(37, (2, SEQUENCES, T), generator=g)
     targets[[0, 2, 4, 6]] = IGNORE
     targets[1, :5] = IGNORE
-    if name != "bert":
+    if name not in ("bert", "pairs", "contrast"):
         return ids, targets
     positions = torch.stack([torch.randperm(4, generator=g)[:3] for _ in range(SEQUENCES)])
     attention_mask = torch.arange(T) < torch.randint(4, T + 1, (SEQUENCES, 1), generator=g)
     types = (torch.arange(T) > 2).long().expand(SEQUENCES, T)
-    return ids, targets[:, 5:].contiguous(), positions, attention_mask, types
+    labels = torch.tensor([0, 1, IGNORE, 1, 1, 0, IGNORE, IGNORE, 1, 0, 1, 1])
+    more = (None, labels) if name == "pairs" else ()
+    return ids, targets[:, 5:].contiguous(), positions, attention_mask, types, *more
 
 
 def whole(tensor):
@@ -80,7 +84,7 @@ def a_model(name, optimizer="adamw", precision="fp32", changes=None, **layout):
 def built(shape, optimizer, cfg, world):
     """A model, and its optimizer."""
     with torch.device("meta"):
-        model = Transformer(shape)
+        model = shape.build()
     distribute(model, cfg, world, seed=1)
     return model, build_optimizer(model, OptimConfig(optimizer=optimizer, learning_rate=1e-2), world)
 
@@ -88,7 +92,8 @@ def built(shape, optimizer, cfg, world):
 def step_of(world, model, optimizer, name, step, micro_steps=1, scaler=None):
     """(the loss over all ranks, the gradient's norm) of a step on a batch that ranks and micro-steps divide."""
     size = SEQUENCES // world.data_ranks // micro_steps
-    batches = list(zip(*(part.split(size) for part in batch(name, step))))[world.data_rank :: world.data_ranks]
+    parts = (itertools.repeat(None) if part is None else part.split(size) for part in batch(name, step))
+    batches = list(zip(*parts))[world.data_rank :: world.data_ranks]
     assert len(batches) == micro_steps
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     return train_step(model, optimizer, scaler, batches, step_settings(1.0), world)[:2]
@@ -103,7 +108,7 @@ def trained(name, micro_steps=1, **layout):
         first = {key: whole(p) for key, p in model.named_parameters()}
         figures = [step_of(world, model, optimizer, name, step, micro_steps) for step in range(STEPS)]
         with torch.no_grad(), world.autocast():
-            figures.append(tuple(x.item() for x in model(*batch(name, 0), count_correct=True)))
+            figures.append(torch.cat([x.flatten() for x in model(*batch(name, 0), count_correct=True)[:2]]).tolist())
         parallel.reshard(model)  # gathered weights are rounded to the run's precision
         last = {key: whole(p) for key, p in model.named_parameters()}
         return (first, figures, last) if world.is_main else (None, figures, None)
@@ -153,8 +158,10 @@ def id_of(case):
 QUICK = matrix(["gpt"], ["adamw"], ["full"], [3], ["fsdp"])
 QUICK += matrix(["modern"], ["muon"], ["none"], [1], ["hsdp"])
 QUICK += matrix(["gpt"], ["adamw"], ["none"], [3], ["ddp tp"])
+QUICK += matrix(["pairs"], ["adamw"], ["full"], [3], ["fsdp tp"])
+QUICK += matrix(["contrast"], ["adamw"], ["none"], [1], ["ddp tp"])
 SLOW = matrix(["bert"], ["adafactor"], ["selective"], [1], ["fsdp tp"])
-FULL = matrix(MODELS, ["adamw"], ["none"], [3], MORE_LAYOUTS)
+FULL = matrix([name for name in MODELS if name != "contrast"], ["adamw"], ["none"], [3], MORE_LAYOUTS)  # which compares micro-steps' texts
 FULL += matrix(MODELS, ["muon"], ["full"], [1], MORE_LAYOUTS)
 
 

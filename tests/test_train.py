@@ -21,12 +21,13 @@ import config
 import train
 from checkpoint import checkpoints, load_checkpoint, newest_checkpoint, read_manifest
 from conftest import slow
-from data import Split, TrainOrder
+from data import Split
 from interop.pretrained import load_model
 from interop.score import loglikelihood_rolling
 from model import ModelConfig, Transformer
 from objective import IGNORE, Masked
 from optim import OptimConfig, build_optimizer, lr_at
+from order import TrainOrder
 from perf import cost
 from ranks import (
     SMALL,
@@ -67,28 +68,25 @@ def masked_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def nine(data_dir, tmp_path_factory):
     """A run of nine steps, uninterrupted; not to be written to."""
-    return run(data_dir, tmp_path_factory.mktemp("nine"))
+    return run(data_dir, tmp_path_factory.mktemp("nine"), with_curves=True)
 
 
 @pytest.fixture(scope="module")
 def four(data_dir, tmp_path_factory):
     """The first four steps of the same run; to be copied, then taken up again."""
-    with without_matplotlib():
-        return run(data_dir, tmp_path_factory.mktemp("four"), max_steps=4)
+    return run(data_dir, tmp_path_factory.mktemp("four"), max_steps=4)
 
 
 @pytest.fixture(scope="module")
 def masked_nine(masked_dir, tmp_path_factory):
     """A masked run of nine steps; not to be written to."""
-    with without_matplotlib():
-        return run(masked_dir, tmp_path_factory.mktemp("masked_nine"), **MASKED)
+    return run(masked_dir, tmp_path_factory.mktemp("masked_nine"), **MASKED)
 
 
 @pytest.fixture(scope="module")
 def masked_four(masked_dir, tmp_path_factory):
     """The first four steps of the same run; to be copied, then taken up again."""
-    with without_matplotlib():
-        return run(masked_dir, tmp_path_factory.mktemp("masked_four"), max_steps=4, **MASKED)
+    return run(masked_dir, tmp_path_factory.mktemp("masked_four"), max_steps=4, **MASKED)
 
 
 def steps_kept(out_dir):
@@ -138,7 +136,7 @@ def test_a_run_logs_every_step_and_keeps_what_it_takes_to_know_it_again(nine, da
     assert not [p for p in nine.rglob("*") if p.suffix in (".pt", ".pth", ".pkl", ".metadata") or p.name == ".metadata"]
 
 
-def test_bits_per_byte_are_of_the_text_that_is_evaluated_as_scoring_has_them(tmp_path, no_curves, capsys):
+def test_bits_per_byte_are_of_the_text_that_is_evaluated_as_scoring_has_them(tmp_path, capsys):
     text = "Fünf Füchse, fünf 🙂 Füchse: 日本語! " * 9
     train_bpe([text], 290, tmp_path / "tokenizer.json")
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
@@ -167,7 +165,7 @@ def test_bits_per_byte_are_of_the_text_that_is_evaluated_as_scoring_has_them(tmp
 @pytest.mark.parametrize(("changes", "why"), [
     ({"token_bytes": []}, "the data's tokenizer changes text"), ({}, "has no token_bytes in a meta.json"),
 ])  # fmt: skip
-def test_where_the_bytes_of_tokens_are_unknown_a_run_prints_no_bits_per_byte_but_why(changes, why, tmp_path, no_curves, capsys):
+def test_where_the_bytes_of_tokens_are_unknown_a_run_prints_no_bits_per_byte_but_why(changes, why, tmp_path, capsys):
     data_dir = write_data(tmp_path / "data")
     meta = json.loads((data_dir / "meta.json").read_text())
     del meta["token_bytes"]
@@ -178,7 +176,7 @@ def test_where_the_bytes_of_tokens_are_unknown_a_run_prints_no_bits_per_byte_but
     assert not records(tmp_path / "run", "val_bpb")
 
 
-def test_the_loss_that_is_printed_is_the_mean_since_the_last_line(nine, data_dir, tmp_path, capsys, no_curves):
+def test_the_loss_that_is_printed_is_the_mean_since_the_last_line(nine, data_dir, tmp_path, capsys):
     run(data_dir, tmp_path, log_interval=4)
     each, mean = records(nine), records(tmp_path, "mean_loss")
     assert list(mean) == [4, 8, 9] and records(tmp_path) == {step: each[step] for step in mean}
@@ -189,18 +187,20 @@ def test_the_loss_that_is_printed_is_the_mean_since_the_last_line(nine, data_dir
     assert [(int(step), float(loss)) for step, loss in printed] == [(s, round(m, 4)) for s, m in mean.items()]
 
 
-def test_a_run_prints_its_epochs_and_warns_where_they_are_many(data_dir, tmp_path, capsys, no_curves):
+def test_a_run_prints_its_epochs_and_warns_where_they_are_many(data_dir, tmp_path, capsys):
     """The data has 2000 training tokens, and a step 42."""
-    run(data_dir, tmp_path / "few", max_steps=1)
+    run(data_dir, tmp_path / "few", max_steps=1, warmup_steps=1)
     assert "run        1 steps, 42 tokens, 0.021 epochs, in " in (told := capsys.readouterr().out)
     assert "warning" not in told
+    run(data_dir, tmp_path / "short", max_steps=2, warmup_steps=3)
+    assert "warning    warmup_steps 3 is above the last step: the learning rate" in capsys.readouterr().out
     run(data_dir, tmp_path / "many", max_steps=1000, target_loss=1000.0)
     told = capsys.readouterr().out
     assert "1,000 steps, 42,000 tokens, 21 epochs, in " in told
     assert f"warning    the run reads the training tokens of {data_dir} 21 times; " in told and "lower --max_steps" in told
 
 
-def test_a_small_run_prints_its_time_in_seconds_and_its_memory_in_mib(data_dir, tmp_path, capsys, no_curves):
+def test_a_small_run_prints_its_time_in_seconds_and_its_memory_in_mib(data_dir, tmp_path, capsys):
     run(data_dir, tmp_path, max_steps=1)
     told = capsys.readouterr().out
     assert re.search(r"^memory     0\.36 MiB per rank predicted \(weights 0.06, .*\), [\d.]+ GiB available$", told, re.M)
@@ -209,7 +209,7 @@ def test_a_small_run_prints_its_time_in_seconds_and_its_memory_in_mib(data_dir, 
     assert [log._memory(gib) for gib in (0.05, 0.1, 12.375)] == ["51.20 MiB", "0.10 GiB", "12.38 GiB"]
 
 
-def test_training_learns_what_can_be_learned(data_dir, tmp_path, no_curves):
+def test_training_learns_what_can_be_learned(data_dir, tmp_path):
     """Each token is the one before plus 0, 1 or 2: log 3 is the least loss there is, log 37 that of knowing nothing."""
     run(data_dir, tmp_path, max_steps=150, lr_decay_steps="none", log_interval=50, eval_interval=150)
     first, last = records(tmp_path, "val_loss").values()
@@ -233,13 +233,13 @@ def loss_of_sequences(model, data_dir, numbers):
         return F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()).item()
 
 
-def test_evaluation_comes_first_each_interval_and_last_and_changes_nothing(data_dir, nine, tmp_path, no_curves):
+def test_evaluation_comes_first_each_interval_and_last_and_changes_nothing(data_dir, nine, tmp_path):
     run(data_dir, tmp_path, eval_interval=4)
     assert list(records(tmp_path, "val_loss")) == [0, 4, 8, 9]
     assert_same_run(tmp_path, nine)
 
 
-def test_recomputation_in_backward_changes_no_loss_not_even_with_dropout(masked_dir, tmp_path, no_curves):
+def test_recomputation_in_backward_changes_no_loss_not_even_with_dropout(masked_dir, tmp_path):
     changes = MASKED | {"dropout": 0.3, "norm_position": "post", "n_token_types": 2}
     plain = run(masked_dir, tmp_path / "plain", **changes)
     for kind in ("full", "selective"):
@@ -248,14 +248,20 @@ def test_recomputation_in_backward_changes_no_loss_not_even_with_dropout(masked_
         assert records(plain, "val_loss") == records(recomputed, "val_loss")
 
 
-def test_max_tokens_ends_a_run(data_dir, tmp_path, nine, no_curves):
+def test_max_steps_0_evaluates_and_stops(data_dir, tmp_path, nine, capsys):
+    run(data_dir, tmp_path, max_steps=0)
+    assert records(tmp_path, "val_loss") == {0: records(nine, "val_loss")[0]} and not records(tmp_path)
+    assert "finished" in capsys.readouterr().out
+
+
+def test_max_tokens_ends_a_run(data_dir, tmp_path, nine):
     run(data_dir, tmp_path, max_tokens=9 * 42 - 1, max_steps=5)
     assert records(tmp_path) == records(nine)
 
 
 @pytest.mark.parametrize("batch_tokens", [21, 84])
 def test_max_tokens_counts_the_tokens_of_steps_with_another_batch_size(
-    batch_tokens, data_dir, four, tmp_path, capsys, no_curves
+    batch_tokens, data_dir, four, tmp_path, capsys
 ):
     """Five steps follow the four of 42 tokens: the log, the schedule and what is printed end with them."""
     out_dir, tokens = copy_run(four, tmp_path / "run"), 4 * 42 + 5 * batch_tokens
@@ -270,17 +276,17 @@ def test_max_tokens_counts_the_tokens_of_steps_with_another_batch_size(
     assert "has finished, at step 9" in (told := capsys.readouterr().out) and "raise max_tokens" in told
 
 
-def test_a_batch_size_that_changes_is_counted_in_the_tokens_of_max_steps(data_dir, four, tmp_path, capsys, no_curves):
+def test_a_batch_size_that_changes_is_counted_in_the_tokens_of_max_steps(data_dir, four, tmp_path, capsys):
     run(data_dir, copy_run(four, tmp_path / "run"), batch_tokens=84, max_steps=6)
     assert "run        6 steps, 336 tokens, " in capsys.readouterr().out
 
 
-def test_checkpoints_come_each_interval_and_last_and_the_newest_stay(data_dir, tmp_path, no_curves):
+def test_checkpoints_come_each_interval_and_last_and_the_newest_stay(data_dir, tmp_path):
     run(data_dir, tmp_path, save_interval=2, keep_checkpoints=2, keep_every=4)
     assert steps_kept(tmp_path) == [4, 8, 9]
 
 
-def test_a_run_without_checkpoints_leaves_none(data_dir, tmp_path, no_curves):
+def test_a_run_without_checkpoints_leaves_none(data_dir, tmp_path):
     run(data_dir, tmp_path, save_interval="none", max_steps=3)
     assert steps_kept(tmp_path) == [] and (tmp_path / "finished").exists()
 
@@ -293,13 +299,13 @@ def test_a_runs_config_is_a_preset_that_reproduces_it(nine, tmp_path, no_curves)
     assert [line.split("=")[0].strip() for line, other in zip(again, first) if line != other] == ["out_dir"]
 
 
-def test_without_matplotlib_a_run_trains_says_so_and_draws_nothing(data_dir, tmp_path, capsys, no_curves):
+def test_without_matplotlib_a_run_trains_says_so_and_draws_nothing(data_dir, tmp_path, capsys):
     run(data_dir, tmp_path, max_steps=1)
     assert (tmp_path / "finished").exists() and not (tmp_path / "curves.png").exists()
     assert capsys.readouterr().out.count("matplotlib is not installed") == 1
 
 
-def test_console_lines_are_aligned_and_fit_120_columns_even_of_a_long_run(data_dir, tmp_path, capsys, no_curves):
+def test_console_lines_are_aligned_and_fit_120_columns_even_of_a_long_run(data_dir, tmp_path, capsys):
     run(data_dir, tmp_path, max_steps=19_073, eval_interval=12, target_loss=3.4)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     steps = [line for line in lines if " tok/s" in line]
@@ -309,7 +315,7 @@ def test_console_lines_are_aligned_and_fit_120_columns_even_of_a_long_run(data_d
 
 # ---- masked training
 
-def test_a_masked_run_learns_and_tells_its_accuracy_beside_that_of_the_commonest_token(tmp_path, capsys, no_curves):
+def test_a_masked_run_learns_and_tells_its_accuracy_beside_that_of_the_commonest_token(tmp_path, capsys):
     """The token before or behind is the masked one in 7 of 8 cases; each of 32 is about as common as the others."""
     data_dir = write_data(tmp_path / "data", specials=SPECIAL_IDS, val_tokens=2000)
     sizes = {"n_layer": 1, "batch_tokens": 84, "micro_batch_size": 12, "eval_tokens": 2000}
@@ -352,7 +358,7 @@ def test_mfu_of_a_masked_run_counts_the_head_at_masked_places_alone(masked_nine)
 
 
 @pytest.mark.slow
-def test_a_killed_masked_run_goes_on_as_if_nothing_had_been(masked_dir, tmp_path, no_curves):
+def test_a_killed_masked_run_goes_on_as_if_nothing_had_been(masked_dir, tmp_path):
     changes = MASKED | {"max_steps": 20, "save_interval": 4, "eval_interval": 7, "lr_decay_steps": "none"}
     [process] = launch(1, settings(masked_dir, tmp_path / "killed", **changes))
     assert kill_when(process, lambda: logged(tmp_path / "killed") >= 10)
@@ -366,7 +372,7 @@ def test_a_killed_masked_run_goes_on_as_if_nothing_had_been(masked_dir, tmp_path
 
 @pytest.mark.parametrize("micro_batch_size", [1, 6])
 def test_a_change_of_micro_batch_changes_no_masked_loss(
-    micro_batch_size, masked_dir, masked_four, masked_nine, tmp_path, no_curves
+    micro_batch_size, masked_dir, masked_four, masked_nine, tmp_path
 ):
     out_dir = run(masked_dir, copy_run(masked_four, tmp_path / "run"), micro_batch_size=micro_batch_size, **MASKED)
     assert list(records(out_dir).values()) == pytest.approx(list(records(masked_nine).values()), rel=1e-5)
@@ -382,14 +388,14 @@ def test_a_masked_run_goes_on_on_two_ranks(masked_dir, masked_four, masked_nine,
     assert records(out_dir, "val_accuracy")[9] == records(masked_nine, "val_accuracy")[9]
 
 
-def test_masked_evaluation_does_not_depend_on_a_runs_seed(masked_dir, masked_four, tmp_path, no_curves):
+def test_masked_evaluation_does_not_depend_on_a_runs_seed(masked_dir, masked_four, tmp_path):
     """A run of another seed that starts from the same weights has other masks in training alone."""
     out_dir = run(masked_dir, tmp_path, init_from=masked_four, seed=5, max_steps=1, **MASKED)
     for name in ("val_loss", "val_accuracy"):
         assert records(out_dir, name)[0] == records(masked_four, name)[4]
 
 
-def test_a_run_does_not_go_on_with_another_objective(masked_dir, masked_four, tmp_path, no_curves):
+def test_a_run_does_not_go_on_with_another_objective(masked_dir, masked_four, tmp_path):
     out_dir = copy_run(masked_four, tmp_path / "run")
     before = contents(out_dir)
     with pytest.raises(ValueError, match="another model, data, objective, .* here objective: mlm -> clm; mask_prob: 0.3 -> 0.15; use"):
@@ -415,7 +421,7 @@ def test_a_step_without_a_target_leaves_sound_weights():
     {"optimizer": "adafactor"}, {"grad_clip": "none", "tie_embeddings": False, "bias": False},
     MASKED | {"dropout": 0.1},
 ], ids=str)  # fmt: skip
-def test_resumed_run_equals_uninterrupted_run(changes, data_dir, masked_dir, tmp_path, no_curves):
+def test_resumed_run_equals_uninterrupted_run(changes, data_dir, masked_dir, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     data_dir = masked_dir if "objective" in changes else data_dir
     run(data_dir, whole, **changes)
@@ -425,7 +431,7 @@ def test_resumed_run_equals_uninterrupted_run(changes, data_dir, masked_dir, tmp
     assert len(set(records(whole).values())) == 9
 
 
-def test_a_run_resumes_across_epochs(tmp_path, no_curves):
+def test_a_run_resumes_across_epochs(tmp_path):
     data_dir = write_data(tmp_path / "data", train_tokens=80)  # 10 sequences an epoch, 6 a step
     run(data_dir, tmp_path / "whole")
     run(data_dir, tmp_path / "parts", max_steps=4)
@@ -446,7 +452,7 @@ def kill_when(process, happened, timeout=600):
 
 
 @pytest.mark.parametrize("at", [3, *slow(17)])
-def test_a_killed_run_goes_on_as_if_nothing_had_been(at, data_dir, tmp_path, no_curves):
+def test_a_killed_run_goes_on_as_if_nothing_had_been(at, data_dir, tmp_path):
     """At step 3 nothing has been saved yet."""
     changes = {"max_steps": 30, "save_interval": 7, "eval_interval": 10, "lr_decay_steps": "none"}
     [process] = launch(1, settings(data_dir, tmp_path / "killed", **changes))
@@ -458,14 +464,14 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(at, data_dir, tmp_path, no_
     assert records(tmp_path / "whole", "val_loss") == records(tmp_path / "killed", "val_loss")
 
 
-def test_a_run_without_checkpoints_that_starts_anew_keeps_the_log_it_finds(data_dir, tmp_path, no_curves):
+def test_a_run_without_checkpoints_that_starts_anew_keeps_the_log_it_finds(data_dir, tmp_path):
     for max_steps in (4, 3, 2):
         run(data_dir, tmp_path, max_steps=max_steps, save_interval="none")
     logs = [tmp_path / name for name in ("log_1.jsonl", "log_2.jsonl", "log.jsonl")]
     assert [json.loads(log.read_text().splitlines()[-1])["step"] for log in logs] == [4, 3, 2]
 
 
-def test_the_log_loses_lines_past_the_resumed_step_and_a_torn_one(data_dir, four, nine, tmp_path, no_curves):
+def test_the_log_loses_lines_past_the_resumed_step_and_a_torn_one(data_dir, four, nine, tmp_path):
     out_dir = copy_run(four, tmp_path / "run")
     with open(out_dir / "log.jsonl", "a") as file:
         file.write('{"step": 5, "loss": 99.0}\n{"step": 6, "val_loss": 99.0}\n{"start": "", "versions": {"torch": ""}')
@@ -475,12 +481,12 @@ def test_the_log_loses_lines_past_the_resumed_step_and_a_torn_one(data_dir, four
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 6])
-def test_a_change_of_micro_batch_changes_no_loss(micro_batch_size, data_dir, four, nine, tmp_path, no_curves):
+def test_a_change_of_micro_batch_changes_no_loss(micro_batch_size, data_dir, four, nine, tmp_path):
     out_dir = run(data_dir, copy_run(four, tmp_path / "run"), micro_batch_size=micro_batch_size)
     assert list(records(out_dir).values()) == pytest.approx(list(records(nine).values()), rel=1e-5)
 
 
-def test_after_a_change_of_batch_size_the_next_sequences_follow(data_dir, four, tmp_path, no_curves):
+def test_after_a_change_of_batch_size_the_next_sequences_follow(data_dir, four, tmp_path):
     out_dir = copy_run(four, tmp_path / "run")
     model, source = load_model(out_dir, "cpu")
     assert source.manifest["state"]["sequences_seen"] == 4 * 6
@@ -490,7 +496,7 @@ def test_after_a_change_of_batch_size_the_next_sequences_follow(data_dir, four, 
     assert records(out_dir, "tokens")[6] == 7 * (24 + 2 * 9)
 
 
-def test_a_run_goes_on_on_another_number_of_ranks(data_dir, four, nine, tmp_path, no_curves):
+def test_a_run_goes_on_on_another_number_of_ranks(data_dir, four, nine, tmp_path):
     one_two = copy_run(four, tmp_path / "one_two")
     two, two_one, two_two = tmp_path / "two", tmp_path / "two_one", tmp_path / "two_two"
     on_ranks(2, *((train.main, settings(data_dir, out_dir, max_steps=max_steps))
@@ -555,7 +561,7 @@ def test_changes_of_model_data_seed_or_optimizer_are_refused_all_at_once(data_di
     assert before == contents(out_dir)
 
 
-def test_other_changes_are_named_and_logged(data_dir, four, tmp_path, capsys, no_curves):
+def test_other_changes_are_named_and_logged(data_dir, four, tmp_path, capsys):
     out_dir = copy_run(four, tmp_path / "run")
     run(data_dir, out_dir, learning_rate=0.02, max_steps=5)
     out = capsys.readouterr().out
@@ -566,12 +572,12 @@ def test_other_changes_are_named_and_logged(data_dir, four, tmp_path, capsys, no
     assert "learning_rate: 0.01 -> 0.02" in records(out_dir, "changes")[4]
 
 
-def test_data_that_has_moved_is_the_same_data(data_dir, four, nine, tmp_path, no_curves):
+def test_data_that_has_moved_is_the_same_data(data_dir, four, nine, tmp_path):
     shutil.copytree(data_dir, tmp_path / "moved")
     assert records(run(tmp_path / "moved", copy_run(four, tmp_path / "run"))) == records(nine)
 
 
-def test_a_finished_run_says_so_and_goes_on_when_max_steps_grows(data_dir, four, nine, tmp_path, capsys, no_curves):
+def test_a_finished_run_says_so_and_goes_on_when_max_steps_grows(data_dir, four, nine, tmp_path, capsys):
     out_dir = copy_run(four, tmp_path / "run")
     before = contents(out_dir)
     run(data_dir, out_dir, max_steps=4)
@@ -583,13 +589,13 @@ def test_a_finished_run_says_so_and_goes_on_when_max_steps_grows(data_dir, four,
     assert (out_dir / "finished").exists()
 
 
-def test_resume_never_refuses_a_folder_with_checkpoints_and_takes_others(data_dir, four, tmp_path, no_curves):
+def test_resume_never_refuses_a_folder_with_checkpoints_and_takes_others(data_dir, four, tmp_path):
     with pytest.raises(ValueError, match="resume is never.*has checkpoints.*another --out_dir, or --resume=auto"):
         run(data_dir, four, resume="never")
     run(data_dir, tmp_path, resume="never", max_steps=1)
 
 
-def test_an_unfinished_checkpoint_is_passed_over(data_dir, four, nine, tmp_path, no_curves):
+def test_an_unfinished_checkpoint_is_passed_over(data_dir, four, nine, tmp_path):
     out_dir = copy_run(four, tmp_path / "run")
     partial = out_dir / "ckpt" / ".step_00000007.partial"
     shutil.copytree(newest_checkpoint(out_dir), partial)
@@ -597,7 +603,7 @@ def test_an_unfinished_checkpoint_is_passed_over(data_dir, four, nine, tmp_path,
     assert not partial.exists() and steps_kept(out_dir) == [4, 9]
 
 
-def test_a_run_whose_only_checkpoint_is_damaged_stops_before_it_writes(data_dir, four, tmp_path, no_curves):
+def test_a_run_whose_only_checkpoint_is_damaged_stops_before_it_writes(data_dir, four, tmp_path):
     out_dir = copy_run(four, tmp_path / "run")
     file = next(newest_checkpoint(out_dir).glob("*.safetensors"))
     content = bytearray(file.read_bytes())
@@ -611,7 +617,7 @@ def test_a_run_whose_only_checkpoint_is_damaged_stops_before_it_writes(data_dir,
 
 # ---- init_from
 
-def test_init_from_takes_weights_and_nothing_else(data_dir, four, tmp_path, no_curves):
+def test_init_from_takes_weights_and_nothing_else(data_dir, four, tmp_path):
     out_dir = run(data_dir, tmp_path / "run", init_from=four, max_steps=2, seed=5, optimizer="sgd")
     assert records(out_dir, "val_loss")[0] == records(four, "val_loss")[4]
     assert list(records(out_dir)) == [1, 2]
@@ -622,14 +628,14 @@ def test_init_from_takes_weights_and_nothing_else(data_dir, four, tmp_path, no_c
     assert tied.head.weight is tied.wte.weight
 
 
-def test_a_checkpoint_in_the_folder_wins_over_init_from(data_dir, four, nine, tmp_path, no_curves):
+def test_a_checkpoint_in_the_folder_wins_over_init_from(data_dir, four, nine, tmp_path):
     out_dir = copy_run(four, tmp_path / "run")
     assert records(run(data_dir, out_dir, init_from=nine)) == records(nine)
 
 
 # ---- early ends
 
-def test_target_loss_ends_a_run_and_stays_reached(data_dir, tmp_path, capsys, no_curves):
+def test_target_loss_ends_a_run_and_stays_reached(data_dir, tmp_path, capsys):
     changes = {"eval_interval": 5, "max_steps": 40, "target_loss": 3.3}
     run(data_dir, tmp_path, **changes)
     losses = records(tmp_path, "val_loss")
@@ -641,7 +647,7 @@ def test_target_loss_ends_a_run_and_stays_reached(data_dir, tmp_path, capsys, no
     assert "has finished" in capsys.readouterr().out
 
 
-def test_max_minutes_ends_a_run_and_the_same_command_goes_on(data_dir, nine, tmp_path, capsys, no_curves):
+def test_max_minutes_ends_a_run_and_the_same_command_goes_on(data_dir, nine, tmp_path, capsys):
     changes = {"max_minutes": 1e-6}
     run(data_dir, tmp_path, **changes)
     assert logged(tmp_path) == 1 and not (tmp_path / "finished").exists()
@@ -655,14 +661,14 @@ def test_max_minutes_ends_a_run_and_the_same_command_goes_on(data_dir, nine, tmp
     assert records(tmp_path) == records(nine) and (tmp_path / "finished").exists()
 
 
-def test_max_minutes_ends_a_run_at_any_step_not_just_at_lines_of_the_log(data_dir, tmp_path, no_curves):
+def test_max_minutes_ends_a_run_at_any_step_not_just_at_lines_of_the_log(data_dir, tmp_path):
     run(data_dir, tmp_path, max_minutes=1e-6, log_interval=1000)
     assert steps_kept(tmp_path) == [1] and list(records(tmp_path, "val_loss")) == [0, 1]
 
 
 # ---- wandb
 
-def test_wandb_logs_offline_and_goes_on_under_the_same_id(data_dir, tmp_path, monkeypatch, no_curves):
+def test_wandb_logs_offline_and_goes_on_under_the_same_id(data_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     run(data_dir, tmp_path, wandb=True, max_steps=2)
@@ -733,19 +739,19 @@ def refused(told, data_dir, out_dir, **changes):
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
-def test_bad_data_is_refused_with_value_rule_and_remedy(case, tmp_path, no_curves):
+def test_bad_data_is_refused_with_value_rule_and_remedy(case, tmp_path):
     make, told = BAD_DATA[case]
     make(tmp_path / "data")
     refused(told, tmp_path / "data", tmp_path / "run")
 
 
 @pytest.mark.parametrize("case", BAD_SETTINGS)
-def test_bad_settings_are_refused_with_value_rule_and_remedy(case, data_dir, tmp_path, no_curves):
+def test_bad_settings_are_refused_with_value_rule_and_remedy(case, data_dir, tmp_path):
     changes, told = BAD_SETTINGS[case]
     refused(told, **{"data_dir": data_dir, "out_dir": tmp_path / "run"} | changes)
 
 
-def test_data_and_settings_that_cannot_be_masked_are_refused(data_dir, masked_dir, tmp_path, no_curves):
+def test_data_and_settings_that_cannot_be_masked_are_refused(data_dir, masked_dir, tmp_path):
     raw, unmasked = tmp_path / "raw", write_data(tmp_path / "unmasked", specials={"<|endoftext|>": 36})
     raw.mkdir()
     for split in ("train", "val"):
@@ -760,7 +766,7 @@ def test_data_and_settings_that_cannot_be_masked_are_refused(data_dir, masked_di
             mask_prob=1)  # fmt: skip
 
 
-def test_foreign_folders_are_refused_as_init_from(data_dir, four, tmp_path, no_curves):
+def test_foreign_folders_are_refused_as_init_from(data_dir, four, tmp_path):
     refused("holds no checkpoint of flatlm's", data_dir, tmp_path / "run", init_from=data_dir)
     foreign = tmp_path / "foreign"
     (foreign / "ckpt" / "step_00000001").mkdir(parents=True)
@@ -769,13 +775,13 @@ def test_foreign_folders_are_refused_as_init_from(data_dir, four, tmp_path, no_c
     refused("another model: n_layer 3 there, 2 here", data_dir, tmp_path / "run", init_from=four, n_layer=2)
 
 
-def test_an_out_dir_that_is_a_file_is_refused(data_dir, tmp_path, no_curves):
+def test_an_out_dir_that_is_a_file_is_refused(data_dir, tmp_path):
     (tmp_path / "file").write_text("precious")
     refused("cannot be written to.*use another --out_dir", data_dir, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_foreign_data_needs_a_vocabulary_and_then_trains(data_dir, tmp_path, no_curves):
+def test_foreign_data_needs_a_vocabulary_and_then_trains(data_dir, tmp_path):
     """nanoGPT's files: bare uint16, no meta.json."""
     raw = tmp_path / "raw"
     raw.mkdir()

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 from config import UserError
-from data import Loader, Split, TrainOrder
+from data import Loader, Split
 from objective import NextToken
+from order import TrainOrder
 from ranks import codes, free_port, run, settings, start, train_rank, wait_until, write_data
 from world import World, processes_here
 
@@ -66,7 +67,7 @@ def test_an_environment_that_contradicts_itself_is_refused_in_a_line(variables, 
     assert "\n" not in str(error.value)
 
 
-def test_a_rank_without_a_world_trains_nothing_and_writes_nothing(environment, tmp_path, no_curves):
+def test_a_rank_without_a_world_trains_nothing_and_writes_nothing(environment, tmp_path):
     data_dir = write_data(tmp_path / "data")
     environment(RANK="1")
     with pytest.raises(UserError, match="RANK is 1 .* below WORLD_SIZE"):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from config import Config, Count, UserError
 from text import files
-from text.files import Tally, TextFile, ending_of, find_files, open_file, shown
+from text.files import Tally, TextFile, ending_of, find_files, open_file, shown, unescaped
 from text.remote import public
 
 BPE_BYTES = 200 << 20  # most text to train a BPE on
@@ -175,7 +175,7 @@ class Corpus:
             return [b""]
         if self.cfg.doc_separator is None:
             return [FilePieces(functools.partial(self._blocks, file))]
-        separator = self.cfg.doc_separator.replace("\\n", "\n").encode()
+        separator = unescaped(self.cfg.doc_separator).encode()
         return _split_file(self._blocks(file), separator, self.cfg.max_document_bytes)
 
     def _blocks(self, file):

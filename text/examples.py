@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import itertools
 import json
 from typing import NamedTuple
 
@@ -9,9 +10,10 @@ import numpy as np
 import torch
 
 from config import UserError
-from data import Loader, permute
+from data import Loader
 from objective import special_id
 from ops import IGNORE
+from order import permute
 from text.files import TextFile, ending_of
 
 WINDOW = 64  # steps whose examples are sorted by length before they become batches
@@ -20,10 +22,11 @@ WINDOW = 64  # steps whose examples are sorted by length before they become batc
 # ---- tables
 
 
-def read_columns(path, names, header=None):
+def read_columns(path, names, header=None, by_word=False):
     """{name: its values, a list} of a .tsv, .jsonl or .parquet file (the first two may be packed).
 
-    header: the names of a .tsv's columns; None: they stand in its first line. UserError where a column or a value is
+    header: the names of a .tsv's columns; None: they stand in its first line. by_word: its lines are words, an empty one
+    ends a sentence, and its values are lists; the last columns may be absent. UserError where a column or a value is
     missing, or the file is of another kind.
     """
     try:
@@ -32,7 +35,8 @@ def read_columns(path, names, header=None):
             columns = _parquet_columns(path)
         elif ending in (".tsv", ".jsonl"):
             text = b"".join(TextFile(path).blocks()).decode("utf-8", errors="replace")
-            columns = _tsv_columns(path, text, header) if ending == ".tsv" else _json_columns(path, text, names)
+            is_tsv = ending == ".tsv"
+            columns = _tsv_columns(path, text, header, by_word) if is_tsv else _json_columns(path, text, names)
         else:
             raise UserError(f"{path} is no .tsv, .jsonl or .parquet file; convert it to one of them")
     except (OSError, EOFError, csv.Error) as error:
@@ -52,14 +56,19 @@ def read_columns(path, names, header=None):
     return {name: columns[name] for name in names}
 
 
-def _tsv_columns(path, text, header):
+def _tsv_columns(path, text, header, by_word):
     rows = list(csv.reader(text.rstrip("\n").split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE)) if text else []
     first = 1 if header is None else 0
     header = (rows[0] if rows else []) if header is None else header
+    if by_word:
+        header = header[: len(next(filter(any, rows), ()))]
     for number, row in enumerate(rows[first:], start=1 + first):
-        if len(row) != len(header):
+        if len(row) != len(header) and not (by_word and not any(row)):
             rule = f"has {len(row)} columns in line {number}, where there are {len(header)}: {', '.join(header)}"
             raise UserError(f"{path} {rule}; mend the line, or name the columns by --tsv_columns")
+    if by_word:
+        sentences = [[*lines] for is_word, lines in itertools.groupby(rows, any) if is_word]
+        return {name: [[line[i] for line in lines] for lines in sentences] for i, name in enumerate(header)}
     return {name: [row[i] for row in rows[first:]] for i, name in enumerate(header)}
 
 
@@ -95,11 +104,12 @@ class Framing:
     """One or two texts as a model expects them: [CLS] a [SEP] b [SEP] with token types 0 and 1, or a decoder's tokens.
 
     A decoder's texts begin as its tokenizer has it, and end-of-text stands between two. Texts longer than block_size
-    are cut, of two the longer one; n_cut counts them.
+    are cut, of two the longer one; n_cut counts them, n_left_out records of which nothing could be learned.
     """
 
     def __init__(self, tokenizer, is_causal, block_size):
-        self.tokenizer, self.is_causal, self.block_size, self.n_cut = tokenizer, is_causal, block_size, 0
+        self.tokenizer, self.is_causal, self.block_size = tokenizer, is_causal, block_size
+        self.n_cut = self.n_left_out = 0
         if is_causal:
             self.begin, self.end = [*tokenizer.begin], []
             self.between = [] if tokenizer.eot is None else [tokenizer.eot]
@@ -134,7 +144,8 @@ class Row(NamedTuple):
     ids: np.ndarray
     n_first: int  # tokens of the first text; those behind them have token type 1
     targets: np.ndarray  # int64 or float32; IGNORE where there is none
-    positions: np.ndarray  # of the targets
+    positions: np.ndarray  # of the tokens whose logits are asked for
+    about: object = None  # what its task needs to judge its logits
 
 
 class Examples:
@@ -154,20 +165,26 @@ class Examples:
             digest.update(row.ids.tobytes() + row.targets.tobytes())
         return digest.hexdigest()[:16]
 
+    def width(self, rows):
+        """Tokens of a batch's sequences, T: a multiple of 8 for few different shapes."""
+        return min(self.block_size, -(-max((len(row.ids) for row in rows), default=1) // 8) * 8)
+
     def batch(self, numbers, n_rows):
         """(ids (B, T), targets (B, K), positions (B, K), attention_mask (B, T), token types (B, T)) of some rows.
 
-        B is n_rows; those beyond the numbers have no targets. T is a multiple of 8 for few different shapes.
+        B is n_rows; those beyond the numbers have no targets. K is the largest number of a row's targets.
         """
         rows = [self.rows[i] for i in numbers]
-        longest, like = max((len(row.ids) for row in rows), default=1), self.rows[0].targets
-        shape = n_rows, min(self.block_size, -(-longest // 8) * 8)
+        shape = n_rows, self.width(rows)
+        n_targets, n_positions = (max(map(len, parts)) for parts in zip(*(row[2:4] for row in rows or self.rows[:1])))
         ids, types, lengths = np.full(shape, self.pad), np.zeros(shape, np.int64), np.ones((n_rows, 1), np.int64)
-        targets, positions = np.full((n_rows, len(like)), IGNORE, like.dtype), np.zeros((n_rows, len(like)), np.int64)
+        targets = np.full((n_rows, n_targets), IGNORE, self.rows[0].targets.dtype)
+        positions = np.zeros((n_rows, n_positions), np.int64)
         for i, row in enumerate(rows):
-            lengths[i], targets[i], positions[i] = len(row.ids), row.targets, row.positions
+            lengths[i] = len(row.ids)
             ids[i, : len(row.ids)] = row.ids
             types[i, row.n_first : len(row.ids)] = 1
+            targets[i, : len(row.targets)], positions[i, : len(row.positions)] = row.targets, row.positions
         mask = np.arange(shape[1]) < lengths
         types = None if self.is_causal else torch.from_numpy(types)
         return *map(torch.from_numpy, (ids, targets, positions, mask)), types

@@ -18,6 +18,7 @@ from config import UserError
 from text.remote import RemoteFile, is_url, list_files, public
 
 PIECE_BYTES = 1 << 20  # files are read in blocks of about this size
+TEXT_BYTES = 1 << 30  # most text of a setting's file: /dev/zero has no end
 HEAD_BYTES = 1 << 14  # a file's kind shows in them
 JSON_LINES, TEXTS = (".jsonl", ".ndjson", ".json"), (".txt", ".md")
 PACKED = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ\0", ".bz2": b"BZh", ".zst": b"\x28\xb5\x2f\xfd"}  # by first bytes
@@ -59,6 +60,11 @@ def open_file(path, size=PIECE_BYTES):
     return path.open(size) if isinstance(path, RemoteFile) else open(path, "rb")
 
 
+def unescaped(text):
+    """A setting's text with its line breaks, written as \\n."""
+    return text.replace("\\n", "\n")
+
+
 def read_text(setting, name):
     """The text that a setting gives, or reads from FILE:path or, as -, from stdin; UserError where it has none.
 
@@ -67,7 +73,11 @@ def read_text(setting, name):
     where = f"{name} file {setting[5:]}" if setting.startswith("FILE:") else "stdin" if setting == "-" else name
     try:
         if setting.startswith("FILE:"):
-            text = Path(setting[5:]).read_bytes().decode("utf-8")  # keeps line ends
+            with open(setting[5:], "rb") as file:
+                text = file.read(TEXT_BYTES + 1)
+            if len(text) > TEXT_BYTES:
+                raise UserError(f"{where} has more than {TEXT_BYTES:,} bytes; give less text")
+            text = text.decode("utf-8")  # keeps line ends
         else:
             # Python keeps bytes that it cannot decode, in the C locale all but ASCII, as halves of surrogate pairs.
             text = sys.stdin.read() if setting == "-" else setting
@@ -84,8 +94,10 @@ def find_files(where, folder, endings=(*TEXTS, *JSON_LINES, ".parquet")):
 
     folder: is not searched; endings: of the files that a folder is searched for. Remote files are not read yet.
     """
+    if is_url(where):  # schemes are the same in capitals
+        where = re.sub(r"^\w+", lambda scheme: scheme[0].lower(), where)
     if where.startswith("file://"):
-        where = urllib.request.url2pathname(where.removeprefix("file://"))
+        where = urllib.request.url2pathname(re.sub("^file://(localhost(?=/))?", "", where))
     is_folder = os.path.isdir(where)
     if is_url(where):
         listed, is_folder = list_files(where)

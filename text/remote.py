@@ -17,6 +17,7 @@ from config import UserError
 
 WAITS = (1, 3, 10, 30)  # seconds before each new attempt at the byte where a connection broke
 COPY = "copy it to this machine and give its path"
+LONGEST_REASON = 300  # characters of a library's reason that are shown
 READ_AHEAD = 16  # times the size of a caller's reads
 VERSIONS = ("ETag", "etag", "blob_id", "LastModified", "last_modified", "mtime", "created")  # stores' words for it
 
@@ -100,6 +101,8 @@ def _listed(where):
     is_glob = re.search(r"[*[]", _parts(bare_url(where)).path) if is_web(where) else glob.has_magic(where)
     if is_web(where) and not is_glob:
         return [(_asked(RemoteFile(where, bare_url(where))), "")], False
+    if is_web(where) and _parts(where).query:
+        raise UserError(f"input {public(where)} is a glob with a query, or has a ? in it; name each file, or use * alone")
     from fsspec.core import url_to_fs
 
     store, path = url_to_fs(where)
@@ -137,7 +140,8 @@ def _version(response):
 def _response(file, position=0):
     """A web server's answer, from a byte on where it knows ranges (status 206), else from the start."""
     parts = _parts(file.source)
-    request = urllib.request.Request(f"{file.path}?{parts.query}" if parts.query else file.path)
+    url = f"{file.path}?{parts.query}" if parts.query else file.path
+    request = urllib.request.Request(url.replace(" ", "%20"))
     if position:
         request.add_header("Range", f"bytes={position}-")
     if login := parts.netloc.rpartition("@")[0]:  # for this host alone, wherever it redirects
@@ -151,6 +155,7 @@ class _Stream(io.RawIOBase):
 
     def __init__(self, file, read_ahead):
         self.file, self.read_ahead, self.position, self.opened, self.is_random = file, read_ahead, 0, None, False
+        self.sends_parts = True  # a server that does not is read from the start again
 
     def readable(self):
         return True
@@ -186,9 +191,10 @@ class _Stream(io.RawIOBase):
             except Exception as error:  # each store's library has its own
                 self._drop()
                 wait = None if _remedy(error) else next(waits, None)
+                how = "" if self.sends_parts else ", whose server sends it from its start alone,"
                 if wait is None:
-                    raise _told(error, str(self.file), self.file.source) from None  # the cause may show a secret
-                print(f"{self.file} breaks off at byte {self.position:,}: opened again in {wait} s", flush=True)
+                    raise _told(error, f"{self.file}{how}", self.file.source) from None  # the cause may show a secret
+                print(f"{self.file}{how} breaks off at byte {self.position:,}: opened again in {wait} s", flush=True)
                 time.sleep(wait)
         return 0
 
@@ -203,7 +209,8 @@ class _Stream(io.RawIOBase):
         opened = _response(self.file, self.position)
         if (found := _version(opened)) and self.file.version and found != self.file.version:
             raise UserError(f"{self.file} has changed since it was found; repeat the command")
-        if self.position and opened.status != 206:
+        self.sends_parts = not self.position or opened.status == 206
+        if not self.sends_parts:
             if self.is_random:
                 raise UserError(f"{self.file} can only be read in parts, which its server does not send; {COPY}")
             for start in range(0, self.position, 1 << 20):
@@ -250,5 +257,6 @@ def _told(error, what, source):
     for secret in filter(None, (parts.query, parts.netloc.rpartition("@")[0], parts.password)):
         why = why.replace(secret, "...").replace(urllib.parse.unquote(secret), "...")
     why = re.sub(r"(?<=://)[^/\s]*@|(?<=\?)[^\s'\")]+", "...", why)  # in URLs that a library writes otherwise
+    why = why if len(why) <= LONGEST_REASON else f"{why[:LONGEST_REASON]}..."
     rule = "names no file" if isinstance(error, FileNotFoundError) else "cannot be read"
     return UserError(f"{what} {rule} ({why}); {_remedy(error) or f'check the network, or {COPY}'}")

@@ -88,6 +88,13 @@ class Tokenizer:
         special_ids = {*self.specials.values()}
         return [0 if i in special_ids else len(self._bytes.get(i, b"")) for i in range(self.vocab_size)]
 
+    def spans(self, text):
+        """(ids, tokens' first characters, the ones behind their last) of a text that the tokens' bytes make up."""
+        ids, data = self.encode(text), np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8)
+        character = np.cumsum((data & 0xC0) != 0x80)  # a byte's, counted from 1
+        ends = np.cumsum([0, *(len(self._bytes[i]) for i in ids.tolist())])
+        return ids, character[ends[:-1]] - 1, character[ends[1:] - 1]
+
     def save(self, path):
         """Writes the tokenizer.json, which Hugging Face's libraries read too."""
         Path(path).write_text(json.dumps(self.saved, ensure_ascii=False), encoding="utf-8")
@@ -135,7 +142,7 @@ class FileTokenizer(Tokenizer):
 
         if saved["model"].get("dropout"):
             raise UserError("its model leaves out merges at random (dropout), which changes ids from call to call")
-        harmless, names = _with_secret_specials(saved)
+        harmless, names = with_secret_specials(saved)
         self.saved, self._tokenizer = saved, tokenizers.Tokenizer.from_str(json.dumps(harmless))
         vocab, model = self._tokenizer.get_vocab(with_added_tokens=True), saved["model"]
         specials = {name: vocab.pop(secret) for name, secret in names.items()}
@@ -164,6 +171,11 @@ class FileTokenizer(Tokenizer):
             if ids[: len(letter)] == letter:
                 return np.array(ids[len(letter) :], dtype=np.uint32)
         return np.array(self._ids(text), dtype=np.uint32)
+
+    def spans(self, text):
+        """Tokenizer.spans, by tokenizers."""
+        ids, text = self.encode(text), text.encode("utf-8", errors="replace").decode("utf-8")
+        return ids, *np.array(self._tokenizer.encode(text, add_special_tokens=False).offsets).reshape(-1, 2).T
 
     def drop_merges(self, share):
         """Leaves out this share of a BPE's merges at random from now on (Provilkov et al. 2020), without a seed."""
@@ -311,7 +323,7 @@ def _bpe_of_pair(path):
     return json.loads(bpe.to_str())
 
 
-def _with_secret_specials(saved):
+def with_secret_specials(saved):
     """Renames special tokens so that no text contains them; returns the tokenizer.json dict and {name: secret name}.
 
     They can't be removed: `tokenizers` would give their ids to other added tokens.
