@@ -319,10 +319,10 @@ def evaluate(model, task, examples, cfg, world):
     if not task.has_head:
         model.eval()
         batches = (examples.batch(here, cfg.data.micro_batch_size) for here in shares_of(examples, cfg, world))
-        loss, n_correct, targets = sums_over(model, batches, world)
+        loss, n_correct, n_targets = sums_over(model, batches, world)[0][:, 0].tolist()
         model.train()
         reshard(model)
-        return {"val_loss": loss / targets.sum().item(), "val_accuracy": n_correct / targets.sum().item()}
+        return {"val_loss": loss / n_targets, "val_accuracy": n_correct / n_targets}
     logits = logits_of(model, examples, cfg, world)
     metrics, chosen = task.figures(examples.rows, logits), cfg.finetune.metric or task.metrics[0]
     score = {} if chosen == "loss" else {"score": metrics[chosen]}

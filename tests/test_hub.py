@@ -582,7 +582,7 @@ def test_data_of_another_tokenizer_than_the_weights_is_told(folders, tmp_path, n
         shutil.copyfile(folder / "tokenizer.json", data_dir / "tokenizer.json")
         train_from(folder, data_dir, tmp_path / f"run {tokenizer}", max_steps=1)
         out = capsys.readouterr().out
-        assert ("has tokens of byte, the weights know tokens of" in out) == told == ("warning" in out)
+        assert ("has tokens of byte, the weights know tokens of" in out) == told == ("warning    " + str(data_dir) in out)
 
 
 def test_a_run_that_has_begun_says_that_another_start_is_of_no_effect(folders, data_dir, tmp_path, no_curves, capsys):

@@ -48,7 +48,7 @@ TINY = {
     "clean.py": "--workers=2",
     "finetune.py": "--init_from=bert --train_file=reviews/train.tsv --eval_file=reviews/dev.tsv --tsv_columns=text,label"
     " --batch_examples=4 --max_steps=2 --device=cpu --precision=fp32",
-    "instruct": "--batch_examples=4 --max_steps=2 --device=cpu --precision=fp32",
+    "own files": "--batch_examples=4 --max_steps=2 --device=cpu --precision=fp32",
 }
 
 
@@ -77,6 +77,13 @@ def folder(tmp_path_factory):
     (folder / "reviews").mkdir()
     for name in ("train", "dev"):
         (folder / "reviews" / f"{name}.tsv").write_text("paris is the capital\t1\nof france\t0\n" * 4)
+    words = {"tokens": ["paris", "is", "of", "france"], "tags": ["B-LOC", "O", "O", "B-LOC"]}
+    answers = {"text": ["paris"], "answer_start": [0]}
+    question = {"question": "is the capital of france", "context": "paris is the capital of france", "answers": answers}
+    for name, record in (("ner", words), ("squad", question)):
+        (folder / name).mkdir()
+        for split in ("train", "dev"):
+            (folder / name / f"{split}.jsonl").write_text((json.dumps(record) + "\n") * 8)
     (folder / "chats").mkdir()
     talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
     for name in ("train", "dev"):
@@ -118,13 +125,17 @@ def run(command, folder, extra=""):
     script = next((word for word in words if word.endswith(".py") and "/" not in word), None)
     words = shlex.split(shlex.join(words).replace("--tasks=lambada_openai", "--tasks=texts --include_path=tasks"))
     words = [sys.executable if word == "python" else str(ROOT / script) if word == script else word for word in words]
+    if "prepare.py config/bert_base.py" in command:
+        words += ["--val_fraction=0.1"]  # or nsp would find too few documents there
+    elif "--task=qa" in command:
+        words = [word.replace("--stride=128", "--stride=4") for word in words]
     if words[0] == "lm_eval":
         words[0] = str(Path(sys.executable).with_name("lm_eval"))
         words = shlex.split(" ".join(words).replace("lambada_openai", "texts --include_path tasks"))
-    elif "train.py out/nanogpt" in command:  # the checkpoint has a model and data of its own
+    elif "train.py out/" in command:  # the run has a model and data of its own
         words += ["--max_steps=6", "--device=cpu"]
     elif command != "python bench.py":  # that one measures the machine, not a model
-        words += shlex.split(TINY.get("instruct" if "--task=instruct" in command else script, "")) + shlex.split(extra)
+        words += shlex.split(TINY.get("own files" if re.search("--task=(tag|qa|instruct)", command) else script, "")) + shlex.split(extra)
     if script not in (None, "prepare.py", "clean.py"):  # torchrun itself is tried in test_guard.py
         at = words.index(str(ROOT / script))
         return run_script(words[at], words[at + 1 :], folder, n_ranks=2 if command.startswith("torchrun") else 1)
