@@ -11,6 +11,7 @@ import torch
 
 import bench
 import clean
+import compress
 import config
 import convert
 import data
@@ -25,7 +26,7 @@ from model import Transformer
 
 SCRIPTS = {
     "train": train, "prepare": prepare, "sample": sample, "bench": bench, "plan": plan, "convert": convert,
-    "clean": clean, "evaluate": evaluate, "finetune": finetune,
+    "clean": clean, "compress": compress, "evaluate": evaluate, "finetune": finetune,
 }  # fmt: skip
 PRESETS = sorted(f"config/{path.name}" for path in (ROOT / "config").glob("[!_]*.py"))
 
@@ -329,6 +330,7 @@ def test_settings_written_as_a_preset_load_to_the_same_settings(preset, script):
         "plan": ["--json", "--gpu=a100-80", "--gpu_price=0.5"],
         "clean": ["--steps=fix,near", "--near_bands=20"],
         "evaluate": ["--tasks=hellaswag,blimp_*", "--limit=0.5", "--text=two\nlines"],
+        "compress": ["--prune=heads", "--sparsity=0.3", "--to_run=x"],
         "finetune": ["--tsv_columns=a,b", "--freeze=embeddings,blocks.0-1", "--layer_decay=0.5"],
     }[script.__name__]  # fmt: skip
     cfg = load(*argv, script=script)

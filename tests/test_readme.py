@@ -46,6 +46,7 @@ TINY = {
     "evaluate.py": "--device=cpu",
     "prepare.py": "--workers=2",
     "clean.py": "--workers=2",
+    "compress.py": "--eval_tokens=2048 --device=cpu",
     "finetune.py": "--init_from=bert --train_file=reviews/train.tsv --eval_file=reviews/dev.tsv --tsv_columns=text,label"
     " --batch_examples=4 --max_steps=2 --device=cpu --precision=fp32",
     "own files": "--batch_examples=4 --max_steps=2 --device=cpu --precision=fp32",

@@ -380,6 +380,7 @@ def test_a_change_of_micro_batch_changes_no_masked_loss(
         assert records(out_dir, name)[9] == pytest.approx(records(masked_nine, name)[9], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_masked_run_goes_on_on_two_ranks(masked_dir, masked_four, masked_nine, tmp_path):
     out_dir = copy_run(masked_four, tmp_path / "run")
     on_ranks(2, (train.main, settings(masked_dir, out_dir, **MASKED)))
