@@ -28,9 +28,7 @@ from world import WorldConfig, init_world
 
 @dataclass(frozen=True)
 class CompressConfig(Config):
-    prune: Literal["heads", "neurons", "magnitude"] | None = (
-        None  # what goes: attention heads, neurons of MLPs, weights
-    )
+    prune: Literal["heads", "neurons", "magnitude"] | None = None  # takes out attention heads, neurons of MLPs, weights
     sparsity: Fraction = 0.5  # share of them that goes, of each layer
     to_run: str | None = None  # folder of the run to write
 

@@ -44,7 +44,7 @@ from text.tasks import METRICS, TASKS
 from train import TrainConfig, sums_over, train
 from world import WorldConfig, end_process, init_world
 
-PART = r"embeddings|blocks\.(\d+)(?:-(\d+))?"  # of a model, to freeze
+PART = r"embeddings|blocks\.(\d+)(?:-(\d+))?"  # freeze names parts of a model so
 PREDICTIONS = "predictions.jsonl"
 EMBEDDINGS = ("wte", "wpe", "wtt", "norm_e")
 
@@ -172,8 +172,9 @@ def fine_tune(cfg, world):
         rows = predict_set.rows
         answers = logits_of(model, predict_set, cfg, world) if task.has_head else answer_rows(cfg, task, rows, world)
         predictions = [*task.predictions(rows, answers)]
-        if hits := [each["prediction"].strip() == each["answer"].strip() for each in predictions if "answer" in each]:
-            figures["exact_match"] = statistics.fmean(hits)
+        pairs = [(record["prediction"], record["answer"]) for record in predictions if "answer" in record]
+        if pairs:
+            figures["exact_match"] = statistics.fmean(here.strip() == wanted.strip() for here, wanted in pairs)
         if world.is_main:
             with writing_to(cfg.run.out_dir):
                 lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in predictions]

@@ -18,7 +18,7 @@ from model import Transformer
 from objective import CONTRASTIVE, PAIRS
 from ops import IGNORE, Linear
 
-TEMPERATURE = 0.05  # of contrastive, as in the paper
+TEMPERATURE = 0.05  # contrastive divides scores by it, as the paper does
 CONTRASTED, GROUP = 1024, 64  # sequences that evaluation embeds, at most, and those that it compares at a time
 
 

@@ -184,7 +184,7 @@ def load_plain(path):
 
 
 def copy_files(folder, to, names):
-    """Copies those of a folder's files that are there; UserError where one leads out of it or cannot be read."""
+    """Copies the files of these names that a folder has; UserError where one leads out of it or cannot be read."""
     for path in (folder / name for name in names if os.path.lexists(folder / name)):
         foreign.check_inside(path)
         with foreign.telling(lambda reason, path=path: f"{path} cannot be copied ({reason})"):

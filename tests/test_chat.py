@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tuning import check_same_run
 
 import config
 import convert
@@ -276,21 +277,12 @@ def losses(*args, **changes):
     return records(args[2]), records(args[2], "val_loss"), weight.tolist(), answers(args[2])
 
 
-def tensors(run_dir):
-    from safetensors.torch import load_file
-
-    files = sorted(checkpoints(run_dir)[-1].glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
 @pytest.mark.parametrize("more", [{}, {"freeze": "embeddings,blocks.0", "layer_decay": 0.9, "lora_rank": 3}])
 def test_resumed_run_equals_uninterrupted_run_bitwise(more, start, talks, tmp_path):
     tune(start, talks, tmp_path / "whole", dropout=0.1, **more)
     tune(start, talks, tmp_path / "parts", dropout=0.1, max_steps=3, **more)
     tune(start, talks, tmp_path / "parts", dropout=0.1, **more)
-    whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
-    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert records(tmp_path / "whole") == records(tmp_path / "parts")
+    check_same_run(tmp_path / "whole", tmp_path / "parts")
     assert answers(tmp_path / "whole") == answers(tmp_path / "parts")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tuning import losses, losses_on_rank, predictions, settings, small_bert, tensors, tune, write_tables
+from tuning import check_same_run, losses, losses_on_rank, predictions, settings, small_bert, tensors, tune, write_tables
 
 import config
 import convert
@@ -185,9 +185,7 @@ def test_resumed_run_equals_uninterrupted_run_bitwise(more, folder, tables, tmp_
     tune(folder, tables, tmp_path / "whole", dropout=0.1, **more)
     tune(folder, tables, tmp_path / "parts", dropout=0.1, max_steps=4, **more)
     tune(folder, tables, tmp_path / "parts", dropout=0.1, **more)
-    whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
-    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert records(tmp_path / "whole") == records(tmp_path / "parts")
+    check_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_training_equals_transformers_with_torchs_adamw(folder, tables, tmp_path):

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import torch
 
 import config
 import finetune
@@ -103,6 +104,13 @@ def tensors(run_dir):
 
     files = sorted(checkpoints(run_dir)[-1].glob("*.safetensors"))
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def check_same_run(whole, parts):
+    """Two runs have the same tensors and losses, to the bit."""
+    ours, theirs = tensors(whole), tensors(parts)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert records(whole) == records(parts)
 
 
 def predictions(run_dir):
