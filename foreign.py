@@ -87,7 +87,10 @@ def settings_of(cls, values, where):
             wrong.append(f"{name} {shown(value)}")
     if wrong:
         raise UserError(f"{where} has settings that are not {cls.__name__}'s: {', '.join(wrong[:5])}; {COPY_AGAIN}")
-    return cls(**typed)
+    try:
+        return cls(**typed)
+    except UserError as error:
+        raise UserError("; ".join(error.args)) from error
 
 
 @contextlib.contextmanager

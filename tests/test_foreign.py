@@ -285,6 +285,16 @@ def test_any_manifest_is_loaded_or_refused_in_a_line(examples, checkpoint, tmp_p
     try_all(examples, read_manifest(checkpoint), attempt)
 
 
+def test_settings_that_break_two_rules_are_refused_in_a_line(checkpoint, tmp_path):
+    path = shutil.copytree(checkpoint, tmp_path / "ckpt" / checkpoint.name)
+    manifest = read_manifest(checkpoint)
+    manifest["model"]["objective"] = {"": 0}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="objective names ''; .* objective has 0 of clm, mlm") as error:
+        load_model(tmp_path, "cpu")
+    assert len(error.value.args) == 1
+
+
 @many
 def test_any_header_of_a_checkpoints_file_is_read_or_refused_in_a_line(examples, checkpoint, tmp_path, capsys):
     path = shutil.copytree(checkpoint, tmp_path / "ckpt" / checkpoint.name)
