@@ -7,22 +7,26 @@ The second command trains the pruned model again, for a tenth of its run's steps
 """
 
 import dataclasses
+import shutil
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch.nn.utils import prune as torch_prune
 
-from config import Config, Fraction, UserError, only, run_script
+from config import Config, Fraction, UserError, only, run_script, settings_of
 from data import DataConfig, Split, each, eval_batches, objective_for, prepare_command
-from interop.pretrained import keep_tokenizer_of, load_model, model_location
+from interop.hub import save_tensors
+from interop.pretrained import CHAT_FILE, EXTRA_FILE, keep_tokenizer_of, load_model, model_location
 from model import ModelConfig
-from objective import ObjectiveConfig
+from objective import CONTRASTIVE, ObjectiveConfig
 from ops import Linear
 from run.folder import RunConfig
 from run.resume import check_is_new, write_run
-from train import EVAL_MASK_SEED, evaluate
+from train import EVAL_MASK_SEED, evaluate, weighted_sum
+from train import Settings as TrainSettings
 from world import WorldConfig, init_world
 
 
@@ -42,6 +46,7 @@ class Settings:
     run: RunConfig = only("out_dir", "init_from")
     world: WorldConfig = only("device", "precision")
     presets: tuple = ()
+    given: frozenset = dataclasses.field(default=frozenset(), compare=False)
 
 
 def main(cfg):
@@ -51,7 +56,8 @@ def main(cfg):
     check_is_new(wanted.to_run)
     with init_world(cfg.world) as world:
         model, source = load_model(model_location(cfg), world.device)
-        cfg = with_data_of(cfg, source)
+        settings = training_settings(source)
+        cfg = with_settings(cfg, source, settings)
         splits = [
             Split(folder, "val", model.cfg.vocab_size, prepare_command(cfg, folder)) for folder in cfg.data.folders
         ]
@@ -66,17 +72,29 @@ def main(cfg):
         )
         pruned = PRUNERS[wanted.prune](model, batches, wanted.sparsity)
         after = evaluate(pruned, splits, objective, cfg.data, world)
-        write(cfg, source, pruned, after["val_loss"], world)
-        print_table({"before": (model, before), f"{wanted.sparsity:.0%} of {wanted.prune} pruned": (pruned, after)})
-        print(f"to train it again: python train.py {wanted.to_run}/config.py")
+        write(cfg, source, settings, pruned, after["val_loss"], world)
+        what = "weights" if wanted.prune == "magnitude" else wanted.prune
+        print_table({"before": (model, before), f"{100 * wanted.sparsity:.3g} % of the {what} gone": (pruned, after)})
+        to_set = "" if settings else "; set batch_tokens, learning_rate and max_steps, which the model does not tell"
+        print(f"to train it again: python train.py {wanted.to_run}/config.py{to_set}")
 
 
-def with_data_of(cfg, source):
-    """cfg with the model's settings and, where data_dir is none, the data of its run."""
-    data_dir = cfg.data.data_dir or getattr(source, "manifest", {}).get("settings", {}).get("data_dir")
+def training_settings(source):
+    """The settings of train.py with which a model was trained, {} where it is no run of train.py's."""
+    settings = getattr(source, "manifest", {}).get("settings", {})
+    return {} if "task" in settings else {n: v for n, v in settings.items() if n in settings_of(TrainSettings)}
+
+
+def with_settings(cfg, source, settings):
+    """cfg with the model's settings and, unless the user has given them, its run's data, seq_len and objective."""
+    data_dir = cfg.data.data_dir or settings.get("data_dir")
     if data_dir is None:
         raise UserError("data_dir is none; name the data, by prepare.py, whose validation text judges the model")
-    return replace(cfg, model=source.cfg, data=replace(cfg.data, data_dir=data_dir, seq_len=source.cfg.block_size))
+    names = {field.name for field in dataclasses.fields(ObjectiveConfig)} & settings.keys() - cfg.given
+    objective = replace(cfg.objective, **{name: settings[name] for name in names}).without_augmentation()
+    seq_len = settings.get("seq_len") or source.cfg.block_size
+    data = replace(cfg.data, data_dir=data_dir, seq_len=min(seq_len, source.cfg.block_size))
+    return replace(cfg, model=source.cfg, objective=objective, data=data)
 
 
 def print_table(rows):
@@ -129,6 +147,8 @@ def most_important(model, batches, reader_of, n_groups, sparsity, name):
     n_kept = round((1 - sparsity) * n_groups)
     if n_kept < 1:
         raise UserError(f"sparsity {sparsity} leaves a layer without {name}, of which it has {n_groups}; lower it")
+    if n_kept == n_groups:
+        raise UserError(f"sparsity {sparsity} takes none of the {n_groups} {name} of a layer; raise it")
     importance, handles = defaultdict(lambda: torch.zeros(n_groups)), []
     for layer, block in enumerate(model.blocks):
 
@@ -141,8 +161,9 @@ def most_important(model, batches, reader_of, n_groups, sparsity, name):
 
         handles.append(reader_of(block).register_forward_pre_hook(watch))
     model.eval()  # without dropout
+    weights = {name: weight for name, weight in model.cfg.objectives.items() if name != CONTRASTIVE}
     for batch in batches:
-        model(*batch).backward()
+        weighted_sum(model(*batch).view(-1), weights).backward()
         model.zero_grad()
     for handle in handles:
         handle.remove()
@@ -181,23 +202,25 @@ def smaller(model, cfg, cut):
 # ---- the run to write
 
 
-def write(cfg, source, model, val_loss, world):
+def write(cfg, source, settings, model, val_loss, world):
     """Writes the model as a run without steps, whose config.py trains it for a tenth of its source's steps."""
-    out_dir, settings = cfg.compress.to_run, getattr(source, "manifest", {}).get("settings", {})
-    preset = settings | dataclasses.asdict(model.cfg) | {"init_from": out_dir, "out_dir": f"{out_dir}_trained"}
-    if steps := settings.get("max_steps"):
-        preset["max_steps"] = max(1, steps // 10)
-        preset["warmup_steps"] = min(settings["warmup_steps"], preset["max_steps"] // 10)
-        preset["learning_rate"] = settings["learning_rate"] / 10  # at the full rate it would unlearn first
-    facts = {
-        "model": dataclasses.asdict(model.cfg),
-        "settings": settings,
-        "val_loss": val_loss,
-        "context": source.cfg.block_size,
-    }
+    out_dir, preset = cfg.compress.to_run, settings | dataclasses.asdict(model.cfg)
+    preset |= {"init_from": out_dir, "out_dir": f"{out_dir}_trained", "data_dir": cfg.data.data_dir}
+    if settings:
+        steps = max(1, source.manifest["step"] // 10)
+        preset |= dict.fromkeys(("max_tokens", "target_loss", "lr_decay_steps", "max_minutes", "data_schedule"))
+        preset |= {"max_steps": steps, "warmup_steps": min(settings["warmup_steps"], steps // 10)}
+        # At the full rate it would unlearn first.
+        preset |= {name: settings[name] / 10 for name in ("learning_rate", "min_lr")}
+        preset["cooldown_steps"] = settings["cooldown_steps"] // 10
+    facts = {"model": dataclasses.asdict(model.cfg), "settings": settings, "val_loss": val_loss}
     tensors = {f"model.{name}": param.detach().cpu() for name, param in model.named_parameters()}
-    write_run(out_dir, 0, tensors, facts, {name: value for name, value in preset.items() if name != "data_fingerprint"})
+    write_run(out_dir, 0, tensors, facts | {"context": source.cfg.block_size}, preset)
     keep_tokenizer_of(replace(cfg, run=replace(cfg.run, init_from=str(source.folder), out_dir=out_dir)), world)
+    if source.extra:
+        save_tensors(source.extra, Path(out_dir) / EXTRA_FILE)
+    if (source.folder / CHAT_FILE).exists():
+        shutil.copyfile(source.folder / CHAT_FILE, Path(out_dir) / CHAT_FILE)
 
 
 if __name__ == "__main__":

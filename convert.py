@@ -132,6 +132,12 @@ def put_tokenizer(source, tokenizer, folder):
         copy_files(kept, folder, TOKENIZER_FILES)
         theirs = foreign.read_json(kept / "config.json")
         special_ids |= {name: theirs[name] for name in special_ids if name in theirs}
+        if (folder / "tokenizer_config.json").exists():
+            config = foreign.read_json(folder / "tokenizer_config.json")
+            longest = config.get("model_max_length", source.cfg.block_size)
+            write_json(
+                config | {"model_max_length": min(longest, source.cfg.block_size)}, folder / "tokenizer_config.json"
+            )
         if special_ids["pad_token_id"] is None:  # a decoder's head looks for the last token that is none
             special_ids["pad_token_id"] = tokenizer and tokenizer.eot
     elif tokenizer:

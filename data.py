@@ -6,6 +6,7 @@ A data folder holds {train,val}_000000.bin, ... and meta.json; shards.py reads a
 import collections
 import contextlib
 import copy
+import functools
 import hashlib
 import itertools
 import os
@@ -333,6 +334,8 @@ def open_data(cfg, world):
         for name in ("train", "val")
     )
     objective = objective_for(cfg, seed)
+    if "contrastive" in cfg.model.objectives and (n := cfg.data.micro_batch_size * world.data_ranks) < 2:
+        raise UserError(f"micro_batch_size times ranks is {n}, but contrastive compares texts; raise micro_batch_size")
     micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, world.data_ranks)
     orders = [TrainOrder(split, objective.stride, seed) for split in train]
     phases = cfg.data.phases(cfg.data.batch_tokens // cfg.data.seq_len)
@@ -347,7 +350,8 @@ def objective_for(cfg, seed):
 
     if CONTRASTIVE in cfg.model.objectives and cfg.objective.document_mask:
         raise UserError("document_mask is on, but contrastive embeds a sequence as one text; leave it off")
-    return windows_of(cfg.model.objective).build(cfg.objective, cfg.data.seq_len, seed, read_meta(cfg.data.folder))
+    build = functools.partial(windows_of(cfg.model.objective).build, cfg.objective, cfg.data.seq_len, seed)
+    return [build(read_meta(folder)) for folder in cfg.data.folders][0]  # others are looked at for mistakes
 
 
 # ---- the windows of evaluation

@@ -55,9 +55,9 @@ class FinetuneConfig(Config):
     train_file: str | None = None  # labelled texts to learn from: a .tsv, .jsonl or .parquet file
     eval_file: str | None = None  # labelled texts to evaluate on
     predict_file: str | None = None  # texts to label at the end, into out_dir/predictions.jsonl; none: eval_file
-    text_column: str = "text"  # column of the text; tag: of words; qa: of the question; instruct: of messages, or prompts
+    text_column: str = "text"  # column of the text; tag: of words; qa: of questions; instruct: of messages, or prompts
     second_column: str | None = None  # column of a second text, for pairs of texts; qa: of the context
-    label_column: str | None = "label"  # column of the label; tag: of tags; qa, instruct: of answers (none: in messages)
+    label_column: str | None = "label"  # column of labels; tag: of tags; qa, instruct: of answers (none: in messages)
     tsv_columns: tuple | None = None  # names of the .tsv files' columns; none: they stand in the first line
     stride: Whole = 128  # qa: tokens that a long context's windows share
     max_answer_tokens: Count = 30  # qa: longest answer to predict
@@ -216,6 +216,8 @@ def open_task(cfg, world):
         column = kind.read(tune.train_file, [tune.label_column], tune)[tune.label_column]
         labels = kind.labels(column, f"{tune.train_file}, column {tune.label_column}")
         model, task = TunedModel(**fields, task=tune.task, labels=labels), kind(labels, framing, tune)
+        if kind.has_classes and world.is_main:
+            print(f"labels     {len(labels)}: {', '.join(labels[:9])}{', ...' * (len(labels) > 9)}")
     else:
         if not source.is_causal:
             raise UserError(f"{where} is a masked model, which writes no answers; {tune.task} needs a causal one")

@@ -168,7 +168,9 @@ def write_embeddings(model, tokenizer, path, device, batch_size=32):
     if not model.cfg.is_causal:
         before, after = ([special_id(tokenizer.specials, role)] for role in ("cls", "sep"))
     room = model.cfg.block_size - len(before) - len(after)
-    lines = read_text(f"FILE:{path}", "embed").removesuffix("\n").split("\n")
+    if (target := Path(path).with_suffix(".npy")) == Path(path):
+        raise UserError(f"embed {path} would be overwritten by its embeddings; give the texts another ending")
+    lines = read_text(f"FILE:{path}", "embed").replace("\r\n", "\n").removesuffix("\n").split("\n")
     texts = [tokenizer.encode(line).tolist() for line in lines]
     rows = [[*before, *text[:room], *after] or [tokenizer.eot or 0] for text in texts]
     found = []
@@ -178,7 +180,6 @@ def write_embeddings(model, tokenizer, path, device, batch_size=32):
         ids = torch.tensor([row + [0] * (int(lengths.max()) - len(row)) for row in here], device=device)
         seen = torch.arange(ids.shape[1], device=device) < lengths[:, None]
         found.append(embedding(model, model.states(ids, seen), seen).cpu().numpy())
-    target = Path(path).with_suffix(".npy")
     with refusing_system_errors(f"{target} cannot be written", "make room, or put the texts elsewhere"):
         np.save(target, np.concatenate(found))
     n_cut = sum(len(text) > room for text in texts)

@@ -237,8 +237,9 @@ def evaluate(model, splits, objective, cfg, world):
     reshard(model)
     (losses, n_correct, counts), frequencies = map(sum, zip(*sums.values()))
     n_targets, n_bytes, weights = counts[0].item(), 0, model.cfg.objectives
-    if empty := [folder for folder, (_, n) in sums.items() if not n.any()]:
-        what = f"eval_tokens {cfg.eval_tokens} reads special tokens alone from the validation split of {empty[0]}"
+    if empty := [(name, folder) for folder, (s, _) in sums.items() for name, n in zip(weights, s[2]) if not n]:
+        what = "finds no target of {} in the validation split of {}".format(*empty[0])
+        what = f"eval_tokens {cfg.eval_tokens} {what}"
         raise UserError(f"{what}; raise eval_tokens, or the split's share of the text by --val_fraction of prepare.py")
     if model.cfg.is_causal and splits[0].token_bytes:
         n_bytes = sum(map(operator.mul, frequencies.tolist(), splits[0].token_bytes))

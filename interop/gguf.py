@@ -17,7 +17,7 @@ from ops import frequencies_of
 ARCHITECTURES = {"gpt2": "GPT2", "llama": "LLAMA", "qwen3": "QWEN3"}
 # {pattern that cuts text into words, None: GPT-2's: llama.cpp's name of it}
 WORDS = {None: "gpt-2", QWEN_WORDS: "qwen2", QWEN_WORDS.replace(r"\p{N}|", r"\p{N}{1,3}|"): "llama-bpe"}
-NORMAL, CONTROL, UNUSED = 1, 3, 5  # llama.cpp's kinds of tokens
+NORMAL, CONTROL, IN_TEXT, UNUSED = 1, 3, 4, 5  # llama.cpp's kinds of tokens
 
 
 def write_gguf(source, path, kind):
@@ -105,10 +105,11 @@ def put_tokenizer(writer, tokenizer, vocab_size):
         raise UserError(f"{refusal}, which cuts text into words by {words}; use --to_hf")
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     pre, made = WORDS[words], {pair.replace(" ", "") for pair in merges}
-    specials = {token["content"]: token["id"] for token in saved["added_tokens"]}
+    added = {token["content"]: token for token in saved["added_tokens"]}
     tokens, kinds = [f"[unused{i}]" for i in range(vocab_size)], [UNUSED] * vocab_size
-    for token, id_ in (model["vocab"] | specials).items():
-        tokens[id_], kinds[id_] = token, CONTROL if token in specials else NORMAL
+    for token, id_ in (model["vocab"] | {name: token["id"] for name, token in added.items()}).items():
+        kind = NORMAL if token not in added else CONTROL if added[token]["special"] else IN_TEXT
+        tokens[id_], kinds[id_] = token, kind
         if pre != "llama-bpe" and kinds[id_] == NORMAL and len(token) > 1 and token not in made:
             raise UserError(f"{refusal}: no merge makes its token {token!r}; use --to_hf")
     writer.add_tokenizer_model("gpt2")
@@ -130,7 +131,8 @@ def words_of(pre_tokenizer):
     bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     if steps == [bytes_ | {"use_regex": True}]:
         return None
-    if len(steps) == 2 and steps[0].get("behavior") == "Isolated" and steps[1]["type"] == "ByteLevel":
+    cut = {"type": "Split", "behavior": "Isolated", "invert": False}
+    if len(steps) == 2 and steps[0].items() >= cut.items() and steps[1] == bytes_ | {"use_regex": False}:
         return steps[0]["pattern"].get("Regex")
     return str(pre_tokenizer)
 

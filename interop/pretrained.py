@@ -304,7 +304,7 @@ def start_from(cfg, model, world, longest=None):
                 save_tensors(extra, path)
         print(f"weights    from {source.name}")
         unused = [name for name in parameter_shapes(source.cfg) if name not in parameter_shapes(model.cfg)]
-        if new and not labels:
+        if new and (not labels or isinstance(source.cfg, TunedModel)):  # a head for other labels
             print(f"weights    not there, drawn anew: {', '.join(new)}")
         if unused and not labels:
             print(f"weights    left out, since no objective uses them: {', '.join(unused)}")

@@ -190,7 +190,7 @@ def changed_settings(old, new, step=0):
     """Lines `name: old -> new` of the settings that a run changes at a step; UserError where one must not change."""
     defaults = {f.name: f.default for owner in (ModelConfig, ObjectiveConfig) for f in dataclasses.fields(owner)}
     fixed = {*defaults, "seq_len", "seed", "optimizer", "data_fingerprint"}
-    fixed |= {"task", "batch_examples", "freeze", "lora_rank"}  # of fine-tuning
+    fixed |= {"task", "batch_examples", "freeze", "lora_rank", "metric"}  # of fine-tuning
     old = defaults | old  # a run from before a setting has trained with its default
     changes = {name: f"{name}: {old[name]} -> {new[name]}" for name in new if name in old and old[name] != new[name]}
     if "data_fingerprint" in changes and is_same_data(str(old["data_fingerprint"]), new["data_fingerprint"]):

@@ -119,7 +119,8 @@ def test_pruned_run_is_sampled_from_and_trained_again(kind, trained, tmp_path, c
     before, after = (line.split() for line in told[-3:-1])
     whole, small = RunModel(trained[1]), RunModel(tmp_path / "small")
     model = load_model(str(tmp_path / "small"), "cpu")[0]
-    assert f"{model.num_params():,}" in after and f"50% of {kind} pruned" in told[-2]
+    what = "weights" if kind == "magnitude" else kind
+    assert f"{model.num_params():,}" in after and f"50 % of the {what} gone" in told[-2]
     assert small.cfg.block_size == whole.cfg.block_size == 12 and small.load_tokenizer().name == "byte"
     assert told[-1] == f"to train it again: python train.py {tmp_path}/small/config.py"
     with without_matplotlib():
@@ -131,7 +132,32 @@ def test_pruned_run_is_sampled_from_and_trained_again(kind, trained, tmp_path, c
     assert first["step"] == 0 and first["val_loss"] == pytest.approx(small.manifest["val_loss"], abs=0.2)
 
 
+def test_a_run_is_judged_as_it_was_trained(tmp_path, capsys):
+    """With its own length of sequences, objective and data, and trained again for a tenth of the steps it took."""
+    data = write_data(tmp_path / "data", vocab_size=261)
+    run(data, tmp_path / "run", vocab_size=261, block_size=12, seq_len=6, batch_tokens=72, max_tokens=1440,
+        max_steps=1000, eval_tokens=500, target_loss=0.01, cooldown_steps=20)  # fmt: skip
+    trained = RunModel(tmp_path / "run").manifest["val_loss"]
+    compressed((data, tmp_path / "run"), tmp_path / "small", prune="neurons")
+    before = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("before"))
+    assert float(before.split()[3]) == pytest.approx(trained, abs=1e-4)
+    with without_matplotlib():
+        train.main(config.load(train.Settings, [f"{tmp_path}/small/config.py"]))
+    assert checkpoints(tmp_path / "small_trained")[-1].name == "step_00000002"
+
+
+@pytest.mark.parametrize("kind", ["heads", "neurons"])
+def test_models_of_several_objectives_are_pruned(kind):
+    cfg = replace(BERT, objective={"mlm": 1.0, "nsp": 2.0})
+    model, generator = random_model(cfg), torch.Generator().manual_seed(4)
+    ids, targets = (torch.randint(cfg.vocab_size, (2, 9), generator=generator) for _ in range(2))
+    batch = ids, targets, None, None, None, None, torch.tensor([0, 1])
+    pruned = (prune_heads if kind == "heads" else prune_neurons)(model, [batch], 0.5)
+    assert pruned.num_params() < model.num_params() and torch.equal(pruned.pair_head.weight, model.pair_head.weight)
+
+
 @pytest.mark.parametrize(("change", "line"), [
+    ({"prune": "heads", "sparsity": 0.05}, "sparsity 0.05 takes none of the 5 heads of a layer; raise it"),
     ({"prune": "heads", "sparsity": 0.9}, "sparsity 0.9 leaves a layer without heads, of which it has 5; lower it"),
     ({"prune": "none"}, "prune is none; say what is pruned"),
     ({"prune": "heads", "to_run": "{run}"}, "holds a run already; name another folder"),

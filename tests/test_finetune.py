@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from text.tokenizer import load_tokenizer
 class Plain:
     """A tokenizer whose texts are ids."""
 
-    eot, begin, specials = None, (), {"[PAD]": V - 1, "[CLS]": V - 2, "[SEP]": V - 3}
+    name, eot, begin, specials = "plain", V - 4, (), {"[PAD]": V - 1, "[CLS]": V - 2, "[SEP]": V - 3}
 
     def encode(self, text):
         return np.array([int(word) for word in text.split()])
@@ -393,12 +394,18 @@ def test_seeds_are_runs_of_their_own_with_mean_and_deviation(folder, tables, tmp
     ({"task": "regress", "eval_file": "{tmp}/odd.tsv"}, "record 1 has the label 'x', where there must be a finite number"),
     ({"train_file": "{tmp}/ragged.tsv"}, "has 1 columns in line 3, where there are 2: text, label"),
     ({"train_file": "{tmp}/unseen.tsv"}, "has the label '2' alone"),
+    ({"train_file": "{tmp}/empty.tsv"}, "column label has the label '', where there must be a text or a number"),
+    ({"train_file": "{tmp}/lists.jsonl"}, "has the label ['a', 'b'], where there must be a text or a number"),
+    ({"train_file": "{tmp}/lists.jsonl", "label_column": "odd"}, "has the label nan, where there must be a text or a number"),
+    ({"task": "regress", "eval_file": "{tmp}/far.tsv"}, "has the label '1e39', where there must be a finite number"),
     ({"batch_examples": 3, "micro_batch_size": 2}, "batch_examples 3 is not a multiple of micro_batch_size 2 x 1 ranks"),
     ({"freeze": "head"}, "freeze names 'head'; its parts are"), ({"freeze": "blocks.1-3"}, "freeze names blocks.1-3, but the model has blocks 0 to 2"), ({"freeze": "blocks.1-0"}, "in order"),
     ({"init_from": "none"}, "init_from is none"), ({"tp": 2}, "2 processes|tp is 2|multiple of tp"),
 ])  # fmt: skip
 def test_wrong_input_is_told_in_a_line(change, line, folder, tables, tmp_path):
-    for name, text in (("unseen", "a film\t2"), ("odd", "a film\tx"), ("ragged", "a\t1\nb")):
+    (tmp_path / "lists.jsonl").write_text('{"text": "a", "label": ["a", "b"], "odd": NaN}\n{"text": "b", "label": "c", "odd": 1}\n')
+    for name, text in (("unseen", "a film\t2"), ("odd", "a film\tx"), ("ragged", "a\t1\nb"), ("empty", "a\t\nb\t1"),
+                       ("far", "a\t1e39")):  # fmt: skip
         (tmp_path / f"{name}.tsv").write_text(f"text\tlabel\n{text}\n")
     change = {name: value.format(tmp=tmp_path) if isinstance(value, str) else value for name, value in change.items()}
     with pytest.raises(config.UserError) as error:
@@ -434,3 +441,25 @@ def test_minilm_learns_part_of_sst2(tmp_path):
              "tsv_columns": "text,label", "epochs": 1, "learning_rate": 1e-4, "device": "cpu", "out_dir": tmp_path / "run"}  # fmt: skip
     finetune.main(config.load(finetune.Settings, [f"--{name}={value}" for name, value in names.items()]))
     assert max(records(tmp_path / "run", "accuracy").values()) > 0.75
+
+
+def test_labels_are_in_the_order_of_their_numbers_and_the_last_is_the_positive_one():
+    assert TASKS["classify"].labels(["1", "-1", 10, "b", True], "x") == ("-1", "1", "10", "True", "b")
+
+
+def test_best_checkpoint_is_chosen_by_one_metric_in_a_run(folder, tables, tmp_path):
+    tune(folder, tables, tmp_path / "run", max_steps=1, eval_interval=1)
+    with pytest.raises(config.UserError, match="here metric: None -> loss"):
+        tune(folder, tables, tmp_path / "run", max_steps=2, eval_interval=1, metric="loss")
+
+
+def test_exported_tokenizer_cuts_at_the_length_of_the_tuned_model(folder, tables, tmp_path):
+    import transformers
+
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "tokenizer")
+    source = tmp_path / "source"
+    shutil.copytree(folder, source)
+    shutil.copy(tmp_path / "tokenizer/tokenizer_config.json", source)
+    tune(source, tables, tmp_path / "run", block_size=6, max_steps=1, eval_interval=1)
+    convert.export(RunModel(tmp_path / "run"), tmp_path / "hf")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf").model_max_length == 6

@@ -62,6 +62,28 @@ def test_transformers_reads_the_same_tokenizer(words, tmp_path):
     assert theirs.eos_token_id == tokenizer.eot
 
 
+def test_added_tokens_are_found_in_text_unless_they_are_special(words, tmp_path):
+    saved = json.loads(words.read_text())
+    n = 1 + max(token["id"] for token in saved["added_tokens"])
+    saved["added_tokens"].append(saved["added_tokens"][0] | {"id": n, "content": "<tool>", "special": False})
+    run = make_run(tmp_path / "run", replace(LLAMA, vocab_size=n + 1), tokenizer=None)
+    (tmp_path / "run/tokenizer.json").write_text(json.dumps(saved))
+    (tmp_path / "run/meta.json").write_text(json.dumps({"tokenizer": "tokenizer.json", "vocab_size": n + 1}))
+    write_gguf(open_model(run), tmp_path / "model.gguf", "f16")
+    kinds = gguf.GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.token_type"].contents()
+    assert kinds[n] == gguf.TokenType.USER_DEFINED and kinds[n - 1] == gguf.TokenType.CONTROL
+
+
+def test_bytes_that_begin_texts_with_a_blank_are_no_known_words():
+    from interop.gguf import WORDS, words_of
+
+    cut = {"type": "Split", "pattern": {"Regex": list(WORDS)[1]}, "behavior": "Isolated", "invert": False}
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    for last, is_known in ((bytes_, True), (bytes_ | {"add_prefix_space": True}, False)):
+        words = words_of({"type": "Sequence", "pretokenizers": [cut, last]})
+        assert (words in WORDS) == is_known
+
+
 def test_matrices_have_the_type_that_is_asked_for(tmp_path):
     run = open_model(make_run(tmp_path / "run", replace(LLAMA, n_inner=64)))
     for kind in ("f32", "f16", "q8_0"):

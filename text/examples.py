@@ -1,6 +1,5 @@
 """Labelled texts for fine-tuning: tables to examples, and these to batches of similar lengths."""
 
-import csv
 import hashlib
 import itertools
 import json
@@ -39,7 +38,7 @@ def read_columns(path, names, header=None, by_word=False):
             columns = _tsv_columns(path, text, header, by_word) if is_tsv else _json_columns(path, text, names)
         else:
             raise UserError(f"{path} is no .tsv, .jsonl or .parquet file; convert it to one of them")
-    except (OSError, EOFError, csv.Error) as error:
+    except (OSError, EOFError) as error:
         raise UserError(f"{path} cannot be read ({error}); check the path, or make the file again") from error
     if missing := [name for name in names if name not in columns]:
         there = ", ".join(map(str, columns)) or "none"
@@ -57,11 +56,14 @@ def read_columns(path, names, header=None, by_word=False):
 
 
 def _tsv_columns(path, text, header, by_word):
-    rows = list(csv.reader(text.rstrip("\n").split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE)) if text else []
+    lines = (line.removesuffix("\r") for line in text.rstrip("\n").split("\n"))
+    rows = [line.split("\t") if line else [] for line in lines] if text else []
     first = 1 if header is None else 0
     header = (rows[0] if rows else []) if header is None else header
     if by_word:
         header = header[: len(next(filter(any, rows), ()))]
+        if rows and tuple(rows[0]) == tuple(header):
+            raise UserError(f"{path} has the columns' names in its first line, where there must be a word; remove it")
     for number, row in enumerate(rows[first:], start=1 + first):
         if len(row) != len(header) and not (by_word and not any(row)):
             rule = f"has {len(row)} columns in line {number}, where there are {len(header)}: {', '.join(header)}"
@@ -125,6 +127,9 @@ class Framing:
                 raise UserError(f"{where} is {text!r}, no text; name another column by --text_column, --second_column")
         a, b = ([] if text is None else self.tokenizer.encode(text).tolist() for text in (first, second))
         middle = [] if second is None else self.between
+        if second is not None and not middle:
+            rule = f"stands between two texts, and the tokenizer {self.tokenizer.name} has none"
+            raise UserError(f"{where} is a pair, but end-of-text {rule}; use another model")
         room = self.block_size - len(self.begin) - len(middle) - len(self.end)
         if len(a) + len(b) > room:
             self.n_cut += 1

@@ -35,10 +35,18 @@ class Classify:
     @staticmethod
     def labels(column, where):
         """The labels in a column as texts, in order; UserError where there is one alone. where: names the column."""
+        column = [*column]
+        if odd := [
+            label for label in column if not isinstance(label, str | int | float) or label == "" or label != label
+        ]:
+            rule = f"{where} has the label {shown(odd[0])}, where there must be a text or a number"
+            raise UserError(f"{rule}; check --label_column, or leave such records out")
         if len(labels := {str(label) for label in column}) == 1:
             rule = f"{where} has the label {labels.pop()!r} alone"
             raise UserError(f"{rule}; classes are at least two: check --label_column")
-        return tuple(sorted(labels, key=lambda label: (int(label) if label.isdecimal() else math.inf, label)))
+        return tuple(
+            sorted(labels, key=lambda label: (int(label) if re.fullmatch(r"-?\d+", label) else math.inf, label))
+        )
 
     def __init__(self, labels, framing, cfg):
         """labels: as the method of that name gives them; cfg: a FinetuneConfig."""
@@ -89,8 +97,9 @@ class Regress(Classify):
     def target(self, label, where):
         """A label as a number, an array (1,)."""
         with contextlib.suppress(TypeError, ValueError):
-            if math.isfinite(number := float(label)) and number != IGNORE:
-                return np.array([number], np.float32)  # as logits are
+            number = np.array([float(label)], np.float32)  # as logits are
+            if np.isfinite(number).all() and number[0] != IGNORE:
+                return number
         raise UserError(f"{where} has the label {label!r}, where there must be a finite number other than {IGNORE}")
 
     def figures(self, rows, logits):
