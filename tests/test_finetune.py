@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tuning import check_same_run, losses, losses_on_rank, predictions, settings, small_bert, tensors, tune, write_tables
+from tuning import (
+    check_same_run,
+    losses,
+    losses_on_rank,
+    predictions,
+    settings,
+    small_bert,
+    tensors,
+    tune,
+    write_tables,
+)
 
 import config
 import convert
