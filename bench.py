@@ -20,9 +20,10 @@ import torch
 
 from config import UserError, only, run_script
 from data import DataConfig, accumulation_steps, each, open_data, seq_len_of
+from fim import FIM_TOKENS
 from interop.pretrained import resolve
 from model import ModelConfig
-from objective import FIM_TOKENS, ObjectiveConfig, windows_of
+from objective import ObjectiveConfig, windows_of
 from optim import OptimConfig
 from parallel import ParallelConfig
 from perf import cost, hardware, machine, meters

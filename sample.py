@@ -24,11 +24,12 @@ import numpy as np
 import torch
 
 from config import Config, Range, UserError, only, run_script
+from fim import FIM_TOKENS, fim_tokens
 from generation import GenerationConfig, UntilStop, generate
 from heads import embedding
 from interop.chat import open_chat
 from interop.pretrained import load_model, load_tokenizer_of, model_location
-from objective import FIM_TOKENS, fim_tokens, special_id
+from objective import special_id
 from run.folder import RunConfig
 from shards import refusing_system_errors
 from text.files import read_text, unescaped

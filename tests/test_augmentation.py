@@ -13,8 +13,9 @@ import prepare
 import sample
 from config import UserError
 from data import Loader, Split, objective_for
+from fim import FIM_TOKENS, FillInTheMiddle
 from interop.tokenizer import hub_json, write_tokenizer
-from objective import FIM_TOKENS, IGNORE, FillInTheMiddle, Masked, NextToken, ObjectiveConfig
+from objective import IGNORE, Masked, NextToken, ObjectiveConfig
 from order import TrainOrder
 from ranks import records, run, settings, write_data
 from text.tokenizer import FIM_SPECIALS, SPECIALS, FileTokenizer, load_tokenizer, train_bpe
