@@ -25,6 +25,7 @@ from interop.pretrained import resolve
 from model import ModelConfig
 from objective import ObjectiveConfig, windows_of
 from optim import OptimConfig
+from pairs import Partners
 from parallel import ParallelConfig
 from perf import cost, hardware, machine, meters
 from perf.memory import explaining_out_of_memory, memory, setup_here
@@ -164,8 +165,12 @@ def random_batches(cfg, micro_steps, world):
     windows = windows_of(cfg.model.objective).build(cfg.objective, cfg.data.seq_len, 0, meta)
     random = np.random.default_rng(world.data_rank)
     shape = (cfg.data.micro_batch_size, windows.stride + windows.extra)
-    batches = [windows.batch(random.integers(vocab_size, size=shape), first=i) for i in range(micro_steps)]
-    return itertools.repeat([each(batch, lambda part: part.to(world.device)) for batch in batches])
+    batches = []
+    for i in range(micro_steps):
+        rows = random.integers(vocab_size, size=shape)
+        others = {"partners": Partners(np.roll(rows, 1, axis=0))} if windows.has_partners else {}
+        batches.append(each(windows.batch(rows, i, **others), lambda part: part.to(world.device)))
+    return itertools.repeat(batches)
 
 
 def real_batches(cfg, world):

@@ -162,6 +162,9 @@ def most_important(model, batches, reader_of, n_groups, sparsity, name):
         handles.append(reader_of(block).register_forward_pre_hook(watch))
     model.eval()  # without dropout
     weights = {name: weight for name, weight in model.cfg.objectives.items() if name != CONTRASTIVE}
+    if not any(weights.values()):
+        rule = f"{name} are told apart by a loss of tokens or pairs, and the model has learned by contrastive alone"
+        raise UserError(f"prune is {name}, but {rule}; use --prune=magnitude")
     for batch in batches:
         weighted_sum(model(*batch).view(-1), weights).backward()
         model.zero_grad()
@@ -204,7 +207,8 @@ def smaller(model, cfg, cut):
 
 def write(cfg, source, settings, model, val_loss, world):
     """Writes the model as a run without steps, whose config.py trains it for a tenth of its source's steps."""
-    out_dir, preset = cfg.compress.to_run, settings | dataclasses.asdict(model.cfg)
+    out_dir, model_settings = cfg.compress.to_run, dataclasses.asdict(model.cfg)
+    preset = settings | {name: value for name, value in model_settings.items() if name in settings_of(TrainSettings)}
     preset |= {"init_from": out_dir, "out_dir": f"{out_dir}_trained", "data_dir": cfg.data.data_dir}
     if settings:
         steps = max(1, source.manifest["step"] // 10)
@@ -213,7 +217,7 @@ def write(cfg, source, settings, model, val_loss, world):
         # At the full rate it would unlearn first.
         preset |= {name: settings[name] / 10 for name in ("learning_rate", "min_lr")}
         preset["cooldown_steps"] = settings["cooldown_steps"] // 10
-    facts = {"model": dataclasses.asdict(model.cfg), "settings": settings, "val_loss": val_loss}
+    facts = {"model": model_settings, "settings": settings, "val_loss": val_loss}
     tensors = {f"model.{name}": param.detach().cpu() for name, param in model.named_parameters()}
     write_run(out_dir, 0, tensors, facts | {"context": source.cfg.block_size}, preset)
     keep_tokenizer_of(replace(cfg, run=replace(cfg.run, init_from=str(source.folder), out_dir=out_dir)), world)

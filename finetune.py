@@ -27,7 +27,7 @@ from config import Config, Count, NotNegative, Positive, Share, UpToOne, UserErr
 from data import DataConfig, each, near_divisors
 from generation import GenerationConfig
 from heads import TunedModel
-from interop.chat import answer_rows, keep_chat, open_chat
+from interop.chat import answer_rows, keep_chat, starting_chat
 from interop.pretrained import keep_tokenizer_of, load_tokenizer_of, start_from, starting_config, with_model
 from lora import AdaptedModel
 from model import ModelConfig
@@ -39,7 +39,7 @@ from run.guard import guarded
 from run.health import HealthConfig
 from run.log import LogConfig
 from run.resume import Saver, State
-from text.examples import ExampleLoader, ExampleOrder, Framing
+from text.examples import ExampleLoader, ExampleOrder, Framing, examples_of
 from text.tasks import METRICS, TASKS
 from train import TrainConfig, sums_over, train
 from world import WorldConfig, end_process, init_world
@@ -72,13 +72,18 @@ class FinetuneConfig(Config):
     metric: Literal[*METRICS] | None = None  # chooses the best checkpoint; none: the first that the task has
     seeds: Count = 1  # runs with seeds from `seed` on, each in a folder of its own; prints mean and deviation
 
+    @property
+    def text_columns(self):
+        """The columns of a record's texts."""
+        return [name for name in (self.text_column, self.second_column) if name]
+
     def __post_init__(self):
         super().__post_init__()
         if self.metric and self.metric not in (possible := (*TASKS[self.task].metrics, "loss")):
             raise UserError(
                 f"metric is {self.metric}, which {self.task} does not have; use one of {', '.join(possible)}"
             )
-        if 1 + bool(self.second_column) not in (n := TASKS[self.task].n_texts):
+        if len(self.text_columns) not in (n := TASKS[self.task].n_texts):
             rule = f"task {self.task} reads {n[0]} of text_column and second_column"
             raise UserError(f"second_column is {self.second_column or 'none'}, but {rule}; name as many")
         for part in self.freeze or ():
@@ -143,10 +148,12 @@ def main(cfg):
 
 def fine_tune(cfg, world):
     """One run: its figures on eval_file with the best checkpoint; None where it was stopped before its end."""
-    cfg, task = open_task(cfg, world)
+    cfg, task, table = open_task(cfg, world)
     tune = cfg.finetune
-    train_set, eval_set = (read_examples(task, tune, path, world) for path in (tune.train_file, tune.eval_file))
-    predict_set = read_examples(task, tune, tune.predict_file, world, False) if tune.predict_file else eval_set
+    train_set = examples_of(task, tune, tune.train_file, table, world)
+    eval_set = predict_set = examples_of(task, tune, tune.eval_file, task.read(tune.eval_file, tune), world)
+    if path := tune.predict_file:
+        predict_set = examples_of(task, tune, path, task.read(path, tune, has_labels=False), world)
     order = ExampleOrder(tune.train_file, train_set.lengths, tune.batch_examples, cfg.run.seed)
     cfg = with_steps(cfg, order, world)
     micro_steps = tune.batch_examples // (cfg.data.micro_batch_size * world.data_ranks)
@@ -170,14 +177,14 @@ def fine_tune(cfg, world):
         figures = evaluation()
         figures.pop("score", None)
         rows = predict_set.rows
-        answers = logits_of(model, predict_set, cfg, world) if task.has_head else answer_rows(cfg, task, rows, world)
-        predictions = [*task.predictions(rows, answers)]
-        pairs = [(record["prediction"], record["answer"]) for record in predictions if "answer" in record]
-        if pairs:
-            figures["exact_match"] = statistics.fmean(here.strip() == wanted.strip() for here, wanted in pairs)
+        if task.has_head:
+            answers = logits_of(model, predict_set, cfg, world)
+        else:
+            answers = answer_rows(cfg, task, rows, world)
+            figures |= task.figures(rows, answers)
         if world.is_main:
             with writing_to(cfg.run.out_dir):
-                lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in predictions]
+                lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in task.predictions(rows, answers)]
                 (Path(cfg.run.out_dir) / PREDICTIONS).write_text("".join(lines), encoding="utf-8")
             text = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
             print(f"best       {text}; its predictions are in {cfg.run.out_dir}/{PREDICTIONS}", flush=True)
@@ -188,7 +195,7 @@ def fine_tune(cfg, world):
 
 
 def open_task(cfg, world):
-    """(cfg with its model's settings, the task)."""
+    """(cfg with its model's settings, the task, the columns of train_file)."""
     tune, out_dir = cfg.finetune, cfg.run.out_dir
     if lacking := [name for name in ("train_file", "eval_file") if getattr(tune, name) is None]:
         raise UserError(f"{', '.join(lacking)} is none; name a .tsv, .jsonl or .parquet file of labelled texts")
@@ -211,10 +218,9 @@ def open_task(cfg, world):
     fields |= {"objective": source.base, "lora_rank": tune.lora_rank}
     fields["lora_scale"] = tune.lora_alpha / (tune.lora_rank or tune.lora_alpha)
     tokenizer = with_model(where, load_tokenizer_of, world)
-    framing = Framing(tokenizer, source.is_causal, source.block_size)
+    framing, table = Framing(tokenizer, source.is_causal, source.block_size), kind.read(tune.train_file, tune)
     if kind.has_head:
-        column = kind.read(tune.train_file, [tune.label_column], tune)[tune.label_column]
-        labels = kind.labels(column, f"{tune.train_file}, column {tune.label_column}")
+        labels = kind.labels(table[tune.label_column], f"{tune.train_file}, column {tune.label_column}")
         model, task = TunedModel(**fields, task=tune.task, labels=labels), kind(labels, framing, tune)
         if kind.has_classes and world.is_main:
             print(f"labels     {len(labels)}: {', '.join(labels[:9])}{', ...' * (len(labels) > 9)}")
@@ -222,31 +228,9 @@ def open_task(cfg, world):
         if not source.is_causal:
             raise UserError(f"{where} is a masked model, which writes no answers; {tune.task} needs a causal one")
         cfg.parallel.check_tensor_parallel(source, source.block_size)
-        chat = with_model(where, lambda opened: open_chat(opened, tokenizer, tune.chat_template, True), world)
+        chat = with_model(where, lambda opened: starting_chat(opened, tokenizer, tune.chat_template), world)
         model, task = AdaptedModel(**fields), kind(chat, framing)
-    return replace(cfg, model=model, finetune=tune), task
-
-
-def read_examples(task, cfg, path, world, has_labels=True):
-    """The Examples of a file. cfg: a FinetuneConfig."""
-    texts = [name for name in (cfg.text_column, cfg.second_column) if name]
-    columns = task.read(path, texts + [cfg.label_column] * has_labels, cfg)
-    n, framing = len(columns[cfg.text_column]), task.framing
-    framing.n_cut = framing.n_left_out = 0
-    labels = columns[cfg.label_column] if has_labels else [None] * n
-    records = enumerate(zip(*(columns[name] for name in texts)))
-    rows = [row for i, text in records for row in task.rows(text, labels[i], f"{path}, record {i + 1}")]
-    if not rows:
-        raise UserError(f"{path} has no record with an answer within block_size {framing.block_size}; raise it")
-    examples = task.examples(rows, framing)
-    if world.is_main:
-        mean, longest = examples.lengths.mean(), examples.lengths.max()
-        cut = f"; {framing.n_cut:,} of them were longer and are cut to block_size" if framing.n_cut else ""
-        lost, n = framing.n_left_out, n - framing.n_left_out
-        cut += f"; {lost:,} others have no answer within block_size and are left out" if lost else ""
-        windows = f" in {len(rows):,} windows" if len(rows) > n else ""
-        print(f"examples   {n:,} of {path}{windows}, {mean:.0f} tokens on average, at most {longest}{cut}")
-    return examples
+    return replace(cfg, model=model, finetune=tune), task, table
 
 
 def with_steps(cfg, order, world):

@@ -6,7 +6,7 @@ do, those of spans as ...ForQuestionAnswering, but that padding is never a span'
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -41,49 +41,60 @@ class PretrainingModel(Transformer):
         if PAIRS.keys() & cfg.objectives:
             self.pooler = Pooler(cfg.n_embd, cfg.n_embd)
             self.pair_head = Linear(cfg.n_embd, 2)
+        if not cfg.learns_tokens:
+            for param in {*self.transform.parameters(), *self.head.parameters()} - {self.wte.weight}:
+                param.requires_grad_(False)
         self.gather = lambda x: (x, 0)  # parallel.py: rows of all ranks, and the number of this one's first
 
     def forward(self, ids, targets=None, positions=None, attention_mask=None, token_types=None, documents=None,
                 labels=None, count_correct=False, **cached):  # fmt: skip
         """Transformer's, or with targets the sums of losses (M,) in the order of cfg.objectives; labels (B,).
 
-        count_correct then also returns the numbers of right answers (M,). With contrastive, both have M - 1 numbers,
-        and the embeddings (B, C) come third: they are to be compared in groups that do not depend on batches.
+        A loss of weight 0 is not computed, but 0. count_correct, for evaluation, computes it, and also returns the
+        numbers of right answers (M,) and, with contrastive, whose own two numbers are 0, the texts' embeddings (B, C):
+        they are to be compared in groups that do not depend on batches.
         """
-        about_ids = attention_mask, token_types, documents
+        about_ids, contrasts = (attention_mask, token_types, documents), CONTRASTIVE in self.cfg.objectives
         if targets is None:
             return super().forward(ids, None, positions, *about_ids, **cached)
-        views = ()
-        if CONTRASTIVE in self.cfg.objectives:
-            x, *views = self.views(ids, targets, positions, attention_mask, token_types, 1 if count_correct else 2)
+        if contrasts:
+            x, *views = self.views(ids, targets, positions, attention_mask, token_types, count_correct)
         else:
-            x = self.states(ids, *about_ids)
-        figures = [self.predict(self.selected(x, positions), targets, count_correct)]
+            x, views = self.states(ids, *about_ids), ()
+        nothing = torch.zeros((), device=ids.device)
+        figures = [(nothing, nothing)]
+        if self.cfg.learns_tokens or count_correct:
+            found = self.predict(self.selected(x, positions), targets, count_correct)
+            figures = [found if count_correct else (found, nothing)]
         if labels is not None:
             logits = self.pair_head(self.pooler(self.norm_f(x[:, 0]))).float()  # B 2
-            loss = label_loss(logits, labels)
-            figures.append((loss, (logits.argmax(-1) == labels).sum()) if count_correct else loss)
+            figures.append((label_loss(logits, labels), (logits.argmax(-1) == labels).sum()))
         seen = targets != IGNORE if self.cfg.is_causal else attention_mask
         embedded = [F.normalize(embedding(self, view, seen), dim=-1) for view in views]
-        if count_correct:
-            return *(torch.stack(both) for both in zip(*figures)), *embedded
-        if embedded:
-            figures.append(self.contrastive_loss(*embedded, targets.amax(1) != IGNORE))
-        return torch.stack(figures)
+        if contrasts:
+            loss = nothing if count_correct else self.contrastive_loss(*embedded, targets.amax(1) != IGNORE)
+            figures.append((loss, nothing))
+        losses, n_correct = map(torch.stack, zip(*figures))
+        return (losses, n_correct, *embedded) if count_correct else losses
 
-    def views(self, ids, targets, positions, attention_mask, token_types, n):
-        """The last block's output (B, T, C) for ids, and for n copies of them without masks, each under its dropout.
+    def views(self, ids, targets, positions, attention_mask, token_types, evaluates):
+        """The last block's output (B, T, C) for ids, and for copies of them without masks, each under its dropout.
 
-        A causal model's first copy is the output for ids. All are one batch: sharded layers then run once.
+        Evaluation has one copy, training two. A causal model's first copy is the output for ids; a masked one's is None
+        in training where nothing reads it. All are one batch: sharded layers then run once.
         """
+        copies = 1 if evaluates else 2
         if self.cfg.is_causal:
-            rows = [ids] * n
+            rows = [ids] * copies
         else:
             old = ids.gather(1, positions)
-            rows = [ids] + [ids.scatter(1, positions, targets.where(targets != IGNORE, old))] * n
+            rows = [ids.scatter(1, positions, targets.where(targets != IGNORE, old))] * copies
+            rows = [ids, *rows] if evaluates or self.cfg.reads_masked else rows
         about_ids = (None if part is None else part.repeat(len(rows), 1) for part in (attention_mask, token_types))
         x = self.states(torch.cat(rows), *about_ids).chunk(len(rows))
-        return (x[0], *x) if self.cfg.is_causal else x
+        if len(rows) > copies:
+            return x
+        return (x[0] if self.cfg.is_causal else None, *x)
 
     def contrastive_loss(self, first, second, is_text):
         """This rank's part of contrastive_losses of all ranks' rows; its gradient is for the sum over all of them."""
@@ -141,10 +152,6 @@ class TunedModel(AdaptedModel):
     def build(self):
         """The model with these settings."""
         return SpanFinder(self) if self.task == "qa" else Labeller(self)
-
-    def without_adapters(self):
-        """The settings of the model whose adapters have been merged."""
-        return replace(self, lora_rank=None)
 
     @property
     def has_pooler(self):

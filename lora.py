@@ -1,6 +1,6 @@
 """Low-rank adapters: a fine-tuned matrix is its frozen weight and the product of two thin ones (LoRA, arXiv 2106.09685)."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,11 @@ class AdaptedModel(ModelConfig):
 
     def build(self):
         """The model with these settings."""
-        return AdaptedTransformer(self)
+        return AdaptedTransformer(self) if self.lora_rank else super().build()
 
     def without_adapters(self):
         """The settings of the model whose adapters have been merged."""
-        return ModelConfig(**{field.name: getattr(self, field.name) for field in fields(ModelConfig)})
+        return replace(self, lora_rank=None)
 
 
 class AdaptedTransformer(Transformer):
@@ -31,7 +31,7 @@ class AdaptedTransformer(Transformer):
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        if cfg.lora_rank:
+        if cfg.lora_rank:  # a Labeller may be without
             adapt(self, cfg.lora_rank, cfg.lora_scale)
 
     @torch.no_grad()

@@ -128,7 +128,19 @@ class ModelConfig(Config):
     @property
     def passes(self):
         """Times that training computes a sequence: twice for contrastive, a masked model once more with its masks."""
-        return (2 if self.is_causal else 3) if CONTRASTIVE in self.objectives else 1
+        if CONTRASTIVE not in self.objectives:
+            return 1
+        return 3 if self.reads_masked else 2
+
+    @property
+    def learns_tokens(self):
+        """Whether training predicts tokens; contrastive may be alone."""
+        return self.objectives[self.base] > 0
+
+    @property
+    def reads_masked(self):
+        """Whether training reads sequences with their masks."""
+        return not self.is_causal and bool(self.learns_tokens or PAIRS.keys() & self.objectives)
 
     @property
     def is_gated(self):

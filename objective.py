@@ -9,7 +9,7 @@ import torch
 from config import Config, Fraction, Rate, Share, UserError
 from fim import FillInTheMiddle
 from ops import IGNORE
-from pairs import Partners, pair_of
+from pairs import neighbours, pair_of
 from shards import end_of_text
 
 
@@ -205,27 +205,26 @@ class NextSentence(Masked):
     def batch(self, rows, first, lengths=None, partners=None):
         """(ids, targets, positions, attention_mask, token_types, None, labels (B,)) from windows (B, T - 3).
 
-        partners: the windows that may give B's text; without them each one's is the row before. A label is IGNORE where
-        documents are too short for two sentences.
+        partners: the windows that may give B's text. Where documents are too short for two sentences, A is the window's
+        text, and the label IGNORE.
         """
         lengths = np.full(len(rows), self.stride) if lengths is None else lengths
-        partners = partners or Partners(np.roll(rows, 1, axis=0))
         random = np.random.Philox(key=self.pair_key, counter=first).random_raw(4 * len(rows)).reshape(-1, 4)
         ids = np.full((len(rows), self.stride + 3), self.pad)
         types, labels, sizes = np.zeros_like(ids), np.full(len(rows), IGNORE), np.zeros(len(rows), np.int64)
         for i, (row, length) in enumerate(zip(rows, lengths)):
-            a, b, label = self._pair(row[:length], *(int(n) for n in random[i, :2]), i, partners)
+            row, numbers = row[:length], (int(n) for n in random[i, :2])
+            a, b, labels[i] = self._pair(row, *numbers, i, partners) or (row[row != self.eot], row[:0], IGNORE)
             sequence = np.concatenate([[self.cls], a, [self.sep], b, [self.sep]])
             sizes[i] = len(sequence)
             ids[i, : sizes[i]] = sequence
             types[i, len(a) + 2 : sizes[i]] = 1
-            labels[i] = IGNORE if label is None else label
         place = np.arange(self.stride + 3)
         masked = self._masked(ids, sizes, first)
         return *map(torch.from_numpy, (*masked, place < sizes[:, None], types)), None, torch.from_numpy(labels)
 
     def _pair(self, row, place, coin, i, partners):
-        """(A, B, label) from a window and two random numbers."""
+        """(A, B, label) from a window and two random numbers; None where it holds no document of two tokens."""
         return pair_of(row, self.eot, place, coin & 1, partners, i)
 
 
@@ -238,8 +237,8 @@ class SentenceOrder(NextSentence):
     name, has_partners = "sop", False
 
     def _pair(self, row, place, coin, *_):
-        a, b, label = pair_of(row, self.eot, place)
-        return (a, b, label) if label is None or not coin & 1 else (b, a, 1)
+        pair = neighbours(row, self.eot, place)
+        return pair and ((*pair[::-1], 1) if coin & 1 else (*pair, 0))
 
 
 def document_starts(ends):

@@ -52,25 +52,31 @@ def halves(row, cut, end):
     return row[start:cut], row[cut:stop]
 
 
-def pair_of(row, end, place, is_other=False, partners=None, i=0):
-    """(A, B, label) from a window: the halves of a document, 0, or B from row i's partner, 1.
+def drawn(inside, place):
+    """One of the places where a mask is True, by a random number; None where there is none."""
+    choices = np.flatnonzero(inside)
+    return int(choices[place % len(choices)]) if len(choices) else None
+
+
+def neighbours(row, end, place):
+    """(A, B): the halves of a document in a window, cut where the random number `place` says; None without a cut."""
+    cut = drawn(cuts(row, end), place)
+    return None if cut is None else halves(row, cut, end)
+
+
+def pair_of(row, end, place, is_other, partners, i):
+    """(A, B, label): the halves of a document in a window, 0, or B from row i's partner, 1; None without a cut.
 
     place: a random number, which draws the cut among the places inside a document, of both windows. B has the length of
     the shorter second half, so that a length tells nothing of the label. is_other: whether B shall be the partner's;
-    where the partner's text belongs to the same document, it is A's own. Without a place to cut, A is the window's text
-    and the label None.
+    where the partner's text belongs to the same document, it is A's own.
     """
-    other, inside = row, cuts(row, end)
-    if partners:
-        other = partners.row(i)
-        common = min(len(row), len(other))
-        inside = inside[:common] & cuts(other, end)[:common]
-    if not inside.any():
-        return row[row != end], row[:0], None
-    choices = np.flatnonzero(inside)
-    cut = int(choices[place % len(choices)])
+    other = partners.row(i)
+    common = min(len(row), len(other))
+    cut = drawn(cuts(row, end)[:common] & cuts(other, end)[:common], place)
+    if cut is None:
+        return None
     a, b = halves(row, cut, end)
     theirs = halves(other, cut, end)[1]
     is_other = bool(is_other) and not partners.share_document(i, cut, end)
-    size = min(len(b), len(theirs))
-    return a, (theirs if is_other else b)[:size], int(is_other)
+    return a, (theirs if is_other else b)[: min(len(b), len(theirs))], int(is_other)

@@ -95,7 +95,7 @@ def train(saver, state, train_data, evaluation, stop, tasks=None):
     """
     cfg, world, model, optimizer, scaler = saver.cfg, saver.world, saver.model, saver.optimizer, saver.scaler
     if state.step and state.is_finished(cfg):  # max_steps 0 evaluates
-        print_finished(cfg, state, world)
+        print_finished(cfg, state, world, saver.changes)
         return state
     train_data.seek(state.sequences_seen)
 
@@ -113,6 +113,7 @@ def train(saver, state, train_data, evaluation, stop, tasks=None):
             # stop requested: skip the evaluation, we may be killed soon
             if due and not request.is_requested and state.evaluated_at != state.step:
                 with log.paused():
+                    saver.writer.wait()  # its thread's exchanges among ranks would mix with evaluation's
                     figures = evaluation()
                     if tasks_due:
                         figures |= tasks(model)
@@ -204,9 +205,9 @@ class Loss(float):
 
     @classmethod
     def of(cls, losses, weights):
-        """The Loss of mean losses in the order of weights, {name: weight}."""
+        """The Loss of mean losses in the order of weights, {name: weight}; a part of weight 0 is left out."""
         loss = cls(weighted_sum(losses, weights))
-        loss.parts = dict(zip(weights, losses))
+        loss.parts = {name: part for name, part in zip(weights, losses) if weights[name]}
         return loss
 
 
@@ -275,15 +276,15 @@ def sums_over(model, batches, world):
     frequencies, embedded = torch.zeros(model.cfg.vocab_size, dtype=torch.int64), {}
     for i, batch in enumerate(batches):
         with world.phase("evaluation"), world.autocast():
-            figures = model(*each(batch, lambda part: part.to(world.device)), count_correct=True)
-        loss_and_correct = torch.stack(figures[:2]).view(2, -1)
-        sums[:2, : loss_and_correct.shape[1]] += loss_and_correct.cpu()
+            here = each(batch, lambda part: part.to(world.device))
+            losses, n_correct, *embeddings = model(*here, count_correct=True)
+        sums[:2] += torch.stack([losses, n_correct]).view(2, -1).cpu()
         sums[2] += count_targets(model.cfg.objectives, *batch)
         frequencies += torch.bincount(batch[1][batch[1] != IGNORE], minlength=len(frequencies))
-        if len(figures) > 2:
+        if embeddings:  # of contrastive
             first = (i * world.data_ranks + world.data_rank) * len(batch[0])
             texts = (batch[1].amax(1) != IGNORE) & (torch.arange(len(batch[0])) < CONTRASTED - first)
-            embedded[first] = figures[2].cpu()[texts]
+            embedded[first] = embeddings[0].cpu()[texts]
     sums, frequencies = world.sum_over_data(sums), world.sum_over_data(frequencies)
     if embedded:
         by_first = {first: part for of_rank in world.gather(embedded) for first, part in of_rank.items()}

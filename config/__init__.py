@@ -219,8 +219,13 @@ def as_dict(cfg):
 
 def as_preset(cfg):
     """The settings of a script as the text of a preset file that reproduces them."""
-    texts = comments(type(cfg))
-    return "".join(f"{name} = {value!r}  # {texts[name]}\n" for name, value in as_dict(cfg).items())
+    return preset_text(as_dict(cfg), comments(type(cfg)))
+
+
+def preset_text(values, texts):
+    """The text of a preset file that sets values, {name: value}; texts: {name: comment}, for some of them."""
+    texts = {name: f"  # {text}" for name, text in texts.items()}
+    return "".join(f"{name} = {value!r}{texts.get(name, '')}\n" for name, value in values.items())
 
 
 def help_text(settings_type, argv, doc):

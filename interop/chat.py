@@ -14,26 +14,28 @@ from text.chat import Chat, plain_template
 from text.files import read_text
 
 
-def open_chat(source, tokenizer, file=None, may_be_plain=False):
-    """The Chat of an opened model: its template is the file's, or the model's own.
-
-    may_be_plain: a model that has none gets one of plain text; otherwise UserError.
-    """
-    template, names = source.chat
+def open_chat(source, tokenizer, template=None):
+    """The Chat of an opened model, with its own template or the one given; UserError where there is none."""
+    own, names = source.chat
+    if (template := own if template is None else template) is None:
+        raise UserError(f"{source.folder} has no chat template; fine-tune it by finetune.py --task=instruct")
     names = {f"{role}_token": name for role, name in by_role(tokenizer.specials, "clm").items()} | names
-    if file:
-        template = read_text(f"FILE:{file}", "chat_template")
-    elif template is None:
-        if not may_be_plain or "eos_token" not in names:
-            what = f"{source.folder} has no chat template"
-            what += " and its tokenizer no end-of-text to end answers with" if may_be_plain else ""
-            remedy = (
-                "give one by --chat_template=FILE" if may_be_plain else "fine-tune it by finetune.py --task=instruct"
-            )
-            raise UserError(f"{what}; {remedy}")
-        begin = "".join(name for id_ in tokenizer.begin for name, id in tokenizer.specials.items() if id == id_)
-        template = plain_template(begin, names["eos_token"])
     return Chat(template, names, hub_json(tokenizer))
+
+
+def starting_chat(source, tokenizer, file=None):
+    """The Chat to fine-tune an opened model by: with a file's template, the model's own, or one of plain text."""
+    own, names = source.chat
+    if file:
+        return open_chat(source, tokenizer, read_text(f"FILE:{file}", "chat_template"))
+    if own is None:
+        end = names.get("eos_token") or by_role(tokenizer.specials, "clm").get("eos")
+        if end is None:
+            what = f"{source.folder} has no chat template and its tokenizer no end-of-text to end answers with"
+            raise UserError(f"{what}; give one by --chat_template=FILE")
+        begin = "".join(name for id_ in tokenizer.begin for name, id in tokenizer.specials.items() if id == id_)
+        own = plain_template(begin, end)
+    return open_chat(source, tokenizer, own)
 
 
 def keep_chat(chat, tokenizer, out_dir):

@@ -154,7 +154,7 @@ def head_weights(cfg, seq_len, head_share):
     """Weights in the heads' matmuls per token; head_share: share of tokens that go through the vocabulary's head."""
     head = cfg.vocab_size * cfg.n_embd + (cfg.n_embd**2 if not cfg.is_causal else 0)
     of_sequence = cfg.n_embd * (cfg.n_embd + 2) if PAIRS.keys() & cfg.objectives else 0
-    return head_share * head + of_sequence / max(1, seq_len)
+    return cfg.learns_tokens * head_share * head + of_sequence / max(1, seq_len)
 
 
 def flops_per_token(cfg, seq_len, head_share=1.0, causal=False):

@@ -135,7 +135,7 @@ class Log:
         tokens_per_s = steps * self.cfg.data.batch_tokens / seconds
         parts = {  # of several objectives
             f"mean_loss_{name}": statistics.fmean(past.parts[name] for past in self.losses or [loss])
-            for name in (loss.parts if len(loss.parts) > 1 else ())
+            for name in (loss.parts if len(self.cfg.model.objectives) > 1 else ())
         }
         record = {
             "step": state.step,
@@ -326,14 +326,17 @@ def mark_finished(cfg, state):
     return f"finished{reached}"
 
 
-def print_finished(cfg, state, world):
-    """Says that a run has nothing left to do; marks it as finished where its last start could not."""
+def print_finished(cfg, state, world, changes):
+    """Says that a run has nothing left to do; marks it as finished where its last start could not.
+
+    changes: lines that name what differs from the run that was resumed.
+    """
     if world.is_main:
         if not (Path(cfg.run.out_dir) / "finished").exists():
             mark_finished(cfg, state)
         what = f"{cfg.run.out_dir} has finished, at step {state.step} with val loss {state.val_loss:.4f}"
         limit = "max_steps" if cfg.optim.max_tokens is None else "max_tokens"
-        print(f"{what}; raise {limit} to train on, or use another --out_dir")
+        print(f"{what}; raise {limit} to train on, or use another --out_dir", *changes, sep="\n  ")
 
 
 def draw_curves(out_dir):

@@ -20,7 +20,7 @@ from checkpoint import (
     step_of,
     write_checkpoint,
 )
-from config import UserError, as_dict
+from config import UserError, as_dict, preset_text
 from data import is_same_data
 from mixture import shares_until
 from model import ModelConfig
@@ -182,8 +182,7 @@ def write_run(out_dir, step, tensors, facts, preset):
             if error.is_of_disk:
                 raise OSError(error) from error
             raise
-        text = "".join(f"{name} = {value!r}\n" for name, value in preset.items())
-        (Path(out_dir) / "config.py").write_text(text, encoding="utf-8")
+        (Path(out_dir) / "config.py").write_text(preset_text(preset, {}), encoding="utf-8")
 
 
 def changed_settings(old, new, step=0):

@@ -14,7 +14,7 @@ import finetune
 import sample
 from checkpoint import best_of, checkpoints
 from hugging_face import T, V, saved
-from interop.chat import open_chat
+from interop.chat import open_chat, starting_chat
 from interop.hub import HubModel
 from interop.pretrained import RunModel, load_model, load_tokenizer_of, load_weights
 from interop.tokenizer import by_role, hub_json, write_tokenizer
@@ -308,7 +308,7 @@ def losses_on_rank(start, talks, out_dir, changes):
 def test_evaluation_is_the_mean_over_targets_whatever_the_batch(start, talks, tmp_path):
     tune(start, talks, tmp_path / "run", max_steps=0)
     model, source = load_model(start, "cpu")
-    chat = open_chat(source, load_tokenizer_of(source), may_be_plain=True)
+    chat = starting_chat(source, load_tokenizer_of(source))
     total = n_right = n = 0
     for line in (talks / "dev.jsonl").read_text().splitlines():
         ids, mask = chat.ids(json.loads(line)["messages"], "")

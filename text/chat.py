@@ -169,10 +169,12 @@ class Instruct:
     examples = Conversations
 
     @staticmethod
-    def read(path, names, cfg):
+    def read(path, cfg, has_labels=True):
         """{name: its values, a list} of a file's columns; None, the answers within conversations: a list of ()."""
-        columns = read_columns(path, [name for name in names if name], cfg.tsv_columns)
-        return columns | {None: [()] * len(columns[names[0]])}
+        in_messages = has_labels and cfg.label_column is None
+        names = cfg.text_columns + [cfg.label_column] * (has_labels and not in_messages)
+        columns = read_columns(path, names, cfg.tsv_columns)
+        return columns | ({None: [()] * len(columns[names[0]])} if in_messages else {})
 
     def __init__(self, chat, framing):
         self.chat, self.framing = chat, framing
@@ -216,6 +218,11 @@ class Instruct:
             if odd := [key for key, part in message.items() if not isinstance(part, str | None)]:
                 raise UserError(f"{where} has a message with {odd[0]}, which is no text; leave it out")
         return messages
+
+    def figures(self, rows, texts):
+        """{exact_match: share of the model's answers that equal the records' own}, without blanks around."""
+        right = [text.strip() == row.about[1].strip() for row, text in zip(rows, texts) if row.about[1] is not None]
+        return {"exact_match": sum(right) / len(right)} if right else {}
 
     def predictions(self, rows, texts):
         """A dict for each Row and the model's answer to it, in order; answer: the record's own, if it has one."""

@@ -153,6 +153,26 @@ class Row(NamedTuple):
     about: object = None  # what its task needs to judge its logits
 
 
+def examples_of(task, cfg, path, columns, world):
+    """The Examples of a file's columns, as task.read gives them; prints how many. cfg: a FinetuneConfig."""
+    texts, framing = [*zip(*(columns[name] for name in cfg.text_columns))], task.framing
+    labels = columns.get(cfg.label_column, [None] * len(texts))
+    framing.n_cut = framing.n_left_out = 0
+    named = ((*record, f"{path}, record {i}") for i, record in enumerate(zip(texts, labels), start=1))
+    rows = [row for record in named for row in task.rows(*record)]
+    if not rows:
+        raise UserError(f"{path} has no record with an answer within block_size {framing.block_size}; raise it")
+    examples = task.examples(rows, framing)
+    if world.is_main:
+        mean, longest = examples.lengths.mean(), examples.lengths.max()
+        cut = f"; {framing.n_cut:,} of them were longer and are cut to block_size" if framing.n_cut else ""
+        lost, n = framing.n_left_out, len(texts) - framing.n_left_out
+        cut += f"; {lost:,} others have no answer within block_size and are left out" if lost else ""
+        windows = f" in {len(rows):,} windows" if len(rows) > n else ""
+        print(f"examples   {n:,} of {path}{windows}, {mean:.0f} tokens on average, at most {longest}{cut}")
+    return examples
+
+
 class Examples:
     """The Rows of a file; an objective for a Loader's batches."""
 

@@ -28,9 +28,9 @@ class Classify:
     defaults, examples = {}, Examples  # settings that the user has not given; the class of a file's Rows
 
     @staticmethod
-    def read(path, names, cfg):
+    def read(path, cfg, has_labels=True):
         """{name: its values, a list} of a file's columns. cfg: a FinetuneConfig."""
-        return read_columns(path, names, cfg.tsv_columns)
+        return read_columns(path, cfg.text_columns + [cfg.label_column] * has_labels, cfg.tsv_columns)
 
     @staticmethod
     def labels(column, where):
@@ -123,9 +123,10 @@ class Tag(Classify):
     n_texts = (1,)
 
     @staticmethod
-    def read(path, names, cfg):
+    def read(path, cfg, has_labels=True):
         """{name: its values, a list} of a file's columns; a .tsv has a word a line, and no first line of names."""
-        return read_columns(path, names, cfg.tsv_columns or (cfg.text_column, cfg.label_column), by_word=True)
+        names = [cfg.text_column, cfg.label_column]
+        return read_columns(path, names[: 1 + has_labels], cfg.tsv_columns or names, by_word=True)
 
     @staticmethod
     def labels(column, where):
