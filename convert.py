@@ -29,8 +29,8 @@ from interop.gguf import write_gguf
 from interop.hub import ACCOMPANYING, TOKENIZER_FILES, HubModel, copy_files, save_tensors
 from interop.names import HEADS
 from interop.nanogpt import import_nanogpt
-from interop.pretrained import TOKENIZER, load_tokenizer_of, model_location, with_model
-from interop.tokenizer import write_tokenizer
+from interop.pretrained import TOKENIZER, RunModel, load_tokenizer_of, model_location, with_model
+from interop.tokenizer import frame_pairs, write_tokenizer
 from run.folder import RunConfig
 from text.remote import bare_url, is_url
 from world import tune_malloc
@@ -142,6 +142,8 @@ def put_tokenizer(source, tokenizer, folder):
             special_ids["pad_token_id"] = tokenizer and tokenizer.eot
     elif tokenizer:
         special_ids |= write_tokenizer(tokenizer, folder, source.cfg.base, source.cfg.block_size)
+    if isinstance(source, RunModel) and isinstance(source.cfg, TunedModel) and source.cfg.is_causal:
+        frame_pairs(folder, tokenizer, source.cfg.task)
     if not isinstance(source, HubModel) and source.kept_chat:
         (folder / "chat_template.jinja").write_text(source.kept_chat["chat_template"], encoding="utf-8")
         config = foreign.read_json(folder / "tokenizer_config.json", lacking={})

@@ -204,6 +204,8 @@ def load_weights(source, model):
             continue
         else:
             read = source.read(name)
+            if name.startswith("classifier."):
+                read = read[[source.cfg.labels.index(label) for label in model.cfg.labels]]
         weight = torch.zeros(param.shape)  # rows that pad the vocabulary stay zero
         n_rows = min(len(weight), len(read))
         weight[:n_rows] = read[:n_rows]
@@ -232,7 +234,7 @@ def _is_of_other_labels(name, source, cfg):
     """Whether a weight of settings `source` belongs to a head for labels that a model of settings cfg has not."""
     if not isinstance(source, TunedModel) or not name.startswith(("pooler.", "classifier.")):
         return False
-    return not isinstance(cfg, TunedModel) or (source.task, source.labels) != (cfg.task, cfg.labels)
+    return not isinstance(cfg, TunedModel) or source.task != cfg.task or {*source.labels} != {*cfg.labels}
 
 
 def load_model(where, device, world=None):

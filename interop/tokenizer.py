@@ -7,6 +7,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from config import UserError
+from foreign import read_json
 from shards import END_OF_TEXT
 from text.tokenizer import HARD_TEXTS, ByteTokenizer, TiktokenTokenizer, byte_of_character
 
@@ -110,6 +111,25 @@ def _framing(saved, tokenizer, specials):
     mask = {"lstrip": tokenizer.space_begins_word}
     added = [token | (mask if token["content"] == specials["mask"] else {}) for token in saved["added_tokens"]]
     return {"post_processor": json.loads(frame.__getstate__()), "added_tokens": added}
+
+
+def frame_pairs(folder, tokenizer, task):
+    """Lets a folder's tokenizer.json, if there is one, make of two texts what a decoder's head for labels has read.
+
+    End-of-text stands between them and, in the task qa, behind them.
+    """
+    from tokenizers.processors import TemplateProcessing
+
+    path, names = folder / "tokenizer.json", {id_: name for name, id_ in tokenizer.specials.items()}
+    if tokenizer.eot is None or not path.exists():
+        return
+    saved, begin, end = read_json(path), [names[id_] for id_ in tokenizer.begin], names[tokenizer.eot]
+    pair = [*begin, "$A", end, "$B"] + [end] * (task == "qa")
+    frame = TemplateProcessing([*begin, "$A"], pair, [(name, tokenizer.specials[name]) for name in {*begin, end}])
+    old = saved.get("post_processor") or {}
+    kept = [part for part in old.get("processors", [old]) if part.get("type") == "ByteLevel"]  # for offsets
+    saved["post_processor"] = {"type": "Sequence", "processors": [*kept, json.loads(frame.__getstate__())]}
+    path.write_text(json.dumps(saved, ensure_ascii=False), encoding="utf-8")
 
 
 def _byte_level_bpe(ranks, specials, pattern):

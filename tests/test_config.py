@@ -389,7 +389,7 @@ def test_every_setting_is_read_somewhere():
     unread = [name for name in config._settings_everywhere() if (name, False) not in read]
     # what a class turns into something else itself
     assert [name for name in unread if (name, True) not in read] == []
-    resolved = {"max_steps", "max_tokens", "n_inner", "n_kv_head", "head_dim", "json", "residual_bytes"}
+    resolved = {"max_steps", "max_tokens", "n_inner", "n_kv_head", "head_dim", "json", "residual_bytes", "second_column"}
     assert set(unread) <= resolved | {"window", "global_every", "data_schedule"}
 
 

@@ -31,6 +31,7 @@ from heads import TunedModel, label_loss
 from hugging_face import T, V, saved
 from interop.hub import HubModel
 from interop.pretrained import RunModel, load_weights
+from interop.tokenizer import frame_pairs, write_tokenizer
 from launch import keep_copies, refresh_copies
 from metrics import classes, correlations
 from ops import IGNORE
@@ -272,20 +273,21 @@ def test_frozen_parts_stay_and_a_lower_layer_learns_more_slowly(folder, tables, 
         assert torch.equal(some.read(name)[:V], start.read(name)) == is_frozen
 
 
-def test_run_of_train_py_is_fine_tuned_and_exported(tables, tmp_path, capsys):
-    """A decoder with a tokenizer of bytes; its export pads by a token of its own."""
+@pytest.mark.parametrize("more", [{}, {"second_column": "text"}])
+def test_run_of_train_py_is_fine_tuned_and_exported(more, tables, tmp_path, capsys):
+    """A decoder with a tokenizer of bytes; its export pads by a token of its own, and end-of-text parts two texts."""
     import transformers
 
     data = write_data(tmp_path / "data", vocab_size=261)
     run(data, tmp_path / "pretrained", vocab_size=261, block_size=48, seq_len=12, batch_tokens=72, max_steps=2)
     capsys.readouterr()
-    tune(tmp_path / "pretrained", tables, tmp_path / "run", block_size=30)
+    tune(tmp_path / "pretrained", tables, tmp_path / "run", block_size=30, **more)
     assert "of them were longer and are cut to block_size" in capsys.readouterr().out
     convert.export(RunModel(tmp_path / "run"), tmp_path / "hf")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     texts = read_columns(tables / "dev.tsv", ["text"])["text"]
-    batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    batch = tokenizer(texts, texts if more else None, padding=True, truncation=True, return_tensors="pt")
     assert batch["input_ids"].shape[1] == 30 and not batch["attention_mask"].all()
     with torch.no_grad():
         found = model(**batch).logits.softmax(1)
@@ -344,6 +346,12 @@ def test_exported_head_is_trained_on_where_labels_agree(folder, tables, tmp_path
     still = {"learning_rate": 0, "max_steps": 1, "eval_interval": 1}
     tune(tmp_path / "hf", tables, tmp_path / "again", **still)
     assert predictions(tmp_path / "again") == predictions(tmp_path / "run")
+    path = tmp_path / "hf/config.json"
+    turned = json.loads(path.read_text()) | {"id2label": {"0": "1", "1": "0"}, "label2id": {"1": 0, "0": 1}}
+    path.write_text(json.dumps(turned))
+    tune(tmp_path / "hf", tables, tmp_path / "turned", **still)
+    opposite = ["01"[label == "0"] for label in predictions(tmp_path / "run")]
+    assert predictions(tmp_path / "turned") == opposite, "rows of the head go by their names"
     (tmp_path / "three.tsv").write_text("text\tlabel\n" + "".join(f"a film\t{i}\n" for i in range(3)))
     three = dict.fromkeys(("train_file", "eval_file"), tmp_path / "three.tsv")
     tune(tmp_path / "hf", tables, tmp_path / "other", **three, **still)
@@ -407,6 +415,7 @@ def test_seeds_are_runs_of_their_own_with_mean_and_deviation(folder, tables, tmp
     ({"train_file": "{tmp}/empty.tsv"}, "column label has the label '', where there must be a text or a number"),
     ({"train_file": "{tmp}/lists.jsonl"}, "has the label ['a', 'b'], where there must be a text or a number"),
     ({"train_file": "{tmp}/lists.jsonl", "label_column": "odd"}, "has the label nan, where there must be a text or a number"),
+    ({"train_file": "{tmp}/latin1.tsv"}, "latin1.tsv is not UTF-8 in line 3; convert it, as by iconv -f latin1 -t utf-8"),
     ({"task": "regress", "eval_file": "{tmp}/far.tsv"}, "has the label '1e39', where there must be a finite number"),
     ({"batch_examples": 3, "micro_batch_size": 2}, "batch_examples 3 is not a multiple of micro_batch_size 2 x 1 ranks"),
     ({"freeze": "head"}, "freeze names 'head'; its parts are"), ({"freeze": "blocks.1-3"}, "freeze names blocks.1-3, but the model has blocks 0 to 2"), ({"freeze": "blocks.1-0"}, "in order"),
@@ -417,6 +426,7 @@ def test_wrong_input_is_told_in_a_line(change, line, folder, tables, tmp_path):
     for name, text in (("unseen", "a film\t2"), ("odd", "a film\tx"), ("ragged", "a\t1\nb"), ("empty", "a\t\nb\t1"),
                        ("far", "a\t1e39")):  # fmt: skip
         (tmp_path / f"{name}.tsv").write_text(f"text\tlabel\n{text}\n")
+    (tmp_path / "latin1.tsv").write_text("text\tlabel\na film\t1\na caf\xe9\t0\n", encoding="latin1")
     change = {name: value.format(tmp=tmp_path) if isinstance(value, str) else value for name, value in change.items()}
     with pytest.raises(config.UserError) as error:
         tune(folder, tables, tmp_path / "run", **change)
@@ -461,6 +471,31 @@ def test_best_checkpoint_is_chosen_by_one_metric_in_a_run(folder, tables, tmp_pa
     tune(folder, tables, tmp_path / "run", max_steps=1, eval_interval=1)
     with pytest.raises(config.UserError, match="here metric: None -> loss"):
         tune(folder, tables, tmp_path / "run", max_steps=2, eval_interval=1, metric="loss")
+
+
+def test_finished_run_tells_what_has_changed(folder, tables, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "other")
+    for source in (folder, tmp_path / "other"):
+        capsys.readouterr()
+        tune(source, tables, tmp_path / "run", max_steps=1, eval_interval=1)
+    told = capsys.readouterr().out
+    assert "has finished" in told and f"init_from: {folder} -> {tmp_path / 'other'}, without effect now" in told
+
+
+@pytest.mark.parametrize("task", ["classify", "qa"])
+@pytest.mark.parametrize("begins", [True, False])
+def test_exported_tokenizer_makes_of_pairs_what_decoders_read(begins, task, tmp_path):
+    import transformers
+
+    tokenizer = load_tokenizer("byte")
+    write_tokenizer(tokenizer, tmp_path, "clm", 30)
+    tokenizer.begin = [tokenizer.eot] * begins
+    frame_pairs(tmp_path, tokenizer, task)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for pair in (("a film", None), ("a film", "not good"), ("a" * 29, "b" * 30), ("", "b")):
+        wanted = Framing(tokenizer, True, 29 if task == "qa" and pair[1] else 30)(*pair)[0].tolist()
+        wanted += [tokenizer.eot] * (task == "qa" and pair[1] is not None)
+        assert theirs(*pair, truncation="longest_first")["input_ids"] == wanted
 
 
 def test_exported_tokenizer_cuts_at_the_length_of_the_tuned_model(folder, tables, tmp_path):

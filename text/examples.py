@@ -33,7 +33,7 @@ def read_columns(path, names, header=None, by_word=False):
         if ending == ".parquet":
             columns = _parquet_columns(path)
         elif ending in (".tsv", ".jsonl"):
-            text = b"".join(TextFile(path).blocks()).decode("utf-8", errors="replace")
+            text = _decoded(path, b"".join(TextFile(path).blocks()))
             is_tsv = ending == ".tsv"
             columns = _tsv_columns(path, text, header, by_word) if is_tsv else _json_columns(path, text, names)
         else:
@@ -53,6 +53,14 @@ def read_columns(path, names, header=None, by_word=False):
     if not columns[names[0]]:
         raise UserError(f"{path} holds no records; it needs at least one")
     return {name: columns[name] for name in names}
+
+
+def _decoded(path, data):
+    try:
+        return data.decode("utf-8-sig")  # Windows' programs may begin a file with a mark
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path} is not UTF-8 in line {line}; convert it, as by iconv -f latin1 -t utf-8") from error
 
 
 def _tsv_columns(path, text, header, by_word):
