@@ -21,7 +21,7 @@ from interop.pretrained import load_model
 from model import ModelConfig
 from objective import IGNORE
 from perf.cost import flops_per_token
-from ranks import records, settings, write_data
+from ranks import on_ranks, records, settings, write_data
 from sample import write_embeddings
 from train import evaluate
 from world import World
@@ -105,11 +105,39 @@ def test_a_causal_models_loss_and_gradients_are_those_of_two_plain_passes():
     assert not torch.allclose(first, second)
 
 
+ALONE = replace(BERT, objective={"mlm": 0.0, "contrastive": 1.0})
+
+
 def test_a_sequence_is_computed_twice_and_a_masked_one_three_times():
-    for cfg, n in ((GPT, 2), (BERT, 3)):
-        plain = replace(cfg, objective=next(iter(cfg.objectives)))
+    for cfg, n, head_share in ((GPT, 2, 1.0), (BERT, 3, 1.0), (ALONE, 2, 0.0)):
+        plain = replace(cfg, objective=cfg.base)
         blocks = flops_per_token(plain, 10, 0.0) - flops_per_token(replace(plain, n_layer=1), 10, 0.0)
-        assert flops_per_token(cfg, 10) - flops_per_token(plain, 10) == (n - 1) * 2 * blocks
+        assert flops_per_token(cfg, 10) - flops_per_token(plain, 10, head_share) == (n - 1) * 2 * blocks
+
+
+@pytest.mark.parametrize("cfg", [replace(GPT, objective={"clm": 0.0, "contrastive": 1.0}, tie_embeddings=False), ALONE,
+                                 replace(ALONE, objective={"mlm": 0.0, "nsp": 0.5, "contrastive": 1.0})])  # fmt: skip
+def test_contrastive_alone_learns_as_beside_a_loss_that_does_not_count(cfg):
+    """And only evaluation computes that loss."""
+    _, *batch = masked_batch()
+    batch = [batch[0], batch[0]] if cfg.is_causal else [*batch, None, None, torch.tensor([0, 1, IGNORE, 1])]
+    batch = batch if "nsp" in cfg.objectives else batch[:4]
+    alone, beside = cfg.build(), replace(cfg, objective=cfg.objectives | {cfg.base: 1.0}).build()
+    alone.init_weights(1)
+    beside.load_state_dict(alone.state_dict())
+    losses, others = alone(*batch), beside(*batch)
+    assert losses[0] == 0 and losses[1:].tolist() == pytest.approx(others[1:].tolist(), rel=1e-5)
+    losses[1:].sum().backward()
+    others[1:].sum().backward()
+    for name, param in alone.named_parameters():
+        is_head = name.startswith(("head", "transform"))
+        assert param.requires_grad is not is_head or name == "head.weight" and cfg.tie_embeddings
+        wanted = beside.get_parameter(name).grad
+        torch.testing.assert_close(param.grad, None if is_head else wanted, rtol=1e-4, atol=1e-5)
+    alone.eval(), beside.eval()
+    with torch.no_grad():
+        for here, there in zip(alone(*batch, count_correct=True), beside(*batch, count_correct=True)):
+            assert torch.equal(here, there)
 
 
 # ---- embeddings
@@ -169,6 +197,22 @@ def test_a_run_learns_to_tell_texts_apart_and_resumes_to_the_bit(objective, fold
     base = next(iter(objective))
     wanted = objective[base] * last[f"val_loss_{base}"] + objective["contrastive"] * last["val_loss_contrastive"]
     assert last["val_loss"] == pytest.approx(wanted) and "val_accuracy_contrastive" not in last
+
+
+def losses_of(folder, out_dir, changes):
+    objective = {"mlm": 0, "contrastive": 1.0}
+    train.main(settings_of(folder, out_dir, objective, dropout=TINY, max_steps=3, eval_interval=3, **changes))
+    return [records(out_dir, name) for name in ("loss", "val_loss", "val_loss_mlm")]
+
+
+@pytest.mark.slow
+def test_contrastive_alone_is_the_same_on_two_ranks(folder, tmp_path, no_curves):
+    alone = losses_of(folder, tmp_path / "one", {"micro_batch_size": 6})
+    cases = [(losses_of, folder, tmp_path / strategy, {"micro_batch_size": 3, "strategy": strategy})
+             for strategy in ("ddp", "fsdp")]  # fmt: skip
+    for by_case in on_ranks(2, *cases):
+        for wanted, found in zip(alone, by_case[0]):
+            assert found == pytest.approx(wanted, rel=1e-5)
 
 
 def test_evaluation_compares_the_same_texts_for_each_batch_size(folder, tmp_path, monkeypatch):
