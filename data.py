@@ -322,7 +322,7 @@ def read_batch(objective, split, shape, first, places, others=None, lengths=None
     rows = split.read(places, shape)
     if others is None:
         return objective.batch(rows, first, lengths)
-    return objective.batch(rows, first, lengths, Partners.read(split, places, others, shape))
+    return objective.batch(rows, first, lengths, Partners(split.read(others, shape), split, places, others))
 
 
 @contextlib.contextmanager

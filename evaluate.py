@@ -22,6 +22,7 @@ from interop.pretrained import RunModel, load_model, load_tokenizer_of, model_lo
 from interop.score import loglikelihood, loglikelihood_rolling, score_tokens, start_of, total
 from run.folder import RunConfig
 from shards import refusing_system_errors
+from text.examples import json_objects
 from text.files import read_text
 from world import WorldConfig, init_world
 
@@ -113,21 +114,16 @@ def read_requests(setting):
     text = read_text(setting, "text")
     if not (setting.startswith("FILE:") and setting.endswith(".jsonl")):
         return [(None, text)]
-    lines = text.removeprefix("\ufeff").split("\n")  # splitlines would also cut at U+2028, which JSON allows in strings
-    requests = [_request(line, f"{setting[5:]} line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
+    requests = [_request(*found) for found in json_objects(text.removeprefix("\ufeff"), setting[5:])]
     if not requests:
         raise UserError(f'{setting[5:]} has no texts; write one a line, as in {{"text": "import os"}}')
     return requests
 
 
-def _request(line, place):
-    """A line's (context, continuation); place: file and line, for errors."""
+def _request(fields, place):
+    """An object's (context, continuation); place: file and line, for errors."""
     shape = 'write {"text": ...} or {"context": ..., "continuation": ...}, with strings, on a line of its own'
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is no JSON ({error}); {shape}") from error
-    names = {"text", "context", "continuation"} & set(fields if isinstance(fields, dict) else ())
+    names = {"text", "context", "continuation"} & fields.keys()
     if names not in ({"text"}, {"context", "continuation"}) or not all(isinstance(fields[name], str) for name in names):
         raise UserError(f"{place} is neither a text nor a context with its continuation; {shape}")
     continuation = fields.get("continuation", fields.get("text"))
@@ -142,22 +138,20 @@ def print_scores(model, tokenizer, requests, score=None):
     Perplexity is per token. Bits per byte, for whole texts, do not depend on the tokenizer. Greedy tells whether the
     model, always taking the likeliest token, would write the continuation.
     """
-    whole, pairs = [r for r in requests if r[0] is None], [r for r in requests if r[0] is not None]
-    whole_scores = loglikelihood_rolling(model, tokenizer, [text for _, text in whole], score)
+    whole, pairs = [text for context, text in requests if context is None], [r for r in requests if r[0] is not None]
+    whole_scores = loglikelihood_rolling(model, tokenizer, whole, score)
     pair_scores = loglikelihood(model, tokenizer, pairs, score)
     print(f"{'log_likelihood':>16} {'tokens':>9} {'perplexity':>11} {'bits/byte':>10} {'greedy':>9}  text")
-    whole_left, pairs_left, scores = iter(whole_scores), iter(pair_scores), []
+    whole_left, pairs_left = iter(whole_scores), iter(pair_scores)
     for context, text in requests:
-        scores.append(next(whole_left if context is None else pairs_left))
-        if context is None:
-            _print_row(scores[-1], start_of(text), texts=[text])
-        else:
-            _print_row(scores[-1], start_of(text), greedy="yes" if scores[-1].is_greedy else "no")
+        found = next(whole_left if context is None else pairs_left)
+        greedy = "-" if context is None else "yes" if found.is_greedy else "no"
+        _print_row(found, start_of(text), [text] if context is None else [], greedy)
     greedy = f"{sum(score.is_greedy for score in pair_scores)}/{len(pairs)}" if pairs else "-"
-    _print_row(total(scores), f"sum of {len(requests)}", [] if pairs else [text for _, text in whole], greedy)
+    _print_row(total(whole_scores + pair_scores), f"sum of {len(requests)}", [] if pairs else whole, greedy)
 
 
-def _print_row(score, label, texts=(), greedy="-"):
+def _print_row(score, label, texts, greedy):
     """Prints a line of the table; texts: the whole texts that were scored, whose bytes count."""
     nats, n_bytes = -score.log_likelihood / score.n_tokens, sum(len(text.encode(errors="replace")) for text in texts)
     perplexity = math.exp(nats) if nats < 700 else math.inf

@@ -10,7 +10,6 @@ The same command again continues from the newest checkpoint in out_dir.
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import re
@@ -29,6 +28,7 @@ from generation import GenerationConfig
 from heads import TunedModel
 from interop.chat import answer_rows, keep_chat, starting_chat
 from interop.pretrained import keep_tokenizer_of, load_tokenizer_of, start_from, starting_config, with_model
+from interop.score import over_ranks
 from lora import AdaptedModel
 from model import ModelConfig
 from objective import ObjectiveConfig
@@ -305,7 +305,10 @@ def evaluate(model, task, examples, cfg, world):
     """Mean loss and the task's metrics; score is the metric that chooses the best checkpoint, if it is not the loss."""
     if not task.has_head:
         model.eval()
-        batches = (examples.batch(here, cfg.data.micro_batch_size) for here in shares_of(examples, cfg, world))
+        shares = batches_of(examples, cfg)
+        shares += [shares[0][:0]] * (-len(shares) % world.data_ranks)  # each rank has equally many
+        shares = shares[world.data_rank :: world.data_ranks]
+        batches = (examples.batch(here, cfg.data.micro_batch_size) for here in shares)
         loss, n_correct, n_targets = sums_over(model, batches, world)[0][:, 0].tolist()
         model.train()
         reshard(model)
@@ -319,27 +322,25 @@ def evaluate(model, task, examples, cfg, world):
 @torch.no_grad()
 def logits_of(model, examples, cfg, world):
     """The logits of each row, float32 (K, L), on each rank; the ranks share the work."""
-    found = []
-    model.eval()
-    for here in shares_of(examples, cfg, world):
+
+    def run(here):
         batch = examples.batch(here, cfg.data.micro_batch_size)
         ids, _, *others = each(batch, lambda part: part.to(world.device))
-        with world.phase("evaluation"), world.autocast():
+        with world.autocast():
             logits = model(ids, None, *others).cpu().numpy()
-        found += [(i, part[: len(examples.rows[i].positions)]) for i, part in zip(here.tolist(), logits)]
+        return {i: part[: len(examples.rows[i].positions)] for i, part in zip(here.tolist(), logits)}
+
+    model.eval()
+    by_row = over_ranks(world, batches_of(examples, cfg), run)
     model.train()
     reshard(model)
-    by_row = dict(itertools.chain.from_iterable(world.gather(found)))
     return [by_row[i] for i in range(len(examples))]
 
 
-def shares_of(examples, cfg, world):
-    """The numbers of the examples of each batch of this rank; each rank has equally many batches, sorted by length."""
-    size, ranks = cfg.data.micro_batch_size, world.data_ranks
-    order = np.argsort(examples.lengths, kind="stable")
-    batches = [order[i : i + size] for i in range(0, len(order), size)]
-    batches += [order[:0]] * (-len(batches) % ranks)
-    return batches[world.data_rank :: ranks]
+def batches_of(examples, cfg):
+    """The numbers of the examples of each batch of evaluation, sorted by length."""
+    order, size = np.argsort(examples.lengths, kind="stable"), cfg.data.micro_batch_size
+    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 if __name__ == "__main__":

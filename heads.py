@@ -179,11 +179,6 @@ class Labeller(AdaptedTransformer):
     def tie_weights(self):
         """Ties nothing: there is no head of the vocabulary."""
 
-    def num_params(self):
-        """Parameters, without the vocabulary's padding rows."""
-        padding = self.cfg.padded_vocab_size - self.cfg.vocab_size
-        return sum(p.numel() for p in self.parameters()) - padding * self.cfg.n_embd
-
     def predict(self, x, targets=None, count_correct=False):
         """forward's answer for the last norm's output at the positions (B, K, C); logits are float32."""
         if self.pooler is not None:

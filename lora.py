@@ -34,14 +34,6 @@ class AdaptedTransformer(Transformer):
         if cfg.lora_rank:  # a Labeller may be without
             adapt(self, cfg.lora_rank, cfg.lora_scale)
 
-    @torch.no_grad()
-    def init_weights(self, seed, fill=torch.Tensor.copy_):
-        """Transformer's, but that adapters add nothing."""
-        super().init_weights(seed, fill)
-        for name, param in self.named_parameters():
-            if name.endswith("lora_b"):
-                fill(param, torch.zeros(param.shape))
-
 
 class AdaptedLinear(Linear):
     """A Linear whose output has scale * x A' B' added; A (rank, in) and B (out, rank)."""

@@ -388,7 +388,7 @@ class Transformer(nn.Module):
         fill(param, weight) copies the whole weight, on the CPU, into the parameter.
         """
         for name, param in self.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith(("bias", "lora_b")):  # an adapter adds nothing at first
                 weight = torch.zeros(param.shape)
             elif "norm" in name:
                 weight = torch.ones(param.shape)
@@ -406,8 +406,9 @@ class Transformer(nn.Module):
     def num_params(self):
         """Parameters, without the vocabulary's padding rows; tied ones count once."""
         padding = self.cfg.padded_vocab_size - self.cfg.vocab_size
-        padded = {p: p.numel() // len(p) for p in (self.wte.weight, self.head.weight, self.head.bias) if p is not None}
-        return sum(p.numel() for p in self.parameters()) - padding * sum(padded.values())
+        sizes = {name: (p.numel(), p.numel() // len(p)) for name, p in self.named_parameters()}  # of all rows, of one
+        tables = [sizes[name][1] for name in ("wte.weight", "head.weight", "head.bias") if name in sizes]
+        return sum(size for size, _ in sizes.values()) - padding * sum(tables)
 
 
 def parameter_shapes(cfg):

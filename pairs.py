@@ -10,17 +10,12 @@ AHEAD = 4096  # tokens read at a time in search of a document's end
 class Partners:
     """A batch's second windows, (B, W): each may give the text that stands behind its row's own.
 
-    split, places, others: the split and where in it, (shard, start, length), rows and partners come from; without them
-    no two belong to one document.
+    split, places, others: the split and where in it, (shard, start, length), rows and partners come from, fewer than B
+    where a batch is padded; without them no two belong to one document.
     """
 
     def __init__(self, rows, split=None, places=(), others=()):
         self.rows, self.split, self.places, self.others = rows, split, places, others
-
-    @classmethod
-    def read(cls, split, places, others, shape):
-        """The partners of the windows at places, read from others; fewer than shape's rows where a batch is padded."""
-        return cls(split.read(others, shape), split, places, others)
 
     def row(self, i):
         """The tokens of a row's partner."""

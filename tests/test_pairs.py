@@ -116,7 +116,8 @@ def test_lengths_tell_nothing_of_the_label(data):
     """A pair has the same first text and the same length, whether its second text follows or is another's."""
     split, _ = data
     places = [(0, 24 * i, 24) for i in range(60)]
-    rows, partners = split.read(places, (60, 24)), Partners.read(split, places, places[30:] + places[:30], (60, 24))
+    others = places[30:] + places[:30]
+    rows, partners = split.read(places, (60, 24)), Partners(split.read(others, (60, 24)), split, places, others)
     n_other = 0
     for i, row in enumerate(rows):
         for draw in (0, 5, 11, 2**63):

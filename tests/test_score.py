@@ -182,12 +182,12 @@ def test_a_jsonl_file_has_a_request_a_line_and_all_else_is_one_text(tmp_path):
 
 
 @pytest.mark.parametrize("line, problem", [
-    ('{"text": "a', "is no JSON .*; write"),
+    ('{"text": "a', "is no JSON .*; mend the line"),
     ("import os", "is no JSON"),
-    ('"import os"', "is neither a text nor a context"),
-    ("7", "is neither"),
-    ("[]", "is neither"),
-    ("{}", "is neither"),
+    ('"import os"', "is no object; write one"),
+    ("7", "is no object"),
+    ("[]", "is no object"),
+    ("{}", "is neither a text nor a context"),
     ('{"text": 7}', "is neither"),
     ('{"text": null}', "is neither"),
     ('{"context": "a"}', "is neither"),

@@ -5,7 +5,7 @@ import re
 import secrets
 
 import numpy as np
-import torch
+import torch.nn.functional as F
 
 from config import UserError
 from foreign import shown, telling
@@ -153,12 +153,8 @@ class Conversations(Examples):
 
     def batch(self, numbers, n_rows):
         """(ids (B, T), targets (B, T)) of some rows; B is n_rows, T a multiple of 8, or block_size."""
-        rows = [self.rows[i] for i in numbers]
-        shape = n_rows, self.width(rows)
-        ids, targets = np.full(shape, self.pad), np.full(shape, IGNORE)
-        for i, row in enumerate(rows):
-            ids[i, : len(row.ids)], targets[i, : len(row.ids)] = row.ids, row.targets
-        return torch.from_numpy(ids), torch.from_numpy(targets)
+        ids, targets, *_ = super().batch(numbers, n_rows)
+        return ids, F.pad(targets, (0, ids.shape[1] - targets.shape[1]), value=IGNORE)
 
 
 class Instruct:

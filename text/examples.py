@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from config import UserError
-from data import Loader
+from data import Loader, each
 from objective import special_id
 from ops import IGNORE
 from order import permute
@@ -82,16 +82,22 @@ def _tsv_columns(path, text, header, by_word):
     return {name: [row[i] for row in rows[first:]] for i, name in enumerate(header)}
 
 
-def _json_columns(path, text, names):
-    records = []
-    for number, line in enumerate(text.split("\n"), start=1):
+def json_objects(text, path):
+    """Yields the object in each line of a .jsonl file that is not blank, and the line's place, for errors."""
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would cut at U+2028, too, as JSON does not
         if line.strip():
+            place = f"{path} line {number}"
             try:
-                records.append(json.loads(line))
+                found = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path} has no JSON in line {number} ({error}); mend the line") from error
-            if not isinstance(records[-1], dict):
-                raise UserError(f'{path} has no object in line {number}; write one, such as {{"text": ...}}')
+                raise UserError(f"{place} is no JSON ({error}); mend the line") from error
+            if not isinstance(found, dict):
+                raise UserError(f'{place} is no object; write one, such as {{"text": ...}}')
+            yield found, place
+
+
+def _json_columns(path, text, names):
+    records = [record for record, _ in json_objects(text, path)]
     there = dict.fromkeys(name for record in records for name in record)
     return {name: [record.get(name) for record in records] for name in (*there, *(() if records else names))}
 
@@ -198,17 +204,15 @@ class Examples:
             digest.update(row.ids.tobytes() + row.targets.tobytes())
         return digest.hexdigest()[:16]
 
-    def width(self, rows):
-        """Tokens of a batch's sequences, T: a multiple of 8 for few different shapes."""
-        return min(self.block_size, -(-max((len(row.ids) for row in rows), default=1) // 8) * 8)
-
     def batch(self, numbers, n_rows):
         """(ids (B, T), targets (B, K), positions (B, K), attention_mask (B, T), token types (B, T)) of some rows.
 
-        B is n_rows; those beyond the numbers have no targets. K is the largest number of a row's targets.
+        B is n_rows; those beyond the numbers have no targets. T is a multiple of 8, for few different shapes, or
+        block_size; K is the largest number of a row's targets.
         """
         rows = [self.rows[i] for i in numbers]
-        shape = n_rows, self.width(rows)
+        longest = max((len(row.ids) for row in rows), default=1)
+        shape = n_rows, min(self.block_size, -(-longest // 8) * 8)
         n_targets, n_positions = (max(map(len, parts)) for parts in zip(*(row[2:4] for row in rows or self.rows[:1])))
         ids, types, lengths = np.full(shape, self.pad), np.zeros(shape, np.int64), np.ones((n_rows, 1), np.int64)
         targets = np.full((n_rows, n_targets), IGNORE, self.rows[0].targets.dtype)
@@ -274,6 +278,6 @@ class ExampleLoader(Loader):
             for micro_step in range(self._micro_steps):
                 here = step[micro_step * ranks * B : (micro_step + 1) * ranks * B]
                 batch = self._objective.batch(here[self._rank :: ranks], B)
-                batches.append(tuple(x.pin_memory() if pins and x is not None else x for x in batch))
+                batches.append(each(batch, lambda part: part.pin_memory()) if pins else batch)
             yield batches
             self._seen += self.order.batch_size

@@ -35,18 +35,16 @@ class Classify:
     @staticmethod
     def labels(column, where):
         """The labels in a column as texts, in order; UserError where there is one alone. where: names the column."""
-        column = [*column]
-        if odd := [
-            label for label in column if not isinstance(label, str | int | float) or label == "" or label != label
-        ]:
-            rule = f"{where} has the label {shown(odd[0])}, where there must be a text or a number"
-            raise UserError(f"{rule}; check --label_column, or leave such records out")
-        if len(labels := {str(label) for label in column}) == 1:
+        labels = set()
+        for label in column:
+            if not isinstance(label, str | int | float) or label == "" or label != label:
+                rule = f"{where} has the label {shown(label)}, where there must be a text or a number"
+                raise UserError(f"{rule}; check --label_column, or leave such records out")
+            labels.add(str(label))
+        if len(labels) == 1:
             rule = f"{where} has the label {labels.pop()!r} alone"
             raise UserError(f"{rule}; classes are at least two: check --label_column")
-        return tuple(
-            sorted(labels, key=lambda label: (int(label) if re.fullmatch(r"-?\d+", label) else math.inf, label))
-        )
+        return tuple(sorted(labels, key=lambda x: (int(x) if re.fullmatch(r"-?\d+", x) else math.inf, x)))
 
     def __init__(self, labels, framing, cfg):
         """labels: as the method of that name gives them; cfg: a FinetuneConfig."""
