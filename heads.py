@@ -89,7 +89,7 @@ class PretrainingModel(Transformer):
         else:
             old = ids.gather(1, positions)
             rows = [ids.scatter(1, positions, targets.where(targets != IGNORE, old))] * copies
-            rows = [ids, *rows] if evaluates or self.cfg.reads_masked else rows
+            rows = [ids, *rows] if evaluates or self.cfg.passes > copies else rows
         about_ids = (None if part is None else part.repeat(len(rows), 1) for part in (attention_mask, token_types))
         x = self.states(torch.cat(rows), *about_ids).chunk(len(rows))
         if len(rows) > copies:

@@ -127,20 +127,14 @@ class ModelConfig(Config):
 
     @property
     def passes(self):
-        """Times that training computes a sequence: twice for contrastive, a masked model once more with its masks."""
-        if CONTRASTIVE not in self.objectives:
-            return 1
-        return 3 if self.reads_masked else 2
+        """Times that training computes a sequence: contrastive's two copies, and a masked model's with its masks."""
+        reads_masks = not self.is_causal and (self.learns_tokens or PAIRS.keys() & self.objectives)
+        return 2 + bool(reads_masks) if CONTRASTIVE in self.objectives else 1
 
     @property
     def learns_tokens(self):
         """Whether training predicts tokens; contrastive may be alone."""
         return self.objectives[self.base] > 0
-
-    @property
-    def reads_masked(self):
-        """Whether training reads sequences with their masks."""
-        return not self.is_causal and bool(self.learns_tokens or PAIRS.keys() & self.objectives)
 
     @property
     def is_gated(self):
