@@ -177,3 +177,10 @@ def test_model_with_fewer_heads_says_that_transformers_has_none(trained, tmp_pat
     assert isinstance(RunModel(tmp_path / "small").cfg, ModelConfig)
     with pytest.raises(UserError, match="transformers cannot compute this model; GPT-2 is near, but head_dim is"):
         convert.export(RunModel(tmp_path / "small"), tmp_path / "hf")
+
+
+def test_a_model_of_contrastive_alone_has_no_important_heads():
+    objective = {"clm": 0.0, "contrastive": 1.0}
+    shape = {"vocab_size": 37, "block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 8, "dropout": 0.1}
+    with pytest.raises(UserError, match="has learned by contrastive alone; use --prune=magnitude"):
+        prune_heads(ModelConfig(**shape, objective=objective).build(), [], 0.5)
