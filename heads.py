@@ -41,7 +41,7 @@ class PretrainingModel(Transformer):
         if PAIRS.keys() & cfg.objectives:
             self.pooler = Pooler(cfg.n_embd, cfg.n_embd)
             self.pair_head = Linear(cfg.n_embd, 2)
-        if not cfg.learns_tokens:
+        if not cfg.learns_tokens:  # nothing gives them gradients, for which DDP would wait
             for param in {*self.transform.parameters(), *self.head.parameters()} - {self.wte.weight}:
                 param.requires_grad_(False)
         self.gather = lambda x: (x, 0)  # parallel.py: rows of all ranks, and the number of this one's first
