@@ -104,7 +104,7 @@ class CheckpointWriter:
         if self._stager is None:  # on CUDA its memory is pinned, which takes long, and kept
             self._stager = BlockingAsyncStager(cache_staged_state_dict=self.world.device.type == "cuda")
         whole = [name for name, tensor in tensors.items() if not hasattr(tensor, "placements")]
-        others = set(whole) - set(whole[self.world.rank :: self.world.size])
+        others = set(whole) - set(whole[self.world.rank % self.world.ranks_of_stage :: self.world.ranks_of_stage])
         return self._stager.stage({name: tensor for name, tensor in tensors.items() if name not in others})
 
     def _write(self, *arguments):

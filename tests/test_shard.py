@@ -48,7 +48,17 @@ LAYOUTS = {  # of 4 ranks
     "fsdp tp": {"strategy": "fsdp", "tp": 2},
 }
 MORE_LAYOUTS = LAYOUTS | {"tp": {"tp": 2}, "hsdp tp": {"strategy": "fsdp", "shard_size": 2, "tp": 2}}
+PIPELINES = {
+    "pp": {"pp": 2},
+    "pp3": {"pp": 3},
+    "pp ddp": {"pp": 2},
+    "pp fsdp": {"pp": 2, "strategy": "fsdp"},
+    "pp tp": {"pp": 2, "tp": 2},
+    "pp fsdp tp": {"pp": 2, "tp": 2, "strategy": "fsdp"},
+}
+MORE_LAYOUTS |= PIPELINES
 RANKS = dict.fromkeys(LAYOUTS, 4) | {"tp": 2, "hsdp tp": 8}
+RANKS |= {"pp": 2, "pp3": 3, "pp ddp": 4, "pp fsdp": 4, "pp tp": 4, "pp fsdp tp": 8}
 
 
 def batch(name, step):
@@ -99,18 +109,30 @@ def step_of(world, model, optimizer, name, step, micro_steps=1, scaler=None):
     return train_step(model, optimizer, scaler, batches, step_settings(1.0), world)[:2]
 
 
+def weights_of(model, world):
+    """{name: whole weight} of a model, of all stages where it is a pipeline."""
+    mine = {key: whole(p) for key, p in model.named_parameters()}
+    if world.pp == 1:
+        return mine
+    by_rank = world.gather(mine)
+    for weights in by_rank:
+        assert all(torch.equal(weights[key], p) for key, p in mine.items() if key in weights), "a tied table differs"
+    return {key: p for weights in by_rank for key, p in weights.items()}
+
+
 def trained(name, micro_steps=1, **layout):
     """(initial weights, losses and norms of three steps, weights then, evaluation) of a model in a layout.
 
     Muon orthogonalises in float32: bf16 makes updates that differ by percents of gradients that differ in a last bit.
     """
     with mock.patch.object(optim, "MUON_DTYPE", torch.float32), a_model(name, **layout) as (world, model, optimizer):
-        first = {key: whole(p) for key, p in model.named_parameters()}
+        first = weights_of(model, world)
         figures = [step_of(world, model, optimizer, name, step, micro_steps) for step in range(STEPS)]
         with torch.no_grad(), world.autocast():
-            figures.append(torch.cat([x.flatten() for x in model(*batch(name, 0), count_correct=True)[:2]]).tolist())
+            sums = torch.cat([x.flatten() for x in model(*batch(name, 0), count_correct=True)[:2]])
+            figures.append(world.sum_over_stages(sums).tolist())
         parallel.reshard(model)  # gathered weights are rounded to the run's precision
-        last = {key: whole(p) for key, p in model.named_parameters()}
+        last = weights_of(model, world)
         return (first, figures, last) if world.is_main else (None, figures, None)
 
 
