@@ -124,6 +124,8 @@ def file_numbers(tensors, world):
     for name, tensor in tensors.items():
         numbers[name] = 1 + total // FILE_BYTES
         total += local(tensor).nbytes // (1 if hasattr(tensor, "placements") else world.size)
+    if world.pp > 1:  # rank 0 plans for all
+        numbers = {name: number for of_rank in world.gather(numbers) for name, number in of_rank.items()}
     return numbers
 
 
