@@ -116,8 +116,13 @@ class ParallelConfig(Config):
             raise UserError(f"shard_size {shard} does not divide {ranks}; lower it, or set it to none for all")
         return data_ranks // shard, shard, self.tp
 
-    def check_tensor_parallel(self, model, seq_len):
-        """UserError if tp does not divide heads and sizes of a model. model: a ModelConfig."""
+    def check_model(self, model, seq_len):
+        """UserError if tp does not divide heads and sizes of a model, or pp its blocks. model: a ModelConfig."""
+        if self.pp > model.n_layer:
+            raise UserError(f"pp {self.pp} is more stages than n_layer {model.n_layer} has blocks; lower --pp")
+        if self.pp > 1 and len(model.objectives) > 1:
+            names = " and ".join(model.objectives)
+            raise UserError(f"objective has {names}, but pipelines (pp {self.pp}) have one; use --pp=1, or one of them")
         sizes = {"n_head": model.n_head, "n_kv_head": model.kv_heads, "n_inner": model.inner_width, "seq_len": seq_len}
         sizes["vocab_size, padded,"] = model.padded_vocab_size
         wrong = [f"{name} {size} is not a multiple of tp {self.tp}" for name, size in sizes.items() if size % self.tp]
@@ -129,7 +134,8 @@ class ParallelConfig(Config):
 def distribute(model, cfg, world, seed, sizes=None):
     """Makes a model on the meta device ready to train: sharded, checkpointed, compiled, with initial weights.
 
-    sizes: blocks of each stage of a pipeline; None: as equal as can be. Everything happens in place and adds no wrapper module, so that parameters keep their names.
+    sizes: blocks of each stage of a pipeline; None: as equal as can be. Everything happens in place and adds no wrapper
+    module, so that parameters keep their names.
     """
     if cfg.grad_compression == "powersgd" and world.precision == "fp16":
         rule = "whose error feedback would keep every overflow of precision fp16"

@@ -48,7 +48,7 @@ class Stage:
         self.width, self.world = width, world
         column = range(world.rank % world.ranks_of_stage, world.size, world.ranks_of_stage)
         self.is_first, self.is_last = world.stage == 0, world.stage == world.pp - 1
-        self.before, self.after = column[world.stage - 1], column[(world.stage + 1) % world.pp]  # a ring, unused at its ends
+        self.before, self.after = column[world.stage - 1], column[(world.stage + 1) % world.pp]  # none at the ends
         self.other_end = column[0] if self.is_last else column[-1]
         self.sending = {}  # {neighbour: (work, tensor)} on its way
         self.waited = 0.0  # seconds of waiting for neighbours
@@ -135,11 +135,11 @@ def total_norm(model, world):
 
 def sum_tied_gradients(model):
     """Gives the table that is both embedding and head the sum of the first and the last stage's gradient."""
-    stage, group = model.stage, model.stage.world.pp_groups[0]
+    stage = model.stage
     if stage.is_first or stage.is_last:
         mine = local(model.wte.weight.grad)
-        theirs = torch.empty_like(mine)
-        exchange = [dist.P2POp(dist.isend, mine, stage.other_end, group), dist.P2POp(dist.irecv, theirs, stage.other_end, group)]
+        theirs, there = torch.empty_like(mine), (stage.other_end, stage.world.pp_groups[0])
+        exchange = [dist.P2POp(dist.isend, mine, *there), dist.P2POp(dist.irecv, theirs, *there)]
         for work in dist.batch_isend_irecv(exchange):
             work.wait()
         mine += theirs

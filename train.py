@@ -27,6 +27,8 @@ from objective import CONTRASTIVE, ObjectiveConfig, count_targets
 from ops import IGNORE
 from optim import OptimConfig, build_optimizer, can_capture, lr_at, set_lr
 from parallel import ParallelConfig, distribute, has_gradient_buckets, reshard, sync_gradients
+from perf.cost import stages
+from perf.memory import setup_here
 from pipeline import schedule, total_norm
 from run.folder import RunConfig, run_dir_of
 from run.guard import Stop, guarded
@@ -322,7 +324,7 @@ def build(cfg, world, seed):
     """The model, ready to train on this rank, its optimizer, and the gradient scaler, which only fp16 uses."""
     with torch.device("meta"):
         model = cfg.model.build()
-    distribute(model, cfg.parallel, world, seed)
+    distribute(model, cfg.parallel, world, seed, stages(cfg.model, setup_here(cfg, world)))
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.precision == "fp16")
     return model, build_optimizer(model, cfg.optim, world), scaler
 

@@ -263,7 +263,8 @@ class Log:
         )
         if world.size > 1:
             replicas, shards, tp = world.mesh_shape
-            print(f"layout     {world.size} ranks = {replicas} replicas x {shards} shards x {tp} tensor parallel")
+            stages = f"{world.pp} stages x " if world.pp > 1 else ""
+            print(f"layout     {world.size} ranks = {stages}{replicas} replicas x {shards} shards x {tp} tensor parallel")
         n_params, n_bytes = per_rank
         mib = f"{n_bytes / 2**20:,.1f} MiB with gradients and optimizer state"
         print(f"per rank   {n_params:,.0f} parameters, padding included, {mib}")

@@ -704,6 +704,6 @@ def test_parallel_settings_that_contradict_each_other_are_refused(settings, said
     ({}, 7, 2, "^seq_len 7 is not a multiple of tp 2; tp 1 would fit"),
 ])  # fmt: skip
 def test_tensor_parallelism_that_would_cut_heads_is_refused_with_the_numbers(changes, seq_len, tp, said):
-    ParallelConfig(tp=2).check_tensor_parallel(MODELS["modern"], 8)
+    ParallelConfig(tp=2).check_model(MODELS["modern"], 8)
     with pytest.raises(ValueError, match=said):
-        ParallelConfig(tp=tp).check_tensor_parallel(replace(MODELS["modern"], **changes), seq_len)
+        ParallelConfig(tp=tp).check_model(replace(MODELS["modern"], **changes), seq_len)
