@@ -46,9 +46,10 @@ class ParallelConfig(Config):
             for name, default in (("shard_size", None), ("reshard", True), ("accumulate", "sharded"))
             if getattr(self, name) != default and self.strategy == "ddp"
         ]
-        if self.grad_compression and (self.strategy == "fsdp" or self.tp > 1):
-            here = f"grad_compression {self.grad_compression} with strategy {self.strategy} and tp {self.tp}"
-            wrong.append(f"{here}: it needs ddp without tp; use --strategy=ddp --tp=1, or --grad_compression=none")
+        if self.grad_compression and (self.strategy == "fsdp" or self.tp > 1 or self.pp > 1):
+            here = f"grad_compression {self.grad_compression} with strategy {self.strategy}, tp {self.tp} and pp {self.pp}"
+            remedy = "use --strategy=ddp --tp=1 --pp=1, or --grad_compression=none"
+            wrong.append(f"{here}: it needs ddp without tp and pp; {remedy}")
         if wrong:
             raise UserError(*wrong)
 
@@ -140,6 +141,9 @@ def distribute(model, cfg, world, seed, sizes=None):
     if cfg.grad_compression == "powersgd" and world.precision == "fp16":
         rule = "whose error feedback would keep every overflow of precision fp16"
         raise UserError(f"grad_compression is powersgd, {rule}; use --precision=bf16 or --grad_compression=bf16")
+    if cfg.pp > 1 and world.precision == "fp16":
+        rule = "where each stage would find overflows of its own"
+        raise UserError(f"precision is fp16, but pp is {cfg.pp}, {rule}; use --precision=bf16, or --pp=1")
     if cfg.pp > 1:
         cut(model, sizes or stage_sizes(model.cfg.n_layer, cfg.pp), world)
     is_sharded = cfg.is_sharded(world.size)

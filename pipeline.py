@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import get_total_norm
 
-from config import UserError
 from ops import residual_dtype
 from world import local
 

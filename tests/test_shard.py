@@ -56,7 +56,6 @@ PIPELINES = {
     "pp tp": {"pp": 2, "tp": 2},
     "pp fsdp tp": {"pp": 2, "tp": 2, "strategy": "fsdp"},
 }
-MORE_LAYOUTS |= PIPELINES
 RANKS = dict.fromkeys(LAYOUTS, 4) | {"tp": 2, "hsdp tp": 8}
 RANKS |= {"pp": 2, "pp3": 3, "pp ddp": 4, "pp fsdp": 4, "pp tp": 4, "pp fsdp tp": 8}
 
@@ -109,15 +108,15 @@ def step_of(world, model, optimizer, name, step, micro_steps=1, scaler=None):
     return train_step(model, optimizer, scaler, batches, step_settings(1.0), world)[:2]
 
 
-def weights_of(model, world):
-    """{name: whole weight} of a model, of all stages where it is a pipeline."""
-    mine = {key: whole(p) for key, p in model.named_parameters()}
+def of_all_stages(tensors, world):
+    """{name: whole tensor}, of all stages where the model is a pipeline."""
+    mine = {name: whole(tensor) for name, tensor in tensors}
     if world.pp == 1:
         return mine
     by_rank = world.gather(mine)
-    for weights in by_rank:
-        assert all(torch.equal(weights[key], p) for key, p in mine.items() if key in weights), "a tied table differs"
-    return {key: p for weights in by_rank for key, p in weights.items()}
+    for others in by_rank:
+        assert all(torch.equal(others[name], mine[name]) for name in mine.keys() & others), "a tied table differs"
+    return {name: others[name] for others in by_rank for name in others}
 
 
 def trained(name, micro_steps=1, **layout):
@@ -126,13 +125,13 @@ def trained(name, micro_steps=1, **layout):
     Muon orthogonalises in float32: bf16 makes updates that differ by percents of gradients that differ in a last bit.
     """
     with mock.patch.object(optim, "MUON_DTYPE", torch.float32), a_model(name, **layout) as (world, model, optimizer):
-        first = weights_of(model, world)
+        first = of_all_stages(model.named_parameters(), world)
         figures = [step_of(world, model, optimizer, name, step, micro_steps) for step in range(STEPS)]
         with torch.no_grad(), world.autocast():
             sums = torch.cat([x.flatten() for x in model(*batch(name, 0), count_correct=True)[:2]])
             figures.append(world.sum_over_stages(sums).tolist())
         parallel.reshard(model)  # gathered weights are rounded to the run's precision
-        last = weights_of(model, world)
+        last = of_all_stages(model.named_parameters(), world)
         return (first, figures, last) if world.is_main else (None, figures, None)
 
 
@@ -169,7 +168,7 @@ def matrix(names, optimizers, kinds, micro_steps, layouts=LAYOUTS):
 
 def run_case(case):
     case = dict(case)
-    return trained(**MORE_LAYOUTS[case.pop("layout")], **case)
+    return trained(**(MORE_LAYOUTS | PIPELINES)[case.pop("layout")], **case)
 
 
 def id_of(case):
@@ -182,9 +181,12 @@ QUICK += matrix(["modern"], ["muon"], ["none"], [1], ["hsdp"])
 QUICK += matrix(["gpt"], ["adamw"], ["none"], [3], ["ddp tp"])
 QUICK += matrix(["pairs"], ["adamw"], ["full"], [3], ["fsdp tp"])
 QUICK += matrix(["contrast"], ["adamw"], ["none"], [1], ["ddp tp"])
+QUICK += matrix(["gpt"], ["adamw"], ["full"], [3], ["pp ddp"])
 SLOW = matrix(["bert"], ["adafactor"], ["selective"], [1], ["fsdp tp"])
 FULL = matrix([name for name in MODELS if name != "contrast"], ["adamw"], ["none"], [3], MORE_LAYOUTS)  # which compares micro-steps' texts
 FULL += matrix(MODELS, ["muon"], ["full"], [1], MORE_LAYOUTS)
+FULL += matrix(["gpt", "modern", "bert"], ["adamw", "adafactor"], ["none"], [3], PIPELINES)
+FULL += matrix(["gpt", "modern", "bert"], ["muon"], ["selective"], [1], PIPELINES)
 
 
 @pytest.mark.parametrize("case", QUICK + slow(*SLOW), ids=id_of)
@@ -195,7 +197,7 @@ def test_four_ranks_train_as_one_process(case, four_ranks):
 @pytest.fixture(scope="module")
 def full():
     answers = {}
-    for n in (2, 4, 8):
+    for n in (2, 3, 4, 8):
         cases = [case for case in FULL if RANKS[case["layout"]] == n]
         answers |= zip(map(id_of, cases), on_ranks(n, *((run_case, case) for case in cases)))
     return answers
@@ -519,12 +521,13 @@ def in_bf16(layout):
 SAVED = {  # {where it is saved and loaded: (ranks, layout)}
     "one process": (1, {}), "ddp 2": (2, {}), "tp 2": (2, {"tp": 2}), "fsdp 2": (2, {"strategy": "fsdp"}),
     "fsdp 4": (4, {"strategy": "fsdp"}), "hsdp 4": (4, LAYOUTS["hsdp"]), "fsdp tp 4": (4, LAYOUTS["fsdp tp"]),
+    "pp fsdp 4": (4, PIPELINES["pp fsdp"]),
 }  # fmt: skip
 STORED = [("gpt", "adamw"), ("modern", "muon"), ("bert", "adafactor")]
 
 
-def tensors_of(model, optimizer):
-    return {name: whole(tensor) for name, tensor in _tensors(model, optimizer).items()}
+def tensors_of(model, optimizer, world):
+    return of_all_stages(_tensors(model, optimizer).items(), world)
 
 
 def saved(folder, layout, name, optimizer):
@@ -532,7 +535,7 @@ def saved(folder, layout, name, optimizer):
     with a_model(name, optimizer, **layout) as (world, model, optimizer):
         for step in range(2):
             step_of(world, model, optimizer, name, step)
-        tensors = tensors_of(model, optimizer)
+        tensors = tensors_of(model, optimizer, world)
         saver = CheckpointWriter(folder, CheckpointConfig(), world)
         saver.save(2, model, optimizer, {})
         saver.wait()
@@ -543,7 +546,7 @@ def loaded(folder, layout, name, optimizer):
     """What a checkpoint gives another layout: its tensors, and the figures of a third step."""
     with a_model(name, optimizer, **layout) as (world, model, optimizer):
         load_checkpoint(Path(folder) / "ckpt/step_00000002", model, optimizer)
-        tensors = tensors_of(model, optimizer)
+        tensors = tensors_of(model, optimizer, world)
         return tensors if world.is_main else None, step_of(world, model, optimizer, name, 2)
 
 
@@ -580,6 +583,7 @@ def check_travel(pair, answers):
 
 ROUND = [("gpt", "adamw"), "one process", "fsdp tp 4"], [("gpt", "adamw"), "fsdp tp 4", "ddp 2"]
 ROUND += [("modern", "muon"), "hsdp 4", "tp 2"], [("modern", "muon"), "tp 2", "one process"]
+ROUND += [("bert", "adafactor"), "pp fsdp 4", "one process"],
 ROUND = [tuple(pair) for pair in ROUND]
 EVERYWHERE = [  # of the first model from each layout to each, of the others by way of one process
     (stored, saved_in, loaded_in)
@@ -668,6 +672,8 @@ def test_fsdp_on_four_ranks_holds_a_quarter_of_the_memory():
 
 @pytest.mark.parametrize(("settings", "size", "said"), [
     ({"tp": 3}, 4, "4 processes are not a multiple of tp 3"),
+    ({"tp": 2, "pp": 3}, 4, "4 processes are not a multiple of tp 2 x pp 3; .*=6, or"),
+    ({"strategy": "fsdp", "shard_size": 3, "pp": 2}, 8, "shard_size 3 does not divide the 4 .*8 processes / tp 1 / pp 2"),
     ({"tp": 2}, 1, "1 processes are not a multiple of tp 2; start them with torchrun --nproc_per_node=2"),
     ({"strategy": "fsdp", "shard_size": 3}, 4, "shard_size 3 does not divide the 4 ranks"),
     ({"strategy": "fsdp", "shard_size": 4, "tp": 2}, 4, "shard_size 4 does not divide the 2 .*4 processes / tp 2"),
@@ -689,8 +695,8 @@ def test_a_layout_is_copies_by_shards_by_tensor_parallel_ranks(settings, size, s
     ({"tp": 0}, "tp is 0; it must be at least 1"),
     ({"shard_size": 2}, "shard_size is 2, but strategy ddp.*--strategy=fsdp"),
     ({"accumulate": "whole", "reshard": False}, "reshard is False, .*\naccumulate is whole, .*--strategy=fsdp"),
-    ({"grad_compression": "bf16", "strategy": "fsdp"}, "grad_compression bf16 with strategy fsdp and tp 1: it needs ddp"),
-    ({"grad_compression": "powersgd", "tp": 2}, "grad_compression powersgd with strategy ddp and tp 2: it needs ddp"),
+    ({"grad_compression": "bf16", "strategy": "fsdp"}, "grad_compression bf16 with strategy fsdp, tp 1 and pp 1: it needs ddp"),
+    ({"grad_compression": "powersgd", "tp": 2}, "grad_compression powersgd with strategy ddp, tp 2 and pp 1: it needs ddp"),
 ])  # fmt: skip
 def test_parallel_settings_that_contradict_each_other_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
