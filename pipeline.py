@@ -54,10 +54,15 @@ class Stage:
 
     def send(self, x, neighbour):
         """Starts to send a tensor, after the one before it has arrived."""
-        if neighbour in self.sending:
-            self.sending[neighbour][0].wait()
+        self.finish(neighbour)
         x = x.detach().contiguous()
         self.sending[neighbour] = dist.isend(x, neighbour, self._group(self.world.rank, neighbour)), x
+
+    def finish(self, *neighbours):
+        """Waits until what was sent to neighbours has arrived; without names, to all."""
+        for neighbour in neighbours or [*self.sending]:
+            if neighbour in self.sending:
+                self.sending.pop(neighbour)[0].wait()
 
     def receive(self, x, neighbour):
         """Returns x, filled with the next tensor that a neighbour sends."""

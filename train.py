@@ -211,6 +211,7 @@ def in_stages(model, scaler, world, n_targets, batches):
             sync_gradients(model, last=i + 1 == n)
             backward(model, scaler, world, progress, losses[i])
             losses[i] = losses[i].detach()
+    model.stage.finish()
     return sum(losses.values())
 
 
