@@ -4,6 +4,7 @@ A stage computes what one process does, but that its input comes from the stage 
 Gradients come back the same way.
 """
 
+import contextlib
 import time
 
 import torch
@@ -30,6 +31,11 @@ def schedule(n, stage, n_stages):
         yield "backward", i
 
 
+def bubble(n, n_stages):
+    """Share of a step of n micro-steps in which each stage waits, where all are equally fast."""
+    return (n_stages - 1) / (n + n_stages - 1)
+
+
 def stage_sizes(n_layer, n_stages, head=0.0):
     """Blocks of each stage, such that the slowest is as fast as it can be; head: the head's cost in blocks."""
 
@@ -50,7 +56,7 @@ class Stage:
         self.before, self.after = column[world.stage - 1], column[(world.stage + 1) % world.pp]  # none at the ends
         self.other_end = column[0] if self.is_last else column[-1]
         self.sending = {}  # {neighbour: (work, tensor)} on its way
-        self.waited = 0.0  # seconds of waiting for neighbours
+        self.waits = []  # for neighbours, in seconds; on CUDA pairs of events
 
     def send(self, x, neighbour):
         """Starts to send a tensor, after the one before it has arrived."""
@@ -66,10 +72,31 @@ class Stage:
 
     def receive(self, x, neighbour):
         """Returns x, filled with the next tensor that a neighbour sends."""
-        start = time.perf_counter()
-        dist.recv(x, neighbour, self._group(neighbour, self.world.rank))
-        self.waited += time.perf_counter() - start
+        with self._waiting():
+            dist.recv(x, neighbour, self._group(neighbour, self.world.rank))
         return x
+
+    @contextlib.contextmanager
+    def _waiting(self):
+        """Times what this stage waits for: on CUDA the stream waits, not the host."""
+        if self.world.device.type != "cuda":
+            start = time.perf_counter()
+            yield
+            self.waits.append(time.perf_counter() - start)
+            return
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        yield
+        end.record()
+        self.waits.append((start, end))
+
+    def seconds_waited(self):
+        """Seconds of waiting for neighbours since the last call."""
+        waits, self.waits = self.waits, []
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+            waits = [start.elapsed_time(end) / 1e3 for start, end in waits]
+        return sum(waits)
 
     def _group(self, source, target):
         # On CUDA the messages of a group queue: what goes forward must not wait behind what comes backward.
@@ -82,6 +109,8 @@ class Stage:
         x = self.receive(x.to(residual_dtype(x)), self.before)
         if torch.is_grad_enabled():
             x.requires_grad_().register_hook(lambda gradient: self.send(gradient, self.before))
+        else:
+            self.waits.pop()  # evaluation's are not counted
         return x
 
     def last_output(self, x, targets=None, count_correct=False):
