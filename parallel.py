@@ -16,6 +16,7 @@ from torch.distributed.tensor import parallel as styles
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from config import Config, Count, UserError
+from context import Context, share_sequences
 from launch import compile_model, keep_copies
 from ops import Vocabulary
 from pipeline import cut, stage_sizes
@@ -33,6 +34,7 @@ class ParallelConfig(Config):
     reshard: bool = True  # fsdp: gather a block's weights again for backward; false: keep them, 2 bytes per parameter
     accumulate: Literal["sharded", "whole"] = "sharded"  # fsdp: gradients; whole: reduced once a step, 4 bytes each
     pp: Count = 1  # stages of a pipeline, each with a part of the blocks
+    cp: Count = 1  # ranks that share each sequence
     tp: Count = 1  # tensor parallel ranks, which split heads, MLP columns and vocabulary rows
     grad_compression: Literal["bf16", "powersgd"] | None = None  # ddp: compression of sent gradients; none: float32
     activation_checkpointing: Checkpointing = "none"  # full: recompute blocks in backward; selective: all but matmuls
@@ -105,10 +107,11 @@ class ParallelConfig(Config):
 
         UserError where they do not fit.
         """
-        if size % (self.tp * self.pp):
-            remedy = f"start them with torchrun --nproc_per_node={self.tp * self.pp}, or a multiple of it"
-            both = f"tp {self.tp}" if self.pp == 1 else f"tp {self.tp} x pp {self.pp}"
-            raise UserError(f"{size} processes are not a multiple of {both}; {remedy}")
+        if size % (least := self.tp * self.cp * self.pp):
+            remedy = f"start them with torchrun --nproc_per_node={least}, or a multiple of it"
+            sizes = {"tp": self.tp, "cp": self.cp, "pp": self.pp}
+            needed = " x ".join(f"{name} {n}" for name, n in sizes.items() if n > 1)
+            raise UserError(f"{size} processes are not a multiple of {needed}; {remedy}")
         data_ranks = size // (self.tp * self.pp)
         shard = 1 if self.strategy == "ddp" else self.shard_size or data_ranks
         if data_ranks % shard:
@@ -121,10 +124,15 @@ class ParallelConfig(Config):
         """UserError if tp does not divide heads and sizes of a model, or pp its blocks. model: a ModelConfig."""
         if self.pp > model.n_layer:
             raise UserError(f"pp {self.pp} is more stages than n_layer {model.n_layer} has blocks; lower --pp")
-        if self.pp > 1 and len(model.objectives) > 1:
-            names = " and ".join(model.objectives)
-            raise UserError(f"objective has {names}, but pipelines (pp {self.pp}) have one; use --pp=1, or one of them")
-        sizes = {"n_head": model.n_head, "n_kv_head": model.kv_heads, "n_inner": model.inner_width, "seq_len": seq_len}
+        for name, n in ("pp", self.pp), ("cp", self.cp):
+            if n > 1 and len(model.objectives) > 1:
+                which = " and ".join(model.objectives)
+                raise UserError(f"objective has {which}, but {name} {n} computes one; use --{name}=1, or one of them")
+        if self.cp > 1 and (rest := seq_len % (2 * self.cp)):
+            fitting = " or ".join(str(n) for n in (seq_len - rest, seq_len - rest + 2 * self.cp) if n)
+            raise UserError(f"seq_len {seq_len} does not cut into 2 x cp {self.cp} pieces; seq_len {fitting} would")
+        sizes = {"n_head": model.n_head, "n_kv_head": model.kv_heads, "n_inner": model.inner_width}
+        sizes["seq_len" if self.cp == 1 else "seq_len / cp"] = seq_len // self.cp  # a rank's
         sizes["vocab_size, padded,"] = model.padded_vocab_size
         wrong = [f"{name} {size} is not a multiple of tp {self.tp}" for name, size in sizes.items() if size % self.tp]
         if wrong:
@@ -146,6 +154,8 @@ def distribute(model, cfg, world, seed, sizes=None):
         raise UserError(f"precision is fp16, but pp is {cfg.pp}, {rule}; use --precision=bf16, or --pp=1")
     if cfg.pp > 1:
         cut(model, sizes or stage_sizes(model.cfg.n_layer, cfg.pp), world)
+    if cfg.cp > 1:
+        share_sequences(model, Context.of(world))
     is_sharded = cfg.is_sharded(world.size)
     if world.data_ranks > 1 and hasattr(model, "gather"):
         model.gather = functools.partial(gather_rows, world)

@@ -85,7 +85,7 @@ def main(cfg):
             start_from(cfg, model, world)
             state = State()
         plain = dataclasses.replace(cfg, objective=cfg.objective.without_augmentation())
-        val_objective = objective_for(plain, EVAL_MASK_SEED)
+        val_objective = objective_for(plain, EVAL_MASK_SEED, world)
         evaluation = functools.partial(evaluate, model, val_data, val_objective, cfg.data, world)
         train(saver, state, train_data, evaluation, stop, tasks)
 
@@ -225,7 +225,7 @@ def backward(model, scaler, world, progress, losses):
     """Adds the gradients of a forward's losses."""
     with world.phase("backward", progress):
         # DDP and FSDP average gradients over ranks, and the loss is the ranks' sum: so multiply by the ranks.
-        scaler.scale(weighted_sum(losses, model.cfg.objectives) * world.data_ranks).backward()
+        scaler.scale(weighted_sum(losses, model.cfg.objectives) * world.data_ranks * world.cp).backward()
 
 
 class Loss(float):

@@ -48,7 +48,8 @@ class World:
 
     A stage of the pipeline has the same number of consecutive ranks, one stage where there is none. The mesh of a stage
     is (replicate, shard, tp): tp neighbours split each layer and read the same data, `shard` groups hold one
-    replica of the model, and replicas hold equal weights. data_group connects the ranks that read different data.
+    replica of the model, and replicas hold equal weights. data_group connects the ranks that compute different tokens:
+    neighbours in it, cp of them, share sequences, the others read different ones.
     cpu_group connects all ranks apart from training, for the thread that writes checkpoints. In the store, ranks leave
     their progress and how they ended.
     """
@@ -60,6 +61,8 @@ class World:
     mesh: DeviceMesh | None = None
     pp: int = 1  # stages of the pipeline
     pp_groups: tuple = ()  # the ranks of a pipeline, once for what goes forward, once for what comes backward
+    cp: int = 1  # ranks that share sequences
+    cp_group: dist.ProcessGroup | None = None
     data_group: dist.ProcessGroup | None = None
     cpu_group: dist.ProcessGroup | None = None
     store: dist.Store | None = None
@@ -78,12 +81,12 @@ class World:
     @property
     def data_rank(self):
         """Number of the part of the data that this rank reads."""
-        return self.rank % self.ranks_of_stage // self.tp
+        return self.rank % self.ranks_of_stage // (self.tp * self.cp)
 
     @property
     def data_ranks(self):
         """Parts that the data is read in."""
-        return self.ranks_of_stage // self.tp
+        return self.ranks_of_stage // (self.tp * self.cp)
 
     @property
     def ranks_of_stage(self):
@@ -214,6 +217,10 @@ def init_world(cfg, layout=None):
     if pp > 1:
         backward, _ = dist.new_subgroups_by_enumeration(mesh.mesh.flatten(1).T.tolist(), timeout)
         pp_groups = mesh.get_group("pp"), backward
+    cp, cp_group = layout.cp if layout else 1, None
+    if cp > 1:
+        sharing = mesh.mesh.view(-1, cp, mesh_shape[2]).mT.flatten(0, 1).tolist()
+        cp_group, _ = dist.new_subgroups_by_enumeration(sharing, timeout)
     mesh = mesh[names]
     data_group = mesh["replicate", "shard"]._flatten("data").get_group()
     mesh["shard", "tp"]._flatten("model")  # clip_grad_norm_ then sums norms over it at once, without a warning
@@ -221,7 +228,7 @@ def init_world(cfg, layout=None):
     # Progress goes to torchrun's store, which outlives a rank, over a connection of its own: the other may be busy.
     progress_store = dist.PrefixStore(f"ranks_{store.port}", shared.clone())
     progress_store.set_timeout(datetime.timedelta(seconds=20))
-    yield World(rank, size, device, precision, mesh, pp, pp_groups, data_group, cpu_group, progress_store)
+    yield World(rank, size, device, precision, mesh, pp, pp_groups, cp, cp_group, data_group, cpu_group, progress_store)
     # Not in a finally: after an error the other ranks may never come here.
     dist.barrier()
     dist.destroy_process_group()

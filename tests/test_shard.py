@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,6 +20,7 @@ import optim
 import parallel
 from checkpoint import CheckpointConfig, CheckpointWriter, _tensors, load_checkpoint
 from conftest import slow
+from context import Context
 from model import ModelConfig
 from objective import IGNORE
 from optim import OptimConfig, build_optimizer, orthogonalize
@@ -55,9 +57,20 @@ PIPELINES = {
     "pp fsdp": {"pp": 2, "strategy": "fsdp"},
     "pp tp": {"pp": 2, "tp": 2},
     "pp fsdp tp": {"pp": 2, "tp": 2, "strategy": "fsdp"},
+    "cp": {"cp": 2},
+    "cp4": {"cp": 4},
+    "cp ddp": {"cp": 2},
+    "cp fsdp": {"cp": 2, "strategy": "fsdp"},
+    "cp tp": {"cp": 2, "tp": 2},
+    "cp pp": {"cp": 2, "pp": 2},
+    "cp fsdp tp": {"cp": 2, "tp": 2, "strategy": "fsdp"},
+    "cp fsdp pp": {"cp": 2, "pp": 2, "strategy": "fsdp"},
+    "cp tp pp": {"cp": 2, "pp": 2, "tp": 2},
 }
 RANKS = dict.fromkeys(LAYOUTS, 4) | {"tp": 2, "hsdp tp": 8}
 RANKS |= {"pp": 2, "pp3": 3, "pp ddp": 4, "pp fsdp": 4, "pp tp": 4, "pp fsdp tp": 8}
+RANKS |= {"cp": 2, "cp4": 4, "cp ddp": 4, "cp fsdp": 4, "cp tp": 4, "cp pp": 4}
+RANKS |= {"cp fsdp tp": 8, "cp fsdp pp": 8, "cp tp pp": 8}
 
 
 def batch(name, step):
@@ -98,11 +111,17 @@ def built(shape, optimizer, cfg, world):
     return model, build_optimizer(model, OptimConfig(optimizer=optimizer, learning_rate=1e-2), world)
 
 
+def part_of(batch, world):
+    """What a rank has of a batch where it shares sequences."""
+    return batch if world.cp == 1 else Context.of(world).part_of(*batch)
+
+
 def step_of(world, model, optimizer, name, step, micro_steps=1, scaler=None):
     """(the loss over all ranks, the gradient's norm) of a step on a batch that ranks and micro-steps divide."""
     size = SEQUENCES // world.data_ranks // micro_steps
     parts = (itertools.repeat(None) if part is None else part.split(size) for part in batch(name, step))
     batches = list(zip(*parts))[world.data_rank :: world.data_ranks]
+    batches = [part_of(batch, world) for batch in batches]
     assert len(batches) == micro_steps
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     return train_step(model, optimizer, scaler, batches, step_settings(1.0), world)[:2]
@@ -128,7 +147,10 @@ def trained(name, micro_steps=1, **layout):
         first = of_all_stages(model.named_parameters(), world)
         figures = [step_of(world, model, optimizer, name, step, micro_steps) for step in range(STEPS)]
         with torch.no_grad(), world.autocast():
-            sums = torch.cat([x.flatten() for x in model(*batch(name, 0), count_correct=True)[:2]])
+            parts = part_of(batch(name, 0), world)
+            sums = torch.cat([x.flatten() for x in model(*parts, count_correct=True)[:2]])
+            if world.cp > 1:
+                dist.all_reduce(sums, group=world.cp_group)
             figures.append(world.sum_over_stages(sums).tolist())
         parallel.reshard(model)  # gathered weights are rounded to the run's precision
         last = of_all_stages(model.named_parameters(), world)
