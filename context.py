@@ -19,7 +19,7 @@ class Context:
     """A rank's place among n ranks that share sequences."""
 
     def __init__(self, rank, n, group=None):
-        self.rank, self.n, self.group = rank, n, group
+        self.rank, self.n, self.group, self.masks = rank, n, group, {}
         self.mine = [rank, 2 * n - 1 - rank]  # numbers of this rank's pieces
         order = [piece for r in range(n) for piece in (r, 2 * n - 1 - r)]  # in which ranks have them
         self.order = sorted(range(2 * n), key=order.__getitem__)
@@ -69,11 +69,19 @@ class Context:
         size, outputs = q.shape[2] // 2, []
         for piece, queries in zip(self.mine, q.chunk(2, dim=2)):
             seen = size * (piece + 1)
-            # Only CUDA has kernels for queries at the end of the keys, which take no mask.
-            mask = causal_lower_right(size, seen)
-            mask = mask if q.is_cuda else torch.ones(size, seen, dtype=torch.bool).tril(seen - size)
+            mask = self._causal_mask(q, size, seen)
             outputs.append(attend(queries, k[:, :, :seen], v[:, :, :seen], mask, False, dropout))
         return torch.cat(outputs, dim=2)
+
+    def _causal_mask(self, q, size, seen):
+        """The mask (size, seen) of the last `size` of `seen` tokens, each of which sees itself and those before it."""
+        if q.is_cuda:
+            return causal_lower_right(size, seen)  # it has kernels for that, and makes no mask
+        key = size, seen, q.dtype
+        if key not in self.masks:  # one for all layers and steps
+            hidden = torch.ones(size, seen, dtype=torch.bool).triu(seen - size + 1)
+            self.masks[key] = torch.zeros(size, seen, dtype=q.dtype).masked_fill(hidden, torch.finfo(q.dtype).min)
+        return self.masks[key]
 
 
 class _Gathered(torch.autograd.Function):
@@ -94,18 +102,20 @@ class _Gathered(torch.autograd.Function):
         return own, None, None
 
 
-class InParts:
-    """An objective whose batches are a rank's parts of them."""
+def in_parts(objective, world):
+    """The objective itself or, where ranks share sequences, one whose batches are this rank's part of its."""
+    return objective if world.cp == 1 else _InParts(objective, Context.of(world))
 
+
+class _InParts:
     def __init__(self, objective, context):
         self.objective, self.context = objective, context
 
     def __getattr__(self, name):
         return getattr(self.objective, name)
 
-    def batch(self, *args):
-        """The objective's batch, this rank's part."""
-        return self.context.part_of(*self.objective.batch(*args))
+    def batch(self, *args, **kwargs):
+        return self.context.part_of(*self.objective.batch(*args, **kwargs))
 
 
 def share_sequences(model, context):

@@ -346,17 +346,14 @@ def open_data(cfg, world):
 
 def objective_for(cfg, seed, world=None):
     """The objective of a run; the seed draws the masks, if any. world: where ranks share sequences, for this one's."""
-    from objective import CONTRASTIVE, windows_of  # here, since it imports torch, which prepare.py does without
+    from context import in_parts  # here, since both import torch, which prepare.py does without
+    from objective import CONTRASTIVE, windows_of
 
     if CONTRASTIVE in cfg.model.objectives and cfg.objective.document_mask:
         raise UserError("document_mask is on, but contrastive embeds a sequence as one text; leave it off")
     build = functools.partial(windows_of(cfg.model.objective).build, cfg.objective, cfg.data.seq_len, seed)
     objective = [build(read_meta(folder)) for folder in cfg.data.folders][0]  # others are looked at for mistakes
-    if world is None or world.cp == 1:
-        return objective
-    from context import Context, InParts
-
-    return InParts(objective, Context.of(world))
+    return objective if world is None else in_parts(objective, world)
 
 
 # ---- the windows of evaluation

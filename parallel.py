@@ -124,10 +124,9 @@ class ParallelConfig(Config):
         """UserError if tp does not divide heads and sizes of a model, or pp its blocks. model: a ModelConfig."""
         if self.pp > model.n_layer:
             raise UserError(f"pp {self.pp} is more stages than n_layer {model.n_layer} has blocks; lower --pp")
-        for name, n in ("pp", self.pp), ("cp", self.cp):
-            if n > 1 and len(model.objectives) > 1:
-                which = " and ".join(model.objectives)
-                raise UserError(f"objective has {which}, but {name} {n} computes one; use --{name}=1, or one of them")
+        if self.pp * self.cp > 1 and len(model.objectives) > 1:
+            which = " and ".join(model.objectives)
+            raise UserError(f"objective has {which}, but pp and cp compute one; use --pp=1 --cp=1, or one of them")
         if self.cp > 1 and (rest := seq_len % (2 * self.cp)):
             fitting = " or ".join(str(n) for n in (seq_len - rest, seq_len - rest + 2 * self.cp) if n)
             raise UserError(f"seq_len {seq_len} does not cut into 2 x cp {self.cp} pieces; seq_len {fitting} would")
@@ -149,9 +148,6 @@ def distribute(model, cfg, world, seed, sizes=None):
     if cfg.grad_compression == "powersgd" and world.precision == "fp16":
         rule = "whose error feedback would keep every overflow of precision fp16"
         raise UserError(f"grad_compression is powersgd, {rule}; use --precision=bf16 or --grad_compression=bf16")
-    if cfg.pp > 1 and world.precision == "fp16":
-        rule = "where each stage would find overflows of its own"
-        raise UserError(f"precision is fp16, but pp is {cfg.pp}, {rule}; use --precision=bf16, or --pp=1")
     if cfg.pp > 1:
         cut(model, sizes or stage_sizes(model.cfg.n_layer, cfg.pp), world)
     if cfg.cp > 1:

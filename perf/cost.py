@@ -46,6 +46,7 @@ class Setup:
     head_share: float = 1.0  # share of tokens that go through the head
     document_mask: bool = False
     pp: int = 1  # stages of a pipeline
+    cp: int = 1  # ranks that share sequences; replicas x shards counts them, too
     host_speed: float = 1.0  # relative to the host that LAUNCH_S describes
     weight_bytes: float = 4  # bytes per parameter; this and the following differ in other projects
     gradient_bytes: float = 4
@@ -61,8 +62,8 @@ class Setup:
 
     @property
     def tokens(self):
-        """Tokens of a micro-step per data rank; tp ranks share them."""
-        return self.micro_batch_size * self.seq_len
+        """Tokens of a micro-step per rank; tp ranks share them."""
+        return self.micro_batch_size * self.seq_len // self.cp
 
     @property
     def is_captured(self):
@@ -115,6 +116,7 @@ def setup_of(cfg, mesh_shape, micro_steps, precision, device_type, **others):
         head_share=windows_of(cfg.model.objective).head_share(cfg.objective, cfg.data.seq_len),
         document_mask=cfg.objective.document_mask,
         pp=p.pp,
+        cp=p.cp,
         **others,
     )  # fmt: skip
 
@@ -239,6 +241,11 @@ def collectives(cfg, s, gpus_per_node=8):
             Collective("layers", "all_gather", normalized, *of_tp, s.micro_steps),
             Collective("layers", "all_reduce", normalized, *of_tp, s.micro_steps),
         ]
+    if s.cp > 1:  # keys and values, and their gradients
+        whole = s.cp * s.tokens * 2 * cfg.kv_heads * cfg.head_width * s.width / s.tp
+        of_cp, layers = (s.cp, max(1, min(s.cp, gpus_per_node // s.tp))), n_layer * s.micro_steps
+        found.append(Collective("context", "all_gather", whole, *of_cp, layers * (1 + (s.checkpointing != "none"))))
+        found.append(Collective("context", "reduce_scatter", whole, *of_cp, layers))
     if s.pp > 1:
         of_stages = ("stages", "send", s.tokens * cfg.n_embd * s.stream / s.tp, 2, 1 + (s.ranks <= gpus_per_node))
         found.append(Collective(*of_stages, s.micro_steps * min(2, s.pp - 1)))
@@ -280,7 +287,7 @@ def powersgd_numbers(cfg):
 
 
 def bytes_sent(cfg, s, gpus_per_node=8):
-    """{"weights", "gradients", "replicas", "layers", "stages": bytes that a rank sends in a step}, in rings."""
+    """{"weights", "gradients", "replicas", "layers", "context", "stages": bytes that a rank sends in a step}, in rings."""
     sent = collections.Counter()
     for c in collectives(cfg, s, gpus_per_node):
         sent[c.what] += c.times * ROUNDS[c.kind] * (c.ranks - 1) / c.ranks * c.n_bytes

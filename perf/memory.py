@@ -51,8 +51,10 @@ def memory_of_stage(cfg, s, stage):
     masks = (s.stream if s.on_cpu else 1) * d if cfg.dropout else 0
     outside = s.stream * d + 8 + masks  # the first or last norm, and dropout after the embedding
     activations = in_flight * tokens * (n_layer * block_activation_bytes(cfg, s, s.checkpointing) + outside)
-    mask = s.width * s.seq_len * (s.tokens if s.document_mask else s.seq_len)
+    mask = s.width * s.seq_len * (s.tokens if s.document_mask else s.seq_len // s.cp)
     activations += mask * len({*s.masks(cfg)})  # one for all layers with the same window
+    if s.cp > 1 and s.on_cpu and cfg.is_causal:
+        activations += s.width * (2 * s.cp + 1) * (s.seq_len / (2 * s.cp)) ** 2  # context.py's masks of both pieces
     recomputed = 0 if s.checkpointing == "none" else tokens * block_activation_bytes(cfg, s)
     head, head_left = head_bytes(cfg, s) if is_last else (0, 0)
     # Gradients that flow through a block: two of the residual stream, two of the MLP's width.
@@ -94,7 +96,7 @@ def block_activation_bytes(cfg, s, checkpointing="none"):
         kernel = 0 if s.attends_by_matmuls or cfg.dropout else w * q + softmax_sums
         return (stream + outputs + kernel) / s.tp
 
-    attention = w * (2 * q + 2 * kv) + softmax_sums  # q, k, v and the output
+    attention = w * (2 * q + 2 * kv * s.cp) + softmax_sums  # q, k, v and the output; k and v of all ranks
     if s.attends_by_matmuls or (s.on_cpu and cfg.dropout):  # plain operators: k and v repeated for each head, scores
         number = w if s.attends_by_matmuls else 4
         attention = number * (3 * q + cfg.n_head * s.seq_len * (3 if cfg.dropout else 1)) + w * q

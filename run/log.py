@@ -272,7 +272,8 @@ class Log:
         if world.size > 1:
             replicas, shards, tp = world.mesh_shape
             stages = f"{world.pp} stages x " if world.pp > 1 else ""
-            print(f"layout     {world.size} ranks = {stages}{replicas} replicas x {shards} shards x {tp} tensor parallel")
+            layout = f"{stages}{replicas} replicas x {shards} shards x {tp} tensor parallel"
+            print(f"layout     {world.size} ranks = {layout}" + f", {world.cp} share a sequence" * (world.cp > 1))
         if world.pp > 1:
             sizes = ", ".join(map(str, cost.stages(cfg.model, setup_here(cfg, world))))
             idle = bubble(micro_steps, world.pp)

@@ -139,7 +139,10 @@ def test_a_run_goes_on_from_a_pipeline_to_one_process_and_back(tmp_path):
 
 @pytest.mark.parametrize(("name", "layout", "said"), [
     ("gpt", {"pp": 4}, "pp 4 is more stages than n_layer 3 has blocks; lower --pp"),
-    ("contrast", {"pp": 2}, "objective has mlm and contrastive, but pipelines .pp 2. have one; use --pp=1"),
+    ("contrast", {"pp": 2}, "objective has mlm and contrastive, but pp and cp compute one; use --pp=1"),
+    ("pairs", {"cp": 2}, "objective has mlm and nsp, but pp and cp compute one; use --pp=1 --cp=1"),
+    ("gpt", {"cp": 3}, "seq_len 8 does not cut into 2 x cp 3 pieces; seq_len 6 or 12 would"),
+    ("gpt", {"cp": 4, "tp": 4}, "seq_len / cp 2 is not a multiple of tp 4"),
     ("gpt", {"pp": 2, "grad_compression": "bf16"}, "grad_compression bf16 with .*needs ddp without tp and pp"),
 ])  # fmt: skip
 def test_what_a_pipeline_cannot_do_is_refused_in_a_line(name, layout, said):
