@@ -6,7 +6,6 @@ same. Every rank has the keys and values of the whole sequence while it computes
 
 import torch
 import torch.distributed as dist
-from torch.nn.attention.bias import causal_lower_right
 
 from ops import IGNORE, attend
 
@@ -75,8 +74,10 @@ class Context:
 
     def _causal_mask(self, q, size, seen):
         """The mask (size, seen) of the last `size` of `seen` tokens, each of which sees itself and those before it."""
-        if q.is_cuda:
-            return causal_lower_right(size, seen)  # it has kernels for that, and makes no mask
+        if q.is_cuda:  # it has kernels for that, and makes no mask
+            from torch.nn.attention.bias import causal_lower_right  # here, since it imports the compiler
+
+            return causal_lower_right(size, seen)
         key = size, seen, q.dtype
         if key not in self.masks:  # one for all layers and steps
             hidden = torch.ones(size, seen, dtype=torch.bool).triu(seen - size + 1)
