@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from config import UserError, only, run_script
+from context import in_parts
 from data import DataConfig, accumulation_steps, each, open_data, seq_len_of
 from fim import FIM_TOKENS
 from interop.pretrained import resolve
@@ -162,7 +163,7 @@ def random_batches(cfg, micro_steps, world):
     specials = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[MASK]": 3}  # any ids do; [SEP] ends documents
     specials |= {name: id_ for id_, name in enumerate(FIM_TOKENS[0], start=4)}
     meta = {"vocab_size": vocab_size, "specials": specials, "continuations": range(7, vocab_size, 3)}
-    windows = windows_of(cfg.model.objective).build(cfg.objective, cfg.data.seq_len, 0, meta)
+    windows = in_parts(windows_of(cfg.model.objective).build(cfg.objective, cfg.data.seq_len, 0, meta), world)
     random = np.random.default_rng(world.data_rank)
     shape = (cfg.data.micro_batch_size, windows.stride + windows.extra)
     batches = []
@@ -272,7 +273,7 @@ def predicted(cfg, world, micro_steps, peak):
         return figures
     timed = dataclasses.replace(setup, micro_steps=micro_steps)
     step_s = sum(cost.step_seconds(cfg.model, timed, gpu).values())
-    tokens_per_s = timed.tokens * micro_steps * world.data_ranks / step_s
+    tokens_per_s = timed.tokens * micro_steps * world.data_ranks * world.cp / step_s
     flops = cost.flops_per_token(cfg.model, setup.seq_len, setup.head_share)
     return figures | {"step_s": step_s, "tokens_per_s": tokens_per_s, "mfu": tokens_per_s * flops / peak / world.size}
 

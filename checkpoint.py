@@ -5,6 +5,7 @@ torch.distributed.checkpoint, and manifest.json with everything else. A checkpoi
 it is whole. Its format is the same for one process and for many, and reading it unpickles nothing.
 """
 
+import collections
 import contextlib
 import hashlib
 import itertools
@@ -103,9 +104,9 @@ class CheckpointWriter:
 
         if self._stager is None:  # on CUDA its memory is pinned, which takes long, and kept
             self._stager = BlockingAsyncStager(cache_staged_state_dict=self.world.device.type == "cuda")
-        whole = [name for name, tensor in tensors.items() if not hasattr(tensor, "placements")]
-        others = set(whole) - set(whole[self.world.rank :: self.world.size])
-        return self._stager.stage({name: tensor for name, tensor in tensors.items() if name not in others})
+        turn, ranks = itertools.count(self.world.rank), self.world.ranks_of_stage  # which have the same tensors
+        mine = {n: tensor for n, tensor in tensors.items() if hasattr(tensor, "placements") or next(turn) % ranks == 0}
+        return self._stager.stage(mine)
 
     def _write(self, *arguments):
         try:
@@ -124,7 +125,7 @@ def file_numbers(tensors, world):
     for name, tensor in tensors.items():
         numbers[name] = 1 + total // FILE_BYTES
         total += local(tensor).nbytes // (1 if hasattr(tensor, "placements") else world.size)
-    return numbers
+    return dict(collections.ChainMap(*world.gather(numbers)))  # rank 0 plans for all stages of a pipeline
 
 
 def write_checkpoint(out_dir, step, tensors, numbers, facts, world):

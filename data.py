@@ -333,7 +333,7 @@ def open_data(cfg, world):
         [Split(folder, name, vocab_size, prepare_command(cfg, folder), opened) for folder in cfg.data.folders]
         for name in ("train", "val")
     )
-    objective = objective_for(cfg, seed)
+    objective = objective_for(cfg, seed, world)
     if "contrastive" in cfg.model.objectives and (n := cfg.data.micro_batch_size * world.data_ranks) < 2:
         raise UserError(f"micro_batch_size times ranks is {n}, but contrastive compares texts; raise micro_batch_size")
     micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, world.data_ranks)
@@ -344,14 +344,16 @@ def open_data(cfg, world):
         yield loader, val
 
 
-def objective_for(cfg, seed):
-    """The objective of a run; the seed draws the masks, if any."""
-    from objective import CONTRASTIVE, windows_of  # here, since it imports torch, which prepare.py does without
+def objective_for(cfg, seed, world=None):
+    """The objective of a run; the seed draws the masks, if any. world: where ranks share sequences, for this one's."""
+    from context import in_parts  # here, since both import torch, which prepare.py does without
+    from objective import CONTRASTIVE, windows_of
 
     if CONTRASTIVE in cfg.model.objectives and cfg.objective.document_mask:
         raise UserError("document_mask is on, but contrastive embeds a sequence as one text; leave it off")
     build = functools.partial(windows_of(cfg.model.objective).build, cfg.objective, cfg.data.seq_len, seed)
-    return [build(read_meta(folder)) for folder in cfg.data.folders][0]  # others are looked at for mistakes
+    objective = [build(read_meta(folder)) for folder in cfg.data.folders][0]  # others are looked at for mistakes
+    return objective if world is None else in_parts(objective, world)
 
 
 # ---- the windows of evaluation

@@ -212,6 +212,8 @@ def open_task(cfg, world):
     if tp > 1 and (kind.has_head or tune.lora_rank or 8 % tp):  # batches' widths are multiples of 8
         rule = "heads for labels and adapters are not split" if 8 % tp == 0 else "fine-tuning splits by 2, 4 or 8"
         raise UserError(f"tp is {tp}, but {rule}; use --strategy=fsdp")
+    if cfg.parallel.pp > 1:
+        raise UserError(f"pp is {cfg.parallel.pp}, but fine-tuning has no pipelines; use --strategy=fsdp")
     tune = replace(tune, **{name: value for name, value in kind.defaults.items() if name not in cfg.given})
     source = starting_config(where, cfg.model, cfg.given)
     fields = {f.name: getattr(source, f.name) for f in dataclasses.fields(ModelConfig)}
@@ -227,7 +229,7 @@ def open_task(cfg, world):
     else:
         if not source.is_causal:
             raise UserError(f"{where} is a masked model, which writes no answers; {tune.task} needs a causal one")
-        cfg.parallel.check_tensor_parallel(source, source.block_size)
+        cfg.parallel.check_model(source, source.block_size)
         chat = with_model(where, lambda opened: starting_chat(opened, tokenizer, tune.chat_template), world)
         model, task = AdaptedModel(**fields), kind(chat, framing)
     return replace(cfg, model=model, finetune=tune), task, table

@@ -190,6 +190,7 @@ class Attention(nn.Module):
         self.q_norm = _norm(cfg, cfg.head_width) if cfg.qk_norm else None
         self.k_norm = _norm(cfg, cfg.head_width) if cfg.qk_norm else None
         self.proj = Linear(queries, cfg.n_embd, bias=cfg.bias)
+        self.attend = attend  # context.py's, where ranks share sequences
 
     def forward(self, x, rope=None, masks=None, cache=None):
         B, T, _ = x.shape
@@ -206,7 +207,7 @@ class Attention(nn.Module):
             k, v = cache(k, v)  # B H S D, S tokens so far, or in the window; a function of Cache.by_layer
         # After the prompt, tokens come one at a time and see everything that the cache returns.
         causal = self.causal and mask is None and (cache is None or T > 1)
-        y = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
+        y = self.attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # B T C
 
 
@@ -280,6 +281,7 @@ class Transformer(nn.Module):
         self.head = Linear(cfg.n_embd, cfg.padded_vocab_size, bias=masked and cfg.bias)
         self.loss_pass = loss_pass  # launch.py compiles this, and run_blocks
         self.copies = None  # (bf16 copies, the blocks' matrices that are cast into them) of launch.keep_copies
+        self.pieces = None  # context.py: the pieces of sequences that this rank computes; None: whole ones
         self.graphs = None  # CUDA graphs of training by name; None: kernels are launched one by one
         self.tie_weights()
 
@@ -313,7 +315,8 @@ class Transformer(nn.Module):
         kernels that do not depend on it, so that a CUDA graph may repeat them; the caller keeps place below the cache's
         capacity.
         """
-        cfg, T, masks = self.cfg, ids.shape[1], None
+        cfg, shape, masks = self.cfg, ids.shape, None
+        T, queries = shape[1], None  # places of this rank's tokens; None: all
         caches = None if cache is None else cache.by_layer(place)
         if place is not None:
             assert T == 1 and attention_mask is None, "at a given place there is one token, which sees all before it"
@@ -324,18 +327,21 @@ class Transformer(nn.Module):
                 raise UserError(f"{start + T} tokens do not fit into block_size {cfg.block_size}; shorten the sequence")
             assert start == 0 or T == 1, f"{T} tokens behind a cache of {start}: after a prompt they come one at a time"
             place = torch.arange(start, start + T, device=ids.device)
+        if self.pieces is not None:
+            shape, place = self.pieces.whole(shape), self.pieces.places(T, ids.device)
+            queries = place
         if documents is not None:
             assert cache is None, "documents are for whole sequences, a cache is for one document"
-            documents = documents, *locate(documents, ids.shape)
-            place = documents[-1]  # B T
+            documents = documents, *locate(documents, shape)
+            place = documents[-1] if queries is None else documents[-1][:, queries]  # B T
         x = self.embed(ids, place, token_types)  # B T C
         rope = None
         if self.wpe is None:
             rope = rope_table(place[..., None, :], cfg.head_width, cfg.rope_theta, cfg.rope_scale, cfg.rope_context)
         if masks is None:  # one of each kind for all layers
-            packed = can_pack(x, cfg.head_width, cfg.dropout if self.training else 0.0)
-            given = documents, attention_mask, packed
-            masks = {window: mask_of(x, ids.shape, cfg.is_causal, window, *given) for window in self.windows}
+            packed = queries is None and can_pack(x, cfg.head_width, cfg.dropout if self.training else 0.0)
+            given = documents, attention_mask, packed, queries
+            masks = {window: mask_of(x, shape, cfg.is_causal, window, *given) for window in self.windows}
         return self.run_blocks(x, rope, masks, caches)
 
     def selected(self, x, positions=None):

@@ -137,12 +137,13 @@ def locate(starts, shape):
     return document.view(shape), (at - starts[document]).view(shape)
 
 
-def mask_of(x, shape, causal, window=None, documents=None, attention_mask=None, packed=False):
+def mask_of(x, shape, causal, window=None, documents=None, attention_mask=None, packed=False, queries=None):
     """The mask that attend takes for a batch of shape (B, T); None where tokens see all others, or all earlier ones.
 
     A token sees itself, and of its own document those at most window - 1 tokens before it, unless causal also after it.
     documents: (starts, number of each token's document); attention_mask (B, T): False at padding. packed: the answer
-    may be a Packed. x: the first block's input, for its device and dtype.
+    may be a Packed. queries: places of the tokens that look; None: all. x: the first block's input, for its device and
+    dtype.
     """
     B, T = shape
     if attention_mask is not None and T == 1:
@@ -158,15 +159,16 @@ def mask_of(x, shape, causal, window=None, documents=None, attention_mask=None, 
     if attention_mask is not None:
         seen = attention_mask.bool()[:, None, None, :]  # B 1 1 T
     place = torch.arange(T, device=x.device)
+    queries = place if queries is None else queries
     if causal:
-        seen = seen & (place <= place[:, None])
+        seen = seen & (place <= queries[:, None])
     if window is not None:
-        seen = seen & ((place - place[:, None]).abs() < window)
+        seen = seen & ((place - queries[:, None]).abs() < window)
     if documents is None and window is None:
         return seen
     if documents is not None:
         document = documents[1][:, None]  # B 1 T
-        seen = seen & (document[..., None] == document[:, :, None])  # B 1 T T
+        seen = seen & (document[:, :, queries, None] == document[:, :, None])  # B 1 T T
     # Numbers to add to scores: torch would make them of a boolean mask in each layer, and keep them for backward.
     dtype = matmul_dtype(x)
     return torch.zeros((), dtype=dtype, device=x.device).where(seen, torch.finfo(dtype).min)

@@ -16,8 +16,10 @@ from torch.distributed.tensor import parallel as styles
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from config import Config, Count, UserError
+from context import Context, share_sequences
 from launch import compile_model, keep_copies
 from ops import Vocabulary
+from pipeline import cut, stage_sizes
 from world import local
 
 DDP_SEGMENTS = 4  # graphs of the blocks: 3/4 of the gradients are sent while backward computes
@@ -31,6 +33,8 @@ class ParallelConfig(Config):
     shard_size: Count | None = None  # fsdp: ranks that shard one replica, such as a node's; none: all
     reshard: bool = True  # fsdp: gather a block's weights again for backward; false: keep them, 2 bytes per parameter
     accumulate: Literal["sharded", "whole"] = "sharded"  # fsdp: gradients; whole: reduced once a step, 4 bytes each
+    pp: Count = 1  # stages of a pipeline, each with a part of the blocks
+    cp: Count = 1  # ranks that share each sequence
     tp: Count = 1  # tensor parallel ranks, which split heads, MLP columns and vocabulary rows
     grad_compression: Literal["bf16", "powersgd"] | None = None  # ddp: compression of sent gradients; none: float32
     activation_checkpointing: Checkpointing = "none"  # full: recompute blocks in backward; selective: all but matmuls
@@ -44,15 +48,16 @@ class ParallelConfig(Config):
             for name, default in (("shard_size", None), ("reshard", True), ("accumulate", "sharded"))
             if getattr(self, name) != default and self.strategy == "ddp"
         ]
-        if self.grad_compression and (self.strategy == "fsdp" or self.tp > 1):
-            here = f"grad_compression {self.grad_compression} with strategy {self.strategy} and tp {self.tp}"
-            wrong.append(f"{here}: it needs ddp without tp; use --strategy=ddp --tp=1, or --grad_compression=none")
+        if self.grad_compression and (self.strategy == "fsdp" or self.tp > 1 or self.pp > 1):
+            here = f"grad_compression {self.grad_compression} with strategy {self.strategy}, tp {self.tp} and pp {self.pp}"
+            remedy = "use --strategy=ddp --tp=1 --pp=1, or --grad_compression=none"
+            wrong.append(f"{here}: it needs ddp without tp and pp; {remedy}")
         if wrong:
             raise UserError(*wrong)
 
     def is_sharded(self, size):
         """Whether parameters are shards over `size` processes."""
-        return size > 1 and (self.strategy == "fsdp" or self.tp > 1)
+        return size > 1 and (self.strategy == "fsdp" or self.tp > 1 or self.pp > 1)
 
     def compiles(self, device_type):
         """Whether torch.compile is on."""
@@ -98,20 +103,35 @@ class ParallelConfig(Config):
         return world.device.type == "cuda" and world.mesh is None and self.activation_checkpointing == "none"
 
     def mesh_shape(self, size):
-        """(replicas, shards of a replica, tensor parallel ranks) for `size` processes; UserError if they do not fit."""
-        if size % self.tp:
-            remedy = f"start them with torchrun --nproc_per_node={self.tp}, or a multiple of it"
-            raise UserError(f"{size} processes are not a multiple of tp {self.tp}; {remedy}")
-        data_ranks = size // self.tp
+        """(replicas, shards of a replica, tensor parallel ranks) of a pipeline's stage for `size` processes.
+
+        UserError where they do not fit.
+        """
+        if size % (least := self.tp * self.cp * self.pp):
+            remedy = f"start them with torchrun --nproc_per_node={least}, or a multiple of it"
+            sizes = {"tp": self.tp, "cp": self.cp, "pp": self.pp}
+            needed = " x ".join(f"{name} {n}" for name, n in sizes.items() if n > 1)
+            raise UserError(f"{size} processes are not a multiple of {needed}; {remedy}")
+        data_ranks = size // (self.tp * self.pp)
         shard = 1 if self.strategy == "ddp" else self.shard_size or data_ranks
         if data_ranks % shard:
-            ranks = f"the {data_ranks} ranks that read different data ({size} processes / tp {self.tp})"
+            by = f"tp {self.tp}" + f" / pp {self.pp}" * (self.pp > 1)
+            ranks = f"the {data_ranks} ranks that read different data ({size} processes / {by})"
             raise UserError(f"shard_size {shard} does not divide {ranks}; lower it, or set it to none for all")
         return data_ranks // shard, shard, self.tp
 
-    def check_tensor_parallel(self, model, seq_len):
-        """UserError if tp does not divide heads and sizes of a model. model: a ModelConfig."""
-        sizes = {"n_head": model.n_head, "n_kv_head": model.kv_heads, "n_inner": model.inner_width, "seq_len": seq_len}
+    def check_model(self, model, seq_len):
+        """UserError if tp does not divide heads and sizes of a model, or pp its blocks. model: a ModelConfig."""
+        if self.pp > model.n_layer:
+            raise UserError(f"pp {self.pp} is more stages than n_layer {model.n_layer} has blocks; lower --pp")
+        if self.pp * self.cp > 1 and len(model.objectives) > 1:
+            which = " and ".join(model.objectives)
+            raise UserError(f"objective has {which}, but pp and cp compute one; use --pp=1 --cp=1, or one of them")
+        if self.cp > 1 and (rest := seq_len % (2 * self.cp)):
+            fitting = " or ".join(str(n) for n in (seq_len - rest, seq_len - rest + 2 * self.cp) if n)
+            raise UserError(f"seq_len {seq_len} does not cut into 2 x cp {self.cp} pieces; seq_len {fitting} would")
+        sizes = {"n_head": model.n_head, "n_kv_head": model.kv_heads, "n_inner": model.inner_width}
+        sizes["seq_len" if self.cp == 1 else "seq_len / cp"] = seq_len // self.cp  # a rank's
         sizes["vocab_size, padded,"] = model.padded_vocab_size
         wrong = [f"{name} {size} is not a multiple of tp {self.tp}" for name, size in sizes.items() if size % self.tp]
         if wrong:
@@ -119,14 +139,19 @@ class ParallelConfig(Config):
             raise UserError(f"{', '.join(wrong)}; tp {', '.join(fitting)} would fit")
 
 
-def distribute(model, cfg, world, seed):
+def distribute(model, cfg, world, seed, sizes=None):
     """Makes a model on the meta device ready to train: sharded, checkpointed, compiled, with initial weights.
 
-    Everything happens in place and adds no wrapper module, so that parameters keep their names.
+    sizes: blocks of each stage of a pipeline; None: as equal as can be. Everything happens in place and adds no wrapper
+    module, so that parameters keep their names.
     """
     if cfg.grad_compression == "powersgd" and world.precision == "fp16":
         rule = "whose error feedback would keep every overflow of precision fp16"
         raise UserError(f"grad_compression is powersgd, {rule}; use --precision=bf16 or --grad_compression=bf16")
+    if cfg.pp > 1:
+        cut(model, sizes or stage_sizes(model.cfg.n_layer, cfg.pp), world)
+    if cfg.cp > 1:
+        share_sequences(model, Context.of(world))
     is_sharded = cfg.is_sharded(world.size)
     if world.data_ranks > 1 and hasattr(model, "gather"):
         model.gather = functools.partial(gather_rows, world)
@@ -311,12 +336,13 @@ def tensor_parallel_plan(n_layer):
 
 def shard_tensors(model, mesh):
     """Tensor parallelism over a mesh of one dimension; no rank ever holds all logits."""
-    for pattern, style in tensor_parallel_plan(model.cfg.n_layer).items():
+    for pattern, style in tensor_parallel_plan(model.cfg.n_layer).items():  # a stage has a part of them
         for name, module in list(model.named_modules()):
             if fnmatch(name, pattern) and name.count(".") == pattern.count("."):
                 styles.parallelize_module(module, mesh, style)
     # A compiled block must not take the output of a pending collective: its gradient would be wrong (torch 2.13).
-    model.wte.register_forward_hook(lambda module, ids, x: x.clone())
+    if model.wte is not None:
+        model.wte.register_forward_hook(lambda module, ids, x: x.clone())
     model.tie_weights()
     group, rank = mesh.get_group(), mesh.get_local_rank()
 

@@ -9,6 +9,7 @@ this (this machine, as python bench.py measured it), other (given by the setting
 
 import bisect
 import dataclasses
+import math
 from dataclasses import dataclass, replace
 
 from config import UserError, only, run_script
@@ -68,7 +69,7 @@ def resolve(cfg):
     n_gpus = p.n_gpus or (measured(p.machine)["ranks"] if p.gpu == "this" else 8)
     cfg, note = with_default_vocab(replace(cfg, plan=replace(p, n_gpus=n_gpus)))
     cfg = pretrained.resolve(cfg)
-    data = nearest_batch(cfg.data, n_gpus // cfg.parallel.mesh_shape(n_gpus)[2])
+    data = nearest_batch(cfg.data, math.prod(cfg.parallel.mesh_shape(n_gpus)[:2]) // cfg.parallel.cp)
     if data != cfg.data:
         flags_of_batch = flags({"batch_tokens": data.batch_tokens, "micro_batch_size": data.micro_batch_size})
         sizes = f"{cfg.data.batch_tokens:,} tokens in micro-batches of {cfg.data.micro_batch_size} x {data.seq_len}"
@@ -117,7 +118,7 @@ def setup_on(gpu, cfg):
     if precision == "bf16" and not gpu.has_bf16:
         raise UserError(f"precision is bf16, which {gpu.name} does not compute in; use --precision=fp16")
     mesh_shape = cfg.parallel.mesh_shape(p.n_gpus)
-    micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, p.n_gpus // cfg.parallel.tp)
+    micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, math.prod(mesh_shape[:2]) // cfg.parallel.cp)
     others = {field.name: getattr(p, field.name) for field in dataclasses.fields(cost.Setup) if hasattr(p, field.name)}
     return cost.setup_of(cfg, mesh_shape, micro_steps, precision, gpu.device_type, **others)
 
@@ -181,21 +182,22 @@ def to_fit(cfg, gpu, setup):
 
 
 def scaling(cfg, gpu, setup):
-    """[(prediction with the same batch or None, with a batch that grows)] of a Setup on 1, 2, 4, ... times tp GPUs.
+    """[(prediction with the same batch or None, with a batch that grows)] of a Setup on 1, 2, 4, ... times tp x cp x pp GPUs.
 
     The same batch is divided into the largest micro-batches up to the Setup's; None where the GPUs do not divide it.
     """
     most = gpu.machine["ranks"] if gpu.machine and not gpu.link_gbs else 16_384  # no link: no figures for more
-    counts = {setup.ranks} | {setup.tp * 2**k for k in range(15)}
+    of_one = setup.tp * setup.cp * setup.pp
+    counts = {setup.ranks} | {of_one * 2**k for k in range(15)}
     is_whole = setup.strategy == "fsdp" and setup.replicas == 1 and cfg.parallel.shard_size is None
     rows = []
     for n_gpus in sorted(n for n in counts if n <= most):
-        data_ranks = n_gpus // setup.tp
+        data_ranks = n_gpus // (setup.tp * setup.pp)
         shards = data_ranks if is_whole and cfg.parallel.strategy == "fsdp" else min(setup.shards, data_ranks)
         if data_ranks % shards:
             continue
         grown = replace(setup, replicas=data_ranks // shards, shards=shards)
-        sequences, rest = divmod(cfg.data.batch_tokens // setup.seq_len, data_ranks)
+        sequences, rest = divmod(cfg.data.batch_tokens // setup.seq_len, data_ranks // setup.cp)
         sizes = [n for n in range(1, min(sequences, setup.micro_batch_size) + 1) if sequences % n == 0]
         same = None
         if sizes and not rest:

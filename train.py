@@ -13,7 +13,7 @@ import operator
 from dataclasses import dataclass
 
 import torch
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from checkpoint import CheckpointConfig
 from config import Config, Count, Positive, UserError, run_script
@@ -27,6 +27,9 @@ from objective import CONTRASTIVE, ObjectiveConfig, count_targets
 from ops import IGNORE
 from optim import OptimConfig, build_optimizer, can_capture, lr_at, set_lr
 from parallel import ParallelConfig, distribute, has_gradient_buckets, reshard, sync_gradients
+from perf.cost import stages
+from perf.memory import setup_here
+from pipeline import schedule, total_norm
 from run.folder import RunConfig, run_dir_of
 from run.guard import Stop, guarded
 from run.health import HealthConfig, bad_step
@@ -82,7 +85,7 @@ def main(cfg):
             start_from(cfg, model, world)
             state = State()
         plain = dataclasses.replace(cfg, objective=cfg.objective.without_augmentation())
-        val_objective = objective_for(plain, EVAL_MASK_SEED)
+        val_objective = objective_for(plain, EVAL_MASK_SEED, world)
         evaluation = functools.partial(evaluate, model, val_data, val_objective, cfg.data, world)
         train(saver, state, train_data, evaluation, stop, tasks)
 
@@ -164,14 +167,16 @@ def train_step(model, optimizer, scaler, batches, cfg, world, recent=()):
     keep_gradients = has_gradient_buckets(model) or model.graphs is not None
     clear = functools.partial(optimizer.zero_grad, set_to_none=not keep_gradients)
     losses = torch.zeros_like(n_targets, dtype=torch.float32)
-    for i, batch in enumerate(batches, start=1):
+    for i, batch in enumerate(batches if world.pp == 1 else (), start=1):
         sync_gradients(model, last=i == len(batches))
         forward_backward = functools.partial(micro_step, model, scaler, world, f"{i} of {len(batches)}")
         recording = {"undo": clear, "may_record": i == 1}  # undone, warming up takes the step's gradients with it
         losses += replay(model.graphs, "micro-step", forward_backward, n_targets, *batch, **recording)
+    if world.pp > 1:
+        losses += in_stages(model, scaler, world, n_targets, batches)
     with world.phase("optimizer"):
         scaler.unscale_(optimizer)
-        norm = get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+        norm = total_norm(model, world)
         grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's is a DTensor
         # One exchange for all: tp ranks have the same losses, all ranks the same norm.
         *losses, grad_norm = world.sum_over_all(*(losses / world.tp), grad_norm / world.size)
@@ -191,13 +196,37 @@ def train_step(model, optimizer, scaler, batches, cfg, world, recent=()):
 
 def micro_step(model, scaler, world, progress, n_targets, *batch):
     """Adds a micro-batch's gradients; returns its part of the objectives' mean losses (M,), which n_targets divide."""
+    losses = forward(model, world, progress, n_targets, *batch)
+    backward(model, scaler, world, progress, losses)
+    return losses.detach()
+
+
+def in_stages(model, scaler, world, n_targets, batches):
+    """The sum of all micro-steps, whose forwards and backwards come in the order of this rank's stage of a pipeline."""
+    losses, n = {}, len(batches)
+    for action, i in schedule(n, world.stage, world.pp):
+        progress = f"{i + 1} of {n}"
+        if action == "forward":
+            losses[i] = forward(model, world, progress, n_targets, *batches[i])
+        else:
+            sync_gradients(model, last=i + 1 == n)
+            backward(model, scaler, world, progress, losses[i])
+            losses[i] = losses[i].detach()
+    model.stage.finish()
+    return sum(losses.values())
+
+
+def forward(model, world, progress, n_targets, *batch):
+    """A micro-batch's part of the objectives' mean losses (M,)."""
     with world.phase("forward", progress), world.autocast():
-        losses = model(*batch) / n_targets
-        loss = weighted_sum(losses, model.cfg.objectives)
+        return model(*batch) / n_targets
+
+
+def backward(model, scaler, world, progress, losses):
+    """Adds the gradients of a forward's losses."""
     with world.phase("backward", progress):
         # DDP and FSDP average gradients over ranks, and the loss is the ranks' sum: so multiply by the ranks.
-        scaler.scale(loss * world.data_ranks).backward()
-    return losses.detach()
+        scaler.scale(weighted_sum(losses, model.cfg.objectives) * world.data_ranks * world.cp).backward()
 
 
 class Loss(float):
@@ -286,6 +315,7 @@ def sums_over(model, batches, world):
             texts = (batch[1].amax(1) != IGNORE) & (torch.arange(len(batch[0])) < CONTRASTED - first)
             embedded[first] = embeddings[0].cpu()[texts]
     sums, frequencies = world.sum_over_data(sums), world.sum_over_data(frequencies)
+    world.sum_over_stages(sums[:2])  # the last one's, since the others have 0
     if embedded:
         by_first = {first: part for of_rank in world.gather(embedded) for first, part in of_rank.items()}
         sums[:, -1] = contrast(torch.cat([by_first[first] for first in sorted(by_first)]))
@@ -296,7 +326,7 @@ def build(cfg, world, seed):
     """The model, ready to train on this rank, its optimizer, and the gradient scaler, which only fp16 uses."""
     with torch.device("meta"):
         model = cfg.model.build()
-    distribute(model, cfg.parallel, world, seed)
+    distribute(model, cfg.parallel, world, seed, stages(cfg.model, setup_here(cfg, world)))
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.precision == "fp16")
     return model, build_optimizer(model, cfg.optim, world), scaler
 

@@ -46,8 +46,10 @@ class Progress:
 class World:
     """The processes of a run, each with a device; one process unless torchrun started more.
 
-    Their mesh is (replicate, shard, tp): tp neighbours split each layer and read the same data, `shard` groups hold one
-    replica of the model, and replicas hold equal weights. data_group connects the ranks that read different data.
+    A stage of the pipeline has the same number of consecutive ranks, one stage where there is none. The mesh of a stage
+    is (replicate, shard, tp): tp neighbours split each layer and read the same data, `shard` groups hold one
+    replica of the model, and replicas hold equal weights. data_group connects the ranks that compute different tokens:
+    neighbours in it, cp of them, share sequences, the others read different ones.
     cpu_group connects all ranks apart from training, for the thread that writes checkpoints. In the store, ranks leave
     their progress and how they ended.
     """
@@ -57,6 +59,10 @@ class World:
     device: torch.device
     precision: str
     mesh: DeviceMesh | None = None
+    pp: int = 1  # stages of the pipeline
+    pp_groups: tuple = ()  # the ranks of a pipeline, once for what goes forward, once for what comes backward
+    cp: int = 1  # ranks that share sequences
+    cp_group: dist.ProcessGroup | None = None
     data_group: dist.ProcessGroup | None = None
     cpu_group: dist.ProcessGroup | None = None
     store: dist.Store | None = None
@@ -75,12 +81,22 @@ class World:
     @property
     def data_rank(self):
         """Number of the part of the data that this rank reads."""
-        return self.rank // self.tp
+        return self.rank % self.ranks_of_stage // (self.tp * self.cp)
 
     @property
     def data_ranks(self):
         """Parts that the data is read in."""
-        return self.size // self.tp
+        return self.ranks_of_stage // (self.tp * self.cp)
+
+    @property
+    def ranks_of_stage(self):
+        """Ranks of a stage of the pipeline."""
+        return self.size // self.pp
+
+    @property
+    def stage(self):
+        """Number of this rank's stage of the pipeline."""
+        return self.rank // self.ranks_of_stage
 
     @property
     def dtype(self):
@@ -118,6 +134,12 @@ class World:
         """The sum of a tensor over the ranks that read different data, in place."""
         if self.size > 1:
             dist.all_reduce(tensor, group=self.data_group)
+        return tensor
+
+    def sum_over_stages(self, tensor):
+        """The sum of a tensor over the stages of a pipeline, in place."""
+        if self.pp > 1:
+            dist.all_reduce(tensor, group=self.pp_groups[0])
         return tensor
 
     def sum_over_all(self, *scalars):
@@ -172,7 +194,7 @@ def init_world(cfg, layout=None):
     cfg: a WorldConfig. layout: a ParallelConfig, which gives the shape of the mesh; None: replicas alone.
     """
     rank, size, local_rank = processes_here()
-    mesh_shape = layout.mesh_shape(size) if layout else (size, 1, 1)
+    pp, mesh_shape = (layout.pp, layout.mesh_shape(size)) if layout else (1, (size, 1, 1))
     device = pick_device(cfg.device, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -190,14 +212,23 @@ def init_world(cfg, layout=None):
     timeout = datetime.timedelta(minutes=2 * (cfg.timeout_minutes or YEAR))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    mesh = init_device_mesh(device.type, mesh_shape, mesh_dim_names=("replicate", "shard", "tp"))
+    names = "replicate", "shard", "tp"
+    mesh, pp_groups = init_device_mesh(device.type, (pp, *mesh_shape), mesh_dim_names=("pp", *names)), ()
+    if pp > 1:
+        backward, _ = dist.new_subgroups_by_enumeration(mesh.mesh.flatten(1).T.tolist(), timeout)
+        pp_groups = mesh.get_group("pp"), backward
+    cp, cp_group = layout.cp if layout else 1, None
+    if cp > 1:
+        sharing = mesh.mesh.view(-1, cp, mesh_shape[2]).mT.flatten(0, 1).tolist()
+        cp_group, _ = dist.new_subgroups_by_enumeration(sharing, timeout)
+    mesh = mesh[names]
     data_group = mesh["replicate", "shard"]._flatten("data").get_group()
     mesh["shard", "tp"]._flatten("model")  # clip_grad_norm_ then sums norms over it at once, without a warning
     cpu_group = dist.new_group(backend="gloo", timeout=timeout)
     # Progress goes to torchrun's store, which outlives a rank, over a connection of its own: the other may be busy.
     progress_store = dist.PrefixStore(f"ranks_{store.port}", shared.clone())
     progress_store.set_timeout(datetime.timedelta(seconds=20))
-    yield World(rank, size, device, precision, mesh, data_group, cpu_group, progress_store)
+    yield World(rank, size, device, precision, mesh, pp, pp_groups, cp, cp_group, data_group, cpu_group, progress_store)
     # Not in a finally: after an error the other ranks may never come here.
     dist.barrier()
     dist.destroy_process_group()

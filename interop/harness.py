@@ -201,6 +201,8 @@ def open_tasks(cfg, world):
         return None
     if not cfg.model.is_causal:
         raise UserError(MASKED)
+    if world.pp > 1:
+        raise UserError(f"tasks need a whole model, which no stage of pp {world.pp} has; use evaluate.py after training")
     tokenizer = check_ids(load_tokenizer(tokenizer_of(cfg.data.folder)), cfg.model.vocab_size, cfg.data.folder)
     with harness_seeds():
         tasks = led_by_main(world, {}, lambda call: load_tasks(cfg.harness, in_training=True))

@@ -162,7 +162,7 @@ def resolve(cfg):
         model = replace(cfg.model, vocab_size=vocab_size)
     cfg = replace(cfg, model=model)
     cfg = replace(cfg, data=replace(cfg.data, seq_len=seq_len_of(cfg)))
-    cfg.parallel.check_tensor_parallel(cfg.model, cfg.data.seq_len)
+    cfg.parallel.check_model(cfg.model, cfg.data.seq_len)
     return cfg
 
 

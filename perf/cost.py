@@ -12,6 +12,7 @@ from objective import PAIRS, windows_of
 from ops import BY_MATMULS
 from parallel import DDP_SEGMENTS, POWERSGD_RANK
 from perf.hardware import CONTENTION, GRAPH_LAUNCH_S, ROUNDS, collective_s, measured_rates, rates_of
+from pipeline import stage_sizes
 
 # Shares of a block's forward that backward repeats: matmuls, attention, everything else. The last three kinds are
 # other projects': Megatron's selective one, torchtitan's of every second matmul, and full for every second block.
@@ -29,7 +30,7 @@ class Setup:
     seq_len: int
     micro_batch_size: int  # sequences
     micro_steps: int = 1
-    replicas: int = 1  # each on shards x tp ranks
+    replicas: int = 1  # of a stage, each on shards x tp ranks
     shards: int = 1
     tp: int = 1
     precision: str = "bf16"
@@ -44,6 +45,8 @@ class Setup:
     on_cpu: bool = False
     head_share: float = 1.0  # share of tokens that go through the head
     document_mask: bool = False
+    pp: int = 1  # stages of a pipeline
+    cp: int = 1  # ranks that share sequences; replicas x shards counts them, too
     host_speed: float = 1.0  # relative to the host that LAUNCH_S describes
     weight_bytes: float = 4  # bytes per parameter; this and the following differ in other projects
     gradient_bytes: float = 4
@@ -55,12 +58,12 @@ class Setup:
     @property
     def ranks(self):
         """Processes, each with a device."""
-        return self.replicas * self.shards * self.tp
+        return self.replicas * self.shards * self.tp * self.pp
 
     @property
     def tokens(self):
-        """Tokens of a micro-step per data rank; tp ranks share them."""
-        return self.micro_batch_size * self.seq_len
+        """Tokens of a micro-step per rank; tp ranks share them."""
+        return self.micro_batch_size * self.seq_len // self.cp
 
     @property
     def is_captured(self):
@@ -75,7 +78,7 @@ class Setup:
     @property
     def launched(self):
         """How kernels are launched: eager, or compiled, as blocks one by one or as segments of several."""
-        by_blocks = self.strategy == "fsdp" or self.tp > 1 or self.checkpointing == "full"
+        by_blocks = self.strategy == "fsdp" or self.tp > 1 or self.pp > 1 or self.checkpointing == "full"
         return "eager" if not self.compiled else "blocks" if by_blocks else "segments"
 
     @property
@@ -112,6 +115,8 @@ def setup_of(cfg, mesh_shape, micro_steps, precision, device_type, **others):
         on_cpu=device_type == "cpu",
         head_share=windows_of(cfg.model.objective).head_share(cfg.objective, cfg.data.seq_len),
         document_mask=cfg.objective.document_mask,
+        pp=p.pp,
+        cp=p.cp,
         **others,
     )  # fmt: skip
 
@@ -121,11 +126,11 @@ def setup_of(cfg, mesh_shape, micro_steps, precision, device_type, **others):
 
 @functools.cache
 def _counted(cfg):
-    """(parameters, shapes in a block, other shapes) of a model with one block, counted on the meta device."""
+    """(parameters, shapes in a block, {name: other shape}) of a model with one block, counted on the meta device."""
     with torch.device("meta"):
         model = replace(cfg, n_layer=1).build()
     block = [tuple(p.shape) for p in model.blocks.parameters()]
-    others = [tuple(p.shape) for name, p in model.named_parameters() if not name.startswith("blocks.")]
+    others = {name: tuple(p.shape) for name, p in model.named_parameters() if not name.startswith("blocks.")}
     return model.num_params(), block, others
 
 
@@ -137,7 +142,7 @@ def numbers(shapes):
 def num_params(cfg, padded=False):
     """Parameters of a model, tied ones once: 124,439,808 for GPT-2 124M. padded: with the rows that pad its tables."""
     count, block, others = _counted(cfg)
-    return (numbers(block + others) if padded else count) + (cfg.n_layer - 1) * numbers(block)
+    return (numbers([*block, *others.values()]) if padded else count) + (cfg.n_layer - 1) * numbers(block)
 
 
 def block_weights(cfg):
@@ -171,6 +176,21 @@ def flops_per_token(cfg, seq_len, head_share=1.0, causal=False):
     return round(cfg.passes * blocks + 6 * head_weights(cfg, seq_len, head_share))
 
 
+def stages(cfg, s):
+    """Blocks of each stage of a pipeline, whose costs are as equal as can be."""
+    head = 6 * head_weights(cfg, s.seq_len, s.head_share)
+    blocks = flops_per_token(cfg, s.seq_len, s.head_share) - head
+    return stage_sizes(cfg.n_layer, s.pp, head * cfg.n_layer / blocks)
+
+
+def params_outside(cfg, s, stage):
+    """Parameters, padding included, that a stage has outside its blocks, before tensor parallelism divides them."""
+    of_last = ("norm_f", "transform", "head") + ("wte",) * cfg.tie_embeddings
+    names = of_last * (stage == s.pp - 1) + ("wte", "wpe", "wtt", "norm_e") * (stage == 0)
+    others = _counted(cfg)[2].items()
+    return numbers(shape for name, shape in others if s.pp == 1 or name.partition(".")[0] in names)
+
+
 def keys_seen(cfg, layer, seq_len):
     """Keys that a query sees in a layer, on average over a sequence and in both directions: half are before it."""
     window = min(cfg.window_of(layer) or seq_len, seq_len)
@@ -199,14 +219,14 @@ class Collective:
 def collectives(cfg, s, gpus_per_node=8):
     """The large collectives of a step, even with no bytes or one rank; vectors and counts are left out."""
     data_ranks, data_local = s.replicas * s.shards, max(1, min(gpus_per_node, s.ranks) // s.tp)
-    block = block_params(cfg) / s.tp
-    rest = num_params(cfg, padded=True) / s.tp - cfg.n_layer * block
+    # Of a pipeline, its first stage's.
+    n_layer, block, rest = stages(cfg, s)[0], block_params(cfg) / s.tp, params_outside(cfg, s, 0) / s.tp
     gradient = 2 if s.grad_compression == "bf16" else s.gradient_bytes
     found = []
     if s.tp > 1:
         # Forward gathers each norm's output for attention and MLP, and reduces and scatters their outputs; backward
         # does the reverse. Full checkpointing repeats forward except for its last reduction, which nothing needs.
-        layers, again = cfg.n_layer * s.micro_steps, s.checkpointing == "full"
+        layers, again = n_layer * s.micro_steps, s.checkpointing == "full"
         hidden = s.tokens * cfg.n_embd
         embedded, normalized, narrow = hidden * s.weight_bytes, hidden * s.stream, hidden * s.width
         of_tp = (s.tp, min(s.tp, gpus_per_node))
@@ -221,14 +241,22 @@ def collectives(cfg, s, gpus_per_node=8):
             Collective("layers", "all_gather", normalized, *of_tp, s.micro_steps),
             Collective("layers", "all_reduce", normalized, *of_tp, s.micro_steps),
         ]
-    if s.strategy == "ddp" and s.tp == 1:  # in buckets; the first blocks' and the embedding's are waited for
+    if s.cp > 1:  # keys and values, and their gradients
+        whole = s.cp * s.tokens * 2 * cfg.kv_heads * cfg.head_width * s.width / s.tp
+        of_cp, layers = (s.cp, max(1, min(s.cp, gpus_per_node // s.tp))), n_layer * s.micro_steps
+        found.append(Collective("context", "all_gather", whole, *of_cp, layers * (1 + (s.checkpointing != "none"))))
+        found.append(Collective("context", "reduce_scatter", whole, *of_cp, layers))
+    if s.pp > 1:
+        of_stages = ("stages", "send", s.tokens * cfg.n_embd * s.stream / s.tp, 2, 1 + (s.ranks <= gpus_per_node))
+        found.append(Collective(*of_stages, s.micro_steps * min(2, s.pp - 1)))
+    if s.strategy == "ddp" and s.tp == s.pp == 1:  # in buckets; the first blocks' and the embedding's are waited for
         sent = powersgd_numbers(cfg) if s.grad_compression == "powersgd" else cfg.n_layer * block + rest
         n_bytes, last = gradient * sent, cfg.n_layer * block / DDP_SEGMENTS * s.compiled + rest
         n_buckets = max(1, round(n_bytes / BUCKET))
         waited = max(1, round(n_buckets * last / (cfg.n_layer * block + rest)))
         bucket = ("gradients", "all_reduce", n_bytes / n_buckets, data_ranks, data_local)
         return found + [Collective(*bucket, waited), Collective(*bucket, n_buckets - waited, "step")]
-    gathers = (2 if s.reshard else 1) * cfg.n_layer
+    gathers = (2 if s.reshard else 1) * n_layer
     sums, hidden_in = (1, "step") if s.accumulate == "whole" else (s.micro_steps, "micro_step")
     of_shards = (s.shards, min(data_local, s.shards))
     of_replicas = (s.replicas, max(1, data_local // s.shards))
@@ -238,8 +266,8 @@ def collectives(cfg, s, gpus_per_node=8):
         Collective("weights", "all_gather", s.weight_bytes * rest, *of_shards, s.micro_steps),
         Collective("weights", "all_gather", s.width * block, *of_shards, (gathers - 1) * s.micro_steps, "micro_step"),
         Collective("gradients", "reduce_scatter", gradient * rest, *of_shards, sums),
-        Collective("gradients", "reduce_scatter", gradient * block, *of_shards, sums * cfg.n_layer, hidden_in),
-        Collective("replicas", "all_reduce", gradient * block / s.shards, *of_replicas, cfg.n_layer, "step"),
+        Collective("gradients", "reduce_scatter", gradient * block, *of_shards, sums * n_layer, hidden_in),
+        Collective("replicas", "all_reduce", gradient * block / s.shards, *of_replicas, n_layer, "step"),
         Collective("replicas", "all_reduce", gradient * rest / s.shards, *of_replicas, 1),
     ]
 
@@ -255,11 +283,11 @@ def powersgd_numbers(cfg):
         whole, thin = numbers([shape]), min(*shape, POWERSGD_RANK) * sum(shape) if len(shape) == 2 else math.inf
         return thin if 2 * thin < whole else whole
 
-    return sum(sent(shape) for shape in cfg.n_layer * block + others)
+    return sum(map(sent, [*cfg.n_layer * block, *others.values()]))
 
 
 def bytes_sent(cfg, s, gpus_per_node=8):
-    """{"weights", "gradients", "replicas", "layers": bytes that a rank sends in a step}, in rings."""
+    """{"weights", "gradients", "replicas", "layers", "context", "stages": bytes that a rank sends in a step}, in rings."""
     sent = collections.Counter()
     for c in collectives(cfg, s, gpus_per_node):
         sent[c.what] += c.times * ROUNDS[c.kind] * (c.ranks - 1) / c.ranks * c.n_bytes
@@ -303,9 +331,9 @@ def work(cfg, s):
 
 
 def step_seconds(cfg, s, gpu, gpus_per_node=8, efficiency=1.0, rates=None):
-    """{matmul_s, attention_s, memory_s, head_s, overhead_s, communication_s, optimizer_s}, which add up to a step.
+    """{matmul_s, attention_s, memory_s, head_s, overhead_s, bubble_s, communication_s, optimizer_s}: a step's parts.
 
-    communication_s is the time spent waiting. efficiency multiplies the speed of all computing but the optimizer's.
+    communication_s is the time spent waiting; bubble_s that in which stages of a pipeline have nothing to do. efficiency multiplies the speed of all computing but the optimizer's.
     rates: None for the device's own.
     """
     if rates is None:
@@ -326,10 +354,21 @@ def step_seconds(cfg, s, gpu, gpus_per_node=8, efficiency=1.0, rates=None):
     hidden_s = 0.0 if s.on_cpu else sum(parts.values()) + optimizer_s / s.micro_steps
     parts["overhead_s"] = max(0.0, launch_s / s.micro_steps - hidden_s)
     compute = sum(parts.values())
-    return {name: s.micro_steps * seconds for name, seconds in parts.items()} | {
-        "communication_s": waited_seconds(cfg, s, gpu, gpus_per_node, compute),
+    return {name: s.micro_steps / s.pp * seconds for name, seconds in parts.items()} | {
+        "bubble_s": bubble_seconds(cfg, s, compute, parts["head_s"]),
+        "communication_s": waited_seconds(cfg, s, gpu, gpus_per_node, compute / s.pp),
         "optimizer_s": optimizer_s,
     }
+
+
+def bubble_seconds(cfg, s, compute, head):
+    """Seconds of a step in which a stage waits. compute: seconds of a micro-step in all stages, head: those in the head.
+
+    The first micro-step goes through all stages, and each further one takes as long as the slowest stage.
+    """
+    by_stage = [(compute - head) * n / cfg.n_layer for n in stages(cfg, s)]
+    by_stage[-1] += head
+    return compute + (s.micro_steps - 1) * max(by_stage) - s.micro_steps * compute / s.pp
 
 
 def launch_seconds(cfg, s, rates):
@@ -358,7 +397,7 @@ def waited_seconds(cfg, s, gpu, gpus_per_node, compute):
 def optimizer_seconds(cfg, s, gpu, rates):
     """Seconds of clipping and of the optimizer, by the bytes that it moves; all ranks share Muon's matmuls."""
     n_bytes = {"adamw": 28, "muon": 28, "sgd": 20, "adafactor": 24}[s.optimizer] + 12  # per parameter; 12 to clip
-    seconds = n_bytes * num_params(cfg) / (s.tp * s.shards) / (rates.optimizer * gpu.memory_gbs * 1e9)
+    seconds = n_bytes * num_params(cfg) / (s.tp * s.pp * s.shards) / (rates.optimizer * gpu.memory_gbs * 1e9)
     if s.optimizer == "muon":
         sizes = [sorted(shape) for shape in _counted(cfg)[1] if len(shape) == 2]
         flops = sum(5 * 2 * few**2 * (2 * many + few) for few, many in sizes)  # 5 Newton-Schulz steps

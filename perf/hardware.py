@@ -204,7 +204,7 @@ LAUNCH_US = 30  # beyond NCCL's model: 32 to 256 KiB on three kinds of 8 GPUs, m
 SIMPLE_FILL = 3  # factor on Simple's step times until its pipeline of large chunks is full
 STEP_BYTES = 2 * 2**20  # bytes of a ring's step when its pipeline is full: half NCCL's buffer; chosen, not fitted
 PCIE_GBS = 64  # PCIe 5 x16: a link that is no faster is not NVLink
-ROUNDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}  # over the ring of ranks
+ROUNDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "send": 2}  # over the ring of ranks; send: of two
 
 
 def collective_s(kind, n_bytes, ranks, ranks_per_node, link_gbs, network_gbs, nvls=0.0):

@@ -10,7 +10,7 @@ from config import UserError
 from data import accumulation_steps
 from ops import loss_chunks
 from optim import STACK
-from perf.cost import block_params, block_weights, num_params, setup_of
+from perf.cost import block_params, block_weights, params_outside, setup_of, stages
 from world import local, memory_bytes
 
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "logits", "other")
@@ -22,21 +22,27 @@ OPTIMIZER_BYTES = {"adamw": 8, "muon": 8, "sgd": 4, "adafactor": 0}  # state per
 def memory(cfg, s):
     """{category: bytes allocated on one rank at the peak}; a category may be empty at that moment.
 
-    weights: with gathered and cast copies; logits: all buffers of the loss; other: working memory of backward and of
-    the optimizer.
+    Of a pipeline, a rank of the stage that needs most. weights: with gathered and cast copies; logits: all buffers of
+    the loss; other: working memory of backward and of the optimizer.
     """
-    d, V, tokens = cfg.n_embd, cfg.padded_vocab_size / s.tp, cfg.passes * s.tokens
-    blocks, n = cfg.n_layer * block_params(cfg) / s.tp, num_params(cfg, padded=True) / s.tp
-    one_block, is_sharded = blocks / cfg.n_layer, s.ranks > 1 and (s.strategy == "fsdp" or s.tp > 1)
+    return max((memory_of_stage(cfg, s, stage) for stage in range(s.pp)), key=lambda parts: sum(parts.values()))
+
+
+def memory_of_stage(cfg, s, stage):
+    """The same of a rank of one stage."""
+    d, V, tokens, n_layer = cfg.n_embd, cfg.padded_vocab_size / s.tp, cfg.passes * s.tokens, stages(cfg, s)[stage]
+    is_last, in_flight = stage == s.pp - 1, min(s.micro_steps, s.pp - stage)  # micro-steps ahead of backward, and it
+    one_block, is_sharded = block_params(cfg) / s.tp, s.ranks > 1 and (s.strategy == "fsdp" or s.tp > 1 or s.pp > 1)
+    blocks, n = n_layer * one_block, n_layer * one_block + params_outside(cfg, s, stage) / s.tp
     weights, copies, sent = s.weight_bytes * n / s.shards, 0, 0
     if is_sharded:  # gathered: this block and the next, or all of them, and the layers outside the blocks
-        copies = (2 if s.reshard and s.shards > 1 else cfg.n_layer) * s.width * one_block
+        copies = (2 if s.reshard and s.shards > 1 else n_layer) * s.width * one_block
         copies += s.weight_bytes * (n - blocks)
         sent = (s.width + 2 * s.gradient_bytes) * one_block  # gradients before and after reduction, two blocks' at once
     elif s.width < s.weight_bytes:
-        copies = 2 * cfg.n_layer * block_weights(cfg)
+        copies = 2 * n_layer * block_weights(cfg)
     copies_kept = copies if s.on_one_gpu and s.precision == "bf16" else 0
-    copies_later = copies if is_sharded or s.checkpointing == "none" else copies / cfg.n_layer
+    copies_later = copies if is_sharded or s.checkpointing == "none" else copies / n_layer
     error_feedback = 4 * n if s.grad_compression == "powersgd" else 0  # PowerSGD keeps what it has not sent
     gradients = s.gradient_bytes * n / (s.shards if is_sharded and s.accumulate == "sharded" else 1)
     # DDP keeps its buckets, CUDA graphs write to the same tensors.
@@ -44,15 +50,17 @@ def memory(cfg, s):
     before = gradients if kept_between else 0
     masks = (s.stream if s.on_cpu else 1) * d if cfg.dropout else 0
     outside = s.stream * d + 8 + masks  # the first or last norm, and dropout after the embedding
-    activations = tokens * (cfg.n_layer * block_activation_bytes(cfg, s, s.checkpointing) + outside)
-    mask = s.width * s.seq_len * (s.tokens if s.document_mask else s.seq_len)
+    activations = in_flight * tokens * (n_layer * block_activation_bytes(cfg, s, s.checkpointing) + outside)
+    mask = s.width * s.seq_len * (s.tokens if s.document_mask else s.seq_len // s.cp)
     activations += mask * len({*s.masks(cfg)})  # one for all layers with the same window
+    if s.cp > 1 and s.on_cpu and cfg.is_causal:
+        activations += s.width * (2 * s.cp + 1) * (s.seq_len / (2 * s.cp)) ** 2  # context.py's masks of both pieces
     recomputed = 0 if s.checkpointing == "none" else tokens * block_activation_bytes(cfg, s)
-    head, head_left = head_bytes(cfg, s)
+    head, head_left = head_bytes(cfg, s) if is_last else (0, 0)
     # Gradients that flow through a block: two of the residual stream, two of the MLP's width.
     flowing = tokens * (2 * s.stream * d + 2 * s.width * cfg.inner_width) / s.tp
-    embedding_gradient = s.gradient_bytes * V * d * (cfg.tie_embeddings + kept_between)
-    working = {"muon": 8 * min(STACK, cfg.n_layer * cfg.inner_width * d), "adafactor": 16 * d * max(V, cfg.inner_width)}
+    embedding_gradient = s.gradient_bytes * V * d * (cfg.tie_embeddings + kept_between) * (is_last or stage == 0)
+    working = {"muon": 8 * min(STACK, n_layer * cfg.inner_width * d), "adafactor": 16 * d * max(V, cfg.inner_width)}
     pool = int(s.is_captured)  # a CUDA graph keeps the memory that it works in
     moments = [  # (copies of weights, gradients, activations, logits, other)
         (copies, before, activations, head, 0),  # the loss
@@ -62,7 +70,7 @@ def memory(cfg, s):
     ]
     copies, gradients, activations, logits, other = max(moments, key=sum)
     state = OPTIMIZER_BYTES[s.optimizer] if s.optimizer_bytes is None else s.optimizer_bytes
-    unused = 4 * cfg.n_layer * block_weights(cfg) / s.tp if s.optimizer == "muon" else 0  # a matrix has one state
+    unused = 4 * n_layer * block_weights(cfg) / s.tp if s.optimizer == "muon" else 0  # a matrix has one state
     optimizer = (n * state - unused) / s.shards
     return dict(zip(CATEGORIES, (weights + copies, gradients, optimizer, activations, logits, other + error_feedback)))
 
@@ -88,7 +96,7 @@ def block_activation_bytes(cfg, s, checkpointing="none"):
         kernel = 0 if s.attends_by_matmuls or cfg.dropout else w * q + softmax_sums
         return (stream + outputs + kernel) / s.tp
 
-    attention = w * (2 * q + 2 * kv) + softmax_sums  # q, k, v and the output
+    attention = w * (2 * q + 2 * kv * s.cp) + softmax_sums  # q, k, v and the output; k and v of all ranks
     if s.attends_by_matmuls or (s.on_cpu and cfg.dropout):  # plain operators: k and v repeated for each head, scores
         number = w if s.attends_by_matmuls else 4
         attention = number * (3 * q + cfg.n_head * s.seq_len * (3 if cfg.dropout else 1)) + w * q

@@ -217,7 +217,10 @@ def memory_parts(step, model, optimizer, world, checkpointing):
 
 
 def saved_by_forward(events, device):
-    """{"activations", "logits": bytes} of the first forward in a step's trace; {} for a trace without memory."""
+    """{"activations", "logits": bytes} of the forwards before the first backward in a step's trace.
+
+    {} for a trace without memory. A stage of a pipeline may have several, and no loss.
+    """
     changes = allocations(events, device)
     if not changes:
         return {}
@@ -225,8 +228,9 @@ def saved_by_forward(events, device):
     def allocated(since, until):
         return sum(change for at, change, _ in changes if since <= at < until)
 
-    loss_start, loss_end = min(spans(events, lambda kind, name: name == "_LinearCrossEntropy"))
-    start, end = next(span for span in phase_spans(events, "forward") if span[0] <= loss_start < span[1])
+    (start, _), (end, _) = (min(phase_spans(events, phase)) for phase in ("forward", "backward"))
+    losses = [span for span in spans(events, lambda kind, name: name == "_LinearCrossEntropy") if span[0] < end]
+    loss_start, loss_end = min(losses, default=(end, end))
     in_loss = itertools.accumulate(change for at, change, _ in changes if loss_start <= at < loss_end)
     activations = allocated(start, end) - allocated(loss_start, loss_end)
     return {"activations": activations, "logits": max([0, *in_loss])}

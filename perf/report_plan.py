@@ -10,6 +10,7 @@ PARTS = {  # parts of a step: name, remedy
     "memory_s": ("norms, activations, sums", "compiling, or faster memory"),
     "head_s": ("the head and its loss", "a smaller vocabulary"),
     "overhead_s": ("launching operators", "larger micro-batches, or compiling"),
+    "bubble_s": ("stages without work", "more micro-steps, or fewer stages (--pp)"),
     "communication_s": ("waiting for other GPUs", "larger micro-batches, fewer GPUs, or a faster network"),
     "optimizer_s": ("the optimizer", "a larger --batch_tokens, or --strategy=fsdp"),
 }
@@ -62,7 +63,9 @@ def report_run(cfg, gpu, s, f):
     if f["n_gpus"] > 1:
         links = f"{gpu.link_gbs:g} GB/s within a node of {p.gpus_per_node}, {gpu.network_gbs:g} GB/s between nodes"
         yield f"           each sends {f['sent_gb_per_step']:.3g} GB a step: {links}"
-    ranks, layout = s.replicas * s.shards, f"{s.replicas} replicas x {s.shards} shards x {s.tp} tensor parallel"
+    ranks, layout = s.replicas * s.shards // s.cp, f"{s.replicas} replicas x {s.shards} shards x {s.tp} tensor parallel"
+    layout = f"{s.pp} stages, each {layout}" if s.pp > 1 else layout
+    layout += f", {s.cp} ranks share a sequence" if s.cp > 1 else ""
     batch = f"{s.micro_steps} micro-steps x {ranks} ranks x {s.micro_batch_size} sequences x {s.seq_len} tokens"
     yield f"a step     {batch}; {layout}"
     how = "compiled, CUDA graphs" if s.is_captured else "compiled" if s.compiled else "eager"

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import re
 import secrets
 import shlex
 import statistics
@@ -24,7 +23,9 @@ from objective import windows_of
 from perf import cost
 from perf.hardware import peak_flops
 from perf.memory import memory, params_and_bytes, setup_here
-from run.folder import keep_source, keep_tokenizer, open_log, read_log, writing_to
+from pipeline import bubble
+from run.curves import draw_curves
+from run.folder import keep_source, keep_tokenizer, open_log, writing_to
 from world import device_name, memory_bytes, peak_memory_gib, reset_peak_memory
 
 LEAST_GIB = 0.1  # memory below it prints in MiB
@@ -51,6 +52,7 @@ class Log:
         reset_peak_memory(world.device)  # the matmul that measured the peak had its own
         per_rank = [world.worst(figure) for figure in params_and_bytes(optimizer)]
         self.predicted = {k: n / 2**30 for k, n in memory(cfg.model, setup_here(cfg, world)).items() if n}  # GiB
+        self.stage = getattr(model, "stage", None)
         self.n_steps, self.file, self.unwritten, self.wandb, self.failed = 0, None, b"", None, set()
         self.draws = world.is_main and importlib.util.find_spec("matplotlib") is not None
         if world.is_main:
@@ -148,6 +150,7 @@ class Log:
             "tokens_per_s": tokens_per_s,
             "mfu": tokens_per_s * self.flops_per_token / (self.peak * self.world.size),
             "data_wait_ms": self.world.worst(1e3 * self.waited / steps),
+            **({"stage_wait_ms": [1e3 * s / steps for s in self._waits_of_stages()]} if self.world.pp > 1 else {}),
             "memory_gib": self.world.worst(peak_memory_gib(self.world.device)),
         }
         if len(epochs := self.order.epochs(state.sequences_seen)) > 1:
@@ -221,6 +224,11 @@ class Log:
             more = "the same command continues" if saved else "nothing is saved (save_interval is none)"
             print(f"the model is unfinished; {more}", flush=True)
 
+    def _waits_of_stages(self):
+        """Seconds since the last line in which each stage waited for its neighbours, on the rank that waited longest."""
+        by_rank, n = self.world.gather(self.stage.seconds_waited()), self.world.ranks_of_stage
+        return [max(by_rank[i : i + n]) for i in range(0, self.world.size, n)]
+
     def _start_interval(self, state, now):
         """Starts the interval that the next line of the log is about."""
         self.interval_start, self.interval_step, self.waited, self.losses = now, state.step, 0.0, []
@@ -263,7 +271,13 @@ class Log:
         )
         if world.size > 1:
             replicas, shards, tp = world.mesh_shape
-            print(f"layout     {world.size} ranks = {replicas} replicas x {shards} shards x {tp} tensor parallel")
+            stages = f"{world.pp} stages x " if world.pp > 1 else ""
+            layout = f"{stages}{replicas} replicas x {shards} shards x {tp} tensor parallel"
+            print(f"layout     {world.size} ranks = {layout}" + f", {world.cp} share a sequence" * (world.cp > 1))
+        if world.pp > 1:
+            sizes = ", ".join(map(str, cost.stages(cfg.model, setup_here(cfg, world))))
+            idle = bubble(micro_steps, world.pp)
+            print(f"pipeline   stages of {sizes} blocks; equally fast, each waits {idle:.0%} of a step for others")
         n_params, n_bytes = per_rank
         mib = f"{n_bytes / 2**20:,.1f} MiB with gradients and optimizer state"
         print(f"per rank   {n_params:,.0f} parameters, padding included, {mib}")
@@ -337,33 +351,6 @@ def print_finished(cfg, state, world, changes):
         what = f"{cfg.run.out_dir} has finished, at step {state.step} with val loss {state.val_loss:.4f}"
         limit = "max_steps" if cfg.optim.max_tokens is None else "max_tokens"
         print(f"{what}; raise {limit} to train on, or use another --out_dir", *changes, sep="\n  ")
-
-
-def draw_curves(out_dir):
-    """Draws losses, learning rate and gradient norm of log.jsonl as curves.png."""
-    from matplotlib.figure import Figure
-
-    records = [record for _, record in read_log(out_dir / "log.jsonl") if record]
-    figure = Figure(figsize=(8, 7), layout="constrained")
-    loss, lr, norm = all_axes = figure.subplots(3, sharex=True, height_ratios=(3, 1, 1))
-    names = {name: None for record in records for name in record if re.match("(mean|val)_loss_", name)}
-    for axes, name, style in (
-        (loss, "mean_loss", {"linewidth": 1, "label": "training, mean of the interval"}),
-        (loss, "val_loss", {"marker": "o", "label": "validation"}),
-        *((loss, name, {"linewidth": 1, "linestyle": ":", "label": name.replace("_", " ")}) for name in names),
-        (lr, "lr", {"linewidth": 1}),
-        (norm, "grad_norm", {"linewidth": 1}),
-    ):
-        if points := [(r["step"], r[name]) for r in records if isinstance(r.get(name), (int, float))]:
-            axes.plot(*zip(*points), **style)
-    for axes, label in zip(all_axes, ("loss, nats per token", "learning rate", "gradient norm")):
-        axes.set(ylabel=label)
-        axes.grid(alpha=0.3)
-    loss.set_title(os.fsencode(out_dir.name).decode(errors="replace"), parse_math=False)  # $ is a letter here
-    loss.legend()
-    norm.set(xlabel="step")
-    figure.savefig(out_dir / ".curves.png", dpi=120)
-    os.replace(out_dir / ".curves.png", out_dir / "curves.png")
 
 
 def start_wandb(cfg, out_dir, step):

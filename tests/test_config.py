@@ -420,9 +420,9 @@ def test_preset_assigns_only_settings_and_none_twice(preset):
 
 @pytest.mark.parametrize(("preset", "millions"), [
     ("config/gpt2_124m.py", 124.439808), ("config/gpt2_350m.py", 354.823168), ("config/gpt2_774m.py", 774.030080),
-    ("config/gpt2_1558m.py", 1557.6112),
+    ("config/gpt2_1558m.py", 1557.6112), ("config/llama_8b.py", 8030.261248), ("config/llama_70b.py", 70553.706496),
 ])  # fmt: skip
-def test_gpt2_presets_have_gpt2s_parameter_counts(preset, millions):
+def test_presets_have_the_published_parameter_counts(preset, millions):
     with torch.device("meta"):
         assert Transformer(load(preset).model).num_params() == round(millions * 1e6)
 

@@ -13,6 +13,7 @@ import torch
 from cache import Cache
 from config import UserError
 from conftest import slow
+from context import in_parts
 from data import Split, objective_for
 from interop.families import family_of
 from launch import compile_model
@@ -349,7 +350,7 @@ def steps_of(name, windows, steps=3, **layout):
         rows[[0, 0, 1, 3], [1, 4, 3, 0]] = SPECIALS["<|endoftext|>"]
         size = 4 // world.data_ranks
         mine = slice(world.data_rank * size, (world.data_rank + 1) * size)
-        batch = made.batch(rows[mine], first=mine.start)
+        batch = in_parts(made, world).batch(rows[mine], first=mine.start)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         figures = [train_step(model, optimizer, scaler, [batch], step_settings(1.0), world)[:2] for _ in range(steps)]
         with torch.no_grad():
@@ -358,6 +359,7 @@ def steps_of(name, windows, steps=3, **layout):
 
 
 CASES = [("gpt", {"tp": 2}), ("bert", {"tp": 2}), ("modern", {"tp": 2}), ("modern", {"strategy": "fsdp"}), ("gpt", {}),
+         ("gpt", {"cp": 2}), ("bert", {"cp": 2}), ("modern", {"cp": 2, "strategy": "fsdp"}), ("modern bert", {"cp": 2}),
          ("modern", {"tp": 2, "activation_checkpointing": "full"}),
          ("gpt", {"strategy": "fsdp", "activation_checkpointing": "full"})]  # fmt: skip
 

@@ -221,7 +221,7 @@ def test_the_models_shown_with_tensor_parallelism_can_be_split_so(command):
     """The presets' own sizes, which the test of the command replaces by small ones."""
     arguments = [word for word in shlex.split(command) if word.startswith(("config/", "--")) and "nproc" not in word]
     cfg = config.load(train.Settings, arguments)
-    cfg.parallel.check_tensor_parallel(cfg.model, cfg.data.seq_len or cfg.model.block_size)
+    cfg.parallel.check_model(cfg.model, cfg.data.seq_len or cfg.model.block_size)
 
 
 @pytest.mark.slow

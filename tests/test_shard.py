@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,6 +20,7 @@ import optim
 import parallel
 from checkpoint import CheckpointConfig, CheckpointWriter, _tensors, load_checkpoint
 from conftest import slow
+from context import Context
 from model import ModelConfig
 from objective import IGNORE
 from optim import OptimConfig, build_optimizer, orthogonalize
@@ -48,7 +50,27 @@ LAYOUTS = {  # of 4 ranks
     "fsdp tp": {"strategy": "fsdp", "tp": 2},
 }
 MORE_LAYOUTS = LAYOUTS | {"tp": {"tp": 2}, "hsdp tp": {"strategy": "fsdp", "shard_size": 2, "tp": 2}}
+SPLIT = {  # that split blocks over stages, or sequences
+    "pp": {"pp": 2},
+    "pp3": {"pp": 3},
+    "pp ddp": {"pp": 2},
+    "pp fsdp": {"pp": 2, "strategy": "fsdp"},
+    "pp tp": {"pp": 2, "tp": 2},
+    "pp fsdp tp": {"pp": 2, "tp": 2, "strategy": "fsdp"},
+    "cp": {"cp": 2},
+    "cp4": {"cp": 4},
+    "cp ddp": {"cp": 2},
+    "cp fsdp": {"cp": 2, "strategy": "fsdp"},
+    "cp tp": {"cp": 2, "tp": 2},
+    "cp pp": {"cp": 2, "pp": 2},
+    "cp fsdp tp": {"cp": 2, "tp": 2, "strategy": "fsdp"},
+    "cp fsdp pp": {"cp": 2, "pp": 2, "strategy": "fsdp"},
+    "cp tp pp": {"cp": 2, "pp": 2, "tp": 2},
+}
 RANKS = dict.fromkeys(LAYOUTS, 4) | {"tp": 2, "hsdp tp": 8}
+RANKS |= {"pp": 2, "pp3": 3, "pp ddp": 4, "pp fsdp": 4, "pp tp": 4, "pp fsdp tp": 8}
+RANKS |= {"cp": 2, "cp4": 4, "cp ddp": 4, "cp fsdp": 4, "cp tp": 4, "cp pp": 4}
+RANKS |= {"cp fsdp tp": 8, "cp fsdp pp": 8, "cp tp pp": 8}
 
 
 def batch(name, step):
@@ -89,14 +111,31 @@ def built(shape, optimizer, cfg, world):
     return model, build_optimizer(model, OptimConfig(optimizer=optimizer, learning_rate=1e-2), world)
 
 
+def part_of(batch, world):
+    """What a rank has of a batch where it shares sequences."""
+    return batch if world.cp == 1 else Context.of(world).part_of(*batch)
+
+
 def step_of(world, model, optimizer, name, step, micro_steps=1, scaler=None):
     """(the loss over all ranks, the gradient's norm) of a step on a batch that ranks and micro-steps divide."""
     size = SEQUENCES // world.data_ranks // micro_steps
     parts = (itertools.repeat(None) if part is None else part.split(size) for part in batch(name, step))
     batches = list(zip(*parts))[world.data_rank :: world.data_ranks]
+    batches = [part_of(batch, world) for batch in batches]
     assert len(batches) == micro_steps
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     return train_step(model, optimizer, scaler, batches, step_settings(1.0), world)[:2]
+
+
+def of_all_stages(tensors, world):
+    """{name: whole tensor}, of all stages where the model is a pipeline."""
+    mine = {name: whole(tensor) for name, tensor in tensors}
+    if world.pp == 1:
+        return mine
+    by_rank = world.gather(mine)
+    for others in by_rank:
+        assert all(torch.equal(others[name], mine[name]) for name in mine.keys() & others), "a tied table differs"
+    return {name: others[name] for others in by_rank for name in others}
 
 
 def trained(name, micro_steps=1, **layout):
@@ -105,12 +144,16 @@ def trained(name, micro_steps=1, **layout):
     Muon orthogonalises in float32: bf16 makes updates that differ by percents of gradients that differ in a last bit.
     """
     with mock.patch.object(optim, "MUON_DTYPE", torch.float32), a_model(name, **layout) as (world, model, optimizer):
-        first = {key: whole(p) for key, p in model.named_parameters()}
+        first = of_all_stages(model.named_parameters(), world)
         figures = [step_of(world, model, optimizer, name, step, micro_steps) for step in range(STEPS)]
         with torch.no_grad(), world.autocast():
-            figures.append(torch.cat([x.flatten() for x in model(*batch(name, 0), count_correct=True)[:2]]).tolist())
+            parts = part_of(batch(name, 0), world)
+            sums = torch.cat([x.flatten() for x in model(*parts, count_correct=True)[:2]])
+            if world.cp > 1:
+                dist.all_reduce(sums, group=world.cp_group)
+            figures.append(world.sum_over_stages(sums).tolist())
         parallel.reshard(model)  # gathered weights are rounded to the run's precision
-        last = {key: whole(p) for key, p in model.named_parameters()}
+        last = of_all_stages(model.named_parameters(), world)
         return (first, figures, last) if world.is_main else (None, figures, None)
 
 
@@ -147,7 +190,7 @@ def matrix(names, optimizers, kinds, micro_steps, layouts=LAYOUTS):
 
 def run_case(case):
     case = dict(case)
-    return trained(**MORE_LAYOUTS[case.pop("layout")], **case)
+    return trained(**(MORE_LAYOUTS | SPLIT)[case.pop("layout")], **case)
 
 
 def id_of(case):
@@ -160,9 +203,12 @@ QUICK += matrix(["modern"], ["muon"], ["none"], [1], ["hsdp"])
 QUICK += matrix(["gpt"], ["adamw"], ["none"], [3], ["ddp tp"])
 QUICK += matrix(["pairs"], ["adamw"], ["full"], [3], ["fsdp tp"])
 QUICK += matrix(["contrast"], ["adamw"], ["none"], [1], ["ddp tp"])
+QUICK += matrix(["gpt"], ["adamw"], ["full"], [3], ["pp ddp"]) + matrix(["bert"], ["adamw"], ["none"], [1], ["cp fsdp"])
 SLOW = matrix(["bert"], ["adafactor"], ["selective"], [1], ["fsdp tp"])
 FULL = matrix([name for name in MODELS if name != "contrast"], ["adamw"], ["none"], [3], MORE_LAYOUTS)  # which compares micro-steps' texts
 FULL += matrix(MODELS, ["muon"], ["full"], [1], MORE_LAYOUTS)
+FULL += matrix(["gpt", "modern", "bert"], ["adamw"], ["none"], [3], SPLIT)
+FULL += matrix(["modern"], ["muon"], ["selective"], [1], SPLIT) + matrix(["bert"], ["adafactor"], ["full"], [1], SPLIT)
 
 
 @pytest.mark.parametrize("case", QUICK + slow(*SLOW), ids=id_of)
@@ -173,7 +219,7 @@ def test_four_ranks_train_as_one_process(case, four_ranks):
 @pytest.fixture(scope="module")
 def full():
     answers = {}
-    for n in (2, 4, 8):
+    for n in (2, 3, 4, 8):
         cases = [case for case in FULL if RANKS[case["layout"]] == n]
         answers |= zip(map(id_of, cases), on_ranks(n, *((run_case, case) for case in cases)))
     return answers
@@ -497,12 +543,13 @@ def in_bf16(layout):
 SAVED = {  # {where it is saved and loaded: (ranks, layout)}
     "one process": (1, {}), "ddp 2": (2, {}), "tp 2": (2, {"tp": 2}), "fsdp 2": (2, {"strategy": "fsdp"}),
     "fsdp 4": (4, {"strategy": "fsdp"}), "hsdp 4": (4, LAYOUTS["hsdp"]), "fsdp tp 4": (4, LAYOUTS["fsdp tp"]),
+    "pp fsdp 4": (4, SPLIT["pp fsdp"]), "cp tp 4": (4, SPLIT["cp tp"]), "cp pp 4": (4, SPLIT["cp pp"]),
 }  # fmt: skip
 STORED = [("gpt", "adamw"), ("modern", "muon"), ("bert", "adafactor")]
 
 
-def tensors_of(model, optimizer):
-    return {name: whole(tensor) for name, tensor in _tensors(model, optimizer).items()}
+def tensors_of(model, optimizer, world):
+    return of_all_stages(_tensors(model, optimizer).items(), world)
 
 
 def saved(folder, layout, name, optimizer):
@@ -510,7 +557,7 @@ def saved(folder, layout, name, optimizer):
     with a_model(name, optimizer, **layout) as (world, model, optimizer):
         for step in range(2):
             step_of(world, model, optimizer, name, step)
-        tensors = tensors_of(model, optimizer)
+        tensors = tensors_of(model, optimizer, world)
         saver = CheckpointWriter(folder, CheckpointConfig(), world)
         saver.save(2, model, optimizer, {})
         saver.wait()
@@ -521,7 +568,7 @@ def loaded(folder, layout, name, optimizer):
     """What a checkpoint gives another layout: its tensors, and the figures of a third step."""
     with a_model(name, optimizer, **layout) as (world, model, optimizer):
         load_checkpoint(Path(folder) / "ckpt/step_00000002", model, optimizer)
-        tensors = tensors_of(model, optimizer)
+        tensors = tensors_of(model, optimizer, world)
         return tensors if world.is_main else None, step_of(world, model, optimizer, name, 2)
 
 
@@ -558,11 +605,12 @@ def check_travel(pair, answers):
 
 ROUND = [("gpt", "adamw"), "one process", "fsdp tp 4"], [("gpt", "adamw"), "fsdp tp 4", "ddp 2"]
 ROUND += [("modern", "muon"), "hsdp 4", "tp 2"], [("modern", "muon"), "tp 2", "one process"]
+ROUND += [("bert", "adafactor"), "pp fsdp 4", "one process"],
 ROUND = [tuple(pair) for pair in ROUND]
-EVERYWHERE = [  # of the first model from each layout to each, of the others by way of one process
+EVERYWHERE = [  # of the first model from each of seven layouts to each, of the others by way of one process
     (stored, saved_in, loaded_in)
     for stored, saved_in, loaded_in in itertools.product(STORED, SAVED, SAVED)
-    if stored == STORED[0] or "one process" in (saved_in, loaded_in)
+    if (stored == STORED[0] and {saved_in, loaded_in} <= {*[*SAVED][:7]}) or "one process" in (saved_in, loaded_in)
 ]
 
 
@@ -646,6 +694,8 @@ def test_fsdp_on_four_ranks_holds_a_quarter_of_the_memory():
 
 @pytest.mark.parametrize(("settings", "size", "said"), [
     ({"tp": 3}, 4, "4 processes are not a multiple of tp 3"),
+    ({"tp": 2, "pp": 3}, 4, "4 processes are not a multiple of tp 2 x pp 3; .*=6, or"),
+    ({"strategy": "fsdp", "shard_size": 3, "pp": 2}, 8, "shard_size 3 does not divide the 4 .*8 processes / tp 1 / pp 2"),
     ({"tp": 2}, 1, "1 processes are not a multiple of tp 2; start them with torchrun --nproc_per_node=2"),
     ({"strategy": "fsdp", "shard_size": 3}, 4, "shard_size 3 does not divide the 4 ranks"),
     ({"strategy": "fsdp", "shard_size": 4, "tp": 2}, 4, "shard_size 4 does not divide the 2 .*4 processes / tp 2"),
@@ -667,8 +717,8 @@ def test_a_layout_is_copies_by_shards_by_tensor_parallel_ranks(settings, size, s
     ({"tp": 0}, "tp is 0; it must be at least 1"),
     ({"shard_size": 2}, "shard_size is 2, but strategy ddp.*--strategy=fsdp"),
     ({"accumulate": "whole", "reshard": False}, "reshard is False, .*\naccumulate is whole, .*--strategy=fsdp"),
-    ({"grad_compression": "bf16", "strategy": "fsdp"}, "grad_compression bf16 with strategy fsdp and tp 1: it needs ddp"),
-    ({"grad_compression": "powersgd", "tp": 2}, "grad_compression powersgd with strategy ddp and tp 2: it needs ddp"),
+    ({"grad_compression": "bf16", "strategy": "fsdp"}, "grad_compression bf16 with strategy fsdp, tp 1 and pp 1: it needs ddp"),
+    ({"grad_compression": "powersgd", "tp": 2}, "grad_compression powersgd with strategy ddp, tp 2 and pp 1: it needs ddp"),
 ])  # fmt: skip
 def test_parallel_settings_that_contradict_each_other_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
@@ -682,6 +732,6 @@ def test_parallel_settings_that_contradict_each_other_are_refused(settings, said
     ({}, 7, 2, "^seq_len 7 is not a multiple of tp 2; tp 1 would fit"),
 ])  # fmt: skip
 def test_tensor_parallelism_that_would_cut_heads_is_refused_with_the_numbers(changes, seq_len, tp, said):
-    ParallelConfig(tp=2).check_tensor_parallel(MODELS["modern"], 8)
+    ParallelConfig(tp=2).check_model(MODELS["modern"], 8)
     with pytest.raises(ValueError, match=said):
-        ParallelConfig(tp=tp).check_tensor_parallel(replace(MODELS["modern"], **changes), seq_len)
+        ParallelConfig(tp=tp).check_model(replace(MODELS["modern"], **changes), seq_len)
