@@ -188,6 +188,17 @@ class Attention(nn.Module):
     def forward(self, x, rope=None, masks=None, cache=None):
         B, T, _ = x.shape
         mask = None if masks is None else masks[self.window]
+        q, k, v = self.heads(x, rope)
+        if cache is not None:
+            k, v = cache(k, v)  # B H S D, S tokens so far, or in the window; a function of Cache.by_layer
+        # After the prompt, tokens come one at a time and see everything that the cache returns.
+        causal = self.causal and mask is None and (cache is None or T > 1)
+        y = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
+        return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # B T C
+
+    def heads(self, x, rope=None):
+        """Queries, keys and values (B, H, T, D) for x (B, T, C); keys' and values' heads may be fewer."""
+        B, T, _ = x.shape
         # -1 stands for the heads, fewer than cfg.n_head under tensor parallelism.
         q, k, v = (y.view(B, T, -1, self.head_width) for y in linear_together(x, self.q, self.k, self.v))  # B T H D
         if self.q_norm is not None:
@@ -195,13 +206,7 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # B H T D
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        q, k = q.type_as(v), k.type_as(v)  # rope's table is float32
-        if cache is not None:
-            k, v = cache(k, v)  # B H S D, S tokens so far, or in the window; a function of Cache.by_layer
-        # After the prompt, tokens come one at a time and see everything that the cache returns.
-        causal = self.causal and mask is None and (cache is None or T > 1)
-        y = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
-        return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # B T C
+        return q.type_as(v), k.type_as(v), v  # rope's table is float32
 
 
 class MLP(nn.Module):
@@ -275,6 +280,8 @@ class Transformer(nn.Module):
         self.loss_pass = loss_pass  # launch.py compiles this, and run_blocks
         self.copies = None  # (bf16 copies, the blocks' matrices that are cast into them) of launch.keep_copies
         self.graphs = None  # CUDA graphs of training by name; None: kernels are launched one by one
+        self.objectives = cfg.objectives  # {name: weight} of the losses in training; a teacher adds its own
+        self.teaching = None  # a teacher's predictions of the targets that come next
         self.tie_weights()
 
     def tie_weights(self):
@@ -347,7 +354,8 @@ class Transformer(nn.Module):
             return self.head(x)[..., : self.cfg.vocab_size]
         weight, bias, vocabulary = self.head_of_vocabulary()
         options = LossOptions.of(self.cfg) if self.training else LossOptions(), count_correct, self.loss_pass
-        return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), vocabulary, bias, *options)
+        args = x.flatten(0, 1), weight, targets.flatten(), vocabulary, bias, *options
+        return linear_cross_entropy(*args, teaching=self.teaching)
 
     def head_of_vocabulary(self):
         """Weight and bias of the head, and their Vocabulary; tensor parallelism replaces it by a shard's."""

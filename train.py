@@ -21,6 +21,8 @@ from data import DataConfig, Split, each, eval_batches, objective_for, open_data
 from heads import CONTRASTED, contrast
 from interop.harness import HarnessConfig, open_tasks
 from interop.pretrained import resolve, start_from
+from interop.teacher import check_teacher, start_from_layers, teach
+from distill import DistillConfig
 from launch import refresh_copies, replay
 from model import ModelConfig
 from objective import CONTRASTIVE, ObjectiveConfig, count_targets
@@ -48,6 +50,7 @@ class TrainConfig(Config):
 class Settings:
     model: ModelConfig
     objective: ObjectiveConfig
+    distill: DistillConfig
     data: DataConfig
     optim: OptimConfig
     parallel: ParallelConfig
@@ -68,6 +71,7 @@ class Settings:
 
 def main(cfg):
     cfg = resolve(dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, out_dir=run_dir_of(cfg) or "out/run")))
+    check_teacher(cfg)
     with (
         init_world(cfg.world, cfg.parallel) as world,
         open_data(cfg, world) as (train_data, val_data),
@@ -76,10 +80,11 @@ def main(cfg):
         tasks = open_tasks(cfg, world)
         model, optimizer, scaler = build(cfg, world, cfg.run.seed)
         data_fingerprint = f"{train_data.order.split.fingerprint()}-{Split.joined(val_data).fingerprint()}"
-        saver = Saver(cfg, world, model, optimizer, scaler, data_fingerprint)
+        saver = Saver(cfg, world, model, optimizer, scaler, data_fingerprint, teach(cfg, model, world))
         state = saver.resume()
         if state is None:
             start_from(cfg, model, world)
+            start_from_layers(cfg, model, world)
             state = State()
         plain = dataclasses.replace(cfg, objective=cfg.objective.without_augmentation())
         val_objective = objective_for(plain, EVAL_MASK_SEED)
@@ -157,7 +162,7 @@ def train_step(model, optimizer, scaler, batches, cfg, world, recent=()):
     spikes.
     """
     with world.phase("forward", "counting targets"):
-        n_targets = world.sum_over_data(sum(count_targets(model.cfg.objectives, *batch) for batch in batches))
+        n_targets = world.sum_over_data(sum(count_targets(model.objectives, *batch) for batch in batches))
         n_targets = n_targets.clamp(min=1)  # a batch of special tokens alone has nothing to predict
     refresh_copies(model)
     keep_gradients = has_gradient_buckets(model) or model.graphs is not None
@@ -174,7 +179,7 @@ def train_step(model, optimizer, scaler, batches, cfg, world, recent=()):
         grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's is a DTensor
         # One exchange for all: tp ranks have the same losses, all ranks the same norm.
         *losses, grad_norm = world.sum_over_all(*(losses / world.tp), grad_norm / world.size)
-        loss = Loss.of(losses, model.cfg.objectives)
+        loss = Loss.of(losses, model.objectives)
         bad = bad_step(loss, grad_norm, cfg.health, recent)
         overflow = scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(grad_norm)
         if overflow and scaler.get_scale() > 1:
@@ -192,7 +197,7 @@ def micro_step(model, scaler, world, progress, n_targets, *batch):
     """Adds a micro-batch's gradients; returns its part of the objectives' mean losses (M,), which n_targets divide."""
     with world.phase("forward", progress), world.autocast():
         losses = model(*batch) / n_targets
-        loss = weighted_sum(losses, model.cfg.objectives)
+        loss = weighted_sum(losses, model.objectives)
     with world.phase("backward", progress):
         # DDP and FSDP average gradients over ranks, and the loss is the ranks' sum: so multiply by the ranks.
         scaler.scale(loss * world.data_ranks).backward()
