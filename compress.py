@@ -82,7 +82,9 @@ def main(cfg):
 def training_settings(source):
     """The settings of train.py with which a model was trained, {} where it is no run of train.py's."""
     settings = getattr(source, "manifest", {}).get("settings", {})
-    return {} if "task" in settings else {n: v for n, v in settings.items() if n in settings_of(TrainSettings)}
+    sections = {name: section for name, (section, _) in settings_of(TrainSettings).items()}
+    # A teacher's losses and layers may not fit what is left.
+    return {} if "task" in settings else {n: v for n, v in settings.items() if sections.get(n, "distill") != "distill"}
 
 
 def with_settings(cfg, source, settings):

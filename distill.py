@@ -38,7 +38,9 @@ class DistillConfig(Config):
     @property
     def compared(self):
         """{name: weight} of the losses that compare both models' insides."""
-        weights = {name: getattr(self, f"distill_{name}") for name in ("cosine", "hidden", "attention")}
+        weights = {
+            "cosine": self.distill_cosine, "hidden": self.distill_hidden, "attention": self.distill_attention
+        }  # fmt: skip
         return {name: weight for name, weight in weights.items() if weight}
 
     def weights(self, objective):

@@ -281,7 +281,8 @@ class Transformer(nn.Module):
         self.copies = None  # (bf16 copies, the blocks' matrices that are cast into them) of launch.keep_copies
         self.graphs = None  # CUDA graphs of training by name; None: kernels are launched one by one
         self.objectives = cfg.objectives  # {name: weight} of the losses in training; a teacher adds its own
-        self.teaching = None  # a teacher's predictions of the targets that come next
+        # A model to learn from, no part of this one (interop/teacher.py), and what it predicts of the next targets
+        self.teacher = self.teaching = None
         self.tie_weights()
 
     def tie_weights(self):

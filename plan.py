@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 
 from config import UserError, only, run_script
 from data import DataConfig, accumulation_steps
+from distill import DistillConfig
 from interop import pretrained
+from interop.teacher import teacher_config
 from model import ModelConfig
 from objective import ObjectiveConfig
 from optim import OptimConfig
@@ -33,6 +35,7 @@ class Settings:
     output: OutputConfig
     model: ModelConfig
     objective: ObjectiveConfig
+    distill: DistillConfig
     data: DataConfig
     optim: OptimConfig
     parallel: ParallelConfig
@@ -119,6 +122,7 @@ def setup_on(gpu, cfg):
     mesh_shape = cfg.parallel.mesh_shape(p.n_gpus)
     micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, p.n_gpus // cfg.parallel.tp)
     others = {field.name: getattr(p, field.name) for field in dataclasses.fields(cost.Setup) if hasattr(p, field.name)}
+    others["teacher"] = teacher_config(cfg)
     return cost.setup_of(cfg, mesh_shape, micro_steps, precision, gpu.device_type, **others)
 
 

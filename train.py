@@ -18,11 +18,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from checkpoint import CheckpointConfig
 from config import Config, Count, Positive, UserError, run_script
 from data import DataConfig, Split, each, eval_batches, objective_for, open_data, seq_len_of
+from distill import DistillConfig
 from heads import CONTRASTED, contrast
 from interop.harness import HarnessConfig, open_tasks
 from interop.pretrained import resolve, start_from
 from interop.teacher import check_teacher, start_from_layers, teach
-from distill import DistillConfig
 from launch import refresh_copies, replay
 from model import ModelConfig
 from objective import CONTRASTIVE, ObjectiveConfig, count_targets

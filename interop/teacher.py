@@ -1,4 +1,4 @@
-"""A model that learns from a teacher: the teacher is found and checked, gives initial layers, and takes part in steps."""
+"""A model's teacher: checked before a run, the source of initial layers, and part of each step's loss."""
 
 import hashlib
 import itertools
@@ -8,13 +8,25 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+from checkpoint import checkpoints
 from config import UserError
 from distill import Teaching
 from interop.families import resolved
-from interop.pretrained import SOME_TEXT, check_predicts_tokens, load_model, load_weights, open_model, with_model
+from interop.hub import folder_of, read_config
+from interop.pretrained import (
+    SOME_TEXT,
+    check_predicts_tokens,
+    load_model,
+    load_weights,
+    open_model,
+    run_config,
+    with_model,
+)
 from launch import compile_model
 from model import TRAINING_ONLY
+from objective import windows_of
 from ops import IGNORE, Linear
+from perf import cost
 from run.folder import tokenizer_of
 from text.tokenizer import load_tokenizer
 
@@ -34,13 +46,17 @@ def check_teacher(cfg):
     wrong = [*_misfits(cfg, source.cfg), *_misfits_inside(cfg, source.cfg), *_misfits_of_layers(cfg, source.cfg)]
     if wrong := [line.replace("TEACHER", f"teacher {where}") for line in wrong]:
         raise UserError(*wrong)
+    _check_tokenizer(source, cfg.data.folder)
+
+
+def _check_tokenizer(source, folder):
+    """UserError where an opened model's tokenizer is not that of a data folder; why that is unknown, or None."""
     try:
-        theirs, ours = source.load_tokenizer(), load_tokenizer(tokenizer_of(cfg.data.folder))
+        theirs, ours = source.load_tokenizer(), load_tokenizer(tokenizer_of(folder))
     except UserError as error:
-        print(f"warning    whether the teacher knows the data's tokens is unknown: {error}")
-        return
+        return error
     if (there := tokenizer_hash(theirs)) != (here := tokenizer_hash(ours)):
-        what = f"teacher {where} knows the tokens of {theirs.name} (hash {there}), {cfg.data.folder} has those of"
+        what = f"teacher {source.folder} knows the tokens of {theirs.name} (hash {there}), {folder} has those of"
         raise UserError(f"{what} {ours.name} (hash {here}); take a teacher that was trained with the data's tokenizer")
 
 
@@ -49,6 +65,19 @@ def tokenizer_hash(tokenizer):
     special = {*tokenizer.specials.values()}
     texts = [(id_, tokenizer.decode_bytes([id_])) for id_ in range(tokenizer.vocab_size) if id_ not in special]
     return hashlib.sha256(repr((texts, tokenizer.encode(SOME_TEXT).tolist())).encode()).hexdigest()[:12]
+
+
+def teacher_config(cfg):
+    """The ModelConfig of the teacher that takes part in a run's steps, of which no tensor is read; None without one."""
+    if not cfg.distill.distills:
+        return None
+    where = cfg.distill.teacher
+    return alone(run_config(where) if checkpoints(where) else read_config(folder_of(where))[1])
+
+
+def alone(theirs):
+    """A teacher's ModelConfig with its first objective alone, which it is asked for."""
+    return replace(theirs, objective=theirs.base)
 
 
 def _misfits(cfg, theirs):
@@ -154,17 +183,26 @@ def teach(cfg, model, world):
             linear.to(world.dtype)
     if cfg.parallel.compiles(world.device.type):
         compile_model(teacher, len(teacher.blocks), world)
-    vars(model)["teacher"] = teacher  # no submodule: it is not sharded, saved, counted or trained
-    model.distill, model.objectives = cfg.distill, cfg.distill.weights(model.cfg.base)
-    model.__class__ = type("Student", (Student, type(model)), {})
-    for one in (teacher, model) if cfg.distill.compared else ():
-        keep_states(one, in_training=one is model)
+    make_student(model, teacher, cfg.distill)
     if world.is_main:
         held = sum(p.nbytes for p in teacher.parameters()) / 2**20
         parts = " + ".join(f"{weight:g} {name}" for name, weight in model.objectives.items())
         print(f"teacher    {source.name}: {teacher.num_params():,} parameters, {held:,.1f} MiB per rank")
-        print(f"loss       {parts}; mfu does not count what the teacher computes")
+        share = windows_of(cfg.model.objective).head_share(cfg.objective, cfg.data.seq_len)
+        flops = cost.flops_per_token(alone(teacher.cfg), cfg.data.seq_len, share) / 3e6  # forward's third
+        print(f"loss       {parts}; mfu leaves out the teacher's {flops:,.1f} MFLOPs per token")
+        if unknown := _check_tokenizer(source, cfg.data.folder):
+            print(f"warning    whether the teacher knows the data's tokens is unknown: {unknown}")
     return digest.hexdigest()
+
+
+def make_student(model, teacher, distill):
+    """Gives a model a teacher, a model in evaluation, which is to be no part of it. distill: a DistillConfig."""
+    vars(model)["teacher"] = teacher  # no submodule: it is not sharded, saved, counted or trained
+    model.distill, model.objectives = distill, distill.weights(model.cfg.base)
+    model.__class__ = type("Student", (Student, type(model)), {})
+    for one in (teacher, model) if distill.compared else ():
+        keep_states(one, in_training=one is model)
 
 
 class Student:

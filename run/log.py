@@ -50,7 +50,8 @@ class Log:
         self.peak, self.peak_name = peak_flops(world.device, world.precision)
         reset_peak_memory(world.device)  # the matmul that measured the peak had its own
         per_rank = [world.worst(figure) for figure in params_and_bytes(optimizer)]
-        self.predicted = {k: n / 2**30 for k, n in memory(cfg.model, setup_here(cfg, world)).items() if n}  # GiB
+        setup = setup_here(cfg, world, model.teacher and model.teacher.cfg)
+        self.predicted = {k: n / 2**30 for k, n in memory(cfg.model, setup).items() if n}  # GiB
         self.n_steps, self.file, self.unwritten, self.wandb, self.failed = 0, None, b"", None, set()
         self.draws = world.is_main and importlib.util.find_spec("matplotlib") is not None
         if world.is_main:

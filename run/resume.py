@@ -22,8 +22,8 @@ from checkpoint import (
 )
 from config import UserError, as_dict
 from data import is_same_data
-from mixture import shares_until
 from distill import DistillConfig
+from mixture import shares_until
 from model import ModelConfig
 from objective import ObjectiveConfig
 from run.folder import writing_to
@@ -192,7 +192,8 @@ def write_run(out_dir, step, tensors, facts, preset):
 def changed_settings(old, new, step=0):
     """Lines `name: old -> new` of the settings that a run changes at a step; UserError where one must not change."""
     owners = ModelConfig, ObjectiveConfig, DistillConfig
-    defaults = {f.name: f.default for owner in owners for f in dataclasses.fields(owner)} | {"teacher_fingerprint": None}
+    defaults = {f.name: f.default for owner in owners for f in dataclasses.fields(owner)}
+    defaults["teacher_fingerprint"] = None
     fixed = {*defaults, "seq_len", "seed", "optimizer", "data_fingerprint"} - {"teacher", *AT_THE_START}
     fixed |= {"task", "batch_examples", "freeze", "lora_rank", "metric"}  # of fine-tuning
     old = defaults | old  # a run from before a setting has trained with its default
