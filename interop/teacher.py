@@ -43,14 +43,13 @@ def check_teacher(cfg):
         return
     source = open_model(where)
     check_predicts_tokens(where, source.cfg)
-    wrong = [*_misfits(cfg, source.cfg), *_misfits_inside(cfg, source.cfg), *_misfits_of_layers(cfg, source.cfg)]
-    if wrong := [line.replace("TEACHER", f"teacher {where}") for line in wrong]:
+    if wrong := [line for is_wrong, line in rules(cfg, f"teacher {where}", source.cfg) if is_wrong]:
         raise UserError(*wrong)
-    _check_tokenizer(source, cfg.data.folder)
+    check_tokenizer(source, cfg.data.folder)
 
 
-def _check_tokenizer(source, folder):
-    """UserError where an opened model's tokenizer is not that of a data folder; why that is unknown, or None."""
+def check_tokenizer(source, folder):
+    """UserError where an opened model's tokenizer is not that of a data folder; returns why one is unknown, or None."""
     try:
         theirs, ours = source.load_tokenizer(), load_tokenizer(tokenizer_of(folder))
     except UserError as error:
@@ -67,6 +66,47 @@ def tokenizer_hash(tokenizer):
     return hashlib.sha256(repr((texts, tokenizer.encode(SOME_TEXT).tolist())).encode()).hexdigest()[:12]
 
 
+def rules(cfg, name, theirs):
+    """[(whether it is broken, a line)] for each rule that a teacher of this name and these settings must keep."""
+    ours, distill, parallel = cfg.model, cfg.distill, cfg.parallel
+    hides = "document_mask" if cfg.objective.document_mask else "window" if ours.window or theirs.window else None
+    hidden, attention = distill.distill_hidden > 0, distill.distill_attention > 0
+    layers, inside = distill.init_layers or (), "distill_attention" if attention else "distill_hidden"
+    named = layers if layers != ("even",) else ()
+    strange = ", ".join(n for n in named if not (n.isdecimal() and int(n) < theirs.n_layer))
+    here, there = resolved(ours), resolved(theirs)
+    others = [key for key in sorted(here.keys() & there.keys() - FREE) if here[key] != there[key]]
+    differing = ", ".join(f"{key} {there[key]} there, {here[key]} here" for key in others)
+    return [
+        (ours.objectives != {ours.base: 1.0},
+         f"objective is {ours.objective}, but a model with {name} has one alone; set it to {ours.base}"),
+        (theirs.base != ours.base,
+         f"{name} was trained for {theirs.base}, this model for {ours.base}; take a teacher of this objective"),
+        (theirs.vocab_size != ours.vocab_size,
+         f"{name} has a vocab_size of {theirs.vocab_size}, this model one of {ours.vocab_size}; they must be equal"),
+        (theirs.block_size < cfg.data.seq_len,
+         f"{name} sees at most {theirs.block_size} tokens, and seq_len is {cfg.data.seq_len}; lower seq_len"),
+        (theirs.n_embd != ours.n_embd and (hidden or distill.distill_cosine),
+         f"{name} has n_embd {theirs.n_embd}, this model {ours.n_embd}; leave distill_cosine and distill_hidden out"),
+        (theirs.n_layer % ours.n_layer and (hidden or attention),
+         f"{name} has {theirs.n_layer} layers, no multiple of this model's {ours.n_layer}; leave {inside} out"),
+        (parallel.tp > 1 and (hidden or attention),
+         f"{inside} compares whole layers, which tp {parallel.tp} splits; leave it out, or set tp to 1"),
+        (attention and theirs.n_head != ours.n_head,
+         f"{name} has n_head {theirs.n_head}, this model {ours.n_head}; leave distill_attention out"),
+        (attention and parallel.strategy == "fsdp",
+         "distill_attention reads weights of blocks outside of them, which strategy fsdp shards; set it to ddp"),
+        (attention and hides,
+         f"distill_attention compares the scores of all pairs of tokens, and {hides} hides some; leave one out"),
+        (layers and cfg.run.init_from,
+         f"init_from is {cfg.run.init_from}, and init_layers names initial weights, too; leave one of them out"),
+        (layers and differing, f"init_layers copies layers of {name}, which are others: {differing}; leave it out"),
+        (strange, f"init_layers names {strange}; {name} has the layers 0 to {theirs.n_layer - 1}"),
+        (named and len(named) != ours.n_layer,
+         f"init_layers names {len(named)} layers, this model has n_layer {ours.n_layer}; name one for each"),
+    ]  # fmt: skip
+
+
 def teacher_config(cfg):
     """The ModelConfig of the teacher that takes part in a run's steps, of which no tensor is read; None without one."""
     if not cfg.distill.distills:
@@ -78,60 +118,6 @@ def teacher_config(cfg):
 def alone(theirs):
     """A teacher's ModelConfig with its first objective alone, which it is asked for."""
     return replace(theirs, objective=theirs.base)
-
-
-def _misfits(cfg, theirs):
-    """Lines on what keeps a teacher of settings `theirs` from predicting what the model does."""
-    ours = cfg.model
-    if ours.objectives != {ours.base: 1.0}:
-        yield f"objective is {ours.objective}, but a model with TEACHER has one alone; set it to {ours.base}"
-    if theirs.base != ours.base:
-        yield f"TEACHER was trained for {theirs.base}, this model for {ours.base}; take a teacher of this objective"
-    if theirs.vocab_size != ours.vocab_size:
-        sizes = f"TEACHER has a vocab_size of {theirs.vocab_size}, this model one of {ours.vocab_size}"
-        yield f"{sizes}; take a teacher of the data's tokenizer"
-    if theirs.block_size < cfg.data.seq_len:
-        yield f"TEACHER sees at most {theirs.block_size} tokens, and seq_len is {cfg.data.seq_len}; lower seq_len"
-
-
-def _misfits_inside(cfg, theirs):
-    """Lines on what keeps the insides of a model and of a teacher of settings `theirs` from being compared."""
-    ours, compared, parallel = cfg.model, cfg.distill.compared, cfg.parallel
-    if {"cosine", "hidden"} & compared.keys() and theirs.n_embd != ours.n_embd:
-        yield f"TEACHER has n_embd {theirs.n_embd}, this model {ours.n_embd}; leave distill_cosine and _hidden out"
-    for name in [name for name in ("hidden", "attention") if name in compared]:
-        if theirs.n_layer % ours.n_layer:
-            layers = f"TEACHER has {theirs.n_layer} layers, no multiple of this model's {ours.n_layer}"
-            yield f"{layers}; leave distill_{name} out, or set another n_layer"
-        if parallel.tp > 1:
-            yield f"distill_{name} compares whole layers, which tp {parallel.tp} splits; leave it out, or set tp to 1"
-    if "attention" not in compared:
-        return
-    if theirs.n_head != ours.n_head:
-        yield f"TEACHER has n_head {theirs.n_head}, this model {ours.n_head}; leave distill_attention out"
-    if parallel.strategy == "fsdp":
-        yield "distill_attention reads weights of blocks outside of them, which strategy fsdp shards; set it to ddp"
-    if cfg.objective.document_mask or ours.window or theirs.window:
-        hidden = "document_mask" if cfg.objective.document_mask else "window"
-        yield f"distill_attention compares the scores of all pairs of tokens, and {hidden} hides some; leave one out"
-
-
-def _misfits_of_layers(cfg, theirs):
-    """Lines on what keeps init_layers of a teacher of settings `theirs` from fitting the model."""
-    if not (layers := cfg.distill.init_layers):
-        return
-    if cfg.run.init_from:
-        yield f"init_from is {cfg.run.init_from}, and init_layers names initial weights, too; leave one of them out"
-    there, here = resolved(theirs), resolved(cfg.model)
-    if differing := [f"{name} {there[name]} there, {here[name]} here" for name in sorted(there.keys() - FREE)
-                     if name in here and there[name] != here[name]]:  # fmt: skip
-        yield f"init_layers copies layers of TEACHER, which are others: {', '.join(differing)}; leave it out"
-    if layers == ("even",):
-        return
-    if strange := [name for name in layers if not (name.isdecimal() and int(name) < theirs.n_layer)]:
-        yield f"init_layers names {', '.join(strange)}; TEACHER has the layers 0 to {theirs.n_layer - 1}"
-    if len(layers) != cfg.model.n_layer:
-        yield f"init_layers names {len(layers)} layers, this model has n_layer {cfg.model.n_layer}; name one for each"
 
 
 # ---- initial weights
@@ -167,8 +153,7 @@ def start_from_layers(cfg, model, world):
 def teach(cfg, model, world):
     """Makes a model that is ready to train learn from its teacher, if any; returns a hash of the teacher's weights.
 
-    Each rank holds the whole teacher, outside the model's modules: its blocks' matrices in the run's precision, the
-    rest in float32, as the residual stream is.
+    Each rank holds the whole teacher, outside the model's modules.
     """
     if not cfg.distill.distills:
         return None
@@ -178,9 +163,7 @@ def teach(cfg, model, world):
     for name, param in teacher.named_parameters():
         digest.update(name.encode())
         digest.update(param.detach().cpu().numpy())
-    for linear in teacher.blocks.modules():
-        if isinstance(linear, Linear):
-            linear.to(world.dtype)
+    in_precision(teacher, world)
     if cfg.parallel.compiles(world.device.type):
         compile_model(teacher, len(teacher.blocks), world)
     make_student(model, teacher, cfg.distill)
@@ -191,9 +174,16 @@ def teach(cfg, model, world):
         share = windows_of(cfg.model.objective).head_share(cfg.objective, cfg.data.seq_len)
         flops = cost.flops_per_token(alone(teacher.cfg), cfg.data.seq_len, share) / 3e6  # forward's third
         print(f"loss       {parts}; mfu leaves out the teacher's {flops:,.1f} MFLOPs per token")
-        if unknown := _check_tokenizer(source, cfg.data.folder):
+        if unknown := check_tokenizer(source, cfg.data.folder):
             print(f"warning    whether the teacher knows the data's tokens is unknown: {unknown}")
     return digest.hexdigest()
+
+
+def in_precision(teacher, world):
+    """Casts a teacher's matrices in the blocks to the run's precision; the rest stays float32, as it is in training."""
+    for linear in teacher.blocks.modules():
+        if isinstance(linear, Linear):
+            linear.weight.data = linear.weight.data.to(world.dtype)
 
 
 def make_student(model, teacher, distill):

@@ -10,21 +10,26 @@ import torch
 import torch.nn.functional as F
 from conftest import slow
 from hugging_face import V, saved
-from ranks import SMALL, copy_run, launch, logged, on_ranks, records, run, settings, wait_until, write_data
+from ranks import copy_run, launch, logged, on_ranks, records, run, settings, wait_until, write_data
 from test_compress import random_model as ours
-from test_convert import BERT, GPT2, LLAMA
+from test_convert import GPT2, LLAMA
 from test_model import LargestTensor
 from test_train import SPECIAL_IDS, assert_same_run, weights
 
+import compress
 import config
 import ops
 import train
 from config import UserError
 from distill import DistillConfig, Teaching
-from interop.pretrained import RunModel, load_model
-from interop.teacher import make_student
+from interop.pretrained import RunModel, load_model, resolve
+from interop.teacher import in_precision, make_student, teacher_config
 from model import parameter_shapes
 from ops import IGNORE, LossOptions, Vocabulary, linear_cross_entropy
+from perf.cost import setup_of, step_seconds
+from perf.hardware import DEVICES
+from perf.memory import memory
+from world import World
 
 SIZES = {"n_layer": 4, "max_steps": 4, "seed": 5}  # of teachers
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -76,17 +81,15 @@ def test_z_loss_stays_in_the_students_own_share():
     assert own == plain and kl == linear_cross_entropy(*args, teaching=teaching)[1]
 
 
-def test_neither_models_logits_are_held_for_all_tokens():
+def test_neither_models_logits_are_held_for_all_tokens(monkeypatch):
     torch.manual_seed(0)
     N, size = 3000, 1000
     hidden, weight = torch.randn(N, 8, requires_grad=True), torch.randn(size, 8, requires_grad=True)
     teaching, targets = Teaching(torch.randn(N, 8), torch.randn(size, 8), None, 0.5, 2.0), torch.randint(size, (N,))
-    largest = LargestTensor()
-    chunk = ops.loss_chunks(size, "cpu")[0]
-    with pytest.MonkeyPatch.context() as patch, largest:
-        patch.setattr(ops, "loss_chunks", lambda *_: (512, 100, 4096))
+    monkeypatch.setattr(ops, "loss_chunks", lambda *_: (512, 100, 4096))
+    with LargestTensor() as largest:
         linear_cross_entropy(hidden, weight, targets, Vocabulary(size), teaching=teaching).sum().backward()
-    assert chunk > N and largest.elements == 512 * size
+    assert largest.elements == 512 * size
 
 
 # ---- the losses of the papers
@@ -146,7 +149,7 @@ def test_hidden_states_and_attention_scores_are_compared_as_in_tinybert_of_trans
     theirs = [saved("bert", tmp_path / name, seed, num_hidden_layers=n, **STILL)[0]
               for name, seed, n in (("student", 1, 2), ("teacher", 2, 4))]  # fmt: skip
     student, teacher = (load_model(tmp_path / name, "cpu")[0] for name in ("student", "teacher"))
-    ids, targets, positions, mask = batch_of(student.cfg)
+    ids, _, _, mask = batch_of(student.cfg)
     _, parts = taught(student, teacher, distill_weight=0.0, distill_hidden=1.0, distill_attention=1.0)
 
     def insides(model):
@@ -178,7 +181,7 @@ def test_a_causal_models_scores_are_compared_where_a_query_sees_keys():
     scores = []
     for model, block in ((student, student.blocks[0]), (teacher, teacher.blocks[1])):
         found = []
-        handle = block.attn.register_forward_pre_hook(lambda module, args: found.append(args))
+        handle = block.attn.register_forward_pre_hook(lambda module, args, found=found: found.append(args))
         with torch.no_grad():
             model.eval()(batch_of(model.cfg)[0])
             handle.remove()
@@ -359,6 +362,25 @@ def test_with_no_weight_a_teacher_gives_layers_alone(data, teacher, tmp_path, ca
     run(data, tmp_path / "run", **changes, distill_weight=0.0, max_steps=2)
     assert "weights    layers 0, 2 of " in (told := capsys.readouterr().out) and "teacher    " not in told
     assert not records(tmp_path / "run", "mean_loss_kl")
+
+
+def test_memory_and_time_that_are_planned_count_the_teacher(data, teacher, tmp_path):
+    model, found = load_model(teacher, "cpu")[0], []
+    for weight in (0.5, 0.0):
+        changes = {"n_layer": 2, "precision": "bf16", "init_layers": "even", "distill_weight": weight}
+        cfg = resolve(settings(data, tmp_path, teacher=teacher, **changes))
+        setup = setup_of(cfg, (1, 1, 1), 2, "bf16", "cuda", teacher=teacher_config(cfg) and model.cfg)
+        assert setup.teacher in (None, replace(teacher_config(cfg) or model.cfg, block_size=7))
+        found.append((memory(cfg.model, setup)["weights"], step_seconds(cfg.model, setup, DEVICES["h200"])))
+    in_precision(model, World(0, 1, torch.device("cpu"), "bf16"))
+    assert found[0][0] - found[1][0] == sum(p.nbytes for p in model.parameters())
+    assert found[0][1]["matmul_s"] > found[1][1]["matmul_s"] and found[0][1]["optimizer_s"] == found[1][1]["optimizer_s"]
+
+
+def test_pruned_student_is_trained_again_without_the_teacher(data, nine, tmp_path):
+    names = {"out_dir": nine, "to_run": tmp_path / "small", "prune": "neurons", "device": "cpu", "eval_tokens": 140}
+    compress.main(config.load(compress.Settings, [f"--{name}={value}" for name, value in names.items()]))
+    assert config.load(train.Settings, [str(tmp_path / "small" / "config.py")]).distill == DistillConfig()
 
 
 def test_another_teacher_on_resume_is_refused_and_the_same_one_elsewhere_is_told(data, teacher, tmp_path, capsys):
