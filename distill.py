@@ -13,12 +13,12 @@ from config import Config, NotNegative, Positive, Rate, UserError
 @dataclass(frozen=True)
 class DistillConfig(Config):
     teacher: str | None = None  # model to learn from: a run's folder, or a Hugging Face model's folder or name
-    distill_weight: Rate = 0.5  # w in the loss (1 - w) * the own one + w * T^2 * KL(teacher's tokens || own ones)
+    distill_weight: Rate = 0.5  # w in the loss, (1 - w) * own + w * T^2 * KL(teacher || student)
     distill_temperature: Positive = 1.0  # T, which divides both models' logits in the KL; DistilBERT: 2
     distill_cosine: NotNegative = 0.0  # weight of 1 - cosine of both models' last hidden states; DistilBERT: 1
     distill_hidden: NotNegative = 0.0  # weight of the squared error of hidden states after each block; TinyBERT: 1
     distill_attention: NotNegative = 0.0  # weight of the squared error of attention scores in each block; TinyBERT: 1
-    init_layers: tuple | None = None  # teacher's layers that blocks start as, as in 0,2,4; even: every n-th; none: no
+    init_layers: tuple | None = None  # teacher's layers that blocks start as, such as 0,2,4; even: every n-th; none: no such
 
     def __post_init__(self):
         super().__post_init__()
@@ -69,7 +69,7 @@ class Teaching(NamedTuple):
 
 
 def taught_loss(logits, taught, valid, vocabulary):
-    """(T^2 KL(teacher || student), summed over tokens, d KL / d logits (N, V), its share), at temperature T.
+    """(T^2 KL(teacher || student) at temperature T, summed over tokens; its gradient (N, V); its share).
 
     logits (N, V), float32, cover a shard of the vocabulary and are read alone; valid (N, 1): which tokens count.
     Knowledge distillation with its factor T^2 (Hinton et al. 2015, arXiv 1503.02531, section 2) and the whole KL, as
@@ -85,7 +85,7 @@ def taught_loss(logits, taught, valid, vocabulary):
 
 
 def log_likelihoods(x, vocabulary):
-    """The log-softmax of logits (N, V), which it overwrites; that of columns which pad the vocabulary is -inf."""
+    """The log-softmax of logits (N, V), which it overwrites; -inf in the columns that pad the vocabulary."""
     x[:, vocabulary.ids_in(x.shape[1]) :] = -math.inf
     x -= vocabulary.reduce(x.amax(1, keepdim=True), "max")
     return x.sub_(vocabulary.reduce(x.exp().sum(1, keepdim=True), "sum").log_())

@@ -301,7 +301,7 @@ def loss_pass(logits, bias, targets, vocabulary, options, with_gradients, taught
     """chunk_loss of logits (N, V) in the dtype of matmuls, without their bias; the gradients overwrite the logits.
 
     Returns the sum of losses and the number of correct predictions. Compiled, it keeps float32 values in registers.
-    taught, a Teaching's for these tokens, adds its loss: the sums are then (2,), the gradients those of both shares.
+    taught, of Teaching.of, adds the teacher's loss: the sum is then (2,), the gradient that of both by their shares.
     """
     x = logits.float() if bias is None else logits.float() + bias
     distilled = None if taught is None else taught_loss(x, taught, targets != IGNORE, vocabulary)
@@ -324,7 +324,7 @@ def linear_cross_entropy(
     tokens that do not count. Returns a float32 scalar; with count_correct, which has no gradients, also the number of
     tokens whose target has the largest logit. Matmuls run in autocast's dtype where it is on, sums in float32.
     loss_pass: the function of that name, or what torch.compile made of it. With teaching, a Teaching, which needs
-    gradients, returns (2,), the sums of the loss and of the teacher's, which are to be added by their shares.
+    gradients, returns (2,), the loss and the teacher's, for the caller to add by their shares.
 
     Logits, loss and gradients are computed for a chunk of tokens at a time, so that memory is one chunk's and the
     gradients'. torch 2.13's function of this name ignores autocast and is 3.6 times slower than plain cross-entropy on
@@ -352,7 +352,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale):
-        scale = scale.sum()  # of a loss and its teacher's: each one's share of the same
+        scale = scale.sum()  # with a teacher's loss, shares of one scale
         return *(g if g is None else g.mul_(scale) for g in ctx.saved_tensors), *[None] * 6
 
 

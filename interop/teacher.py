@@ -207,10 +207,9 @@ class Student:
             return super().forward(ids, targets, positions, *about_ids, **options)
         teacher, wanted = self.teacher, self.distill
         with torch.no_grad():
-            hidden = teacher.transform(teacher.selected(teacher.states(ids, *about_ids), positions))
-            weight, bias, _ = teacher.head_of_vocabulary()
-        share = wanted.distill_weight, wanted.distill_temperature
-        self.teaching = Teaching(hidden.flatten(0, 1), weight, bias, *share)
+            hidden = teacher.transform(teacher.selected(teacher.states(ids, *about_ids), positions)).flatten(0, 1)
+        head, weights = teacher.head_of_vocabulary()[:2], (wanted.distill_weight, wanted.distill_temperature)
+        self.teaching = Teaching(hidden, *head, *weights)
         losses = super().forward(ids, targets, positions, *about_ids, **options)
         self.teaching = None
         if not wanted.compared:

@@ -22,8 +22,8 @@ OPTIMIZER_BYTES = {"adamw": 8, "muon": 8, "sgd": 4, "adafactor": 0}  # state per
 def memory(cfg, s):
     """{category: bytes allocated on one rank at the peak}; a category may be empty at that moment.
 
-    weights: with gathered and cast copies, and a teacher's; logits: all buffers of the loss; other: working memory of backward and of
-    the optimizer.
+    weights: with gathered and cast copies, and a teacher's; logits: all buffers of the loss; other: working memory of
+    backward and of the optimizer.
     """
     d, V, tokens = cfg.n_embd, cfg.padded_vocab_size / s.tp, cfg.passes * s.tokens
     blocks, n = cfg.n_layer * block_params(cfg) / s.tp, num_params(cfg, padded=True) / s.tp
@@ -116,6 +116,7 @@ def head_bytes(cfg, s):
     casts = 2 * (n * d * (s.stream != w) + V * d) if w == 2 else 0
     in_float32 = w == 2 and not s.compiled  # compiled, a pass keeps them in registers
     logits = min(n, chunk) * V * w + (min(n, chunk, few) * V * 4 if in_float32 else 0)
+    logits *= 1 + (s.teacher is not None)  # the teacher's
     return hidden + casts + logits + (hidden + gradient) + w * d * min(V, columns), hidden + gradient
 
 
