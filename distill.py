@@ -18,7 +18,7 @@ class DistillConfig(Config):
     distill_cosine: NotNegative = 0.0  # weight of 1 - cosine of both models' last hidden states; DistilBERT: 1
     distill_hidden: NotNegative = 0.0  # weight of the squared error of hidden states after each block; TinyBERT: 1
     distill_attention: NotNegative = 0.0  # weight of the squared error of attention scores in each block; TinyBERT: 1
-    init_layers: tuple | None = None  # teacher's layers that blocks start as, such as 0,2,4; even: every n-th; none: no such
+    init_layers: tuple | None = None  # teacher's layers as initial blocks, such as 0,2,4; even: every n-th
 
     def __post_init__(self):
         super().__post_init__()
