@@ -16,7 +16,7 @@ import re
 import shutil
 import threading
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -63,7 +63,8 @@ class CheckpointWriter:
     """Writes checkpoints in a thread while training continues: one at a time, each whole or absent."""
 
     def __init__(self, out_dir, cfg, world):
-        self.out_dir, self.cfg, self.world = out_dir, cfg, world
+        self.out_dir, self.cfg = out_dir, cfg
+        self.world = replace(world, cpu_group=world.saver_group)  # its exchanges must not mix with the main thread's
         self.newest = 0  # step of the last checkpoint that is written or was loaded
         self.failed = None  # the error of a failed write on this rank; wait() raises it
         self._stager = self._thread = None
@@ -78,8 +79,8 @@ class CheckpointWriter:
         self.newest = step
         tensors = _tensors(model, optimizer)
         context = {"context": model.context} if hasattr(model, "context") else {}  # see context_of
-        numbers, facts = file_numbers(tensors, self.world), {"model": asdict(model.cfg), **context, **facts}
-        arguments = step, self._staged(tensors), numbers, facts
+        facts = {"model": asdict(model.cfg), **context, **facts}
+        arguments = step, self._staged(tensors), file_numbers(tensors, self.world), facts
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True, name="saver")
         self._thread.start()
 

@@ -21,11 +21,11 @@ from data import DataConfig, Split, each, eval_batches, objective_for, prepare_c
 from interop.hub import save_tensors
 from interop.pretrained import CHAT_FILE, EXTRA_FILE, keep_tokenizer_of, load_model, model_location
 from model import ModelConfig
-from objective import CONTRASTIVE, ObjectiveConfig
+from objective import CONTRASTIVE, ObjectiveConfig, weighted_sum
 from ops import Linear
 from run.folder import RunConfig
 from run.resume import check_is_new, write_run
-from train import EVAL_MASK_SEED, evaluate, weighted_sum
+from train import EVAL_MASK_SEED, evaluate
 from train import Settings as TrainSettings
 from world import WorldConfig, init_world
 
@@ -82,7 +82,9 @@ def main(cfg):
 def training_settings(source):
     """The settings of train.py with which a model was trained, {} where it is no run of train.py's."""
     settings = getattr(source, "manifest", {}).get("settings", {})
-    return {} if "task" in settings else {n: v for n, v in settings.items() if n in settings_of(TrainSettings)}
+    sections = {name: section for name, (section, _) in settings_of(TrainSettings).items()}
+    # A teacher's losses and layers may not fit what is left.
+    return {} if "task" in settings else {n: v for n, v in settings.items() if sections.get(n, "distill") != "distill"}
 
 
 def with_settings(cfg, source, settings):

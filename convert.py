@@ -199,7 +199,10 @@ def write_json(value, path):
 
 # ---- the model card
 
-PRIVATE = {"out_dir", "resume", "device", "data_fingerprint", "wandb", "wandb_project", "wandb_run_name"}
+PRIVATE = {
+    *("out_dir", "resume", "device", "data_fingerprint", "teacher_fingerprint"),
+    *("wandb", "wandb_project", "wandb_run_name"),
+}
 PIPELINES = {"tag": "token-classification", "qa": "question-answering"}  # by task of fine-tuning
 NUMBER = (float, None)
 SPLITS = {"*": {"tokens": int, "bytes": int}}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -44,7 +45,7 @@ class PretrainingModel(Transformer):
         if not cfg.learns_tokens:  # nothing gives them gradients, for which DDP would wait
             for param in {*self.transform.parameters(), *self.head.parameters()} - {self.wte.weight}:
                 param.requires_grad_(False)
-        self.gather = lambda x: (x, 0)  # parallel.py: rows of all ranks, and the number of this one's first
+        self.gather = lambda x: (x, 0)  # gather_rows' on several ranks: their rows, and the number of this one's first
 
     def forward(self, ids, targets=None, positions=None, attention_mask=None, token_types=None, documents=None,
                 labels=None, count_correct=False, **cached):  # fmt: skip
@@ -102,6 +103,17 @@ class PretrainingModel(Transformer):
         losses = contrastive_losses(first, second, is_text)
         total, own = losses.sum(), losses[start : start + n_rows].sum()
         return own.detach() + (total - total.detach())
+
+
+def gather_rows(world, x):
+    """All data ranks' rows of x (B, ...), in their order, and the number of this rank's first one.
+
+    Only this rank's have a gradient: what all ranks compute of all rows then has, summed over ranks, the whole one.
+    """
+    parts = [torch.empty_like(x) for _ in range(world.data_ranks)]
+    dist.all_gather(parts, x.detach().contiguous(), group=world.data_group)
+    parts[world.data_rank] = x
+    return torch.cat(parts), world.data_rank * len(x)
 
 
 def embedding(model, x, seen=None):

@@ -21,22 +21,9 @@ from data import near_divisors
 from foreign import LARGEST
 from objective import CONTRASTIVE, OBJECTIVES, PAIRS, weights_of
 from ops import (
-    LayerNorm,
-    Linear,
-    LossOptions,
-    RMSNorm,
-    Vocabulary,
-    attend,
-    can_pack,
-    linear_cross_entropy,
-    linear_together,
-    locate,
-    loss_pass,
-    mask_of,
-    residual_dtype,
-    rope_table,
-    rotate,
-)
+    LayerNorm, Linear, LossOptions, RMSNorm, Vocabulary, attend, can_pack, linear_cross_entropy, linear_together,
+    locate, loss_pass, mask_of, residual_dtype, rope_table, rotate,
+)  # fmt: skip
 
 # The MLP's activation functions: GPT-2's GELU is the tanh approximation, BERT's and nanoGPT's the exact one. With those
 # in GATED, activation(gate(x)) * up(x) takes the place of activation(up(x)).
@@ -195,6 +182,17 @@ class Attention(nn.Module):
     def forward(self, x, rope=None, masks=None, cache=None):
         B, T, _ = x.shape
         mask = None if masks is None else masks[self.window]
+        q, k, v = self.heads(x, rope)
+        if cache is not None:
+            k, v = cache(k, v)  # B H S D, S tokens so far, or in the window; a function of Cache.by_layer
+        # After the prompt, tokens come one at a time and see everything that the cache returns.
+        causal = self.causal and mask is None and (cache is None or T > 1)
+        y = self.attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
+        return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # B T C
+
+    def heads(self, x, rope=None):
+        """Queries, keys and values (B, H, T, D) for x (B, T, C); keys' and values' heads may be fewer."""
+        B, T, _ = x.shape
         # -1 stands for the heads, fewer than cfg.n_head under tensor parallelism.
         q, k, v = (y.view(B, T, -1, self.head_width) for y in linear_together(x, self.q, self.k, self.v))  # B T H D
         if self.q_norm is not None:
@@ -202,13 +200,7 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # B H T D
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        q, k = q.type_as(v), k.type_as(v)  # rope's table is float32
-        if cache is not None:
-            k, v = cache(k, v)  # B H S D, S tokens so far, or in the window; a function of Cache.by_layer
-        # After the prompt, tokens come one at a time and see everything that the cache returns.
-        causal = self.causal and mask is None and (cache is None or T > 1)
-        y = self.attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
-        return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # B T C
+        return q.type_as(v), k.type_as(v), v  # rope's table is float32
 
 
 class MLP(nn.Module):
@@ -283,6 +275,9 @@ class Transformer(nn.Module):
         self.copies = None  # (bf16 copies, the blocks' matrices that are cast into them) of launch.keep_copies
         self.pieces = None  # context.py: the pieces of sequences that this rank computes; None: whole ones
         self.graphs = None  # CUDA graphs of training by name; None: kernels are launched one by one
+        self.objectives = cfg.objectives  # {name: weight} of the losses in training; a teacher adds its own
+        # A model to learn from, no part of this one (interop/teacher.py), and what it predicts of the next targets
+        self.teacher = self.teaching = None
         self.tie_weights()
 
     def tie_weights(self):
@@ -315,8 +310,7 @@ class Transformer(nn.Module):
         kernels that do not depend on it, so that a CUDA graph may repeat them; the caller keeps place below the cache's
         capacity.
         """
-        cfg, shape, masks = self.cfg, ids.shape, None
-        T, queries = shape[1], None  # places of this rank's tokens; None: all
+        cfg, shape, T, masks, queries = self.cfg, ids.shape, ids.shape[1], None, None  # queries: places; None: all
         caches = None if cache is None else cache.by_layer(place)
         if place is not None:
             assert T == 1 and attention_mask is None, "at a given place there is one token, which sees all before it"
@@ -328,8 +322,7 @@ class Transformer(nn.Module):
             assert start == 0 or T == 1, f"{T} tokens behind a cache of {start}: after a prompt they come one at a time"
             place = torch.arange(start, start + T, device=ids.device)
         if self.pieces is not None:
-            shape, place = self.pieces.whole(shape), self.pieces.places(T, ids.device)
-            queries = place
+            shape, place = self.pieces.whole(shape), (queries := self.pieces.places(T, ids.device))
         if documents is not None:
             assert cache is None, "documents are for whole sequences, a cache is for one document"
             documents = documents, *locate(documents, shape)
@@ -359,7 +352,8 @@ class Transformer(nn.Module):
             return self.head(x)[..., : self.cfg.vocab_size]
         weight, bias, vocabulary = self.head_of_vocabulary()
         options = LossOptions.of(self.cfg) if self.training else LossOptions(), count_correct, self.loss_pass
-        return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), vocabulary, bias, *options)
+        args = x.flatten(0, 1), weight, targets.flatten(), vocabulary, bias, *options
+        return linear_cross_entropy(*args, teaching=self.teaching)
 
     def head_of_vocabulary(self):
         """Weight and bias of the head, and their Vocabulary; tensor parallelism replaces it by a shard's."""

@@ -312,3 +312,19 @@ def windows_of(objective):
     """The class that makes batches for the objectives that the setting names."""
     names = weights_of(objective)
     return next((PAIRS[name] for name in names if name in PAIRS), OBJECTIVES[next(iter(names))])
+
+
+class Loss(float):
+    """The sum of the objectives' mean losses, each by its weight; parts: {name: mean loss}."""
+
+    @classmethod
+    def of(cls, losses, weights):
+        """The Loss of mean losses in the order of weights, {name: weight}; a part of weight 0 is left out."""
+        loss = cls(weighted_sum(losses, weights))
+        loss.parts = {name: part for name, part in zip(weights, losses) if weights[name]}
+        return loss
+
+
+def weighted_sum(losses, weights):
+    """The sum of losses, numbers or tensors, in the order of weights, {name: weight}."""
+    return sum(weight * loss for loss, weight in zip(losses, weights.values()))

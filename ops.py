@@ -3,6 +3,7 @@
 model.py has the legend of tensor dimensions.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -11,6 +12,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from distill import taught_loss
 
 IGNORE = -100  # target that takes no part in the loss
 BY_MATMULS = 512  # tokens up to which a CPU in bf16 trains attention by matmuls
@@ -242,6 +245,10 @@ class Vocabulary:
     first: int = 0  # token id of the shard's first column
     reduce: Callable = lambda tensor, op: tensor  # reduces a tensor in place over all shards by "sum", "max" or "min"
 
+    def ids_in(self, n_columns):
+        """How many of the shard's columns stand for token ids; the others are padding."""
+        return max(0, min(n_columns, self.size - self.first))
+
 
 def chunk_loss(logits, targets, vocabulary, options, with_gradients):
     """The loss of a few tokens, its gradient and the correct predictions: the one place to add a term of the loss.
@@ -250,7 +257,7 @@ def chunk_loss(logits, targets, vocabulary, options, with_gradients):
     without loss. A value that depends on a token's logits of all shards must go through vocabulary.reduce. Returns the
     sum of losses, the number of correct predictions (0 with gradients) and d loss / d logits (N, V), or None without.
     """
-    reduce, n_ids = vocabulary.reduce, max(0, min(logits.shape[1], vocabulary.size - vocabulary.first))
+    reduce, n_ids = vocabulary.reduce, vocabulary.ids_in(logits.shape[1])
     valid, column = targets != IGNORE, targets - vocabulary.first
     here = valid & (0 <= column) & (column < logits.shape[1])  # this shard has the target
     column = column.where(here, 0)
@@ -292,27 +299,34 @@ def _add_at(x, column, value):
     return x.scatter_add_(1, column, value)
 
 
-def loss_pass(logits, bias, targets, vocabulary, options, with_gradients):
+def loss_pass(logits, bias, targets, vocabulary, options, with_gradients, taught=None):
     """chunk_loss of logits (N, V) in the dtype of matmuls, without their bias; the gradients overwrite the logits.
 
     Returns the sum of losses and the number of correct predictions. Compiled, it keeps float32 values in registers.
+    taught, of Teaching.of, adds the teacher's loss: the sum is then (2,), the gradient that of both by their shares.
     """
     x = logits.float() if bias is None else logits.float() + bias
+    distilled = None if taught is None else taught_loss(x, taught, targets != IGNORE, vocabulary)
     loss, n_correct, d_logits = chunk_loss(x, targets, vocabulary, options, with_gradients)
+    if distilled is not None:
+        kl, d_kl, share = distilled
+        loss, d_logits = torch.stack([loss, kl]), d_logits.lerp(d_kl, share)
     if with_gradients:
         logits.copy_(d_logits)
     return loss, n_correct
 
 
 def linear_cross_entropy(
-    hidden, weight, targets, vocabulary, bias=None, options=LossOptions(), count_correct=False, loss_pass=loss_pass
-):
+    hidden, weight, targets, vocabulary, bias=None, options=LossOptions(), count_correct=False, loss_pass=loss_pass,
+    teaching=None,
+):  # fmt: skip
     """Sum over tokens of the loss of logits hidden @ weight.T + bias, without ever holding all logits.
 
     hidden (N, C), weight (V, C) and bias (V,), of the padded vocabulary or a shard of it; targets (N,) with IGNORE for
     tokens that do not count. Returns a float32 scalar; with count_correct, which has no gradients, also the number of
     tokens whose target has the largest logit. Matmuls run in autocast's dtype where it is on, sums in float32.
-    loss_pass: the function of that name, or what torch.compile made of it.
+    loss_pass: the function of that name, or what torch.compile made of it. With teaching, a Teaching, which needs
+    gradients, returns (2,), the loss and the teacher's, for the caller to add by their shares.
 
     Logits, loss and gradients are computed for a chunk of tokens at a time, so that memory is one chunk's and the
     gradients'. torch 2.13's function of this name ignores autocast and is 3.6 times slower than plain cross-entropy on
@@ -321,7 +335,7 @@ def linear_cross_entropy(
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        args = hidden, weight, bias, targets, vocabulary, options, dtype, loss_pass
+        args = hidden, weight, bias, targets, vocabulary, options, dtype, loss_pass, teaching
         if torch.is_grad_enabled():
             assert not count_correct, "targets are counted in evaluation, without gradients"
             return _LinearCrossEntropy.apply(*args)
@@ -340,10 +354,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale):
-        return *(g if g is None else g.mul_(scale) for g in ctx.saved_tensors), *[None] * 5
+        scale = scale.sum()  # with a teacher's loss, shares of one scale
+        return *(g if g is None else g.mul_(scale) for g in ctx.saved_tensors), *[None] * 6
 
 
-def _sum_of_chunks(hidden, weight, bias, targets, vocabulary, options, dtype, loss_pass, with_gradients):
+def _sum_of_chunks(hidden, weight, bias, targets, vocabulary, options, dtype, loss_pass, teaching, with_gradients):
     """(loss, correct predictions, d_hidden, d_weight, d_bias) of all tokens; gradients are None where not wanted."""
     h, w, b = hidden.detach().to(dtype), weight.detach().to(dtype), None if bias is None else bias.detach()
     chunk, few, columns = loss_chunks(len(w), h.device.type)
@@ -352,11 +367,17 @@ def _sum_of_chunks(hidden, weight, bias, targets, vocabulary, options, dtype, lo
     d_weight = torch.zeros_like(weight) if with_gradients else None
     d_bias = torch.zeros_like(bias) if with_gradients and bias is not None else None
     buffer = h.new_empty(min(chunk, len(h)), len(w))  # one for all chunks
+    if teaching is not None:
+        teaching, their_buffer = teaching.shard(vocabulary, len(w), dtype), torch.empty_like(buffer)
     for start in range(0, len(h), chunk):
         h_chunk, target = h[start : start + chunk], targets[start : start + chunk, None]
-        logits = torch.mm(h_chunk, w.T, out=buffer[: len(h_chunk)])  # N V
-        for few_logits, few_targets in zip(logits.split(few), target.split(few)):
-            few_loss, few_correct = loss_pass(few_logits, b, few_targets, vocabulary, options, with_gradients)
+        logits, taught = torch.mm(h_chunk, w.T, out=buffer[: len(h_chunk)]), itertools.repeat(())  # N V
+        if teaching is not None:
+            their_chunk = teaching.hidden[start : start + chunk]
+            theirs = torch.mm(their_chunk, teaching.weight.T, out=their_buffer[: len(h_chunk)])
+            taught = ((teaching.of(few_theirs),) for few_theirs in theirs.split(few))
+        for few_logits, few_targets, more in zip(logits.split(few), target.split(few), taught):
+            few_loss, few_correct = loss_pass(few_logits, b, few_targets, vocabulary, options, with_gradients, *more)
             # Not in place: compiled by torch 2.11, the gradients would be zero (pytorch/pytorch#180642).
             loss, n_correct = loss + few_loss, n_correct + few_correct
         if with_gradients:

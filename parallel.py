@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from config import Config, Count, UserError
 from context import Context, share_sequences
+from heads import gather_rows
 from launch import compile_model, keep_copies
 from ops import Vocabulary
 from pipeline import cut, stage_sizes
@@ -266,17 +267,6 @@ def reshard(model):
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()
-
-
-def gather_rows(world, x):
-    """All data ranks' rows of x (B, ...), in their order, and the number of this rank's first one.
-
-    Only this rank's have a gradient: what all ranks compute of all rows then has, summed over ranks, the whole one.
-    """
-    parts = [torch.empty_like(x) for _ in range(world.data_ranks)]
-    dist.all_gather(parts, x.detach().contiguous(), group=world.data_group)
-    parts[world.data_rank] = x
-    return torch.cat(parts), world.data_rank * len(x)
 
 
 # ---- tensor parallelism

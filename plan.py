@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 
 from config import UserError, only, run_script
 from data import DataConfig, accumulation_steps
+from distill import DistillConfig
 from interop import pretrained
+from interop.teacher import teacher_config
 from model import ModelConfig
 from objective import ObjectiveConfig
 from optim import OptimConfig
@@ -34,6 +36,7 @@ class Settings:
     output: OutputConfig
     model: ModelConfig
     objective: ObjectiveConfig
+    distill: DistillConfig
     data: DataConfig
     optim: OptimConfig
     parallel: ParallelConfig
@@ -120,6 +123,7 @@ def setup_on(gpu, cfg):
     mesh_shape = cfg.parallel.mesh_shape(p.n_gpus)
     micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, math.prod(mesh_shape[:2]) // cfg.parallel.cp)
     others = {field.name: getattr(p, field.name) for field in dataclasses.fields(cost.Setup) if hasattr(p, field.name)}
+    others["teacher"] = teacher_config(cfg)
     return cost.setup_of(cfg, mesh_shape, micro_steps, precision, gpu.device_type, **others)
 
 

@@ -18,17 +18,18 @@ from torch.nn.utils import clip_grads_with_norm_
 from checkpoint import CheckpointConfig
 from config import Config, Count, Positive, UserError, run_script
 from data import DataConfig, Split, each, eval_batches, objective_for, open_data, seq_len_of
+from distill import DistillConfig
 from heads import CONTRASTED, contrast
 from interop.harness import HarnessConfig, open_tasks
 from interop.pretrained import resolve, start_from
+from interop.teacher import check_teacher, start_from_layers, teach
 from launch import refresh_copies, replay
 from model import ModelConfig
-from objective import CONTRASTIVE, ObjectiveConfig, count_targets
+from objective import CONTRASTIVE, Loss, ObjectiveConfig, count_targets, weighted_sum
 from ops import IGNORE
 from optim import OptimConfig, build_optimizer, can_capture, lr_at, set_lr
 from parallel import ParallelConfig, distribute, has_gradient_buckets, reshard, sync_gradients
-from perf.cost import stages
-from perf.memory import setup_here
+from perf.memory import stages_here
 from pipeline import schedule, total_norm
 from run.folder import RunConfig, run_dir_of
 from run.guard import Stop, guarded
@@ -51,6 +52,7 @@ class TrainConfig(Config):
 class Settings:
     model: ModelConfig
     objective: ObjectiveConfig
+    distill: DistillConfig
     data: DataConfig
     optim: OptimConfig
     parallel: ParallelConfig
@@ -71,6 +73,7 @@ class Settings:
 
 def main(cfg):
     cfg = resolve(dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, out_dir=run_dir_of(cfg) or "out/run")))
+    check_teacher(cfg)
     with (
         init_world(cfg.world, cfg.parallel) as world,
         open_data(cfg, world) as (train_data, val_data),
@@ -79,10 +82,11 @@ def main(cfg):
         tasks = open_tasks(cfg, world)
         model, optimizer, scaler = build(cfg, world, cfg.run.seed)
         data_fingerprint = f"{train_data.order.split.fingerprint()}-{Split.joined(val_data).fingerprint()}"
-        saver = Saver(cfg, world, model, optimizer, scaler, data_fingerprint)
+        saver = Saver(cfg, world, model, optimizer, scaler, data_fingerprint, teach(cfg, model, world))
         state = saver.resume()
         if state is None:
             start_from(cfg, model, world)
+            start_from_layers(cfg, model, world)
             state = State()
         plain = dataclasses.replace(cfg, objective=cfg.objective.without_augmentation())
         val_objective = objective_for(plain, EVAL_MASK_SEED, world)
@@ -116,7 +120,6 @@ def train(saver, state, train_data, evaluation, stop, tasks=None):
             # stop requested: skip the evaluation, we may be killed soon
             if due and not request.is_requested and state.evaluated_at != state.step:
                 with log.paused():
-                    saver.writer.wait()  # its thread's exchanges among ranks would mix with evaluation's
                     figures = evaluation()
                     if tasks_due:
                         figures |= tasks(model)
@@ -161,7 +164,7 @@ def train_step(model, optimizer, scaler, batches, cfg, world, recent=()):
     spikes.
     """
     with world.phase("forward", "counting targets"):
-        n_targets = world.sum_over_data(sum(count_targets(model.cfg.objectives, *batch) for batch in batches))
+        n_targets = world.sum_over_data(sum(count_targets(model.objectives, *batch) for batch in batches))
         n_targets = n_targets.clamp(min=1)  # a batch of special tokens alone has nothing to predict
     refresh_copies(model)
     keep_gradients = has_gradient_buckets(model) or model.graphs is not None
@@ -180,7 +183,7 @@ def train_step(model, optimizer, scaler, batches, cfg, world, recent=()):
         grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's is a DTensor
         # One exchange for all: tp ranks have the same losses, all ranks the same norm.
         *losses, grad_norm = world.sum_over_all(*(losses / world.tp), grad_norm / world.size)
-        loss = Loss.of(losses, model.cfg.objectives)
+        loss = Loss.of(losses, model.objectives)
         bad = bad_step(loss, grad_norm, cfg.health, recent)
         overflow = scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(grad_norm)
         if overflow and scaler.get_scale() > 1:
@@ -226,23 +229,7 @@ def backward(model, scaler, world, progress, losses):
     """Adds the gradients of a forward's losses."""
     with world.phase("backward", progress):
         # DDP and FSDP average gradients over ranks, and the loss is the ranks' sum: so multiply by the ranks.
-        scaler.scale(weighted_sum(losses, model.cfg.objectives) * world.data_ranks * world.cp).backward()
-
-
-class Loss(float):
-    """The sum of the objectives' mean losses, each by its weight; parts: {name: mean loss}."""
-
-    @classmethod
-    def of(cls, losses, weights):
-        """The Loss of mean losses in the order of weights, {name: weight}; a part of weight 0 is left out."""
-        loss = cls(weighted_sum(losses, weights))
-        loss.parts = {name: part for name, part in zip(weights, losses) if weights[name]}
-        return loss
-
-
-def weighted_sum(losses, weights):
-    """The sum of losses, numbers or tensors, in the order of weights, {name: weight}."""
-    return sum(weight * loss for loss, weight in zip(losses, weights.values()))
+        scaler.scale(weighted_sum(losses, model.objectives) * world.data_ranks * world.cp).backward()
 
 
 def update(model, optimizer, scaler, cfg, norm):
@@ -274,24 +261,19 @@ def evaluate(model, splits, objective, cfg, world):
     if model.cfg.is_causal and splits[0].token_bytes:
         n_bytes = sum(map(operator.mul, frequencies.tolist(), splits[0].token_bytes))
     figures = {
-        "val_loss": mean_loss(losses, counts, weights),
+        "val_loss": weighted_sum((losses / counts).tolist(), weights),
         "val_accuracy": (n_correct[0] / n_targets).item(),
         "val_accuracy_of_commonest": frequencies.max().item() / n_targets,
     }
     if n_bytes:
         figures["val_bpb"] = losses[0].item() / math.log(2) / n_bytes
     if len(sums) > 1:
-        figures["val_losses"] = {name: mean_loss(*s[::2], weights) for name, (s, _) in sums.items()}
+        figures["val_losses"] = {name: weighted_sum((s[0] / s[2]).tolist(), weights) for name, (s, _) in sums.items()}
     if len(weights) > 1:
         for kind, sums_of_kind in (("loss", losses), ("accuracy", n_correct)):
             figures |= {f"val_{kind}_{name}": x for name, x in zip(weights, (sums_of_kind / counts).tolist())}
         figures.pop(f"val_accuracy_{CONTRASTIVE}", None)  # nothing is nearer to a text than itself
     return figures
-
-
-def mean_loss(losses, counts, weights):
-    """The weighted sum of mean losses from sums of losses and numbers of targets (M,)."""
-    return weighted_sum((losses / counts).tolist(), weights)
 
 
 @torch.no_grad()
@@ -326,7 +308,7 @@ def build(cfg, world, seed):
     """The model, ready to train on this rank, its optimizer, and the gradient scaler, which only fp16 uses."""
     with torch.device("meta"):
         model = cfg.model.build()
-    distribute(model, cfg.parallel, world, seed, stages(cfg.model, setup_here(cfg, world)))
+    distribute(model, cfg.parallel, world, seed, stages_here(cfg, world))
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.precision == "fp16")
     return model, build_optimizer(model, cfg.optim, world), scaler
 

@@ -50,8 +50,8 @@ class World:
     is (replicate, shard, tp): tp neighbours split each layer and read the same data, `shard` groups hold one
     replica of the model, and replicas hold equal weights. data_group connects the ranks that compute different tokens:
     neighbours in it, cp of them, share sequences, the others read different ones.
-    cpu_group connects all ranks apart from training, for the thread that writes checkpoints. In the store, ranks leave
-    their progress and how they ended.
+    cpu_group connects all ranks apart from training, and saver_group once more, for the thread that writes checkpoints.
+    In the store, ranks leave their progress and how they ended.
     """
 
     rank: int
@@ -65,6 +65,7 @@ class World:
     cp_group: dist.ProcessGroup | None = None
     data_group: dist.ProcessGroup | None = None
     cpu_group: dist.ProcessGroup | None = None
+    saver_group: dist.ProcessGroup | None = None
     store: dist.Store | None = None
     progress: Progress = field(default_factory=Progress)
 
@@ -159,7 +160,7 @@ class World:
         return tensor.item()
 
     def gather(self, value):
-        """A list with each rank's value, of any type; uses cpu_group, so that the saver's thread may call it."""
+        """A list with each rank's value, of any type; uses cpu_group."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -224,11 +225,12 @@ def init_world(cfg, layout=None):
     mesh = mesh[names]
     data_group = mesh["replicate", "shard"]._flatten("data").get_group()
     mesh["shard", "tp"]._flatten("model")  # clip_grad_norm_ then sums norms over it at once, without a warning
-    cpu_group = dist.new_group(backend="gloo", timeout=timeout)
+    cpu_group, saver_group = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     # Progress goes to torchrun's store, which outlives a rank, over a connection of its own: the other may be busy.
     progress_store = dist.PrefixStore(f"ranks_{store.port}", shared.clone())
     progress_store.set_timeout(datetime.timedelta(seconds=20))
-    yield World(rank, size, device, precision, mesh, pp, pp_groups, cp, cp_group, data_group, cpu_group, progress_store)
+    groups = data_group, cpu_group, saver_group
+    yield World(rank, size, device, precision, mesh, pp, pp_groups, cp, cp_group, *groups, progress_store)
     # Not in a finally: after an error the other ranks may never come here.
     dist.barrier()
     dist.destroy_process_group()

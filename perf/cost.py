@@ -54,6 +54,7 @@ class Setup:
     residual_bytes: float | None = None  # bytes per number of the residual stream; None: 2 in bf16, else 4
     logits_bytes: float | None = None  # bytes per logit where all are in memory at once; None: one chunk at a time
     tp_hidden: float = 0.0  # share of tensor parallelism's traffic that overlaps with matmuls
+    teacher: object = None  # ModelConfig of the teacher, whole on each rank; None: there is none
 
     @property
     def ranks(self):
@@ -353,6 +354,10 @@ def step_seconds(cfg, s, gpu, gpus_per_node=8, efficiency=1.0, rates=None):
     # The host runs ahead of an accelerator, and costs time where launching takes longer than all that is launched.
     hidden_s = 0.0 if s.on_cpu else sum(parts.values()) + optimizer_s / s.micro_steps
     parts["overhead_s"] = max(0.0, launch_s / s.micro_steps - hidden_s)
+    if s.teacher:  # its forward, a third of its step
+        alone = replace(s, teacher=None, micro_steps=1, tp=1, checkpointing="none", strategy="ddp")
+        of_teacher = step_seconds(s.teacher, alone, gpu, gpus_per_node, efficiency)
+        parts = {name: seconds + of_teacher[name] / 3 for name, seconds in parts.items()}
     compute = sum(parts.values())
     return {name: s.micro_steps / s.pp * seconds for name, seconds in parts.items()} | {
         "bubble_s": bubble_seconds(cfg, s, compute, parts["head_s"]),

@@ -22,8 +22,8 @@ OPTIMIZER_BYTES = {"adamw": 8, "muon": 8, "sgd": 4, "adafactor": 0}  # state per
 def memory(cfg, s):
     """{category: bytes allocated on one rank at the peak}; a category may be empty at that moment.
 
-    Of a pipeline, a rank of the stage that needs most. weights: with gathered and cast copies; logits: all buffers of
-    the loss; other: working memory of backward and of the optimizer.
+    Of a pipeline, a rank of the stage that needs most. weights: with gathered and cast copies, and a teacher's; logits:
+    all buffers of the loss; other: working memory of backward and of the optimizer.
     """
     return max((memory_of_stage(cfg, s, stage) for stage in range(s.pp)), key=lambda parts: sum(parts.values()))
 
@@ -72,7 +72,8 @@ def memory_of_stage(cfg, s, stage):
     state = OPTIMIZER_BYTES[s.optimizer] if s.optimizer_bytes is None else s.optimizer_bytes
     unused = 4 * n_layer * block_weights(cfg) / s.tp if s.optimizer == "muon" else 0  # a matrix has one state
     optimizer = (n * state - unused) / s.shards
-    return dict(zip(CATEGORIES, (weights + copies, gradients, optimizer, activations, logits, other + error_feedback)))
+    weights += copies + teacher_bytes(s)
+    return dict(zip(CATEGORIES, (weights, gradients, optimizer, activations, logits, other + error_feedback)))
 
 
 def block_activation_bytes(cfg, s, checkpointing="none"):
@@ -123,7 +124,16 @@ def head_bytes(cfg, s):
     casts = 2 * (n * d * (s.stream != w) + V * d) if w == 2 else 0
     in_float32 = w == 2 and not s.compiled  # compiled, a pass keeps them in registers
     logits = min(n, chunk) * V * w + (min(n, chunk, few) * V * 4 if in_float32 else 0)
+    logits *= 1 + (s.teacher is not None)  # the teacher's
     return hidden + casts + logits + (hidden + gradient) + w * d * min(V, columns), hidden + gradient
+
+
+def teacher_bytes(s):
+    """Bytes of a teacher's weights: its blocks' matrices in the run's precision, the rest in float32."""
+    if s.teacher is None:
+        return 0
+    matrices = s.teacher.n_layer * block_weights(s.teacher)
+    return s.width * matrices + 4 * (num_params(s.teacher, padded=True) - matrices)
 
 
 def params_and_bytes(optimizer):
@@ -207,7 +217,12 @@ def flags(change):
     return " ".join(f"--{name}={value}" for name, value in named.items())
 
 
-def setup_here(cfg, world):
-    """The Setup of the run that these processes train."""
+def stages_here(cfg, world):
+    """Blocks of each stage of the run that these processes train."""
+    return stages(cfg.model, setup_here(cfg, world))
+
+
+def setup_here(cfg, world, teacher=None):
+    """The Setup of the run that these processes train. teacher: its ModelConfig, if any."""
     micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, world.data_ranks)
-    return setup_of(cfg, world.mesh_shape, micro_steps, world.precision, world.device.type)
+    return setup_of(cfg, world.mesh_shape, micro_steps, world.precision, world.device.type, teacher=teacher)

@@ -22,7 +22,7 @@ from console import report
 from objective import windows_of
 from perf import cost
 from perf.hardware import peak_flops
-from perf.memory import memory, params_and_bytes, setup_here
+from perf.memory import memory, params_and_bytes, setup_here, stages_here
 from pipeline import bubble
 from run.curves import draw_curves
 from run.folder import keep_source, keep_tokenizer, open_log, writing_to
@@ -51,7 +51,8 @@ class Log:
         self.peak, self.peak_name = peak_flops(world.device, world.precision)
         reset_peak_memory(world.device)  # the matmul that measured the peak had its own
         per_rank = [world.worst(figure) for figure in params_and_bytes(optimizer)]
-        self.predicted = {k: n / 2**30 for k, n in memory(cfg.model, setup_here(cfg, world)).items() if n}  # GiB
+        setup = setup_here(cfg, world, model.teacher and model.teacher.cfg)
+        self.predicted = {k: n / 2**30 for k, n in memory(cfg.model, setup).items() if n}  # GiB
         self.stage = getattr(model, "stage", None)
         self.n_steps, self.file, self.unwritten, self.wandb, self.failed = 0, None, b"", None, set()
         self.draws = world.is_main and importlib.util.find_spec("matplotlib") is not None
@@ -275,7 +276,7 @@ class Log:
             layout = f"{stages}{replicas} replicas x {shards} shards x {tp} tensor parallel"
             print(f"layout     {world.size} ranks = {layout}" + f", {world.cp} share a sequence" * (world.cp > 1))
         if world.pp > 1:
-            sizes = ", ".join(map(str, cost.stages(cfg.model, setup_here(cfg, world))))
+            sizes = ", ".join(map(str, stages_here(cfg, world)))
             idle = bubble(micro_steps, world.pp)
             print(f"pipeline   stages of {sizes} blocks; equally fast, each waits {idle:.0%} of a step for others")
         n_params, n_bytes = per_rank

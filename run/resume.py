@@ -22,6 +22,7 @@ from checkpoint import (
 )
 from config import UserError, as_dict, preset_text
 from data import is_same_data
+from distill import DistillConfig
 from mixture import shares_until
 from model import ModelConfig
 from objective import ObjectiveConfig
@@ -29,6 +30,7 @@ from run.folder import writing_to
 from run.health import WINDOW, first_bad_tensor
 from world import World, seed_step
 
+AT_THE_START = ("init_from", "init_layers")  # settings that a resumed run does not read
 OF_A_RUN = ("settings", "state", "scaler")  # entries of a manifest that a run needs to continue
 
 
@@ -78,10 +80,11 @@ class State:
 class Saver:
     """Saves a run and brings it back: its tensors and its State, on all ranks together."""
 
-    def __init__(self, cfg, world, model, optimizer, scaler, data_fingerprint):
+    def __init__(self, cfg, world, model, optimizer, scaler, data_fingerprint, teacher_fingerprint=None):
         self.cfg, self.world = cfg, world
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        self.settings = as_dict(cfg) | {"data_fingerprint": data_fingerprint}
+        fingerprints = {"data_fingerprint": data_fingerprint, "teacher_fingerprint": teacher_fingerprint}
+        self.settings = as_dict(cfg) | fingerprints
         self.settings = json.loads(json.dumps(self.settings))  # as a manifest has them: a schedule's steps as texts
         self.writer = CheckpointWriter(cfg.run.out_dir, cfg.checkpoint, world)
         self.changes = []  # lines `name: old -> new` of the settings that differ from the resumed run's
@@ -187,8 +190,10 @@ def write_run(out_dir, step, tensors, facts, preset):
 
 def changed_settings(old, new, step=0):
     """Lines `name: old -> new` of the settings that a run changes at a step; UserError where one must not change."""
-    defaults = {f.name: f.default for owner in (ModelConfig, ObjectiveConfig) for f in dataclasses.fields(owner)}
-    fixed = {*defaults, "seq_len", "seed", "optimizer", "data_fingerprint"}
+    owners = ModelConfig, ObjectiveConfig, DistillConfig
+    defaults = {f.name: f.default for owner in owners for f in dataclasses.fields(owner)}
+    defaults["teacher_fingerprint"] = None
+    fixed = {*defaults, "seq_len", "seed", "optimizer", "data_fingerprint"} - {"teacher", *AT_THE_START}
     fixed |= {"task", "batch_examples", "freeze", "lora_rank", "metric"}  # of fine-tuning
     old = defaults | old  # a run from before a setting has trained with its default
     changes = {name: f"{name}: {old[name]} -> {new[name]}" for name in new if name in old and old[name] != new[name]}
@@ -201,4 +206,4 @@ def changed_settings(old, new, step=0):
     if refused := "; ".join(line for name, line in changes.items() if name in fixed):
         rule = "a run cannot continue with another model, data, objective, seed or optimizer"
         raise UserError(f"{rule}; here {refused}; use the old values, or a new run with --out_dir=")
-    return [f"{line}, without effect now" if name == "init_from" else line for name, line in changes.items()]
+    return [f"{line}, without effect now" if name in AT_THE_START else line for name, line in changes.items()]

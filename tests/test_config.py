@@ -390,7 +390,8 @@ def test_every_setting_is_read_somewhere():
     # what a class turns into something else itself
     assert [name for name in unread if (name, True) not in read] == []
     resolved = {"max_steps", "max_tokens", "n_inner", "n_kv_head", "head_dim", "json", "residual_bytes", "second_column"}
-    assert set(unread) <= resolved | {"window", "global_every", "data_schedule"}
+    compared = {"distill_cosine", "distill_hidden", "distill_attention"}
+    assert set(unread) <= resolved | compared | {"window", "global_every", "data_schedule"}
 
 
 # ---- the presets of the project
