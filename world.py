@@ -195,7 +195,8 @@ def init_world(cfg, layout=None):
     cfg: a WorldConfig. layout: a ParallelConfig, which gives the shape of the mesh; None: replicas alone.
     """
     rank, size, local_rank = processes_here()
-    pp, mesh_shape = (layout.pp, layout.mesh_shape(size)) if layout else (1, (size, 1, 1))
+    if layout:
+        layout.mesh_shape(size)  # raises where it does not fit
     device = pick_device(cfg.device, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -213,27 +214,33 @@ def init_world(cfg, layout=None):
     timeout = datetime.timedelta(minutes=2 * (cfg.timeout_minutes or YEAR))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    names = "replicate", "shard", "tp"
-    mesh, pp_groups = init_device_mesh(device.type, (pp, *mesh_shape), mesh_dim_names=("pp", *names)), ()
-    if pp > 1:
-        backward, _ = dist.new_subgroups_by_enumeration(mesh.mesh.flatten(1).T.tolist(), timeout)
-        pp_groups = mesh.get_group("pp"), backward
-    cp, cp_group = layout.cp if layout else 1, None
-    if cp > 1:
-        sharing = mesh.mesh.view(-1, cp, mesh_shape[2]).mT.flatten(0, 1).tolist()
-        cp_group, _ = dist.new_subgroups_by_enumeration(sharing, timeout)
-    mesh = mesh[names]
-    data_group = mesh["replicate", "shard"]._flatten("data").get_group()
-    mesh["shard", "tp"]._flatten("model")  # clip_grad_norm_ then sums norms over it at once, without a warning
+    groups = groups_of(device.type, layout, size, timeout)
     cpu_group, saver_group = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     # Progress goes to torchrun's store, which outlives a rank, over a connection of its own: the other may be busy.
     progress_store = dist.PrefixStore(f"ranks_{store.port}", shared.clone())
     progress_store.set_timeout(datetime.timedelta(seconds=20))
-    groups = data_group, cpu_group, saver_group
-    yield World(rank, size, device, precision, mesh, pp, pp_groups, cp, cp_group, *groups, progress_store)
+    groups |= {"cpu_group": cpu_group, "saver_group": saver_group, "store": progress_store}
+    yield World(rank, size, device, precision, **groups)
     # Not in a finally: after an error the other ranks may never come here.
     dist.barrier()
     dist.destroy_process_group()
+
+
+def groups_of(device_type, layout, size, timeout=None):
+    """The fields of a World that say which of `size` ranks exchange what; layout: a ParallelConfig, None: replicas."""
+    pp, cp, shape = (layout.pp, layout.cp, layout.mesh_shape(size)) if layout else (1, 1, (size, 1, 1))
+    names, pp_groups, cp_group = ("replicate", "shard", "tp"), (), None
+    whole = init_device_mesh(device_type, (pp, *shape), mesh_dim_names=("pp", *names))
+    if pp > 1:
+        backward, _ = dist.new_subgroups_by_enumeration(whole.mesh.flatten(1).T.tolist(), timeout)
+        pp_groups = whole.get_group("pp"), backward
+    if cp > 1:
+        sharing = whole.mesh.view(-1, cp, shape[2]).mT.flatten(0, 1).tolist()
+        cp_group, _ = dist.new_subgroups_by_enumeration(sharing, timeout)
+    mesh = whole[names]
+    data_group = mesh["replicate", "shard"]._flatten("data").get_group()
+    mesh["shard", "tp"]._flatten("model")  # clip_grad_norm_ then sums norms over it at once, without a warning
+    return {"mesh": mesh, "pp": pp, "pp_groups": pp_groups, "cp": cp, "cp_group": cp_group, "data_group": data_group}
 
 
 def processes_here():

@@ -10,7 +10,7 @@ from config import UserError
 from data import accumulation_steps
 from ops import loss_chunks
 from optim import STACK
-from perf.cost import block_params, block_weights, params_outside, setup_of, stages
+from perf.cost import block_params, block_weights, num_params, params_outside, setup_of, stages
 from world import local, memory_bytes
 
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "logits", "other")

@@ -411,6 +411,7 @@ REFUSED = {
     "which strategy fsdp shards": {"distill_attention": 1, "n_layer": 2, "strategy": "fsdp"},
     "compares whole layers, which tp 2 splits": {"distill_hidden": 1, "n_layer": 2, "tp": 2, "n_head": 4, "seq_len": 6,
                                                  "batch_tokens": 36},
+    "which pp 2 and cp 1 divide": {"pp": 2, "n_layer": 2},
     "and window hides some": {"distill_attention": 1, "n_layer": 2, "window": 3},
     "init_layers copies layers .* n_inner 80 there, 40 here": {"init_layers": "even", "n_inner": 40},
     "init_layers names 4, x; .* has the layers 0 to 3": {"init_layers": "0,4,x"},
