@@ -11,6 +11,7 @@ import bisect
 import dataclasses
 import math
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 from config import UserError, only, run_script
 from data import DataConfig, accumulation_steps
@@ -27,6 +28,7 @@ from perf.pictures import draw_plan, write_picture
 from perf.report_plan import report, report_compared
 from perf.settings import OutputConfig, PlanConfig, read_json, with_default_vocab
 from run.folder import RunConfig
+from run.health import HealthConfig
 from world import WorldConfig
 
 
@@ -62,6 +64,8 @@ def main(cfg):
     else:
         lines = report(cfg, gpu, setup, figures, rows, notes)
     print(*lines, sep="\n")
+    if cfg.plan.simulate:
+        print(*simulate(cfg, setup), sep="\n", flush=True)
     write_picture("plan.png", (11, 4.5), draw_plan, rows)
     cfg.output.write(figures)
 
@@ -125,6 +129,17 @@ def setup_on(gpu, cfg):
     others = {field.name: getattr(p, field.name) for field in dataclasses.fields(cost.Setup) if hasattr(p, field.name)}
     others["teacher"] = teacher_config(cfg)
     return cost.setup_of(cfg, mesh_shape, micro_steps, precision, gpu.device_type, **others)
+
+
+def simulate(cfg, setup):
+    """The lines of a simulated step of rank 0 in a Setup, beside what the formulas say of it."""
+    from perf.simulation import report_simulated, simulated  # here, since both import the training loop
+    from train import build, train_step
+
+    world = replace(cfg.world, precision=setup.precision)
+    settings = SimpleNamespace(**vars(replace(cfg, world=world)), health=HealthConfig())
+    figures = simulated(settings, cfg.plan.n_gpus, build, train_step)
+    return report_simulated(figures, cost.collectives(cfg.model, setup, cfg.plan.gpus_per_node))
 
 
 # ---- the prediction

@@ -239,8 +239,8 @@ def collectives(cfg, s, gpus_per_node=8):
             # Embeddings: scattered, their gradient gathered. The last layer: gathered, its gradient reduced.
             Collective("layers", "reduce_scatter", embedded, *of_tp, s.micro_steps),
             Collective("layers", "all_gather", embedded, *of_tp, s.micro_steps),
-            Collective("layers", "all_gather", normalized, *of_tp, s.micro_steps),
-            Collective("layers", "all_reduce", normalized, *of_tp, s.micro_steps),
+            Collective("layers", "all_gather", normalized, *of_tp, s.micro_steps * (s.pp == 1)),
+            Collective("layers", "all_reduce", normalized, *of_tp, s.micro_steps * (s.pp == 1)),
         ]
     if s.cp > 1:  # keys and values, and their gradients
         whole = s.cp * s.tokens * 2 * cfg.kv_heads * cfg.head_width * s.width / s.tp
@@ -248,8 +248,10 @@ def collectives(cfg, s, gpus_per_node=8):
         found.append(Collective("context", "all_gather", whole, *of_cp, layers * (1 + (s.checkpointing != "none"))))
         found.append(Collective("context", "reduce_scatter", whole, *of_cp, layers))
     if s.pp > 1:
-        of_stages = ("stages", "send", s.tokens * cfg.n_embd * s.stream / s.tp, 2, 1 + (s.ranks <= gpus_per_node))
-        found.append(Collective(*of_stages, s.micro_steps * min(2, s.pp - 1)))
+        of_stages, table = (2, 1 + (s.ranks <= gpus_per_node)), s.gradient_bytes * cfg.padded_vocab_size * cfg.n_embd
+        output = s.tokens * cfg.n_embd * s.stream / s.tp
+        found.append(Collective("stages", "send", output, *of_stages, s.micro_steps))
+        found.append(Collective("stages", "send", table / (s.tp * s.shards), *of_stages, int(cfg.tie_embeddings)))
     if s.strategy == "ddp" and s.tp == s.pp == 1:  # in buckets; the first blocks' and the embedding's are waited for
         sent = powersgd_numbers(cfg) if s.grad_compression == "powersgd" else cfg.n_layer * block + rest
         n_bytes, last = gradient * sent, cfg.n_layer * block / DDP_SEGMENTS * s.compiled + rest

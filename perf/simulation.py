@@ -30,6 +30,7 @@ class PaperWorld(World):
     """A World whose sums over ranks are made up, since fake tensors have no numbers."""
 
     def sum_over_all(self, *scalars):
+        """A 1 for each scalar."""
         return [1.0 for _ in scalars]
 
 
@@ -84,10 +85,10 @@ def paper_world(cfg, n_ranks, rank=0):
 
 
 def simulated(cfg, n_ranks, build, train_step, rank=0):
-    """Figures of a step of one of n_ranks ranks.
+    """{"collectives": {(kind, dtype, bytes of the whole tensor): times}, "flops", "parameters"} of one rank's step.
 
-    {"collectives": {(kind, dtype, bytes): times}, "sent_gb", "flops", "parameters": of this rank}. build and train_step
-    are train.py's. cfg: a script's settings, whose batch the ranks divide.
+    FLOPs are torch's count of matmuls and attention, parameters those that the rank holds, padding included. build and
+    train_step are train.py's. cfg: a script's settings, whose batch the ranks divide.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
@@ -102,3 +103,20 @@ def simulated(cfg, n_ranks, build, train_step, rank=0):
             train_step(model, optimizer, scaler, batches, cfg, world)
         parameters = sum(local(p).numel() for p in model.parameters())
     return {"collectives": dict(sent.counts), "flops": flops.get_total_flops(), "parameters": parameters}
+
+
+def report_simulated(figures, formulas):
+    """Yields the lines of a simulation. formulas: the Collectives that perf/cost.py says of the same rank."""
+    least = min((c.n_bytes for c in formulas if c.times and c.ranks > 1), default=0)
+    counted, said = collections.Counter(), collections.Counter()
+    for (kind, _, n_bytes), times in figures["collectives"].items():
+        counted[kind, n_bytes] += times
+    for c in formulas:
+        if c.ranks > 1:
+            said[c.kind, round(c.n_bytes)] += round(c.times)
+    rows = sorted(counted.keys() | +said, key=lambda key: -key[1] * max(counted[key], said[key]))
+    yield f"simulated  rank 0: {figures['parameters']:,} parameters held, {figures['flops'] / 1e12:,.4g} TFLOP a step"
+    yield f"{'':11}{'collective':<16}{'MiB':>12}{'times':>8}  by the formulas"
+    for kind, n_bytes in rows:
+        formula = f"{said[kind, n_bytes]:,}" if n_bytes >= least else "left out: a vector or a count"
+        yield f"{'':11}{kind:<16}{n_bytes / 2**20:12,.3f}{counted[kind, n_bytes]:8,}  {formula}"
