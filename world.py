@@ -231,15 +231,16 @@ def groups_of(device_type, layout, size, timeout=None):
     pp, cp, shape = (layout.pp, layout.cp, layout.mesh_shape(size)) if layout else (1, 1, (size, 1, 1))
     names, pp_groups, cp_group = ("replicate", "shard", "tp"), (), None
     whole = init_device_mesh(device_type, (pp, *shape), mesh_dim_names=("pp", *names))
+    mesh = whole[names]
+    data_group = mesh["replicate", "shard"]._flatten("data").get_group()
+    mesh["shard", "tp"]._flatten("model")  # clip_grad_norm_ then sums norms over it at once, without a warning
+    # After the mesh's groups, whose names, numbers in the order of their making, DTensor keeps from one mesh to the next
     if pp > 1:
         backward, _ = dist.new_subgroups_by_enumeration(whole.mesh.flatten(1).T.tolist(), timeout)
         pp_groups = whole.get_group("pp"), backward
     if cp > 1:
         sharing = whole.mesh.view(-1, cp, shape[2]).mT.flatten(0, 1).tolist()
         cp_group, _ = dist.new_subgroups_by_enumeration(sharing, timeout)
-    mesh = whole[names]
-    data_group = mesh["replicate", "shard"]._flatten("data").get_group()
-    mesh["shard", "tp"]._flatten("model")  # clip_grad_norm_ then sums norms over it at once, without a warning
     return {"mesh": mesh, "pp": pp, "pp_groups": pp_groups, "cp": cp, "cp_group": cp_group, "data_group": data_group}
 
 
