@@ -10,8 +10,10 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor import parallel as styles
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -19,7 +21,7 @@ from config import Config, Count, UserError
 from context import Context, share_sequences
 from heads import gather_rows
 from launch import compile_model, keep_copies
-from ops import Vocabulary
+from ops import Vocabulary, matmul_dtype, residual_dtype
 from pipeline import cut, stage_sizes
 from world import local
 
@@ -289,6 +291,23 @@ class Replicated(styles.ParallelStyle):
         return distribute_module(module, mesh, None, place_inputs, lambda module, output, mesh: output.to_local())
 
 
+class VocabularyRows(styles.ParallelStyle):
+    """An embedding with a shard of rows a rank. RowwiseParallel would send float32: its output is cast when summed."""
+
+    def _apply(self, module, mesh):
+        def lookup(ids):
+            rows = module.weight.to_local()
+            row = ids - mesh.get_local_rank() * len(rows)
+            is_here = (0 <= row) & (row < len(rows))
+            x = F.embedding(row.where(is_here, 0), rows).where(is_here[..., None], 0)  # B T C
+            x = DTensor.from_local(x.to(residual_dtype(x)), mesh, [Partial()])
+            return x.redistribute(placements=[Shard(1)]).to_local()
+
+        module.weight = nn.Parameter(distribute_tensor(module.weight, mesh, [Shard(0)]))
+        module.forward = lookup
+        return module
+
+
 def tensor_parallel_plan(n_layer):
     """{pattern of module names: its parallel style}; splits heads, columns of the MLP and rows of the vocabulary.
 
@@ -298,7 +317,7 @@ def tensor_parallel_plan(n_layer):
     part = styles.SequenceParallel(use_local_output=True)
     heads = styles.SequenceParallel(sequence_dim=2, use_local_output=True)
     return {
-        "wte": styles.RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "wte": VocabularyRows(),
         "wpe": Replicated(dim=-1),  # positions (T,), or (B, T) with documents
         "wtt": Replicated(dim=1),
         "norm_e": part,
@@ -326,6 +345,9 @@ def tensor_parallel_plan(n_layer):
 
 def shard_tensors(model, mesh):
     """Tensor parallelism over a mesh of one dimension; no rank ever holds all logits."""
+    for block in model.blocks:  # before the hooks that gather: what matmuls would cast is sent in their dtype
+        for module in (block.attn, block.mlp):
+            module.register_forward_pre_hook(lambda module, x: (x[0].to(matmul_dtype(x[0])), *x[1:]))
     for pattern, style in tensor_parallel_plan(model.cfg.n_layer).items():  # a stage has a part of them
         for name, module in list(model.named_modules()):
             if fnmatch(name, pattern) and name.count(".") == pattern.count("."):

@@ -229,18 +229,16 @@ def collectives(cfg, s, gpus_per_node=8):
         # does the reverse. Full checkpointing repeats forward except for its last reduction, which nothing needs.
         layers, again = n_layer * s.micro_steps, s.checkpointing == "full"
         hidden = s.tokens * cfg.n_embd
-        embedded, normalized, narrow = hidden * s.weight_bytes, hidden * s.stream, hidden * s.width
+        residual, narrow = hidden * s.stream, hidden * s.width
         of_tp = (s.tp, min(s.tp, gpus_per_node))
         found += [
-            Collective("layers", "all_gather", normalized, *of_tp, (2 + 2 * again) * layers),
-            Collective("layers", "reduce_scatter", narrow, *of_tp, (2 + again) * layers),
-            Collective("layers", "all_gather", narrow, *of_tp, 2 * layers),
-            Collective("layers", "reduce_scatter", normalized, *of_tp, 2 * layers),
+            Collective("layers", "all_gather", narrow, *of_tp, (4 + 2 * again) * layers),
+            Collective("layers", "reduce_scatter", narrow, *of_tp, (4 + again) * layers),
             # Embeddings: scattered, their gradient gathered. The last layer: gathered, its gradient reduced.
-            Collective("layers", "reduce_scatter", embedded, *of_tp, s.micro_steps),
-            Collective("layers", "all_gather", embedded, *of_tp, s.micro_steps),
-            Collective("layers", "all_gather", normalized, *of_tp, s.micro_steps * (s.pp == 1)),
-            Collective("layers", "all_reduce", normalized, *of_tp, s.micro_steps * (s.pp == 1)),
+            Collective("layers", "reduce_scatter", residual, *of_tp, s.micro_steps),
+            Collective("layers", "all_gather", residual, *of_tp, s.micro_steps),
+            Collective("layers", "all_gather", residual, *of_tp, s.micro_steps * (s.pp == 1)),
+            Collective("layers", "all_reduce", residual, *of_tp, s.micro_steps * (s.pp == 1)),
         ]
     if s.cp > 1:  # keys and values, and their gradients
         whole = s.cp * s.tokens * 2 * cfg.kv_heads * cfg.head_width * s.width / s.tp

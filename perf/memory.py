@@ -106,7 +106,7 @@ def block_activation_bytes(cfg, s, checkpointing="none"):
         qk_norms = w * (q + kv) + row * head_rows if cfg.qk_norm else 0
         return 2 * w * d + (stream + 2 * row + qk_norms + attention + w * d + w * f * (up + 1)) / s.tp
     # An eager matmul in a narrower dtype saves its own cast of the norm's output: q, k, v and the MLP's one or two.
-    inputs = w * d * (2 if s.stream == w else 3 + up)
+    inputs = w * d * (2 if s.stream == w or s.tp > 1 else 3 + up)  # tensor parallelism casts before it gathers
     norms = 2 * (normed * d + row)
     qk_norms = normed * (q + kv) + row * head_rows if cfg.qk_norm else 0
     mlp = w * f * 2 * up  # inputs and output of the activation function, and of the gate's product
