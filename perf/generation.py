@@ -95,4 +95,4 @@ def report_generation(cfg, gpu, context, available, precision, found):
         for row in figures["batches"]:
             total = f"{row['total_bytes'] / 2**20:>11,.1f} MiB"
             yield f"{'':<11}{name:<10}{sizes}{row['batch']:>11,}{total}{row['tokens_per_s']:>11,.0f}  {row['bound']}"
-    yield "           least times: python plan.py --help; how far off they were, and what they leave out: docs/plan.md"
+    yield "           what this leaves out, and how far off it was: docs/plan.md"
