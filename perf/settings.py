@@ -70,7 +70,6 @@ class BenchConfig(Config):
 @dataclass(frozen=True)
 class PlanConfig(Config):
     gpu: Names = "h100-sxm"  # this: as python bench.py measured it; other: by the settings below
-    generate: bool = False  # memory and tokens/s of sampling from the model on one GPU, instead of training
     n_gpus: Count | None = None  # number of GPUs; none: 8, or for --gpu=this as many as were measured
     gpus_per_node: Count = 8  # GPUs that gpu_link_gbs connects
     gpu_tflops: Positive | None = None  # dense bf16 matmuls, or fp16 without bf16; none: the data sheet's
@@ -94,6 +93,7 @@ class PlanConfig(Config):
     residual_bytes: Positive | None = None  # bytes per number of the residual stream; none: 2 in bf16, else 4
     logits_bytes: Positive | None = None  # bytes per logit where all are in memory at once; none: one chunk at a time
     tp_hidden: Overlap = 0.0  # share of tensor parallelism's traffic that overlaps with computing
+    generate: bool = False  # memory and tokens/s of sampling from the model on one GPU, instead of training
     machine: str = "out/machine.json"  # file of python bench.py's figures, for --gpu=this
 
     def __post_init__(self):
