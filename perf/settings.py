@@ -94,6 +94,7 @@ class PlanConfig(Config):
     residual_bytes: Positive | None = None  # bytes per number of the residual stream; none: 2 in bf16, else 4
     logits_bytes: Positive | None = None  # bytes per logit where all are in memory at once; none: one chunk at a time
     tp_hidden: Overlap = 0.0  # share of tensor parallelism's traffic that overlaps with computing
+    generate: bool = False  # memory and tokens/s of sampling from the model on one GPU, instead of training
     machine: str = "out/machine.json"  # file of python bench.py's figures, for --gpu=this
 
     def __post_init__(self):
