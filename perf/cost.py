@@ -218,9 +218,11 @@ class Collective:
 
 
 def collectives(cfg, s, gpus_per_node=8):
-    """The large collectives of a step, even with no bytes or one rank; vectors and counts are left out."""
+    """The large collectives of a step, even with no bytes or one rank; vectors and counts are left out.
+
+    Of a pipeline, those of its first stage. Bytes are exact where shards divide each tensor's rows: FSDP pads others.
+    """
     data_ranks, data_local = s.replicas * s.shards, max(1, min(gpus_per_node, s.ranks) // s.tp)
-    # Of a pipeline, its first stage's.
     n_layer, block, rest = stages(cfg, s)[0], block_params(cfg) / s.tp, params_outside(cfg, s, 0) / s.tp
     gradient = 2 if s.grad_compression == "bf16" else s.gradient_bytes
     found = []
