@@ -465,7 +465,8 @@ class Launches:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory, round_folder):
-    quick, by_two, slow = ({id_of(case): (run_case, case) for case in cases} for cases in (QUICK[:3], QUICK[3:], SLOW))
+    quick, by_two = ({id_of(case): (run_case, case) for case in QUICK if RANKS[case["layout"]] == n} for n in (4, 2))
+    slow = {id_of(case): (run_case, case) for case in SLOW}
     quick |= {("orthogonalised", layout): (orthogonalised, layout) for layout in ("ddp", "fsdp", "hsdp")}
     quick |= {("logits", "gpt"): (logits_of_a_layout, "gpt"), ("scaled", "fsdp"): (scaled, "fsdp")}
     quick |= {("counted", kind, "fsdp"): (counted, kind, "fsdp") for kind in ("sharded", "whole")}
