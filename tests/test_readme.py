@@ -139,7 +139,8 @@ def run(command, folder, extra=""):
         words += shlex.split(TINY.get("own files" if re.search("--task=(tag|qa|instruct)", command) else script, "")) + shlex.split(extra)
     if script not in (None, "prepare.py", "clean.py"):  # torchrun itself is tried in test_guard.py
         at = words.index(str(ROOT / script))
-        n_ranks, with_curves = 2 if command.startswith("torchrun") else 1, script == "bench.py"  # training's take longest
+        n_ranks = 2 if command.startswith("torchrun") else 1
+        with_curves = script == "bench.py"  # test_train.py has a run that draws them
         return run_script(words[at], words[at + 1 :], folder, n_ranks, with_curves=with_curves)
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=TIME_LIMIT)
 
@@ -207,7 +208,7 @@ def test_readme_command_runs(command, folder):
     if "prepare.py" in command and "--input" not in command:
         local = "--input=fineweb --max_shards=1" if "gpt2" in command else local
         local = "--dataset=none --input=books/0.txt" if re.search("speedrun_cpu|finetune", command) else local
-        local = f"--dataset=none --input={ROOT}/tests/*.py" if "quickstart" in command else local  # 1 MB of Python, not 12
+        local = f"--dataset=none --input={ROOT}/tests/*.py" if "quickstart" in command else local  # 1 MB
     if command.startswith("lm_eval") and not (folder / "out" / "quickstart_hf").exists():  # with -m slow alone
         for earlier in ("prepare.py config/quickstart.py", "train.py config/quickstart.py", "convert.py --out_dir"):
             assert run(next(c for c in COMMANDS if c.startswith(f"python {earlier}")), folder).returncode == 0

@@ -447,19 +447,20 @@ def round_folder(tmp_path_factory):
 
 
 class Launches:
-    """What ranks answer to a case, by key. Launches of many cases each, made when their first key is asked for.
+    """What ranks answer to a case, by key. Groups of launches, each group made when its first key is asked for.
 
-    torch derives how each operator is sharded once a process, in 0.2 s.
+    A launch has many cases: torch derives how each operator is sharded once a process, in 0.2 s.
     """
 
-    def __init__(self, launches, answers):
-        """launches: (number of ranks, {key: (function, *args)}). answers: {key: [answer by rank]}, known already."""
-        self.launches, self.answers = launches, answers
+    def __init__(self, groups, answers):
+        """groups: each [(number of ranks, {key: (function, *args)})]. answers: {key: [answer by rank]} known already."""
+        self.groups, self.answers = groups, answers
 
     def __getitem__(self, key):
         if key not in self.answers:
-            [(n, cases)] = [(n, cases) for n, cases in self.launches if key in cases]
-            self.answers |= launched(n, cases)
+            [group] = [group for group in self.groups if any(key in cases for _, cases in group)]
+            for n, cases in group:
+                self.answers |= launched(n, cases)
         return self.answers[key]
 
 
@@ -482,8 +483,8 @@ def ranks(tmp_path_factory, round_folder):
     slow |= {("counted", kind, "hsdp"): (counted, kind, "hsdp") for kind in ("sharded", "whole")}
     slow |= {("compressed", kind): (compressed, kind) for kind in (None, "bf16", "powersgd")}
     (save_1, _), (save_2, load_2), (save_4, load_4) = (saves_and_loads(round_folder, ROUND, n) for n in (1, 2, 4))
-    launches = [(4, quick | save_4 | load_4), (2, by_two | save_2 | load_2), (4, slow)]
-    return Launches(launches, launched(1, save_1))
+    groups = [[(4, quick | save_4 | load_4), (2, by_two | save_2 | load_2)], [(4, slow)]]
+    return Launches(groups, launched(1, save_1))
 
 
 def logits_of_a_layout(name):
@@ -571,9 +572,7 @@ EVERYWHERE = [  # of the first model from each layout to each, of the others by 
 @pytest.fixture(scope="module")
 def some_travels(ranks, round_folder):
     """What one process saves first, then four ranks, then two, and one process loads at last."""
-    keys = dict.fromkeys([pair[:2] for pair in ROUND] + [pair for pair in ROUND if pair[2] != "one process"])
-    for key in sorted(keys, key=lambda key: -SAVED[key[-1]][0]):  # a launch of two loads what one of four has saved
-        ranks[key]
+    keys = [pair[:2] for pair in ROUND] + [pair for pair in ROUND if pair[2] != "one process"]
     return {key: ranks[key] for key in keys} | launched(1, saves_and_loads(round_folder, ROUND, 1)[1])
 
 
