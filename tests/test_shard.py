@@ -576,6 +576,11 @@ def some_travels(ranks, round_folder):
     return {key: ranks[key] for key in keys} | launched(1, saves_and_loads(round_folder, ROUND, 1)[1])
 
 
+@pytest.mark.parametrize("pair", ROUND, ids=str)
+def test_a_checkpoint_goes_on_in_another_layout(pair, some_travels):
+    check_travel(pair, some_travels)
+
+
 @pytest.fixture(scope="module")
 def all_travels(tmp_path_factory):
     answers, folder = {}, tmp_path_factory.mktemp("all")
@@ -623,7 +628,7 @@ def memory(layout):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
 @pytest.mark.skipif(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 16 * 2**30, reason="needs 16 GiB")
-def test_fsdp_on_ranks_holds_a_quarter_of_the_memory():
+def test_fsdp_on_four_ranks_holds_a_quarter_of_the_memory():
     """Weights, gradients and AdamW's state of 204 M parameters; needs 14 GiB."""
     measured = {}
     for layout in ("ddp", "hsdp", "fsdp", "fsdp tp"):
