@@ -54,7 +54,8 @@ def pytest_collection_finish():
 
 def pytest_collection_modifyitems(items):
     """Files that take longest come first, so that of two workers none is left with one of them at the end."""
-    longest = ("shard", "foreign", "readme", "train", "guard", "bench", "chaos", "hub_tokenizer", "prepare", "remote",
-               "augmentation", "documents", "health", "evaluate", "memory", "machine", "world", "clean", "log")  # fmt: skip
+    longest = ("readme", "shard", "train", "finetune", "sample", "guard", "chaos", "bench", "convert", "foreign", "health",
+               "hub_tokenizer", "prepare", "remote", "augmentation", "documents", "evaluate", "memory", "clean", "compress",
+               "machine", "world", "log")  # fmt: skip
     order = {f"test_{name}.py": place for place, name in enumerate(longest)}
     items.sort(key=lambda item: order.get(item.path.name, len(longest)))

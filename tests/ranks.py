@@ -43,7 +43,8 @@ SMALL = {
 PRELOADED = [
     "conftest", "torch", "torch.distributed.checkpoint", "torch.distributed._composable.replicate",
     "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo", "safetensors.torch",
-    "matplotlib.figure", "matplotlib.backends.backend_agg", "tiktoken", "train", "bench", "sample", "plan",
+    "matplotlib.figure", "matplotlib.backends.backend_agg", "tiktoken", "scipy.stats", "sklearn.metrics", "train", "bench",
+    "sample", "plan", "finetune",
 ]  # fmt: skip
 
 
@@ -169,7 +170,7 @@ def launch(n, cfg, told=None, before=None):
     return [start(train_rank, rank, n, port, cfg, told, before)[0] for rank in range(n)]
 
 
-def run_script(script, arguments, folder, n_ranks=1, patience=1200):
+def run_script(script, arguments, folder, n_ranks=1, patience=1200, with_curves=True):
     """What `python script arguments`, typed in a folder, would give, as subprocess.run has it; but that it starts at once.
 
     Or torchrun, with several ranks. Not of scripts that start processes by multiprocessing.
@@ -178,13 +179,13 @@ def run_script(script, arguments, folder, n_ranks=1, patience=1200):
     for path in told:
         path.unlink(missing_ok=True)
     port, ranks = free_port(), range(n_ranks)
-    common = (str(script), arguments, str(folder), *map(str, told))
+    common = (with_curves, str(script), arguments, str(folder), *map(str, told))
     ended = codes([start(_script_main, rank, n_ranks, port, *common)[0] for rank in ranks], patience)
     stdout, stderr = (path.read_text() for path in told)
     return subprocess.CompletedProcess([str(script), *arguments], max(ended, key=abs), stdout, stderr)
 
 
-def _script_main(pipe, rank, n_ranks, port, script, arguments, folder, *told):
+def _script_main(pipe, rank, n_ranks, port, with_curves, script, arguments, folder, *told):
     os.chdir(folder)
     for number, path in enumerate(told, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -192,7 +193,8 @@ def _script_main(pipe, rank, n_ranks, port, script, arguments, folder, *told):
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(n_ranks), "LOCAL_RANK": str(rank),
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
     sys.argv = [script, *arguments]
-    runpy.run_path(script, run_name="__main__")
+    with contextlib.nullcontext() if with_curves else without_matplotlib():
+        runpy.run_path(script, run_name="__main__")
     sys.stdout.flush()
 
 

@@ -36,7 +36,7 @@ COMMANDS = list(dict.fromkeys(filter(COMMAND.match, LINES)))
 SET_UP = ("python3 -m venv", "source ", "pip install")  # they made the environment that this test runs in
 TIME_LIMIT = 900  # seconds for a command: no claim about speed, only an end to one that hangs
 
-# Settings that make a command small. The data of config/quickstart.py is real, so its vocabulary is left alone.
+# Settings that make a command small. The data of config/quickstart.py is Python, so its vocabulary is left alone.
 TINY_MODEL = "--n_layer=2 --n_embd=32 --n_head=2 --n_inner=48 --block_size=32 --seq_len=32 --device=cpu"
 TINY_STEP = f"{TINY_MODEL} --batch_tokens=128 --micro_batch_size=2 --precision=fp32"
 TINY = {
@@ -139,7 +139,9 @@ def run(command, folder, extra=""):
         words += shlex.split(TINY.get("own files" if re.search("--task=(tag|qa|instruct)", command) else script, "")) + shlex.split(extra)
     if script not in (None, "prepare.py", "clean.py"):  # torchrun itself is tried in test_guard.py
         at = words.index(str(ROOT / script))
-        return run_script(words[at], words[at + 1 :], folder, n_ranks=2 if command.startswith("torchrun") else 1)
+        n_ranks = 2 if command.startswith("torchrun") else 1
+        with_curves = script == "bench.py"  # test_train.py has a run that draws them
+        return run_script(words[at], words[at + 1 :], folder, n_ranks, with_curves=with_curves)
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=TIME_LIMIT)
 
 
@@ -185,7 +187,7 @@ def needs_gpt2_tokenizer(command):
 
 def is_long(command):
     """Whether a command measures the machine, plans by that, sweeps, or what is in it takes seconds."""
-    parts = ("--gpu=this", "--sweep", "lm_eval", "data/web")
+    parts = ("--gpu=this", "--sweep", "lm_eval", "data/web", "--tp=2")
     return command == "python bench.py" or any(part in command for part in parts)
 
 
@@ -206,6 +208,7 @@ def test_readme_command_runs(command, folder):
     if "prepare.py" in command and "--input" not in command:
         local = "--input=fineweb --max_shards=1" if "gpt2" in command else local
         local = "--dataset=none --input=books/0.txt" if re.search("speedrun_cpu|finetune", command) else local
+        local = f"--dataset=none --input={ROOT}/tests/*.py" if "quickstart" in command else local  # 1 MB
     if command.startswith("lm_eval") and not (folder / "out" / "quickstart_hf").exists():  # with -m slow alone
         for earlier in ("prepare.py config/quickstart.py", "train.py config/quickstart.py", "convert.py --out_dir"):
             assert run(next(c for c in COMMANDS if c.startswith(f"python {earlier}")), folder).returncode == 0

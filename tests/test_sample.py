@@ -138,8 +138,9 @@ def test_past_block_size_the_window_slides_as_an_uncached_one_does(model, prompt
     assert torch.equal(tokens_of(model, ids, max_new_tokens=40, record=record), slow_greedy(model, ids, 40))
 
 
-@STEPS
-@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize(("record", "window"), [
+    (None, None), (None, 4), (Replayed, 4), pytest.param(Replayed, None, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_prompts_of_several_lengths_go_on_as_each_alone(model, record, window):
     if window:
         weights, model = model.state_dict(), Transformer(replace(model.cfg, window=window, global_every=2)).eval()

@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -32,11 +33,12 @@ from train import train_step
 from world import WorldConfig, init_world, local, seed_step
 
 # 4 heads of 6; an MLP of 38, which 4 ranks share unevenly; a vocabulary of 64 with its padding.
-GPT = ModelConfig(vocab_size=37, block_size=11, n_layer=3, n_head=4, n_embd=20, head_dim=6, n_inner=38)
+GPT = ModelConfig(vocab_size=37, block_size=11, n_layer=2, n_head=4, n_embd=20, head_dim=6, n_inner=38)
 MODELS = {
     "gpt": GPT,
     "bert": replace(GPT, objective="mlm", norm_position="post", n_token_types=2, mlp="gelu"),
     "pairs": replace(GPT, objective={"mlm": 1.0, "nsp": 0.7}, norm_position="post", n_token_types=2, mlp="gelu"),
+    "deep": replace(GPT, n_layer=5),
     "contrast": replace(GPT, objective={"mlm": 0.5, "contrastive": 1.0}, norm_position="post", dropout=1e-9),
     "modern": replace(GPT, n_kv_head=2, norm="rmsnorm", position="rope", mlp="swiglu", qk_norm=True, bias=False,
                       tie_embeddings=False),
@@ -49,10 +51,10 @@ LAYOUTS = {  # of 4 ranks
     "ddp tp": {"tp": 2},
     "fsdp tp": {"strategy": "fsdp", "tp": 2},
 }
+DEEP = {"pp4": {"pp": 4}, "cp2 pp4": {"pp": 4, "cp": 2}}  # of the deep model
 MORE_LAYOUTS = LAYOUTS | {"tp": {"tp": 2}, "hsdp tp": {"strategy": "fsdp", "shard_size": 2, "tp": 2}}
 SPLIT = {  # that split blocks over stages, or sequences
     "pp": {"pp": 2},
-    "pp3": {"pp": 3},
     "pp ddp": {"pp": 2},
     "pp fsdp": {"pp": 2, "strategy": "fsdp"},
     "pp tp": {"pp": 2, "tp": 2},
@@ -68,7 +70,7 @@ SPLIT = {  # that split blocks over stages, or sequences
     "cp tp pp": {"cp": 2, "pp": 2, "tp": 2},
 }
 RANKS = dict.fromkeys(LAYOUTS, 4) | {"tp": 2, "hsdp tp": 8}
-RANKS |= {"pp": 2, "pp3": 3, "pp ddp": 4, "pp fsdp": 4, "pp tp": 4, "pp fsdp tp": 8}
+RANKS |= {"pp": 2, "pp4": 4, "cp2 pp4": 8, "pp ddp": 4, "pp fsdp": 4, "pp tp": 4, "pp fsdp tp": 8}
 RANKS |= {"cp": 2, "cp4": 4, "cp ddp": 4, "cp fsdp": 4, "cp tp": 4, "cp pp": 4}
 RANKS |= {"cp fsdp tp": 8, "cp fsdp pp": 8, "cp tp pp": 8}
 
@@ -190,36 +192,38 @@ def matrix(names, optimizers, kinds, micro_steps, layouts=LAYOUTS):
 
 def run_case(case):
     case = dict(case)
-    return trained(**(MORE_LAYOUTS | SPLIT)[case.pop("layout")], **case)
+    return trained(**(MORE_LAYOUTS | SPLIT | DEEP)[case.pop("layout")], **case)
 
 
 def id_of(case):
     return "-".join(map(str, case.values()))
 
 
-# Each layout but plain ddp, each model, each optimizer but SGD, which the loss's terms have; all of it is slow.
+# Each way to share a model, each optimizer but SGD, which the loss's terms have; SLOW and FULL have the rest. Where tp
+# needs no more than two ranks there are no more: torch derives how each operator is sharded in each process anew.
 QUICK = matrix(["gpt"], ["adamw"], ["full"], [3], ["fsdp"])
 QUICK += matrix(["modern"], ["muon"], ["none"], [1], ["hsdp"])
-QUICK += matrix(["gpt"], ["adamw"], ["none"], [3], ["ddp tp"])
-QUICK += matrix(["pairs"], ["adamw"], ["full"], [3], ["fsdp tp"])
-QUICK += matrix(["contrast"], ["adamw"], ["none"], [1], ["ddp tp"])
+QUICK += matrix(["gpt"], ["adamw"], ["none"], [1], ["fsdp tp"])
+QUICK += matrix(["gpt"], ["adamw"], ["full"], [3], ["tp"])
+QUICK += matrix(["contrast"], ["adamw"], ["none"], [1], ["tp"])
 QUICK += matrix(["gpt"], ["adamw"], ["full"], [3], ["pp ddp"]) + matrix(["bert"], ["adamw"], ["none"], [1], ["cp fsdp"])
 SLOW = matrix(["bert"], ["adafactor"], ["selective"], [1], ["fsdp tp"])
-FULL = matrix([name for name in MODELS if name != "contrast"], ["adamw"], ["none"], [3], MORE_LAYOUTS)  # which compares micro-steps' texts
-FULL += matrix(MODELS, ["muon"], ["full"], [1], MORE_LAYOUTS)
-FULL += matrix(["gpt", "modern", "bert"], ["adamw"], ["none"], [3], SPLIT)
+SLOW += matrix(["contrast"], ["adamw"], ["none"], [1], ["ddp tp"])
+FULL = matrix([name for name in MODELS if name not in ("contrast", "deep")], ["adamw"], ["none"], [3], MORE_LAYOUTS)  # which compares micro-steps' texts
+FULL += matrix([name for name in MODELS if name != "deep"], ["muon"], ["full"], [1], MORE_LAYOUTS)
+FULL += matrix(["gpt", "modern", "bert"], ["adamw"], ["none"], [3], SPLIT) + matrix(["deep"], ["adamw"], ["none"], [3], DEEP)
 FULL += matrix(["modern"], ["muon"], ["selective"], [1], SPLIT) + matrix(["bert"], ["adafactor"], ["full"], [1], SPLIT)
 
 
 @pytest.mark.parametrize("case", QUICK + slow(*SLOW), ids=id_of)
-def test_four_ranks_train_as_one_process(case, four_ranks):
-    check_equal(case["name"], case["optimizer"], four_ranks[id_of(case)])
+def test_ranks_train_as_one_process(case, ranks):
+    check_equal(case["name"], case["optimizer"], ranks[id_of(case)])
 
 
 @pytest.fixture(scope="module")
 def full():
     answers = {}
-    for n in (2, 3, 4, 8):
+    for n in (2, 4, 8):
         cases = [case for case in FULL if RANKS[case["layout"]] == n]
         answers |= zip(map(id_of, cases), on_ranks(n, *((run_case, case) for case in cases)))
     return answers
@@ -265,7 +269,7 @@ MATRICES = [("q", 1), ("gate", 3), ("down", 2)]  # whose rows, rows and columns 
 def orthogonalised(layout):
     """[(whether all parts are those of one process's result, matrices that this rank worked on)], by MATRICES."""
     answers = []
-    with a_model("modern", **LAYOUTS[layout]) as (world, model, _), torch.no_grad():
+    with a_model("modern", changes={"n_layer": 3}, **MORE_LAYOUTS[layout]) as (world, model, _), torch.no_grad():
         for kind, n in MATRICES:
             blocks, counts = model.blocks[:n], []
             matrices = [block.attn.q.weight if kind == "q" else getattr(block.mlp, kind).weight for block in blocks]
@@ -282,11 +286,12 @@ def orthogonalised(layout):
     return answers
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp", "hsdp", "ddp tp", *slow("fsdp tp")])
-def test_muons_work_is_shared_out_and_its_result_to_the_bit_that_of_whole_matrices(layout, four_ranks):
-    for (_, n), *by_rank in zip(MATRICES, *four_ranks["orthogonalised", layout]):
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "hsdp", "tp", *slow("ddp tp", "fsdp tp")])
+def test_muons_work_is_shared_out_and_its_result_to_the_bit_that_of_whole_matrices(layout, ranks):
+    for (_, n), *by_rank in zip(MATRICES, *ranks["orthogonalised", layout]):
         assert all(equal for equal, _ in by_rank)
-        assert sum(worked_on for _, worked_on in by_rank) == n and max(worked_on for _, worked_on in by_rank) == 1
+        assert sum(worked_on for _, worked_on in by_rank) == n
+        assert max(worked_on for _, worked_on in by_rank) == math.ceil(n / len(by_rank))
 
 
 class Collectives(TorchDispatchMode):
@@ -323,9 +328,9 @@ def logits(name, **layout):
 
 
 @pytest.mark.parametrize("name", ["gpt", *slow("bert")])
-def test_no_rank_holds_full_logits_under_tensor_parallelism(name, four_ranks):
+def test_no_rank_holds_full_logits_under_tensor_parallelism(name, ranks):
     assert logits(name), "one process has logits as wide as the vocabulary"
-    assert four_ranks["logits", name] == [[]] * 4
+    assert ranks["logits", name] == [[]] * 4
 
 
 def scaled(layout):
@@ -352,8 +357,8 @@ def scaled(layout):
 
 
 @pytest.mark.parametrize("layout", ["fsdp", *slow("fsdp tp")])
-def test_an_infinity_on_one_rank_makes_all_skip_the_step(layout, four_ranks):
-    answers, one_process = four_ranks["scaled", layout], alone("gpt", "adamw")[1]
+def test_an_infinity_on_one_rank_makes_all_skip_the_step(layout, ranks):
+    answers, one_process = ranks["scaled", layout], alone("gpt", "adamw")[1]
     for told in answers:
         assert [step[2:] for step in told] == [(1024.0, True), (512.0, False), (512.0, True)]
         assert told[0][:2] == pytest.approx(one_process[0], rel=1e-5)
@@ -371,19 +376,19 @@ def counted(accumulate, layout):
 
 
 @pytest.mark.parametrize("layout", ["fsdp", *slow("hsdp")])
-def test_gradients_are_summed_at_every_micro_step_or_kept_whole_and_summed_once(layout, four_ranks):
-    """By groups of parameters: three blocks, and the rest. Over copies always once."""
-    sharded, kept_whole = four_ranks["counted", "sharded", layout][0], four_ranks["counted", "whole", layout][0]
-    assert (sharded[0], kept_whole[0]) == (3 * 4, 4)
+def test_gradients_are_summed_at_every_micro_step_or_kept_whole_and_summed_once(layout, ranks):
+    """By groups of parameters: two blocks, and the rest. Over copies always once."""
+    sharded, kept_whole = ranks["counted", "sharded", layout][0], ranks["counted", "whole", layout][0]
+    assert (sharded[0], kept_whole[0]) == (3 * 3, 3)
     assert sharded[1] == kept_whole[1]
     assert sharded[2] == pytest.approx(kept_whole[2], rel=1e-5)
     assert sharded[2] == pytest.approx(alone("gpt", "adamw")[1][1], rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["fsdp", *slow("fsdp tp")])
-def test_in_bf16_sharding_changes_rounding_alone(layout, four_ranks):
+def test_in_bf16_sharding_changes_rounding_alone(layout, ranks):
     """Blocks' weights arrive in bf16, as autocast has them on one process; the residual stream stays in float32."""
-    wanted, found = alone("gpt", "adamw", "bf16")[1], four_ranks["bf16", layout][0][1]
+    wanted, found = alone("gpt", "adamw", "bf16")[1], ranks["bf16", layout][0][1]
     in_fp32 = alone("gpt", "adamw")[1]
     assert abs(wanted[0][0] - in_fp32[0][0]) > 1e-6 * in_fp32[0][0], "bf16 rounds"
     assert found[0][0] == pytest.approx(wanted[0][0], rel=2e-5 if "tp" in layout else 1e-6)
@@ -400,15 +405,10 @@ def with_terms(name, precision, layout):
     return trained(name, optimizer="sgd", precision=precision, changes=TERMS, **MORE_LAYOUTS[layout])
 
 
-@pytest.fixture(scope="module")
-def terms_on_two_ranks():
-    return dict(zip(TERMS_IN, on_ranks(2, *((with_terms, *kind, "tp") for kind in TERMS_IN))))
-
-
 @pytest.mark.parametrize(("name", "precision"), TERMS_IN)
-def test_each_term_of_the_loss_is_the_same_over_a_sharded_vocabulary(name, precision, terms_on_two_ranks):
+def test_each_term_of_the_loss_is_the_same_over_a_sharded_vocabulary(name, precision, ranks):
     """In the loss and in the gradient; bert's head has a bias."""
-    wanted, answers = with_terms(name, precision, "ddp"), terms_on_two_ranks[name, precision]
+    wanted, answers = with_terms(name, precision, "ddp"), ranks["terms", name, precision]
     plain = trained(name, optimizer="sgd", precision=precision)
     assert wanted[1][0][0] > 1.02 * plain[1][0][0], "the terms change the loss"
     assert all(answer[1] == answers[0][1] for answer in answers), "ranks disagree"
@@ -428,8 +428,8 @@ def dropped(kind):
         return step_of(world, model, optimizer, "gpt", 0)
 
 
-def test_activation_checkpointing_replays_dropout_under_tensor_parallelism(four_ranks):
-    none, full = (four_ranks["dropped", kind] for kind in ("none", "full"))
+def test_activation_checkpointing_replays_dropout_under_tensor_parallelism(ranks):
+    none, full = (ranks["dropped", kind] for kind in ("none", "full"))
     assert none == full
     assert none[0][0] != pytest.approx(alone("gpt", "adamw")[1][0][0], rel=1e-3), "nothing was dropped"
 
@@ -442,8 +442,8 @@ def compressed(kind):
 
 
 @pytest.mark.slow
-def test_compressed_gradients_train_nearly_as_whole_ones(four_ranks):
-    none, bf16, powersgd = (four_ranks["compressed", kind][0] for kind in (None, "bf16", "powersgd"))
+def test_compressed_gradients_train_nearly_as_whole_ones(ranks):
+    none, bf16, powersgd = (ranks["compressed", kind][0] for kind in (None, "bf16", "powersgd"))
     assert bf16 == pytest.approx(none, rel=0.02) and bf16 != none
     assert powersgd[:10] == pytest.approx(none[:10], rel=1e-5), "its first steps are not compressed"
     assert powersgd[-1] != pytest.approx(none[-1], rel=1e-4)
@@ -457,10 +457,10 @@ def held(layout):
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp", "hsdp", *slow("fsdp tp")])
-def test_ranks_hold_the_model_once_a_copy(layout, four_ranks):
+def test_ranks_hold_the_model_once_a_copy(layout, ranks):
     with a_model("gpt") as (_, model, _):
         n = sum(p.numel() for p in model.parameters())
-    copies, (numbers, n_bytes) = {"ddp": 4, "hsdp": 2}.get(layout, 1), zip(*four_ranks["held", layout])
+    copies, (numbers, n_bytes) = {"ddp": 4, "hsdp": 2}.get(layout, 1), zip(*ranks["held", layout])
     assert n_bytes == tuple(16 * number for number in numbers)
     if layout == "fsdp tp":
         assert n < sum(numbers) < 1.15 * n  # both of two neighbours have norms
@@ -481,8 +481,8 @@ def shared(folder):
             return str(error), folder
 
 
-def test_an_out_dir_that_not_all_ranks_see_is_refused_on_all(four_ranks):
-    for message, folder in four_ranks["shared"]:
+def test_an_out_dir_that_not_all_ranks_see_is_refused_on_all(ranks):
+    for message, folder in ranks["shared"]:
         assert "not one folder for all 4 ranks" in message and "share" in message
         assert [path.name for path in Path(folder).iterdir()] == [".lock"]
 
@@ -494,40 +494,44 @@ def round_folder(tmp_path_factory):
 
 
 class Launches:
-    """What four ranks answer to a case, by key. Two launches, the second for slow tests, when the first key is asked for.
+    """What ranks answer to a case, by key. Groups of launches, each group made when its first key is asked for.
 
-    Of many cases each: torch derives how each operator is sharded once a process, in 0.2 s.
+    A launch has many cases: torch derives how each operator is sharded once a process, in 0.2 s.
     """
 
-    def __init__(self, quick, slow, answers):
-        """quick, slow: {key: (function, *args)}. answers: {key: [answer by rank]} that are known already."""
-        self.launches, self.answers = [quick, slow], answers
+    def __init__(self, groups, answers):
+        """groups: each [(number of ranks, {key: (function, *args)})]. answers: {key: [answer by rank]} known already."""
+        self.groups, self.answers = groups, answers
 
     def __getitem__(self, key):
         if key not in self.answers:
-            [cases] = [cases for cases in self.launches if key in cases]
-            self.answers |= launched(4, cases)
+            [group] = [group for group in self.groups if any(key in cases for _, cases in group)]
+            for n, cases in group:
+                self.answers |= launched(n, cases)
         return self.answers[key]
 
 
 @pytest.fixture(scope="module")
-def four_ranks(tmp_path_factory, round_folder):
-    quick = {id_of(case): (run_case, case) for case in QUICK}
-    quick |= {("orthogonalised", layout): (orthogonalised, layout) for layout in ("ddp", "fsdp", "hsdp", "ddp tp")}
+def ranks(tmp_path_factory, round_folder):
+    quick, by_two = ({id_of(case): (run_case, case) for case in QUICK if RANKS[case["layout"]] == n} for n in (4, 2))
+    slow = {id_of(case): (run_case, case) for case in SLOW}
+    quick |= {("orthogonalised", layout): (orthogonalised, layout) for layout in ("ddp", "fsdp", "hsdp")}
     quick |= {("logits", "gpt"): (logits_of_a_layout, "gpt"), ("scaled", "fsdp"): (scaled, "fsdp")}
     quick |= {("counted", kind, "fsdp"): (counted, kind, "fsdp") for kind in ("sharded", "whole")}
     quick |= {("bf16", "fsdp"): (in_bf16, "fsdp")}
-    quick |= {("dropped", kind): (dropped, kind) for kind in ("none", "full")}
     quick |= {("held", layout): (held, layout) for layout in ("ddp", "fsdp", "hsdp")}
     quick["shared"] = shared, str(tmp_path_factory.mktemp("out"))
-    saves, loads = saves_and_loads(round_folder, ROUND, 4)
-    slow = {id_of(case): (run_case, case) for case in SLOW}
-    slow |= {("orthogonalised", "fsdp tp"): (orthogonalised, "fsdp tp"), ("logits", "bert"): (logits_of_a_layout, "bert")}
+    by_two |= {("dropped", kind): (dropped, kind) for kind in ("none", "full")}
+    by_two |= {("orthogonalised", "tp"): (orthogonalised, "tp")}
+    by_two |= {("terms", *kind): (with_terms, *kind, "tp") for kind in TERMS_IN}
+    slow |= {("orthogonalised", layout): (orthogonalised, layout) for layout in ("ddp tp", "fsdp tp")}
+    slow |= {("logits", "bert"): (logits_of_a_layout, "bert"), ("held", "fsdp tp"): (held, "fsdp tp")}
     slow |= {("scaled", "fsdp tp"): (scaled, "fsdp tp"), ("bf16", "fsdp tp"): (in_bf16, "fsdp tp")}
     slow |= {("counted", kind, "hsdp"): (counted, kind, "hsdp") for kind in ("sharded", "whole")}
     slow |= {("compressed", kind): (compressed, kind) for kind in (None, "bf16", "powersgd")}
-    slow |= {("held", "fsdp tp"): (held, "fsdp tp")}
-    return Launches(quick | saves | loads, slow, launched(1, saves_and_loads(round_folder, ROUND, 1)[0]))
+    (save_1, _), (save_2, load_2), (save_4, load_4) = (saves_and_loads(round_folder, ROUND, n) for n in (1, 2, 4))
+    groups = [[(4, quick | save_4 | load_4), (2, by_two | save_2 | load_2)], [(4, slow)]]
+    return Launches(groups, launched(1, save_1))
 
 
 def logits_of_a_layout(name):
@@ -615,12 +619,10 @@ EVERYWHERE = [  # of the first model from each of seven layouts to each, of the 
 
 
 @pytest.fixture(scope="module")
-def some_travels(four_ranks, round_folder):
-    """What one process saves before the four ranks come, two ranks after them, and one process at last."""
-    saves, loads = saves_and_loads(round_folder, ROUND, 2)
-    earlier = saves_and_loads(round_folder, ROUND, 4) + saves_and_loads(round_folder, ROUND, 1)[:1]
-    answers = {key: four_ranks[key] for cases in earlier for key in cases} | launched(2, saves | loads)
-    return answers | launched(1, saves_and_loads(round_folder, ROUND, 1)[1])
+def some_travels(ranks, round_folder):
+    """What one process saves first, then four ranks, then two, and one process loads at last."""
+    keys = [pair[:2] for pair in ROUND] + [pair for pair in ROUND if pair[2] != "one process"]
+    return {key: ranks[key] for key in keys} | launched(1, saves_and_loads(round_folder, ROUND, 1)[1])
 
 
 @pytest.mark.parametrize("pair", ROUND, ids=str)
