@@ -127,10 +127,10 @@ def setup_of(cfg, mesh_shape, micro_steps, precision, device_type, **others):
 
 @functools.cache
 def _counted(cfg):
-    """(parameters, shapes in a block, {name: other shape}) of a model with one block, counted on the meta device."""
+    """(parameters, {name: shape} in a block, the same of others) of a model with one block, counted on the meta device."""
     with torch.device("meta"):
         model = replace(cfg, n_layer=1).build()
-    block = [tuple(p.shape) for p in model.blocks.parameters()]
+    block = {name: tuple(p.shape) for name, p in model.blocks.named_parameters()}
     others = {name: tuple(p.shape) for name, p in model.named_parameters() if not name.startswith("blocks.")}
     return model.num_params(), block, others
 
@@ -143,17 +143,31 @@ def numbers(shapes):
 def num_params(cfg, padded=False):
     """Parameters of a model, tied ones once: 124,439,808 for GPT-2 124M. padded: with the rows that pad its tables."""
     count, block, others = _counted(cfg)
-    return (numbers([*block, *others.values()]) if padded else count) + (cfg.n_layer - 1) * numbers(block)
+    return (numbers([*block.values(), *others.values()]) if padded else count) + (cfg.n_layer - 1) * numbers(block.values())
 
 
 def block_weights(cfg):
     """Weights in a block's matmuls."""
-    return numbers(shape for shape in _counted(cfg)[1] if len(shape) == 2)
+    return numbers(shape for shape in _counted(cfg)[1].values() if len(shape) == 2)
 
 
-def block_params(cfg):
-    """Parameters of a block."""
-    return numbers(_counted(cfg)[1])
+def block_params(cfg, tp=1, shards=1):
+    """Parameters of a block that each of tp ranks has before FSDP shards them, with the rows that pad them for it."""
+    return _on_rank(_counted(cfg)[1], tp, shards)
+
+
+def _on_rank(shapes, tp, shards=1):
+    """Numbers that each of tp ranks has of {name: shape}: parallel.py's plan divides some, and replicates the others.
+
+    FSDP pads a tensor's rows to a multiple of shards.
+    """
+    replicated, found = ("norm", "wpe", "wtt", "transform", "pooler", "pair_head", "proj.bias", "down.bias"), 0
+    for name, (rows, *rest) in shapes.items():
+        columns = numbers([rest])
+        if not any(part in name for part in replicated):
+            rows, columns = (rows, columns / tp) if name.endswith(("proj.weight", "down.weight")) else (rows / tp, columns)
+        found += math.ceil(rows / shards) * shards * columns
+    return found
 
 
 def head_weights(cfg, seq_len, head_share):
@@ -184,12 +198,13 @@ def stages(cfg, s):
     return stage_sizes(cfg.n_layer, s.pp, head * cfg.n_layer / blocks)
 
 
-def params_outside(cfg, s, stage):
-    """Parameters, padding included, that a stage has outside its blocks, before tensor parallelism divides them."""
+def params_outside(cfg, s, stage, shards=1):
+    """Parameters, padding included, that a rank of a stage has outside its blocks, before FSDP shards them."""
     of_last = ("norm_f", "transform", "head") + ("wte",) * cfg.tie_embeddings
     names = of_last * (stage == s.pp - 1) + ("wte", "wpe", "wtt", "norm_e") * (stage == 0)
     others = _counted(cfg)[2].items()
-    return numbers(shape for name, shape in others if s.pp == 1 or name.partition(".")[0] in names)
+    here = {name: shape for name, shape in others if s.pp == 1 or name.partition(".")[0] in names}
+    return _on_rank(here, s.tp, shards)
 
 
 def keys_seen(cfg, layer, seq_len):
@@ -220,10 +235,10 @@ class Collective:
 def collectives(cfg, s, gpus_per_node=8):
     """The large collectives of a step, even with no bytes or one rank; vectors and counts are left out.
 
-    Of a pipeline, those of its first stage. Bytes are exact where shards divide each tensor's rows: FSDP pads others.
+    Of a pipeline, those of its first stage.
     """
     data_ranks, data_local = s.replicas * s.shards, max(1, min(gpus_per_node, s.ranks) // s.tp)
-    n_layer, block, rest = stages(cfg, s)[0], block_params(cfg) / s.tp, params_outside(cfg, s, 0) / s.tp
+    n_layer, block, rest = stages(cfg, s)[0], block_params(cfg, s.tp, s.shards), params_outside(cfg, s, 0, s.shards)
     gradient = 2 if s.grad_compression == "bf16" else s.gradient_bytes
     found = []
     if s.tp > 1:
@@ -232,6 +247,8 @@ def collectives(cfg, s, gpus_per_node=8):
         layers, again = n_layer * s.micro_steps, s.checkpointing == "full"
         hidden = s.tokens * cfg.n_embd
         residual, narrow = hidden * s.stream, hidden * s.width
+        positions, is_each = s.gradient_bytes * cfg.n_embd * cfg.block_size, s.shards > 1 and s.accumulate != "whole"
+        positions *= cfg.position == "learned"
         of_tp = (s.tp, min(s.tp, gpus_per_node))
         found += [
             Collective("layers", "all_gather", narrow, *of_tp, (4 + 2 * again) * layers),
@@ -241,6 +258,7 @@ def collectives(cfg, s, gpus_per_node=8):
             Collective("layers", "all_gather", residual, *of_tp, s.micro_steps),
             Collective("layers", "all_gather", residual, *of_tp, s.micro_steps * (s.pp == 1)),
             Collective("layers", "all_reduce", residual, *of_tp, s.micro_steps * (s.pp == 1)),
+            Collective("layers", "all_reduce", positions, *of_tp, s.micro_steps if is_each else 1),
         ]
     if s.cp > 1:  # keys and values, and their gradients
         whole = s.cp * s.tokens * 2 * cfg.kv_heads * cfg.head_width * s.width / s.tp
@@ -286,7 +304,7 @@ def powersgd_numbers(cfg):
         whole, thin = numbers([shape]), min(*shape, POWERSGD_RANK) * sum(shape) if len(shape) == 2 else math.inf
         return thin if 2 * thin < whole else whole
 
-    return sum(map(sent, [*cfg.n_layer * block, *others.values()]))
+    return sum(map(sent, [*cfg.n_layer * [*block.values()], *others.values()]))
 
 
 def bytes_sent(cfg, s, gpus_per_node=8):
@@ -406,7 +424,7 @@ def optimizer_seconds(cfg, s, gpu, rates):
     n_bytes = {"adamw": 28, "muon": 28, "sgd": 20, "adafactor": 24}[s.optimizer] + 12  # per parameter; 12 to clip
     seconds = n_bytes * num_params(cfg) / (s.tp * s.pp * s.shards) / (rates.optimizer * gpu.memory_gbs * 1e9)
     if s.optimizer == "muon":
-        sizes = [sorted(shape) for shape in _counted(cfg)[1] if len(shape) == 2]
+        sizes = [sorted(shape) for shape in _counted(cfg)[1].values() if len(shape) == 2]
         flops = sum(5 * 2 * few**2 * (2 * many + few) for few, many in sizes)  # 5 Newton-Schulz steps
         seconds += cfg.n_layer * flops / s.ranks / (gpu.tflops * 1e12 * (rates.muon or rates.matmul))
     return seconds

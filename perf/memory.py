@@ -32,8 +32,8 @@ def memory_of_stage(cfg, s, stage):
     """The same of a rank of one stage."""
     d, V, tokens, n_layer = cfg.n_embd, cfg.padded_vocab_size / s.tp, cfg.passes * s.tokens, stages(cfg, s)[stage]
     is_last, in_flight = stage == s.pp - 1, min(s.micro_steps, s.pp - stage)  # micro-steps ahead of backward, and it
-    one_block, is_sharded = block_params(cfg) / s.tp, s.ranks > 1 and (s.strategy == "fsdp" or s.tp > 1 or s.pp > 1)
-    blocks, n = n_layer * one_block, n_layer * one_block + params_outside(cfg, s, stage) / s.tp
+    one_block, is_sharded = block_params(cfg, s.tp), s.ranks > 1 and (s.strategy == "fsdp" or s.tp > 1 or s.pp > 1)
+    blocks, n = n_layer * one_block, n_layer * one_block + params_outside(cfg, s, stage)
     weights, copies, sent = s.weight_bytes * n / s.shards, 0, 0
     if is_sharded:  # gathered: this block and the next, or all of them, and the layers outside the blocks
         copies = (2 if s.reshard and s.shards > 1 else n_layer) * s.width * one_block
