@@ -17,10 +17,10 @@ from typing import Literal
 import torch
 from torch.nn.utils import prune as torch_prune
 
+from checkpoint import check_is_float
 from config import Config, Fraction, UserError, only, run_script, settings_of
 from data import DataConfig, Split, each, eval_batches, objective_for, prepare_command
 from interop.hub import save_tensors
-from checkpoint import check_is_float
 from interop.pretrained import CHAT_FILE, EXTRA_FILE, keep_tokenizer_of, load_model, model_location
 from interop.quantized import KINDS, quantize, stored
 from model import ModelConfig

@@ -2,6 +2,7 @@
 
 python plan.py config/gpt2_124m.py --gpu=h100-sxm --n_gpus=8 --max_tokens=10e9
 python plan.py config/gpt2_1558m.py --n_gpus=64 --strategy=fsdp --compare
+python plan.py config/gpt2_1558m.py --gpu=rtx4090 --generate
 
 GPUs: v100 t4 rtx3090 rtx4090 rtx5090 a10 a10g a100-40 a100-80 l4 l40s h100-pcie h100-sxm h200 b200 gb200 mi250x mi300x,
 this (this machine, as python bench.py measured it), other (given by the settings gpu_tflops and the like).
@@ -19,6 +20,7 @@ from objective import ObjectiveConfig
 from optim import OptimConfig
 from parallel import ParallelConfig
 from perf import cost, hardware
+from perf.generation import generation, report_generation
 from perf.memory import changes_that_save, flags, memory, with_settings
 from perf.pictures import draw_plan, write_picture
 from perf.report_plan import report, report_compared
@@ -43,6 +45,8 @@ class Settings:
 
 
 def main(cfg):
+    if cfg.plan.generate:
+        return plan_generation(cfg)
     cfg, notes = resolve(cfg)
     gpu = gpu_of(cfg.plan)
     setup = setup_on(gpu, cfg)
@@ -60,6 +64,29 @@ def main(cfg):
     print(*lines, sep="\n")
     write_picture("plan.png", (11, 4.5), draw_plan, rows)
     cfg.output.write(figures)
+
+
+def plan_generation(cfg):
+    """Prints memory and tokens/s of generation on one GPU."""
+    if (cfg.plan.n_gpus or 1) > 1 or cfg.output.compare:
+        what = "compare is on" if cfg.output.compare else f"n_gpus is {cfg.plan.n_gpus}"
+        raise UserError(f"{what}, but generate plans for one GPU; leave it out")
+    cfg, notes = resolve(replace(cfg, plan=replace(cfg.plan, n_gpus=1)))
+    if not cfg.model.is_causal:
+        raise UserError(f"generate is on, but a model trained by {cfg.model.base} writes no text; leave it out")
+    gpu, context = gpu_of(cfg.plan), cfg.model.block_size
+    available = available_gib(gpu, cfg.plan) * 2**30 / cfg.plan.fragmentation
+    rows = generation(cfg.model, gpu, context, available, cfg.plan.host_speed)
+    precision = cfg.world.precision if cfg.world.precision != "auto" else "bf16" if gpu.has_bf16 else "fp16"
+    if precision not in {row["precision"] for row in rows}:
+        raise UserError(f"precision is {precision}, which {gpu.name} does not plan; take auto or fp32")
+    print(*report_generation(cfg.model, gpu, context, available, rows, precision), *notes, sep="\n")
+    cfg.output.write({"gpu": gpu.name, "context": context, "available_gib": available / 2**30, "generation": rows})
+
+
+def available_gib(gpu, plan):
+    """GiB of a GPU's memory beside the driver's."""
+    return max(0.0, gpu.usable_memory_gib - (plan.context_gib if gpu.device_type == "cuda" else 0))
 
 
 def resolve(cfg):
@@ -131,7 +158,7 @@ def predict(cfg, gpu, s):
     need = {name: n_bytes / 2**30 for name, n_bytes in memory(m, s).items()}
     need["total"] = sum(need.values())
     need["reserved"] = need["total"] * p.fragmentation
-    need["available"] = max(0.0, gpu.usable_memory_gib - (p.context_gib if gpu.device_type == "cuda" else 0))
+    need["available"] = available_gib(gpu, p)
     parts = cost.step_seconds(m, s, gpu, p.gpus_per_node, p.efficiency)
     step_s = sum(parts.values())
     batch_tokens = s.micro_steps * s.tokens * s.replicas * s.shards

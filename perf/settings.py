@@ -70,6 +70,7 @@ class BenchConfig(Config):
 @dataclass(frozen=True)
 class PlanConfig(Config):
     gpu: Names = "h100-sxm"  # this: as python bench.py measured it; other: by the settings below
+    generate: bool = False  # plan generation on one GPU, memory and tokens/s, instead of training
     n_gpus: Count | None = None  # number of GPUs; none: 8, or for --gpu=this as many as were measured
     gpus_per_node: Count = 8  # GPUs that gpu_link_gbs connects
     gpu_tflops: Positive | None = None  # dense bf16 matmuls, or fp16 without bf16; none: the data sheet's
