@@ -26,7 +26,7 @@ from config import Config, Count, UserError
 from data import sha256
 from heads import TunedModel
 from lora import AdaptedModel
-from model import TRAINING_ONLY, ModelConfig, parameter_shapes
+from model import TRAINING_ONLY, ModelConfig
 from world import local
 
 FILE_BYTES = 2**27
@@ -34,7 +34,7 @@ ATTEMPTS = 9  # to read a checkpoint, where a run that trains removes it meanwhi
 COUNT, NUMBER = range(2**63), (float, None)
 # Kinds of a manifest's values (see foreign.check)
 MANIFEST = {
-    "step!": COUNT, "files!": {"*": str}, "model!": dict, "context": range(1, 2**31), "checksum": str, "scaler": dict,
+    "step!": COUNT, "files!": {"*": str}, "model!": dict, "quantize": (str, None), "context": range(1, 2**31), "checksum": str, "scaler": dict,
     "settings": {"seq_len": (range(1, 2**31), None), "init_from": (str, None)}, "val_loss": NUMBER, "score": NUMBER,
     "state": {"step": COUNT, "sequences_seen": COUNT, "hours": float, "val_loss": NUMBER, "score": NUMBER,
               "evaluated_at": (COUNT, None), "bad_steps": COUNT, "recent": [[float]], "went_back_to": (COUNT, None)},
@@ -323,6 +323,7 @@ def load_checkpoint(path, model, optimizer=None):
     import torch.distributed.checkpoint as dcp
 
     manifest = read_manifest(path)
+    check_is_float(path, manifest)
     wanted, found = asdict(model.cfg), asdict(config_of_checkpoint(path, manifest))
     names = [name for name in sorted(wanted.keys() - TRAINING_ONLY) if found[name] != wanted[name]]
     if differing := ", ".join(f"{name} {found[name]} there, {wanted[name]} here" for name in names):
@@ -334,15 +335,14 @@ def load_checkpoint(path, model, optimizer=None):
     return manifest
 
 
-def tensor_reader(path, cfg):
+def tensor_reader(path, shapes):
     """A function from a parameter's name to its whole tensor on the CPU, read from a checkpoint.
 
-    cfg: the checkpoint's ModelConfig. UserError, before any memory is taken, where the files do not hold its tensors.
+    shapes: {name: shape} of the tensors of its model. UserError, before any memory is taken, where the files do not hold its tensors.
     """
     import torch.distributed.checkpoint as dcp
 
     _quieten()
-    shapes = parameter_shapes(cfg)
     with reading(path):
         reader = dcp.HuggingFaceStorageReader(str(path))
         metadata = reader.read_metadata()
@@ -362,6 +362,13 @@ def tensor_reader(path, cfg):
         return tensor
 
     return read
+
+
+def check_is_float(where, manifest):
+    """UserError where a checkpoint's model is quantized."""
+    if kind := manifest.get("quantize"):
+        what = f"{where} is quantized to {kind}, for sample.py and evaluate.py alone"
+        raise UserError(f"{what}; take the run that compress.py made it from")
 
 
 def config_of_checkpoint(path, manifest):

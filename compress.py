@@ -1,9 +1,10 @@
-"""Makes a trained model smaller, by pruning heads, neurons or single weights.
+"""Makes a trained model smaller: prunes heads, neurons or single weights, or quantizes matrices.
 
     python compress.py config/quickstart.py --prune=neurons --sparsity=0.5 --to_run=out/small
     python train.py out/small/config.py
+    python compress.py config/quickstart.py --quantize=int8 --to_run=out/int8
 
-The second command trains the pruned model again, for a tenth of its run's steps.
+The second command trains the pruned model again, for a tenth of its run's steps. A quantized one is not trained.
 """
 
 import dataclasses
@@ -16,10 +17,12 @@ from typing import Literal
 import torch
 from torch.nn.utils import prune as torch_prune
 
+from checkpoint import check_is_float
 from config import Config, Fraction, UserError, only, run_script, settings_of
 from data import DataConfig, Split, each, eval_batches, objective_for, prepare_command
 from interop.hub import save_tensors
 from interop.pretrained import CHAT_FILE, EXTRA_FILE, keep_tokenizer_of, load_model, model_location
+from interop.quantized import KINDS, quantize, stored
 from model import ModelConfig
 from objective import CONTRASTIVE, ObjectiveConfig, weighted_sum
 from ops import Linear
@@ -34,6 +37,7 @@ from world import WorldConfig, init_world
 class CompressConfig(Config):
     prune: Literal["heads", "neurons", "magnitude"] | None = None  # takes out attention heads, neurons of MLPs, weights
     sparsity: Fraction = 0.5  # share of them that goes, of each layer
+    quantize: Literal[*KINDS] | None = None  # bits of the blocks' matrices; int8_dynamic: of matmuls' inputs, too
     to_run: str | None = None  # folder of the run to write
 
 
@@ -51,18 +55,29 @@ class Settings:
 
 def main(cfg):
     wanted = cfg.compress
-    if lacking := [name for name in ("prune", "to_run") if getattr(wanted, name) is None]:
-        raise UserError(f"{', '.join(lacking)} is none; say what is pruned, and the folder of the run to write")
+    if (wanted.prune is None) == (wanted.quantize is None):
+        which = "are none" if wanted.prune is None else f"are {wanted.prune} and {wanted.quantize}"
+        raise UserError(f"prune and quantize {which}; give one of them, and quantize what was pruned and trained again")
+    if wanted.to_run is None:
+        raise UserError("to_run is none; name the folder of the run to write")
     check_is_new(wanted.to_run)
     with init_world(cfg.world) as world:
         model, source = load_model(model_location(cfg), world.device)
+        check_is_float(source.folder, getattr(source, "manifest", {}))
         settings = training_settings(source)
         cfg = with_settings(cfg, source, settings)
         splits = [
             Split(folder, "val", model.cfg.vocab_size, prepare_command(cfg, folder)) for folder in cfg.data.folders
         ]
         objective = objective_for(cfg, EVAL_MASK_SEED)
-        before = evaluate(model, splits, objective, cfg.data, world)
+        print(f"{'':<28} {'parameters':>12} {'bytes':>12} {'zeros':>6} {'val loss':>9} {'bits per byte':>14}")
+        print_row("before", model, evaluate(model, splits, objective, cfg.data, world))
+        if wanted.quantize:
+            quantize(model, wanted.quantize)
+            after = evaluate(model, splits, objective, cfg.data, world)
+            write(cfg, source, settings, model, after["val_loss"], world)
+            print_row(wanted.quantize, model, after, wanted.quantize)
+            return print(f"to sample from it: python sample.py --out_dir={wanted.to_run}")
         batches = (
             each(batch, lambda part: part.to(world.device))
             for split in splits
@@ -74,7 +89,7 @@ def main(cfg):
         after = evaluate(pruned, splits, objective, cfg.data, world)
         write(cfg, source, settings, pruned, after["val_loss"], world)
         what = "weights" if wanted.prune == "magnitude" else wanted.prune
-        print_table({"before": (model, before), f"{100 * wanted.sparsity:.3g} % of the {what} gone": (pruned, after)})
+        print_row(f"{100 * wanted.sparsity:.3g} % of the {what} gone", pruned, after)
         to_set = "" if settings else "; set batch_tokens, learning_rate and max_steps, which the model does not tell"
         print(f"to train it again: python train.py {wanted.to_run}/config.py{to_set}")
 
@@ -99,13 +114,13 @@ def with_settings(cfg, source, settings):
     return replace(cfg, model=source.cfg, objective=objective, data=data)
 
 
-def print_table(rows):
-    """Prints {what: (model, figures of its evaluation)} as a table."""
-    print(f"{'':<28} {'parameters':>12} {'zeros':>6} {'val loss':>9} {'bits per byte':>14}")
-    for name, (model, figures) in rows.items():
-        zeros = sum(int((p == 0).sum()) for p in model.blocks.parameters()) / model.num_params()
-        bits = f"{figures['val_bpb']:.4f}" if "val_bpb" in figures else "-"
-        print(f"{name:<28} {model.num_params():>12,} {zeros:>6.1%} {figures['val_loss']:>9.4f} {bits:>14}")
+def print_row(name, model, figures, kind=None):
+    """Prints a model's size and the figures of its evaluation; bytes: of its tensors in a checkpoint."""
+    tensors, bits = stored(model, kind), f"{figures['val_bpb']:.4f}" if "val_bpb" in figures else "-"
+    n_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    n_zeros = sum(int((p == 0).sum()) for name, p in tensors.items() if name.startswith("blocks."))
+    zeros = "-" if kind else f"{n_zeros / model.num_params():.1%}"
+    print(f"{name:<28} {model.num_params():>12,} {n_bytes:>12,} {zeros:>6} {figures['val_loss']:>9.4f} {bits:>14}")
 
 
 # ---- pruning
@@ -208,19 +223,21 @@ def smaller(model, cfg, cut):
 
 
 def write(cfg, source, settings, model, val_loss, world):
-    """Writes the model as a run without steps, whose config.py trains it for a tenth of its source's steps."""
-    out_dir, model_settings = cfg.compress.to_run, dataclasses.asdict(model.cfg)
+    """Writes the model as a run without steps; a pruned one's config.py trains it for a tenth of its source's steps."""
+    out_dir, kind, model_settings = cfg.compress.to_run, cfg.compress.quantize, dataclasses.asdict(model.cfg)
     preset = settings | {name: value for name, value in model_settings.items() if name in settings_of(TrainSettings)}
     preset |= {"init_from": out_dir, "out_dir": f"{out_dir}_trained", "data_dir": cfg.data.data_dir}
-    if settings:
+    if kind:  # sample.py and evaluate.py read it
+        preset = {"out_dir": out_dir}
+    elif settings:
         steps = max(1, source.manifest["step"] // 10)
         preset |= dict.fromkeys(("max_tokens", "target_loss", "lr_decay_steps", "max_minutes", "data_schedule"))
         preset |= {"max_steps": steps, "warmup_steps": min(settings["warmup_steps"], steps // 10)}
         # At the full rate it would unlearn first.
         preset |= {name: settings[name] / 10 for name in ("learning_rate", "min_lr")}
         preset["cooldown_steps"] = settings["cooldown_steps"] // 10
-    facts = {"model": model_settings, "settings": settings, "val_loss": val_loss}
-    tensors = {f"model.{name}": param.detach().cpu() for name, param in model.named_parameters()}
+    facts = {"model": model_settings, "settings": settings, "val_loss": val_loss, "quantize": kind}
+    tensors = {f"model.{name}": tensor.cpu() for name, tensor in stored(model, kind).items()}
     write_run(out_dir, 0, tensors, facts | {"context": source.cfg.block_size}, preset)
     keep_tokenizer_of(replace(cfg, run=replace(cfg.run, init_from=str(source.folder), out_dir=out_dir)), world)
     if source.extra:

@@ -212,8 +212,9 @@ def open_task(cfg, world):
     if tp > 1 and (kind.has_head or tune.lora_rank or 8 % tp):  # batches' widths are multiples of 8
         rule = "heads for labels and adapters are not split" if 8 % tp == 0 else "fine-tuning splits by 2, 4 or 8"
         raise UserError(f"tp is {tp}, but {rule}; use --strategy=fsdp")
-    if cfg.parallel.pp > 1:
-        raise UserError(f"pp is {cfg.parallel.pp}, but fine-tuning has no pipelines; use --strategy=fsdp")
+    if cfg.parallel.pp * cfg.parallel.cp > 1:
+        rule = "but fine-tuning divides neither blocks nor texts; use --strategy=fsdp"
+        raise UserError(f"pp is {cfg.parallel.pp} and cp {cfg.parallel.cp}, {rule}")
     tune = replace(tune, **{name: value for name, value in kind.defaults.items() if name not in cfg.given})
     source = starting_config(where, cfg.model, cfg.given)
     fields = {f.name: getattr(source, f.name) for f in dataclasses.fields(ModelConfig)}

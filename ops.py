@@ -64,7 +64,7 @@ class Linear(nn.Linear):
         return self.copy if self.copy is not None and torch.is_grad_enabled() else self.weight
 
     def forward(self, x):
-        few_rows = 0 < x.numel() <= 16 * x.shape[-1]
+        few_rows = 0 < x.numel() <= 16 * x.shape[-1] and type(self.weight) is nn.Parameter  # not torchao's
         if few_rows and self.weight.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.is_grad_enabled():
             rows = x.reshape(-1, x.shape[-1])
             y = self.weight @ rows[0] if len(rows) == 1 else (self.weight @ rows.T).T

@@ -201,8 +201,9 @@ def open_tasks(cfg, world):
         return None
     if not cfg.model.is_causal:
         raise UserError(MASKED)
-    if world.pp > 1:
-        raise UserError(f"tasks need a whole model, which no stage of pp {world.pp} has; use evaluate.py after training")
+    if world.pp * world.cp > 1:
+        rule = "tasks need whole models and texts on each rank; use evaluate.py after training"
+        raise UserError(f"pp is {world.pp} and cp {world.cp}, but {rule}")
     tokenizer = check_ids(load_tokenizer(tokenizer_of(cfg.data.folder)), cfg.model.vocab_size, cfg.data.folder)
     with harness_seeds():
         tasks = led_by_main(world, {}, lambda call: load_tasks(cfg.harness, in_training=True))

@@ -10,6 +10,7 @@ import torch
 from checkpoint import (
     ATTEMPTS,
     Removed,
+    check_is_float,
     checkpoints,
     config_of_checkpoint,
     context_of,
@@ -25,6 +26,7 @@ from heads import TunedModel
 from interop.families import family_of, resolved, tensors_of
 from interop.hub import TOKENIZER_FILES, HubModel, copy_files, folder_of, open_tensors, read_config, save_tensors
 from interop.hub_tokenizer import chat_settings, load_hub_tokenizer
+from interop.quantized import fill, quantize, stored_shapes
 from lora import AdaptedModel, merged
 from model import TRAINING_ONLY, ModelConfig, parameter_shapes
 from run.folder import keep_tokenizer, run_dir_of, tokenizer_of, writing_to
@@ -54,8 +56,10 @@ class RunModel:
                 self.path = newest_checkpoint(run_dir, world, best=True)
                 self.manifest = read_manifest(self.path)
         whole = config_of_checkpoint(self.path, self.manifest)
+        self.quantize = self.manifest.get("quantize")  # how the blocks' matrices are stored; None: as floats
+        shapes = stored_shapes(whole, self.quantize) if self.quantize else parameter_shapes(whole)
         # A tensor by its name, whole; UserError where the checkpoint is damaged, Removed where it has gone.
-        self.read = tensor_reader(self.path, whole)
+        self.read = tensor_reader(self.path, shapes)
         if isinstance(whole, AdaptedModel):
             self.read = merged(self.read, whole.lora_scale) if whole.lora_rank else self.read
             whole = whole.without_adapters()
@@ -108,17 +112,22 @@ def model_location(cfg):
     return run_dir
 
 
-def open_model(where, world=None):
+def open_model(where, world=None, may_be_quantized=False):
     """The model of a run's folder, which has checkpoints, or of a Hugging Face folder or name."""
-    return RunModel(where, world) if checkpoints(where) else HubModel(folder_of(where))
+    if not checkpoints(where):
+        return HubModel(folder_of(where))
+    source = RunModel(where, world)
+    if not may_be_quantized:
+        check_is_float(where, source.manifest)
+    return source
 
 
-def with_model(where, use, world=None):
+def with_model(where, use, world=None, may_be_quantized=False):
     """use(the opened model), again with a newer checkpoint where the run that writes them removes the one being read."""
     for _ in range(ATTEMPTS):
         answer = removed = None
         try:
-            answer = use(open_model(where, world))
+            answer = use(open_model(where, world, may_be_quantized))
         except Removed as error:
             removed = error
         if not any(world.gather(bool(removed)) if world else [removed]):
@@ -184,7 +193,9 @@ def run_config(run_dir):
 
 
 def _merged_config(path):
-    cfg = config_of_checkpoint(path, read_manifest(path))
+    manifest = read_manifest(path)
+    check_is_float(path, manifest)
+    cfg = config_of_checkpoint(path, manifest)
     return cfg.without_adapters() if isinstance(cfg, AdaptedModel) else cfg
 
 
@@ -249,10 +260,14 @@ def load_model(where, device, world=None):
             model = source.cfg.build()
         model.to_empty(device=device)
         model.tie_weights()
-        load_weights(source, model)
+        if kind := getattr(source, "quantize", None):
+            quantize(model, kind)  # of any weights, for the types of its tensors
+            fill(model, source.read, kind)
+        else:
+            load_weights(source, model)
         return model.eval(), source
 
-    return with_model(where, load, world)
+    return with_model(where, load, world, may_be_quantized=True)
 
 
 def load_tokenizer_of(source, may_lack=False):

@@ -11,6 +11,7 @@ import torch
 from checkpoint import (
     CheckpointWriter,
     Failure,
+    check_is_float,
     checkpoints,
     file_numbers,
     load_checkpoint,
@@ -97,6 +98,7 @@ class Saver:
             if self.cfg.run.resume == "never":
                 remedy = "use another --out_dir, or --resume=auto to continue"
                 raise UserError(f"resume is never, and {self.cfg.run.out_dir} has checkpoints; {remedy}")
+            check_is_float(newest, read_manifest(newest))
             manifest, step = read_manifest(newest, *OF_A_RUN), step_of(newest)
             old, seen = manifest["settings"], manifest["state"].get("sequences_seen", 0)
             per_step = self.cfg.data.batch_tokens // self.cfg.data.seq_len

@@ -159,7 +159,7 @@ def test_models_of_several_objectives_are_pruned(kind):
 @pytest.mark.parametrize(("change", "line"), [
     ({"prune": "heads", "sparsity": 0.05}, "sparsity 0.05 takes none of the 5 heads of a layer; raise it"),
     ({"prune": "heads", "sparsity": 0.9}, "sparsity 0.9 leaves a layer without heads, of which it has 5; lower it"),
-    ({"prune": "none"}, "prune is none; say what is pruned"),
+    ({"prune": "none"}, "prune and quantize are none"),
     ({"prune": "heads", "to_run": "{run}"}, "holds a run already; name another folder"),
     ({"prune": "heads", "data_dir": "{tmp}/none"}, "none does not exist or is no folder"),
 ])  # fmt: skip
