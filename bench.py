@@ -28,7 +28,7 @@ from objective import ObjectiveConfig, windows_of
 from optim import OptimConfig
 from pairs import Partners
 from parallel import ParallelConfig
-from perf import cost, hardware, machine, meters
+from perf import cost, hardware, machine, meters, timing
 from perf.memory import explaining_out_of_memory, memory, setup_here
 from perf.pictures import draw_memory, draw_roofline, write_picture
 from perf.report_bench import compare, errors, report
@@ -272,7 +272,7 @@ def predicted(cfg, world, micro_steps, peak):
     if gpu is None or (gpu.machine and world.tp > 1):
         return figures
     timed = dataclasses.replace(setup, micro_steps=micro_steps)
-    step_s = sum(cost.step_seconds(cfg.model, timed, gpu).values())
+    step_s = sum(timing.step_seconds(cfg.model, timed, gpu).values())
     tokens_per_s = timed.tokens * micro_steps * world.data_ranks * world.cp / step_s
     flops = cost.flops_per_token(cfg.model, setup.seq_len, setup.head_share)
     return figures | {"step_s": step_s, "tokens_per_s": tokens_per_s, "mfu": tokens_per_s * flops / peak / world.size}

@@ -26,7 +26,7 @@ class Context:
     @classmethod
     def of(cls, world):
         """The Context of this rank of a World."""
-        return cls(world.rank % world.ranks_of_stage // world.tp % world.cp, world.cp, world.cp_group)
+        return cls(world.rank_in_stage // world.tp % world.cp, world.cp, world.cp_group)
 
     def places(self, T, device=None):
         """Places (T,) of this rank's tokens in sequences of n T tokens."""

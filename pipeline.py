@@ -52,7 +52,7 @@ class Stage:
 
     def __init__(self, width, world):
         self.width, self.world = width, world
-        column = range(world.rank % world.ranks_of_stage, world.size, world.ranks_of_stage)
+        column = range(world.rank_in_stage, world.size, world.ranks_of_stage)
         self.is_first, self.is_last = world.stage == 0, world.stage == world.pp - 1
         self.before, self.after = column[world.stage - 1], column[(world.stage + 1) % world.pp]  # none at the ends
         self.other_end = column[0] if self.is_last else column[-1]

@@ -23,7 +23,7 @@ from model import ModelConfig
 from objective import ObjectiveConfig
 from optim import OptimConfig
 from parallel import ParallelConfig
-from perf import cost, hardware
+from perf import cost, hardware, timing
 from perf.generation import generation, report_generation
 from perf.memory import changes_that_save, flags, memory, with_settings
 from perf.pictures import draw_plan, write_picture
@@ -177,7 +177,7 @@ def predict(cfg, gpu, s):
     need["total"] = sum(need.values())
     need["reserved"] = need["total"] * p.fragmentation
     need["available"] = available_gib(gpu, p)
-    parts = cost.step_seconds(m, s, gpu, p.gpus_per_node, p.efficiency)
+    parts = timing.step_seconds(m, s, gpu, p.gpus_per_node, p.efficiency)
     step_s = sum(parts.values())
     batch_tokens = s.micro_steps * s.tokens * s.replicas * s.shards
     tokens = cfg.optim.last_step(cfg.data.batch_tokens) * cfg.data.batch_tokens

@@ -82,7 +82,7 @@ class World:
     @property
     def data_rank(self):
         """Number of the part of the data that this rank reads."""
-        return self.rank % self.ranks_of_stage // (self.tp * self.cp)
+        return self.rank_in_stage // (self.tp * self.cp)
 
     @property
     def data_ranks(self):
@@ -97,7 +97,12 @@ class World:
     @property
     def stage(self):
         """Number of this rank's stage of the pipeline."""
-        return self.rank // self.ranks_of_stage
+        return min(self.rank // self.ranks_of_stage, self.pp - 1)
+
+    @property
+    def rank_in_stage(self):
+        """Number of this rank among those of its stage."""
+        return self.rank - self.stage * self.ranks_of_stage
 
     @property
     def dtype(self):

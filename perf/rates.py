@@ -1,4 +1,4 @@
-"""The rates of forward and backward on this machine, by which cost.step_seconds predicts a step."""
+"""The rates of forward and backward on this machine, by which timing.step_seconds predicts a step."""
 
 import functools
 
@@ -7,7 +7,7 @@ import torch
 from model import Block, ModelConfig
 from ops import Linear, Vocabulary, attend, linear_cross_entropy, loss_pass, rope_table
 from optim import OptimConfig, build_optimizer
-from perf import cost
+from perf import cost, timing
 from perf.hardware import between
 from perf.meters import rising, timed, timed_in_turn
 
@@ -29,7 +29,7 @@ def training_rates(world, left_out):
     """Rates in the run's precision, by width, sequence length or kind; left_out gets sizes too slow to measure.
 
     Matmuls are the linear layers of a block. Memory is the time of a whole block minus its matmuls, attention and
-    overhead, relative to the bytes that cost.work counts.
+    overhead, relative to the bytes that timing.work counts.
     """
     widths, lengths, rows, vocab_size = SIZES["cpu" if world.device.type == "cpu" else "cuda"]
 
@@ -69,7 +69,7 @@ def one_block(kind, width, world, micro_batch_size, seq_len=BLOCK_LENGTH):
 def work_of(cfg, world, micro_batch_size, seq_len):
     """The Work of a micro-batch on this device."""
     on_cpu = world.device.type == "cpu"
-    return cost.work(cfg, cost.Setup(seq_len, micro_batch_size, precision=world.precision, on_cpu=on_cpu))
+    return timing.work(cfg, cost.Setup(seq_len, micro_batch_size, precision=world.precision, on_cpu=on_cpu))
 
 
 def random(world, *shape, dtype=torch.float32):
@@ -110,7 +110,7 @@ def block_seconds(world, rows, width):
 
 
 def attention_tflops(world, rows, seq_len, n_heads=8):
-    """TFLOP/s of causal attention, by the FLOPs that cost.work counts."""
+    """TFLOP/s of causal attention, by the FLOPs that timing.work counts."""
     batch = max(1, rows // seq_len)
     q, k, v = (random(world, batch, seq_len, n_heads, HEAD_WIDTH, dtype=world.dtype) for _ in range(3))
 

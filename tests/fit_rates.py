@@ -15,7 +15,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import ModelConfig
-from perf import cost, hardware
+from perf import cost, hardware, timing
 from perf.hardware import DEVICES, Rates
 
 PUBLISHED = Path(__file__).parent / "published.csv"
@@ -86,7 +86,7 @@ def read_published(path=PUBLISHED):
 def predicted(row, rates=None, efficiency=1.0):
     """Seconds of a step of a published row."""
     per_node = int(row["gpus_per_node"] or 8)
-    return sum(cost.step_seconds(model_of(row), setup_of(row), gpu_of(row), per_node, efficiency, rates).values())
+    return sum(timing.step_seconds(model_of(row), setup_of(row), gpu_of(row), per_node, efficiency, rates).values())
 
 
 def log_ratios(rows, rates=None, efficiency=1.0):
@@ -171,7 +171,7 @@ def timings_of_one_h100():
             else:
                 setup = replace(setup, cuda_graphs=False, strategy="fsdp" if how[0] == "blocks" else "ddp")
                 assert setup.launched == how[0]
-            parts = cost.step_seconds(MODELS[name], setup, DEVICES["h100-sxm"])
+            parts = timing.step_seconds(MODELS[name], setup, DEVICES["h100-sxm"])
             left_out = 0.0 if how[-1] else parts["optimizer_s"]
             error = 1e3 * (sum(parts.values()) - left_out) / ms - 1
             tables[-1].append((f"{name}, {micro_steps} x {B} x {T}, {how[0]}", ms, error))

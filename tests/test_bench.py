@@ -24,7 +24,7 @@ from data import Split
 from model import ModelConfig
 from objective import IGNORE, Masked
 from order import TrainOrder
-from perf import cost, hardware, machine, meters, pictures, rates, sweep
+from perf import cost, hardware, machine, meters, pictures, rates, sweep, timing
 from ranks import on_ranks, run_script, write_data
 from run.folder import run_dir_of
 from text.tokenizer import SPECIALS
@@ -360,7 +360,7 @@ def test_the_machine_is_measured_for_the_planner_and_for_predictions_beside_what
     setup = plan.setup_on(gpu, cfg)
     f = plan.predict(cfg, gpu, setup)
     assert (f["gpu"], f["n_gpus"], f["fits"]) == ("this", 1, True)
-    assert 0 < f["step_s"] == pytest.approx(sum(cost.step_seconds(cfg.model, setup, gpu).values()))
+    assert 0 < f["step_s"] == pytest.approx(sum(timing.step_seconds(cfg.model, setup, gpu).values()))
     with pytest.raises(ValueError, match="run python bench.py --precision=bf16"):
         plan.predict(cfg, gpu, dataclasses.replace(setup, precision="bf16"))
     for args in ([], ["--compare"]):
@@ -462,7 +462,7 @@ def test_steps_take_the_predicted_time(monkeypatch):
             for preset in off():
                 cfg, micro_steps, step = trained[preset]
                 setup = cost.setup_of(cfg, (1, 1, 1), micro_steps, world.precision, "cpu")
-                predicted = sum(cost.step_seconds(cfg.model, setup, hardware.this(figures)).values())
+                predicted = sum(timing.step_seconds(cfg.model, setup, hardware.this(figures)).values())
                 ratios[preset].append(predicted / meters.timed(step, world, seconds=2)[0])
             if not off():
                 break

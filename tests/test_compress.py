@@ -140,7 +140,7 @@ def test_a_run_is_judged_as_it_was_trained(tmp_path, capsys):
     trained = RunModel(tmp_path / "run").manifest["val_loss"]
     compressed((data, tmp_path / "run"), tmp_path / "small", prune="neurons")
     before = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("before"))
-    assert float(before.split()[3]) == pytest.approx(trained, abs=1e-4)
+    assert float(before.split()[4]) == pytest.approx(trained, abs=1e-4)
     with without_matplotlib():
         train.main(config.load(train.Settings, [f"{tmp_path}/small/config.py"]))
     assert checkpoints(tmp_path / "small_trained")[-1].name == "step_00000002"

@@ -20,7 +20,7 @@ from model import ModelConfig, Transformer
 from objective import OBJECTIVES, ObjectiveConfig
 from optim import OptimConfig, build_optimizer
 from parallel import ParallelConfig, distribute
-from perf import cost, hardware
+from perf import cost, hardware, timing
 from ranks import on_ranks
 from run.health import HealthConfig
 from train import train_step
@@ -300,7 +300,7 @@ def seconds_of(machine, *args):
              "--micro_batch_size=3", "--batch_tokens=42", "--n_kv_head=none"]  # fmt: skip
     cfg = config.load(train.Settings, [*args[:1], *sizes, *args[1:]])
     setup = cost.setup_of(cfg, (1, 1, 1), cfg.data.batch_tokens // 21, "fp32", "cpu")
-    return cost.step_seconds(cfg.model, setup, machine), cfg, setup
+    return timing.step_seconds(cfg.model, setup, machine), cfg, setup
 
 
 @pytest.mark.parametrize("preset", ["config/gpt2_124m.py", "config/modern_124m.py", "config/bert_base.py"])
@@ -316,7 +316,7 @@ def test_a_measured_machine_does_the_work_that_mfu_counts(preset):
 def test_the_kind_of_block_chooses_memory_rate_and_overhead():
     for preset, kind in (("gpt2_124m", "plain"), ("modern_124m", "modern"), ("bert_base", "dropout")):
         seconds, cfg, setup = seconds_of(machine_of(**{kind: 1, f"{kind} overhead": 1}), f"config/{preset}.py")
-        assert seconds["memory_s"] == pytest.approx(2e-9 * cost.work(cfg.model, setup).elementwise_bytes)
+        assert seconds["memory_s"] == pytest.approx(2e-9 * timing.work(cfg.model, setup).elementwise_bytes)
         assert seconds["overhead_s"] == pytest.approx(2 * 3 * 1e-3)
 
 
@@ -343,10 +343,10 @@ def test_a_step_takes_the_longer_of_launching_and_computing():
     cfg, gpu = ModelConfig(vocab_size=64, n_layer=5), hardware.DEVICES["h100-sxm"]
     small, large = (cost.Setup(8, n, 3, compiled=True, strategy="fsdp") for n in (1, 2**16))
     seconds = 3 * 5 * hardware.LAUNCH_S["blocks"] + hardware.STEP_LAUNCH_S
-    assert sum(cost.step_seconds(cfg, small, gpu).values()) == pytest.approx(seconds)
-    assert sum(cost.step_seconds(cfg, replace(small, host_speed=2), gpu).values()) == pytest.approx(seconds / 2)
-    assert cost.step_seconds(cfg, large, gpu)["overhead_s"] == 0
-    captured = cost.step_seconds(cfg, replace(small, cuda_graphs=True), gpu)
+    assert sum(timing.step_seconds(cfg, small, gpu).values()) == pytest.approx(seconds)
+    assert sum(timing.step_seconds(cfg, replace(small, host_speed=2), gpu).values()) == pytest.approx(seconds / 2)
+    assert timing.step_seconds(cfg, large, gpu)["overhead_s"] == 0
+    captured = timing.step_seconds(cfg, replace(small, cuda_graphs=True), gpu)
     assert captured["overhead_s"] == 0 and captured["memory_s"] > 3 * 5 * hardware.LAYER_S
 
 
@@ -369,7 +369,7 @@ def test_bert_base_was_bound_by_the_host():
     """100,000 tokens/s were measured, where the GPU alone would have done several times as many."""
     bert = config.load(train.Settings, ["config/bert_base.py", "--micro_batch_size=32"])
     setup = replace(cost.setup_of(bert, (1, 1, 1), 8, "bf16", "cuda"), cuda_graphs=False, strategy="fsdp")
-    parts = cost.step_seconds(bert.model, setup, hardware.DEVICES["h100-sxm"])
+    parts = timing.step_seconds(bert.model, setup, hardware.DEVICES["h100-sxm"])
     assert 8 * 32 * 128 / sum(parts.values()) == pytest.approx(100_000, rel=0.16)
     assert parts["overhead_s"] > 0.6 * sum(parts.values())
 
@@ -388,4 +388,4 @@ def test_what_was_not_measured_is_refused():
         ({"tp": 2}, "name a GPU"),
     ):
         with pytest.raises(config.UserError, match=message):
-            cost.step_seconds(cfg.model, replace(setup, **changes), machine)
+            timing.step_seconds(cfg.model, replace(setup, **changes), machine)

@@ -27,9 +27,10 @@ from interop.teacher import in_precision, make_student, teacher_config
 from model import parameter_shapes
 from objective import weighted_sum
 from ops import IGNORE, LossOptions, Vocabulary, linear_cross_entropy
-from perf.cost import setup_of, step_seconds
+from perf.cost import setup_of
 from perf.hardware import DEVICES
 from perf.memory import memory
+from perf.timing import step_seconds
 from world import World
 
 SIZES = {"n_layer": 4, "max_steps": 4, "seed": 5}  # of teachers
