@@ -1,9 +1,10 @@
 # Llama 3 8B's shape, learning rate and length (arXiv 2407.21783, tables 3 and section 3.2): 8,030 M parameters, 15 T
-# tokens. This preset plans; it has not been run at this size. The data needs Llama's tokenizer, tokenizer.json of its
-# folder on the hub, as in `python prepare.py config/llama_8b.py --input=TEXT --tokenizer=tokenizer.json`.
+# tokens. This preset plans; it has not been run at this size. `tokenizer.json` is Llama 3's, from its folder on the hub.
 #
 #   python plan.py config/llama_8b.py --n_gpus=256
 
+input = "text/*.parquet"  # your own
+tokenizer = "tokenizer.json"
 data_dir = "data/llama3"
 
 vocab_size = 128_256

@@ -53,7 +53,7 @@ class Log:
         per_rank = [world.worst(figure) for figure in params_and_bytes(optimizer)]
         setup = setup_here(cfg, world, model.teacher and model.teacher.cfg)
         self.predicted = {k: n / 2**30 for k, n in memory(cfg.model, setup).items() if n}  # GiB
-        self.stage = getattr(model, "stage", None)
+        self.stage, self.n_losses = getattr(model, "stage", None), len(model.objectives)
         self.n_steps, self.file, self.unwritten, self.wandb, self.failed = 0, None, b"", None, set()
         self.draws = world.is_main and importlib.util.find_spec("matplotlib") is not None
         if world.is_main:
@@ -138,7 +138,7 @@ class Log:
         tokens_per_s = steps * self.cfg.data.batch_tokens / seconds
         parts = {  # of several objectives
             f"mean_loss_{name}": statistics.fmean(past.parts[name] for past in self.losses or [loss])
-            for name in (loss.parts if len(self.cfg.model.objectives) > 1 else ())
+            for name in (loss.parts if self.n_losses > 1 else ())
         }
         record = {
             "step": state.step,
