@@ -21,6 +21,7 @@ import torch
 from config import UserError, only, run_script
 from context import in_parts
 from data import DataConfig, accumulation_steps, each, open_data, seq_len_of
+from devices import device_name, memory_now_gib, peak_memory_gib, reset_peak_memory
 from fim import FIM_TOKENS
 from interop.pretrained import resolve
 from model import ModelConfig
@@ -38,7 +39,7 @@ from run.folder import RunConfig
 from run.guard import Watchdog
 from run.health import HealthConfig
 from train import build, train_step
-from world import WorldConfig, device_name, end_process, init_world, memory_now_gib, peak_memory_gib, reset_peak_memory
+from world import WorldConfig, end_process, init_world
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ ATTEMPTS = 9  # to read a checkpoint, where a run that trains removes it meanwhi
 COUNT, NUMBER = range(2**63), (float, None)
 # Kinds of a manifest's values (see foreign.check)
 MANIFEST = {
-    "step!": COUNT, "files!": {"*": str}, "model!": dict, "quantize": (str, None), "context": range(1, 2**31), "checksum": str, "scaler": dict,
+    "step!": COUNT, "files!": {"*": str}, "model!": dict, "context": range(1, 2**31), "checksum": str, "scaler": dict,
+    "quantize": (str, None),
     "settings": {"seq_len": (range(1, 2**31), None), "init_from": (str, None)}, "val_loss": NUMBER, "score": NUMBER,
     "state": {"step": COUNT, "sequences_seen": COUNT, "hours": float, "val_loss": NUMBER, "score": NUMBER,
               "evaluated_at": (COUNT, None), "bad_steps": COUNT, "recent": [[float]], "went_back_to": (COUNT, None)},
@@ -323,7 +324,6 @@ def load_checkpoint(path, model, optimizer=None):
     import torch.distributed.checkpoint as dcp
 
     manifest = read_manifest(path)
-    check_is_float(path, manifest)
     wanted, found = asdict(model.cfg), asdict(config_of_checkpoint(path, manifest))
     names = [name for name in sorted(wanted.keys() - TRAINING_ONLY) if found[name] != wanted[name]]
     if differing := ", ".join(f"{name} {found[name]} there, {wanted[name]} here" for name in names):
@@ -338,7 +338,7 @@ def load_checkpoint(path, model, optimizer=None):
 def tensor_reader(path, shapes):
     """A function from a parameter's name to its whole tensor on the CPU, read from a checkpoint.
 
-    shapes: {name: shape} of the tensors of its model. UserError, before any memory is taken, where the files do not hold its tensors.
+    shapes: {name: shape} of its model's tensors. UserError, before any memory is taken, where the files lack them.
     """
     import torch.distributed.checkpoint as dcp
 

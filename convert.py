@@ -23,6 +23,7 @@ import torch
 
 import foreign
 from config import UserError, only, run_script
+from devices import tune_malloc
 from heads import TunedModel
 from interop.families import config_of, family_of, their_tensors
 from interop.gguf import write_gguf
@@ -33,7 +34,6 @@ from interop.pretrained import TOKENIZER, RunModel, load_tokenizer_of, model_loc
 from interop.tokenizer import frame_pairs, write_tokenizer
 from run.folder import RunConfig
 from text.remote import bare_url, is_url
-from world import tune_malloc
 
 WEIGHTS = r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?$"
 SHARD_BYTES = 5 * 10**9  # largest file of weights, as transformers below 5 writes

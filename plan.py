@@ -226,7 +226,7 @@ def to_fit(cfg, gpu, setup):
 
 
 def scaling(cfg, gpu, setup):
-    """[(prediction with the same batch or None, with a batch that grows)] of a Setup on 1, 2, 4, ... times tp x cp x pp GPUs.
+    """[(prediction with the same batch or None, with a batch that grows)] of a Setup on 1, 2, 4, ... times tp cp pp GPUs.
 
     The same batch is divided into the largest micro-batches up to the Setup's; None where the GPUs do not divide it.
     """

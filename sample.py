@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from config import Config, Range, UserError, only, run_script
+from devices import DTYPES, pick_device, pick_precision
 from fim import FIM_TOKENS, fim_tokens
 from generation import GenerationConfig, UntilStop, generate
 from heads import embedding
@@ -33,7 +34,7 @@ from objective import special_id
 from run.folder import RunConfig
 from shards import refusing_system_errors
 from text.files import read_text, unescaped
-from world import DTYPES, WorldConfig, pick_device, pick_precision
+from world import WorldConfig
 
 Samples = Annotated[int, Range("at least 1 and at most 100,000", lambda n: 1 <= n <= 100_000)]
 

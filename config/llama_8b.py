@@ -1,5 +1,5 @@
-# Llama 3 8B's shape, learning rate and length (arXiv 2407.21783, tables 3 and section 3.2): 8,030 M parameters, 15 T
-# tokens. This preset plans; it has not been run at this size. `tokenizer.json` is Llama 3's, from its folder on the hub.
+# Llama 3 8B's shape and learning rate (arXiv 2407.21783, table 3), 8,030 M parameters, for 15 T tokens. This preset
+# plans; it has not been run at this size. `tokenizer.json` is Llama 3's, from its folder on the hub.
 #
 #   python plan.py config/llama_8b.py --n_gpus=256
 

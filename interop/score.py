@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 
 from config import UserError
+from devices import pick_device
 from interop.pretrained import load_model, load_tokenizer_of
 from ops import IGNORE
-from world import World, pick_device
+from world import World
 
 
 class Score(NamedTuple):

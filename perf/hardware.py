@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from config import UserError
-from world import DTYPES, device_name
+from devices import DTYPES, device_name
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import torch.distributed as dist
 from torch.utils import collect_env
 
 from data import Loader, Split
+from devices import DTYPES, device_name, memory_bytes
 from objective import NextToken
 from order import TrainOrder
 from perf.hardware import known_device
 from perf.meters import rising, timed
 from perf.rates import training_rates
-from world import DTYPES, device_name, memory_bytes
 
 # Sizes by device type: of matrices, and of messages in bytes.
 SIZES = {

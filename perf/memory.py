@@ -8,10 +8,11 @@ import torch
 
 from config import UserError
 from data import accumulation_steps
+from devices import memory_bytes
 from ops import loss_chunks
 from optim import STACK
 from perf.cost import block_params, block_weights, num_params, params_outside, setup_of, stages
-from world import local, memory_bytes
+from world import local
 
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "logits", "other")
 ALLOCATOR_SLACK = 1.1  # reserved over allocated memory

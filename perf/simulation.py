@@ -79,7 +79,8 @@ def paper_world(cfg, n_ranks, rank=0):
         raise UserError("simulate runs fsdp, tp and pp; plain ddp sends each gradient once; use --strategy=fsdp")
     dist.init_process_group("fake", rank=rank, world_size=n_ranks, store=FakeStore())
     try:
-        yield PaperWorld(rank, n_ranks, torch.device("cpu"), cfg.world.precision, **groups_of("cpu", cfg.parallel, n_ranks))
+        groups = groups_of("cpu", cfg.parallel, n_ranks)
+        yield PaperWorld(rank, n_ranks, torch.device("cpu"), cfg.world.precision, **groups)
     finally:
         dist.destroy_process_group()
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from config import ROOT, UserError, as_dict, as_preset, load
 from data import accumulation_steps
-from world import pick_device, processes_here
+from devices import pick_device
+from world import processes_here
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "MemoryError", "Cannot allocate memory")
 KEYS = ("activation_checkpointing", "compile", "micro_batch_size")

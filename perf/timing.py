@@ -50,8 +50,8 @@ def work(cfg, s):
 def step_seconds(cfg, s, gpu, gpus_per_node=8, efficiency=1.0, rates=None):
     """{matmul_s, attention_s, memory_s, head_s, overhead_s, bubble_s, communication_s, optimizer_s}: a step's parts.
 
-    communication_s is the time spent waiting; bubble_s that in which stages of a pipeline have nothing to do. efficiency multiplies the speed of all computing but the optimizer's.
-    rates: None for the device's own.
+    communication_s is the time spent waiting; bubble_s that in which stages of a pipeline have nothing to do.
+    efficiency multiplies the speed of all computing but the optimizer's. rates: None for the device's own.
     """
     if rates is None:
         # Ten published rows of compiled code with tensor parallelism are no faster than eager ones.

@@ -19,6 +19,7 @@ import torch
 
 from config import ROOT, Config, Count, UserError, as_dict, as_preset
 from console import report
+from devices import device_name, memory_bytes, peak_memory_gib, reset_peak_memory
 from objective import windows_of
 from perf import cost
 from perf.hardware import peak_flops
@@ -26,7 +27,6 @@ from perf.memory import memory, params_and_bytes, setup_here, stages_here
 from pipeline import bubble
 from run.curves import draw_curves
 from run.folder import keep_source, keep_tokenizer, open_log, writing_to
-from world import device_name, memory_bytes, peak_memory_gib, reset_peak_memory
 
 LEAST_GIB = 0.1  # memory below it prints in MiB
 

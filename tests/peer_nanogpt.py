@@ -189,7 +189,7 @@ def head_growth(theirs, N=2048, C=384, V=50304):
             model(ids, ids)[1].backward()
     else:
         from ops import Vocabulary, linear_cross_entropy
-        from world import keep_freed_memory
+        from devices import keep_freed_memory
 
         keep_freed_memory()
 

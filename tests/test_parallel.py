@@ -30,7 +30,8 @@ from parallel import ParallelConfig, distribute
 from ranks import on_ranks, run, step_settings, write_data
 from text.tokenizer import SPECIALS
 from train import evaluate, train_step
-from world import World, WorldConfig, init_world, pick_device, pick_precision, seed_step
+from devices import pick_device, pick_precision
+from world import World, WorldConfig, init_world, seed_step
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ModelConfig(vocab_size=37, block_size=11, n_layer=3, n_head=5, n_embd=20)

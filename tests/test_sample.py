@@ -27,7 +27,7 @@ from ranks import run, write_data
 from sample import generation_dtype, masked_ids, print_candidates, stream
 from text.files import read_text
 from text.tokenizer import SPECIALS, load_tokenizer, train_bpe, write_character_tokenizer
-from world import pick_precision
+from devices import pick_precision
 
 V = 37
 SMALL = ModelConfig(vocab_size=V, block_size=11, n_layer=3, n_head=5, n_embd=20)
