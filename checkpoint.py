@@ -27,7 +27,7 @@ from data import sha256
 from heads import TunedModel
 from lora import AdaptedModel
 from model import TRAINING_ONLY, ModelConfig
-from world import local
+from world import Failure, cause_of, local, on_all_ranks
 
 FILE_BYTES = 2**27
 ATTEMPTS = 9  # to read a checkpoint, where a run that trains removes it meanwhile
@@ -169,31 +169,6 @@ def write_checkpoint(out_dir, step, tensors, numbers, facts, world):
         raise
 
 
-class Failure(Exception):
-    """An error of one rank, raised on all."""
-
-    def __init__(self, text, is_of_disk):
-        super().__init__(text)
-        self.is_of_disk = is_of_disk
-
-
-def on_all_ranks(world, function):
-    """A list with each rank's function(); Failure on all ranks where one raised."""
-    from torch.distributed.checkpoint import CheckpointException  # no subclass of Exception
-
-    value = problem = None
-    try:
-        value = function()
-    except (Exception, CheckpointException) as error:
-        cause = _cause_of(error)
-        is_plain = isinstance(cause, (OSError, ValueError))
-        problem = str(cause) if is_plain else f"{type(cause).__name__}: {cause}", isinstance(cause, OSError)
-    answers = [(value, problem)] if world is None else world.gather((value, problem))
-    if problem := next((problem for _, problem in answers if problem), None):
-        raise Failure(*problem)
-    return [value for value, _ in answers]
-
-
 def remove_old_checkpoints(out_dir, cfg):
     """Removes all checkpoints but the newest keep_checkpoints, the best one and every keep_every-th."""
     paths = checkpoints(out_dir)
@@ -218,11 +193,6 @@ def best_of(paths):
     return min(costs, key=costs.get, default=None)
 
 
-def _cause_of(error):
-    """The first rank's error: torch.distributed.checkpoint wraps the errors of all ranks into one."""
-    return next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
-
-
 class Removed(UserError):
     """A checkpoint was removed while it was read, as a run does that keeps only its newest ones."""
 
@@ -235,7 +205,7 @@ def reading(path):
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
-        cause = _cause_of(error)
+        cause = cause_of(error)
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
         if not Path(path).exists():

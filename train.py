@@ -9,7 +9,6 @@ The same command again continues from the newest checkpoint in out_dir.
 import dataclasses
 import functools
 import math
-import operator
 from dataclasses import dataclass
 
 import torch
@@ -259,7 +258,7 @@ def evaluate(model, splits, objective, cfg, world):
         what = f"eval_tokens {cfg.eval_tokens} {what}"
         raise UserError(f"{what}; raise eval_tokens, or the split's share of the text by --val_fraction of prepare.py")
     if model.cfg.is_causal and splits[0].token_bytes:
-        n_bytes = sum(map(operator.mul, frequencies.tolist(), splits[0].token_bytes))
+        n_bytes = (frequencies * torch.tensor(splits[0].token_bytes)).sum().item()
     figures = {
         "val_loss": weighted_sum((losses / counts).tolist(), weights),
         "val_accuracy": (n_correct[0] / n_targets).item(),

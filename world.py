@@ -181,6 +181,36 @@ class World:
             dist.barrier()
 
 
+class Failure(Exception):
+    """An error of one rank, raised on all."""
+
+    def __init__(self, text, is_of_disk):
+        super().__init__(text)
+        self.is_of_disk = is_of_disk
+
+
+def on_all_ranks(world, function):
+    """A list with each rank's function(); Failure on all ranks where one raised."""
+    from torch.distributed.checkpoint import CheckpointException  # no subclass of Exception
+
+    value = problem = None
+    try:
+        value = function()
+    except (Exception, CheckpointException) as error:
+        cause = cause_of(error)
+        is_plain = isinstance(cause, (OSError, ValueError))
+        problem = str(cause) if is_plain else f"{type(cause).__name__}: {cause}", isinstance(cause, OSError)
+    answers = [(value, problem)] if world is None else world.gather((value, problem))
+    if problem := next((problem for _, problem in answers if problem), None):
+        raise Failure(*problem)
+    return [value for value, _ in answers]
+
+
+def cause_of(error):
+    """The first rank's error: torch.distributed.checkpoint wraps the errors of all ranks into one."""
+    return next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
+
+
 def local(tensor):
     """This rank's shard of a tensor, or the tensor itself where it is not sharded."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -10,7 +10,6 @@ import torch
 
 from checkpoint import (
     CheckpointWriter,
-    Failure,
     check_is_float,
     checkpoints,
     file_numbers,
@@ -29,7 +28,7 @@ from model import ModelConfig
 from objective import ObjectiveConfig
 from run.folder import writing_to
 from run.health import WINDOW, first_bad_tensor
-from world import World, seed_step
+from world import Failure, World, seed_step
 
 AT_THE_START = ("init_from", "init_layers")  # settings that a resumed run does not read
 OF_A_RUN = ("settings", "state", "scaler")  # entries of a manifest that a run needs to continue
