@@ -76,8 +76,9 @@ def main(cfg):
 
 def plan_generation(cfg):
     """Prints memory and tokens/s of sampling from the model on one GPU."""
-    if cfg.output.compare or (cfg.plan.n_gpus or 1) > 1:
-        other = "compare is on" if cfg.output.compare else f"n_gpus is {cfg.plan.n_gpus}"
+    on = [name for name, is_on in (("compare", cfg.output.compare), ("simulate", cfg.plan.simulate)) if is_on]
+    if on or (cfg.plan.n_gpus or 1) > 1:
+        other = f"{on[0]} is on" if on else f"n_gpus is {cfg.plan.n_gpus}"
         raise UserError(f"{other}, but generate plans one GPU that samples; leave it out")
     cfg, _ = resolve(replace(cfg, plan=replace(cfg.plan, n_gpus=1)))
     if not cfg.model.is_causal:
@@ -158,6 +159,9 @@ def setup_on(gpu, cfg):
 
 def simulate(cfg, setup):
     """The lines of a simulated step of rank 0 in a Setup, beside what the formulas say of it."""
+    if len(cfg.model.objectives) > 1 or cfg.distill.distills:
+        what = "a teacher" if cfg.distill.distills else f"objective {cfg.model.objective}"
+        raise UserError(f"simulate runs a step with one loss, not with {what}; leave one of them out")
     from perf.simulation import report_simulated, simulated  # here, since both import the training loop
     from train import build, train_step
 

@@ -251,11 +251,11 @@ def collectives(cfg, s, gpus_per_node=8):
         found += [
             Collective("layers", "all_gather", narrow, *of_tp, (4 + 2 * again) * layers),
             Collective("layers", "reduce_scatter", narrow, *of_tp, (4 + again) * layers),
-            # Embeddings: scattered, their gradient gathered. The last layer: gathered, its gradient reduced.
+            # Embeddings: scattered, their gradient gathered. The last layer: gathered; the head's input: gradient reduced.
             Collective("layers", "reduce_scatter", residual, *of_tp, s.micro_steps),
             Collective("layers", "all_gather", residual, *of_tp, s.micro_steps),
             Collective("layers", "all_gather", residual, *of_tp, s.micro_steps * (s.pp == 1)),
-            Collective("layers", "all_reduce", residual, *of_tp, s.micro_steps * (s.pp == 1)),
+            Collective("layers", "all_reduce", residual * s.head_share, *of_tp, s.micro_steps * (s.pp == 1)),
             Collective("layers", "all_reduce", positions, *of_tp, s.micro_steps if is_each else 1),
         ]
     if s.cp > 1:  # keys and values, and their gradients

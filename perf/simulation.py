@@ -99,7 +99,9 @@ def simulated(cfg, n_ranks, build, train_step, rank=0):
         model, optimizer, scaler = build(cfg, world, seed=0)
         shape = data.micro_batch_size, data.seq_len // world.cp
         n = data.batch_tokens // (data.micro_batch_size * data.seq_len * world.data_ranks)
-        batches = [(torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)) for _ in range(n)]
+        targets = shape if cfg.model.is_causal else (shape[0], max(1, round(cfg.objective.mask_prob * shape[1])))
+        places = [] if cfg.model.is_causal else [targets]  # of the masked tokens
+        batches = [[torch.zeros(size, dtype=torch.long) for size in (shape, targets, *places)] for _ in range(n)]
         with Collectives() as sent, FlopCounterMode(display=False) as flops:
             train_step(model, optimizer, scaler, batches, cfg, world)
         parameters = sum(local(p).numel() for p in model.parameters())

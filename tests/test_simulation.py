@@ -51,11 +51,12 @@ def settings_of(name, n, layout, size="small", precision="bf16", micro_steps=3):
     cfg = SimpleNamespace(
         model=model, parallel=parallel, world=WorldConfig(device="cpu", precision=precision), data=data,
         optim=OptimConfig(optimizer="adamw", learning_rate=1e-2), health=step_settings().health,
-        objective=SimpleNamespace(document_mask=False),
+        objective=SimpleNamespace(document_mask=False, mask_prob=0.5),
     )  # fmt: skip
     setup = Setup(
         T, micro_batch, micro_steps, replicas, shards, tp, precision, strategy=parallel.strategy, pp=parallel.pp,
         cp=parallel.cp, on_cpu=True, checkpointing=parallel.activation_checkpointing,
+        head_share=1.0 if model.is_causal else 0.5,
     )  # fmt: skip
     return cfg, setup
 
@@ -69,6 +70,7 @@ def told_apart(counts, least):
 
 
 CASES = list(itertools.product(["gpt", "modern"], LAYOUTS, SIZES))
+CASES += [("bert", layout, "wide") for layout in ("fsdp", "fsdp tp", "pp tp", "cp fsdp", "cp tp")]
 
 
 @pytest.mark.parametrize("case", [("gpt", "pp fsdp", "wide"), *slow(*CASES)], ids=str)
