@@ -1,6 +1,7 @@
 """Cleaning: what each step finds and spares of planted faults, the same text by any workers, restarts, refusals."""
 
 import contextlib
+import fcntl
 import gzip
 import json
 import os
@@ -314,6 +315,15 @@ def processes_of(folder):
     return [line for line in listed.splitlines() if str(folder) in line and "clean.py" in line]
 
 
+def is_locked(folder):
+    with open(folder / ".clean.lock") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 @pytest.mark.slow
 def test_killed_run_continues_with_the_tasks_that_are_left_and_ends_with_the_same_text(planted, tmp_path):
     argv = [f"--input={planted}", "--steps=fix,pii,exact", "--parts=40"]
@@ -332,7 +342,7 @@ def test_killed_run_continues_with_the_tasks_that_are_left_and_ends_with_the_sam
     assert 3 <= len(completed) < 40
     with pytest.raises(UserError, match="begun otherwise: steps .*; use another --clean_dir, or remove it"):
         clean_up(out, *argv, "--steps=fix,exact")
-    while processes_of(out):  # workers end with their parent, or the restart below would wait for none of them
+    while processes_of(out) or is_locked(out):  # workers end with their parent, or the restart below would not wait
         time.sleep(0.01)
     finish, seen = clean.finish, {}
 

@@ -223,9 +223,11 @@ def test_ranks_train_as_one_process(case, ranks):
 @pytest.fixture(scope="module")
 def full():
     answers = {}
-    for n in (2, 4, 8):
-        cases = [case for case in FULL if RANKS[case["layout"]] == n]
-        answers |= zip(map(id_of, cases), on_ranks(n, *((run_case, case) for case in cases)))
+    # DTensor keeps the names of a mesh's groups, which another layout's mesh may give to others: so processes of their own.
+    alone = [[layout] for layout in (MORE_LAYOUTS | SPLIT | DEEP) if layout not in LAYOUTS]
+    groups = [[case for case in FULL if case["layout"] in layouts] for layouts in (LAYOUTS, *alone)]
+    for cases in groups:
+        answers |= zip(map(id_of, cases), on_ranks(RANKS[cases[0]["layout"]], *((run_case, case) for case in cases)))
     return answers
 
 
