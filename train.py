@@ -258,7 +258,8 @@ def evaluate(model, splits, objective, cfg, world):
         what = f"eval_tokens {cfg.eval_tokens} {what}"
         raise UserError(f"{what}; raise eval_tokens, or the split's share of the text by --val_fraction of prepare.py")
     if model.cfg.is_causal and splits[0].token_bytes:
-        n_bytes = (frequencies * torch.tensor(splits[0].token_bytes)).sum().item()
+        token_bytes = torch.tensor(splits[0].token_bytes)
+        n_bytes = frequencies[: len(token_bytes)].dot(token_bytes).item()  # a model may have more ids than its data
     figures = {
         "val_loss": weighted_sum((losses / counts).tolist(), weights),
         "val_accuracy": (n_correct[0] / n_targets).item(),
