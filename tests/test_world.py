@@ -87,12 +87,16 @@ def test_no_batch_holds_a_row_that_nothing_filled(tmp_path):
 
 # ---- the wait for the other processes
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_waits_alone_ends_after_timeout_minutes(rank, tmp_path):
-    cfg = settings(write_data(tmp_path / "data"), tmp_path / "run", timeout_minutes=0.02)
-    process, _ = start(train_rank, rank, 2, free_port(), cfg, tmp_path / "told", None)
-    assert codes([process], patience=60) == [2]
-    assert "2 processes did not meet in timeout_minutes 0.02, or torchrun has ended" in (tmp_path / "told").read_text()
+def test_a_process_that_waits_alone_ends_after_timeout_minutes(tmp_path):
+    """Rank 0, which keeps the store, and rank 1, which looks for it; each on a port of its own."""
+    data_dir, processes = write_data(tmp_path / "data"), []
+    for rank in (0, 1):
+        cfg = settings(data_dir, tmp_path / f"run_{rank}", timeout_minutes=0.02)
+        processes.append(start(train_rank, rank, 2, free_port(), cfg, tmp_path / f"told_{rank}", None)[0])
+    assert codes(processes, patience=60) == [2, 2]
+    for rank in (0, 1):
+        told = (tmp_path / f"told_{rank}").read_text()
+        assert "2 processes did not meet in timeout_minutes 0.02, or torchrun has ended" in told
 
 
 def keep_store(pipe, port):
