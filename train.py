@@ -9,10 +9,8 @@ The same command again continues from the newest checkpoint in out_dir.
 import dataclasses
 import functools
 import math
-from dataclasses import dataclass
 
 import torch
-from torch.nn.utils import clip_grads_with_norm_
 
 from checkpoint import CheckpointConfig
 from config import Config, Count, Positive, UserError, run_script
@@ -24,8 +22,7 @@ from interop.pretrained import resolve, start_from
 from interop.teacher import check_teacher, start_from_layers, teach
 from launch import refresh_copies, replay
 from model import ModelConfig
-from objective import CONTRASTIVE, Loss, ObjectiveConfig, count_targets, weighted_sum
-from ops import IGNORE
+from objective import CONTRASTIVE, IGNORE, Loss, ObjectiveConfig, count_targets, weighted_sum
 from optim import OptimConfig, build_optimizer, can_capture, lr_at, set_lr
 from parallel import ParallelConfig, distribute, has_gradient_buckets, reshard, sync_gradients
 from perf.memory import stages_here
@@ -40,14 +37,14 @@ from world import WorldConfig, end_process, init_world, seed_step
 EVAL_MASK_SEED = 0  # masked evaluation draws the same masks in every run
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TrainConfig(Config):
     eval_interval: Count = 250  # steps between evaluations; the first comes before step 1, the last at the end
     target_loss: float | None = None  # validation loss at which the run is finished, whatever max_steps
     max_minutes: Positive | None = None  # minutes after which to evaluate, save and stop; the same command continues
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Settings:
     model: ModelConfig
     objective: ObjectiveConfig
@@ -234,7 +231,7 @@ def backward(model, scaler, world, progress, losses):
 def update(model, optimizer, scaler, cfg, norm):
     """Clips the gradients, whose norm is given, and steps the optimizer."""
     if cfg.optim.grad_clip:
-        clip_grads_with_norm_(model.parameters(), cfg.optim.grad_clip, norm)
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.optim.grad_clip, norm)
     scaler.step(optimizer)
 
 
