@@ -110,13 +110,13 @@ def simulated(cfg, n_ranks, build, train_step, rank=0):
 
 def report_simulated(figures, formulas):
     """Yields the lines of a simulation. formulas: the Collectives that perf/cost.py says of the same rank."""
-    least = min((c.n_bytes for c in formulas if c.times and c.ranks > 1), default=0)
+    formulas = [c for c in formulas if c.ranks > 1 and c.times and c.n_bytes]
+    least = min((c.n_bytes for c in formulas), default=0)
     counted, said = collections.Counter(), collections.Counter()
     for (kind, _, n_bytes), times in figures["collectives"].items():
         counted[kind, n_bytes] += times
     for c in formulas:
-        if c.ranks > 1:
-            said[c.kind, round(c.n_bytes)] += round(c.times)
+        said[c.kind, round(c.n_bytes)] += round(c.times)
     rows = sorted(counted.keys() | +said, key=lambda key: -key[1] * max(counted[key], said[key]))
     yield f"simulated  rank 0: {figures['parameters']:,} parameters held, {figures['flops'] / 1e12:,.4g} TFLOP a step"
     yield f"{'':11}{'collective':<16}{'MiB':>12}{'times':>8}  by the formulas"
