@@ -106,7 +106,8 @@ class CheckpointWriter:
 
         if self._stager is None:  # on CUDA its memory is pinned, which takes long, and kept
             self._stager = BlockingAsyncStager(cache_staged_state_dict=self.world.device.type == "cuda")
-        turn, ranks = itertools.count(self.world.rank), self.world.ranks_of_stage  # which have the same tensors
+        # The ranks of a stage have the same unsharded tensors, and take turns.
+        turn, ranks = itertools.count(self.world.rank), self.world.ranks_of_stage
         mine = {n: tensor for n, tensor in tensors.items() if hasattr(tensor, "placements") or next(turn) % ranks == 0}
         return self._stager.stage(mine)
 
@@ -127,7 +128,8 @@ def file_numbers(tensors, world):
     for name, tensor in tensors.items():
         numbers[name] = 1 + total // FILE_BYTES
         total += local(tensor).nbytes // (1 if hasattr(tensor, "placements") else world.size)
-    return dict(collections.ChainMap(*world.gather(numbers)))  # rank 0 plans for all stages of a pipeline
+    # Rank 0 plans for all stages of a pipeline; else its own names are all there are.
+    return dict(collections.ChainMap(*world.gather(numbers))) if world.pp > 1 else numbers
 
 
 def write_checkpoint(out_dir, step, tensors, numbers, facts, world):

@@ -18,7 +18,7 @@ class Context:
     """A rank's place among n ranks that share sequences."""
 
     def __init__(self, rank, n, group=None):
-        self.rank, self.n, self.group, self.masks = rank, n, group, {}
+        self.n, self.group, self.masks = n, group, {}
         self.mine = [rank, 2 * n - 1 - rank]  # numbers of this rank's pieces
         order = [piece for r in range(n) for piece in (r, 2 * n - 1 - r)]  # in which ranks have them
         self.order = sorted(range(2 * n), key=order.__getitem__)
@@ -44,7 +44,7 @@ class Context:
     def part_of(self, ids, targets, positions=None, attention_mask=None, token_types=None, documents=None):
         """This rank's part of a batch: its tokens, their targets; attention_mask and documents stay whole.
 
-        Of positions (B, K) it keeps those of its tokens, as places among them, in as few columns as they need.
+        It keeps the positions (B, K) of its tokens, as places among them, in as few columns as they need.
         """
         if positions is None:
             return self.cut(ids), self.cut(targets), None, attention_mask, self.cut(token_types), documents

@@ -57,6 +57,11 @@ class ParallelConfig(Config):
         """Whether parameters are shards over `size` processes."""
         return size > 1 and (self.strategy == "fsdp" or self.tp > 1 or self.pp > 1)
 
+    @property
+    def ranks_of_sequence(self):
+        """Ranks that compute the same sequences together."""
+        return self.tp * self.cp * self.pp
+
     def compiles(self, device_type):
         """Whether torch.compile is on."""
         return device_type == "cuda" if self.compile is None else self.compile
@@ -105,8 +110,8 @@ class ParallelConfig(Config):
 
         UserError where they do not fit.
         """
-        if size % (least := self.tp * self.cp * self.pp):
-            remedy = f"start them with torchrun --nproc_per_node={least}, or a multiple of it"
+        if size % self.ranks_of_sequence:
+            remedy = f"start them with torchrun --nproc_per_node={self.ranks_of_sequence}, or a multiple of it"
             sizes = {"tp": self.tp, "cp": self.cp, "pp": self.pp}
             needed = " x ".join(f"{name} {n}" for name, n in sizes.items() if n > 1)
             raise UserError(f"{size} processes are not a multiple of {needed}; {remedy}")

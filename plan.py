@@ -10,7 +10,6 @@ this (this machine, as python bench.py measured it), other (given by the setting
 
 import bisect
 import dataclasses
-import math
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -102,7 +101,8 @@ def resolve(cfg):
     n_gpus = p.n_gpus or (measured(p.machine)["ranks"] if p.gpu == "this" else 8)
     cfg, note = with_default_vocab(replace(cfg, plan=replace(p, n_gpus=n_gpus)))
     cfg = pretrained.resolve(cfg)
-    data = nearest_batch(cfg.data, math.prod(cfg.parallel.mesh_shape(n_gpus)[:2]) // cfg.parallel.cp)
+    cfg.parallel.mesh_shape(n_gpus)  # raises where it does not fit
+    data = nearest_batch(cfg.data, n_gpus // cfg.parallel.ranks_of_sequence)
     if data != cfg.data:
         flags_of_batch = flags({"batch_tokens": data.batch_tokens, "micro_batch_size": data.micro_batch_size})
         sizes = f"{cfg.data.batch_tokens:,} tokens in micro-batches of {cfg.data.micro_batch_size} x {data.seq_len}"
@@ -151,7 +151,7 @@ def setup_on(gpu, cfg):
     if precision == "bf16" and not gpu.has_bf16:
         raise UserError(f"precision is bf16, which {gpu.name} does not compute in; use --precision=fp16")
     mesh_shape = cfg.parallel.mesh_shape(p.n_gpus)
-    micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, math.prod(mesh_shape[:2]) // cfg.parallel.cp)
+    micro_steps = accumulation_steps(cfg.data, cfg.data.seq_len, p.n_gpus // cfg.parallel.ranks_of_sequence)
     others = {field.name: getattr(p, field.name) for field in dataclasses.fields(cost.Setup) if hasattr(p, field.name)}
     others["teacher"] = teacher_config(cfg)
     return cost.setup_of(cfg, mesh_shape, micro_steps, precision, gpu.device_type, **others)

@@ -166,13 +166,14 @@ def train_step(model, optimizer, scaler, batches, cfg, world, recent=()):
     keep_gradients = has_gradient_buckets(model) or model.graphs is not None
     clear = functools.partial(optimizer.zero_grad, set_to_none=not keep_gradients)
     losses = torch.zeros_like(n_targets, dtype=torch.float32)
-    for i, batch in enumerate(batches if world.pp == 1 else (), start=1):
-        sync_gradients(model, last=i == len(batches))
-        forward_backward = functools.partial(micro_step, model, scaler, world, f"{i} of {len(batches)}")
-        recording = {"undo": clear, "may_record": i == 1}  # undone, warming up takes the step's gradients with it
-        losses += replay(model.graphs, "micro-step", forward_backward, n_targets, *batch, **recording)
     if world.pp > 1:
         losses += in_stages(model, scaler, world, n_targets, batches)
+    else:
+        for i, batch in enumerate(batches, start=1):
+            sync_gradients(model, last=i == len(batches))
+            forward_backward = functools.partial(micro_step, model, scaler, world, f"{i} of {len(batches)}")
+            recording = {"undo": clear, "may_record": i == 1}  # undone, warming up takes the step's gradients with it
+            losses += replay(model.graphs, "micro-step", forward_backward, n_targets, *batch, **recording)
     with world.phase("optimizer"):
         scaler.unscale_(optimizer)
         norm = total_norm(model, world)

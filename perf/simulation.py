@@ -71,22 +71,22 @@ def real_meshes():
 
 
 @contextlib.contextmanager
-def paper_world(cfg, n_ranks, rank=0):
-    """The World of one rank among so many that are not there. cfg: a script's settings."""
+def paper_world(cfg, n_ranks):
+    """The World of rank 0 among so many that are not there. cfg: a script's settings."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if cfg.parallel.strategy == "ddp" and cfg.parallel.tp == cfg.parallel.pp == 1 and n_ranks > 1:
         raise UserError("simulate runs fsdp, tp and pp; plain ddp sends each gradient once; use --strategy=fsdp")
-    dist.init_process_group("fake", rank=rank, world_size=n_ranks, store=FakeStore())
+    dist.init_process_group("fake", rank=0, world_size=n_ranks, store=FakeStore())
     try:
         groups = groups_of("cpu", cfg.parallel, n_ranks)
-        yield PaperWorld(rank, n_ranks, torch.device("cpu"), cfg.world.precision, **groups)
+        yield PaperWorld(0, n_ranks, torch.device("cpu"), cfg.world.precision, **groups)
     finally:
         dist.destroy_process_group()
 
 
-def simulated(cfg, n_ranks, build, train_step, rank=0):
-    """{"collectives": {(kind, dtype, bytes of the whole tensor): times}, "flops", "parameters"} of one rank's step.
+def simulated(cfg, n_ranks, build, train_step):
+    """{"collectives": {(kind, dtype, bytes of the whole tensor): times}, "flops", "parameters"} of rank 0's step.
 
     FLOPs are torch's count of matmuls and attention, parameters those that the rank holds, padding included. build and
     train_step are train.py's. cfg: a script's settings, whose batch the ranks divide.
@@ -95,7 +95,7 @@ def simulated(cfg, n_ranks, build, train_step, rank=0):
     from torch.utils.flop_counter import FlopCounterMode
 
     data = cfg.data
-    with paper_world(cfg, n_ranks, rank) as world, real_meshes(), FakeTensorMode(allow_non_fake_inputs=True):
+    with paper_world(cfg, n_ranks) as world, real_meshes(), FakeTensorMode(allow_non_fake_inputs=True):
         model, optimizer, scaler = build(cfg, world, seed=0)
         shape = data.micro_batch_size, data.seq_len // world.cp
         n = data.batch_tokens // (data.micro_batch_size * data.seq_len * world.data_ranks)
