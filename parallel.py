@@ -3,7 +3,7 @@
 import functools
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -15,10 +15,12 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from config import Config, Count, UserError
 from context import Context, share_sequences
+from data import nearest_batch, seq_len_of
 from heads import gather_rows
 from launch import compile_model, keep_copies
 from pipeline import cut, stage_sizes
 from tensor_parallel import shard_tensors
+from world import processes_here
 
 DDP_SEGMENTS = 4  # graphs of the blocks: 3/4 of the gradients are sent while backward computes
 POWERSGD_RANK, POWERSGD_START = 32, 10  # rank of the approximation; initial steps with plain all-reduce
@@ -140,6 +142,23 @@ class ParallelConfig(Config):
         if wrong:
             fitting = [str(n) for n in range(1, self.tp) if not any(size % n for size in sizes.values())]
             raise UserError(f"{', '.join(wrong)}; tp {', '.join(fitting)} would fit")
+
+
+def fit_to_ranks(cfg):
+    """Settings whose batch the ranks here divide: a smaller micro_batch_size, or else the nearest batch_tokens.
+
+    Rank 0 says what changes.
+    """
+    if "contrastive" in cfg.model.objectives:
+        raise UserError("elastic is on, but contrastive compares a micro-batch's texts; leave elastic off")
+    rank, size, _ = processes_here()
+    cfg.parallel.mesh_shape(size)  # raises where it does not fit
+    data = nearest_batch(replace(cfg.data, seq_len=seq_len_of(cfg)), size // cfg.parallel.ranks_of_sequence)
+    names = [name for name in ("batch_tokens", "micro_batch_size") if getattr(data, name) != getattr(cfg.data, name)]
+    if names and rank == 0:
+        changes = ", ".join(f"{name} {getattr(data, name)} in place of {getattr(cfg.data, name)}" for name in names)
+        print(f"elastic    {changes}, which {size} ranks do not divide")
+    return replace(cfg, data=replace(cfg.data, **{name: getattr(data, name) for name in names}))
 
 
 def distribute(model, cfg, world, seed, sizes=None):

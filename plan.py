@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 from config import UserError, only, run_script
-from data import DataConfig, accumulation_steps
+from data import DataConfig, accumulation_steps, nearest_batch
 from distill import DistillConfig
 from interop import pretrained
 from interop.teacher import teacher_config
@@ -108,15 +108,6 @@ def resolve(cfg):
         sizes = f"{cfg.data.batch_tokens:,} tokens in micro-batches of {cfg.data.micro_batch_size} x {data.seq_len}"
         notes.append(f"batch      {flags_of_batch}: {n_gpus} GPUs do not divide {sizes}")
     return replace(cfg, data=data), notes + ([note] if note else [])
-
-
-def nearest_batch(data, ranks):
-    """The DataConfig with the nearest batch that ranks divide, and the largest micro-batch up to its own."""
-    if data.batch_tokens % (data.micro_batch_size * data.seq_len * ranks) == 0:
-        return data
-    sequences = max(1, round(data.batch_tokens / (data.seq_len * ranks)))  # per rank
-    micro = max(n for n in range(1, min(data.micro_batch_size, sequences) + 1) if sequences % n == 0)
-    return replace(data, batch_tokens=sequences * data.seq_len * ranks, micro_batch_size=micro)
 
 
 def measured(path):
