@@ -134,7 +134,7 @@ def test_an_elastic_run_fits_its_batch_to_the_ranks_and_says_so(tmp_path, monkey
                                        "which 3 ranks do not divide\n")  # fmt: skip
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert fit_to_ranks(cfg) == cfg
-    (tmp_path / "texts.py").write_text("objective = {'clm': 1.0, 'contrastive': 1.0}")
-    texts = settings(tmp_path / "data", tmp_path / "run", tmp_path / "texts.py", elastic=True)
+    (tmp_path / "texts.py").write_text("objective = {'clm': 1.0, 'contrastive': 1.0}\ndropout = 0.1")
+    texts = settings(tmp_path / "data", tmp_path / "run", str(tmp_path / "texts.py"), elastic=True)
     with pytest.raises(UserError, match="elastic is on, but contrastive compares"):
         fit_to_ranks(texts)
