@@ -153,6 +153,7 @@ def test_a_run_goes_on_with_the_nodes_that_are_there(seed, tmp_path):
 
     try:
         wait_for(4)
+        wait_until(lambda: checkpoints(out_dir))  # before the first, a run begins again
         wait_for_a_moment(out_dir, alive, generator)
         lost = generator.randrange(4)
         for pid in (nodes[lost].pid, *workers_of(nodes[lost].pid)):
