@@ -27,6 +27,7 @@ from perf.memory import memory, params_and_bytes, setup_here, stages_here
 from pipeline import bubble
 from run.curves import draw_curves
 from run.folder import keep_source, keep_tokenizer, open_log, writing_to
+from run.pace import Pace
 
 LEAST_GIB = 0.1  # memory below it prints in MiB
 
@@ -54,6 +55,7 @@ class Log:
         setup = setup_here(cfg, world, model.teacher and model.teacher.cfg)
         self.predicted = {k: n / 2**30 for k, n in memory(cfg.model, setup).items() if n}  # GiB
         self.stage, self.n_losses = getattr(model, "stage", None), len(model.objectives)
+        self.pace = Pace(model, world)
         self.n_steps, self.file, self.unwritten, self.wandb, self.failed = 0, None, b"", None, set()
         self.draws = world.is_main and importlib.util.find_spec("matplotlib") is not None
         if world.is_main:
@@ -120,6 +122,7 @@ class Log:
         now = time.perf_counter()
         state.hours = self.hours_before + (now - self.started) / 3600
         self.waited += waited
+        self.pace.step()
         if not bad:
             self.losses.append(loss)
         if self.n_steps == 0:  # the largest peak comes early
@@ -136,6 +139,7 @@ class Log:
             return
         steps, seconds = state.step - self.interval_step, now - self.interval_start
         tokens_per_s = steps * self.cfg.data.batch_tokens / seconds
+        paces, stragglers = self.pace.figures(state.step)
         parts = {  # of several objectives
             f"mean_loss_{name}": statistics.fmean(past.parts[name] for past in self.losses or [loss])
             for name in (loss.parts if self.n_losses > 1 else ())
@@ -153,6 +157,7 @@ class Log:
             "data_wait_ms": self.world.worst(1e3 * self.waited / steps),
             **({"stage_wait_ms": [1e3 * s / steps for s in self._waits_of_stages()]} if self.world.pp > 1 else {}),
             "memory_gib": self.world.worst(peak_memory_gib(self.world.device)),
+            **paces,
         }
         if len(epochs := self.order.epochs(state.sequences_seen)) > 1:
             record["epochs"] = epochs
@@ -165,6 +170,8 @@ class Log:
             f"  norm {grad_norm:4.2f}  {_short(tokens_per_s):>5} tok/s  mfu {record['mfu']:.1%}"
             f"  {_memory(record['memory_gib'], 1)}  wait {record['data_wait_ms']:.0f}ms  left {_duration(left)}"
         )
+        for line in stragglers:
+            self._print(line)
 
     def evaluation(self, state, figures):
         """Logs an evaluation and redraws the curves."""
