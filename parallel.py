@@ -36,6 +36,7 @@ class ParallelConfig(Config):
     pp: Count = 1  # stages of a pipeline, each with a part of the blocks
     cp: Count = 1  # ranks that share each sequence
     tp: Count = 1  # tensor parallel ranks, which split heads, MLP columns and vocabulary rows
+    async_tp: bool = False  # tp on cuda, compiled: torch overlaps matmuls with what ranks send; untried
     grad_compression: Literal["bf16", "powersgd"] | None = None  # ddp: compression of sent gradients; none: float32
     activation_checkpointing: Checkpointing = "none"  # full: recompute blocks in backward; selective: all but matmuls
     compile: bool | None = None  # torch.compile of blocks and loss; none: on cuda only
@@ -52,6 +53,8 @@ class ParallelConfig(Config):
             here = f"grad_compression {self.grad_compression} with strategy {self.strategy}, tp {self.tp} and pp {self.pp}"
             remedy = "use --strategy=ddp --tp=1 --pp=1, or --grad_compression=none"
             wrong.append(f"{here}: it needs ddp without tp and pp; {remedy}")
+        if self.async_tp and self.tp == 1:
+            wrong.append("async_tp is on, but tp is 1, so there is nothing to overlap; leave async_tp off")
         if wrong:
             raise UserError(*wrong)
 
@@ -179,6 +182,8 @@ def distribute(model, cfg, world, seed, sizes=None):
         model.gather = functools.partial(gather_rows, world)
     if cfg.tp > 1:
         shard_tensors(model, world.mesh["tp"])
+    if cfg.async_tp:
+        overlap_tensor_parallelism(world)
     if cfg.activation_checkpointing == "selective":  # before compile: the compiler must see what is saved
         recompute_blocks(model, "selective")
     if cfg.compiles(world.device.type):
@@ -254,6 +259,19 @@ def recompute_blocks(model, kind):
 
     for block in model.blocks:
         block.forward = checkpointed(block.forward)
+
+
+def overlap_tensor_parallelism(world):
+    """Lets torch.compile cut tensor parallelism's matmuls into pieces that are sent while others compute (async TP)."""
+    if world.device.type != "cuda":
+        raise UserError(f"async_tp is on, but device is {world.device.type}, and it needs cuda; leave it off")
+    from torch._inductor import config as inductor
+
+    if torch.__version__ < "2.13":  # later ones do so by themselves
+        from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+        enable_symm_mem_for_group(world.mesh["tp"].get_group().group_name)
+    inductor._micro_pipeline_tp = True  # torch has no public name for it
 
 
 # ---- during a step

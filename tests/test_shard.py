@@ -21,16 +21,17 @@ import optim
 import parallel
 from checkpoint import CheckpointConfig, CheckpointWriter, _tensors, load_checkpoint
 from conftest import slow
+from config import UserError
 from context import Context
 from model import ModelConfig
 from objective import IGNORE
 from optim import OptimConfig, build_optimizer, orthogonalize
-from parallel import ParallelConfig, distribute, on_whole_matrices
+from parallel import ParallelConfig, distribute, overlap_tensor_parallelism, on_whole_matrices
 from perf.memory import params_and_bytes
 from ranks import on_ranks, step_settings
 from run.folder import locked
 from train import train_step
-from world import WorldConfig, init_world, local, seed_step
+from world import World, WorldConfig, init_world, local, seed_step
 
 # 4 heads of 6; an MLP of 38, which 4 ranks share unevenly; a vocabulary of 64 with its padding.
 GPT = ModelConfig(vocab_size=37, block_size=11, n_layer=2, n_head=4, n_embd=20, head_dim=6, n_inner=38)
@@ -728,6 +729,7 @@ def test_a_layout_is_copies_by_shards_by_tensor_parallel_ranks(settings, size, s
     ({"accumulate": "whole", "reshard": False}, "reshard is False, .*\naccumulate is whole, .*--strategy=fsdp"),
     ({"grad_compression": "bf16", "strategy": "fsdp"}, "grad_compression bf16 with strategy fsdp, tp 1 and pp 1: it needs ddp"),
     ({"grad_compression": "powersgd", "tp": 2}, "grad_compression powersgd with strategy ddp, tp 2 and pp 1: it needs ddp"),
+    ({"async_tp": True}, "async_tp is on, but tp is 1"),
 ])  # fmt: skip
 def test_parallel_settings_that_contradict_each_other_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
@@ -744,3 +746,8 @@ def test_tensor_parallelism_that_would_cut_heads_is_refused_with_the_numbers(cha
     ParallelConfig(tp=2).check_model(MODELS["modern"], 8)
     with pytest.raises(ValueError, match=said):
         ParallelConfig(tp=tp).check_model(replace(MODELS["modern"], **changes), seq_len)
+
+
+def test_overlapped_tensor_parallelism_is_refused_off_cuda():
+    with pytest.raises(UserError, match="async_tp is on, but device is cpu, and it needs cuda"):
+        overlap_tensor_parallelism(World(0, 2, torch.device("cpu"), "fp32"))
