@@ -22,6 +22,7 @@ class GenerationConfig(Config):
     min_p: UpToOne | None = None  # sample from tokens with at least this share of the likeliest one's probability
 
 
+@torch.inference_mode()
 def generate(model, ids, cfg, seed, vocab_size, never=(), lengths=None):
     """Yields the tokens (B,) that follow ids (B, T), step by step, on the CPU: below vocab_size, and none of `never`.
 
@@ -38,7 +39,7 @@ def generate(model, ids, cfg, seed, vocab_size, never=(), lengths=None):
         yield tokens
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: FSDP would keep the weights that it gathers for training
 def next_tokens(model, ids, cfg, seed, vocab_size, never=(), lengths=None, record=None):
     """Yields the tokens of generate on the model's device, without waiting for it; -1 where logits are not finite.
 
