@@ -14,9 +14,11 @@ from conftest import slow
 from data import Split
 from generation import GenerationConfig, generate
 from interop.pretrained import load_model
+from objective import NextToken
 from ops import Packed, locate, mask_of
 from ranks import codes, launch, records, settings, write_data
 from ranks import run as trained
+from run.log import Log
 from run.watch import Watch, attention_entropy, watching
 from text.tokenizer import SPECIALS, load_tokenizer
 from world import World
@@ -49,7 +51,8 @@ def entropy(weights):
     return sum(-sum(p * math.log(p) for p in row if p) for row in rows) / len(rows)
 
 
-def test_looking_changes_no_loss_and_no_weight(watched, data_dir, tmp_path):
+def test_looking_changes_no_loss_and_no_weight(watched, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(Log, "watched", lambda *_: None)  # as if nothing were ever looked at
     changes = {name: value for name, value in LOOKED_AT.items() if name not in ("watch", "sample_prompts")}
     blind = trained(data_dir, tmp_path, **changes)
     for name in ("loss", "grad_norm", "val_loss"):
@@ -133,6 +136,11 @@ def test_samples_are_what_the_checkpoint_generates(data_dir, tmp_path, capsys):
     ids = torch.stack(list(steps))[:, 0].tolist()
     assert len(ids) == 4 and last_found(out_dir)["sample/0"] == tokenizer.decode([*b"ab,", *ids])
     assert "step 2/2  sample/0  ab," in capsys.readouterr().out
+    cfg = settings(data_dir, tmp_path, **TEXTS | {"sample_prompts": "ab,"})
+    watch = Watch(cfg, World(0, 1, torch.device("cpu"), "fp32"), model, [Split(data_dir, "val", 300, "")], NextToken(7))
+    assert watch()["sample/0"] == tokenizer.decode([*b"ab,", *ids])
+    watch.tokenizer.stops.add(ids[1])
+    assert watch()["sample/0"] == tokenizer.decode([*b"ab,", ids[0]])
 
 
 def test_a_forkers_figures_go_to_the_log_and_see_the_model_in_evaluation(data_dir, tmp_path, monkeypatch):
