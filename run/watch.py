@@ -20,6 +20,8 @@ from run.folder import tokenizer_of
 from text.files import texts_of
 from text.tokenizer import load_tokenizer
 
+SEQUENCES = 4  # of validation that figures are computed on, at most: uncompiled, a micro-batch may need more memory
+
 
 @dataclass(frozen=True)
 class WatchConfig(Config):
@@ -78,8 +80,8 @@ class Watch:
 
     @functools.cached_property
     def batch(self):
-        """The arguments of the model that the figures are computed on: the first micro-batch of validation."""
-        batch = next(self.first_batch(self.cfg.data.micro_batch_size, 0, 1))
+        """The arguments of the model that the figures are computed on: the first sequences of validation."""
+        batch = next(self.first_batch(min(SEQUENCES, self.cfg.data.micro_batch_size), 0, 1))
         return each(batch, lambda part: part.to(self.world.device))
 
     @contextlib.contextmanager
@@ -195,6 +197,6 @@ def own_figures(model, batch):
     """Figures of your own, {name: number or text}: edit here. They go to log.jsonl and the dashboards.
 
     Called at each evaluation, on all ranks. model: in evaluation; its gradients are watch=norms' where that is on, and
-    a sharded model's parameters are DTensors. batch: the model's arguments, one micro-batch of validation.
+    a sharded model's parameters are DTensors. batch: the model's arguments for a few sequences of validation.
     """
     return {}
