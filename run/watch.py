@@ -64,8 +64,8 @@ class Watch:
                 rule = f"sample_prompts has {prompt!r} with the id {n}, vocab_size is {cfg.model.vocab_size}"
                 raise UserError(f"{rule}; let {cfg.data.folder} name the data's tokenizer")
             if len(ids) + n_new > cfg.data.seq_len:
-                rule = f"sample_prompts has a text of {len(ids)} tokens, which {n_new} shall follow (sample_tokens)"
-                raise UserError(f"{rule}, but sequences have {cfg.data.seq_len} (seq_len); shorten it, or lower them")
+                rule = f"sample_prompts has a text of {len(ids)} tokens and sample_tokens is {n_new}"
+                raise UserError(f"{rule}, but seq_len is {cfg.data.seq_len}; shorten the text, or lower sample_tokens")
         self.lengths = torch.tensor([*map(len, rows)], device=self.world.device)
         padded = [ids + [0] * (max(map(len, rows)) - len(ids)) for ids in rows]
         self.ids = torch.tensor(padded, device=self.world.device)  # B T

@@ -164,7 +164,7 @@ def test_figures_that_fail_end_no_run_and_leave_training_alone(watched, data_dir
 
 @pytest.mark.parametrize(("changes", "rule"), [
     ({"objective": "mlm", "sample_prompts": "a"}, "sample_prompts is a, but a masked model continues no text"),
-    ({"sample_prompts": "abcdef", "sample_tokens": 2}, "a text of 6 tokens, which 2 shall follow .* have 7 .seq_len"),
+    ({"sample_prompts": "abcdef", "sample_tokens": 2}, "a text of 6 tokens and sample_tokens is 2, but seq_len is 7; shorten"),
     ({"vocab_size": 37, "sample_prompts": "a"}, "sample_prompts has 'a' with the id 97, vocab_size is 37"),
     ({"sample_prompts": "[1]"}, "sample_prompts is .1.; it must be text, or a JSON list of texts"),
 ])  # fmt: skip
