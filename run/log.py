@@ -210,6 +210,7 @@ class Log:
         with self.telling("watch"), self.world.phase("evaluation"):
             if found := watch():
                 self._write({"step": state.step, **found})
+            self.pace.spans.clear()  # of watch's own forward
             for name, text in found.items():
                 if isinstance(text, str):
                     self._print(f"{self._step_text(state)}  {name}  {visible(text)}")
