@@ -32,6 +32,7 @@ from run.guard import Stop, guarded
 from run.health import HealthConfig, bad_step
 from run.log import Log, LogConfig, print_finished
 from run.resume import Saver, State
+from run.watch import Watch, WatchConfig
 from world import WorldConfig, end_process, init_world, seed_step
 
 EVAL_MASK_SEED = 0  # masked evaluation draws the same masks in every run
@@ -61,6 +62,7 @@ class Settings:
     log: LogConfig
     train: TrainConfig
     harness: HarnessConfig
+    watch: WatchConfig
     presets: tuple = ()
     given: frozenset = dataclasses.field(default=frozenset(), compare=False)
 
@@ -90,10 +92,11 @@ def main(cfg):
         plain = dataclasses.replace(cfg, objective=cfg.objective.without_augmentation())
         val_objective = objective_for(plain, EVAL_MASK_SEED, world)
         evaluation = functools.partial(evaluate, model, val_data, val_objective, cfg.data, world)
-        train(saver, state, train_data, evaluation, stop, tasks)
+        watch = Watch(cfg, world, model, val_data, val_objective)
+        train(saver, state, train_data, evaluation, stop, tasks, watch)
 
 
-def train(saver, state, train_data, evaluation, stop, tasks=None):
+def train(saver, state, train_data, evaluation, stop, tasks=None, watch=None):
     """Trains from `state` to the run's end, or until a stop is requested; returns the State it has reached.
 
     saver: the run's Saver, which holds its settings, world, model and optimizer. evaluation(): {name: figure}, one of
@@ -125,6 +128,7 @@ def train(saver, state, train_data, evaluation, stop, tasks=None):
                     state.val_loss, state.score = figures["val_loss"], figures.get("score")
                     state.evaluated_at = state.step
                     log.evaluation(state, figures)
+                    log.watched(state, watch)
             ending = ending or state.has_reached_target(cfg)
             if saver.is_due(state, ending):
                 with log.paused():
