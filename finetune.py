@@ -80,9 +80,8 @@ class FinetuneConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         if self.metric and self.metric not in (possible := (*TASKS[self.task].metrics, "loss")):
-            raise UserError(
-                f"metric is {self.metric}, which {self.task} does not have; use one of {', '.join(possible)}"
-            )
+            rule = f"metric is {self.metric}, which {self.task} does not have"
+            raise UserError(f"{rule}; use one of {', '.join(possible)}")
         if len(self.text_columns) not in (n := TASKS[self.task].n_texts):
             rule = f"task {self.task} reads {n[0]} of text_column and second_column"
             raise UserError(f"second_column is {self.second_column or 'none'}, but {rule}; name as many")
@@ -174,9 +173,8 @@ def fine_tune(cfg, world):
             return None
         if checkpoints(cfg.run.out_dir):
             load_checkpoint(newest_checkpoint(cfg.run.out_dir, world, best=True), model)
-        figures = evaluation()
+        figures, rows = evaluation(), predict_set.rows
         figures.pop("score", None)
-        rows = predict_set.rows
         if task.has_head:
             answers = logits_of(model, predict_set, cfg, world)
         else:
@@ -203,18 +201,20 @@ def open_task(cfg, world):
     if where is None:
         raise UserError("init_from is none; name the weights to fine-tune: a run's or a Hugging Face model's folder")
     kind, tp = TASKS[tune.task], cfg.parallel.tp
-    for name, value, is_possible in (
-        ("focal_gamma", tune.focal_gamma, kind.has_classes and kind.has_head),
-        ("label_smoothing", cfg.model.label_smoothing, kind.has_classes),
-    ):
-        if value and not is_possible:
-            raise UserError(f"{name} is {value}, but task {tune.task} has no classes; leave it out")
+    is_qa, given = tune.task == "qa", vars(tune) | {"label_smoothing": cfg.model.label_smoothing}
+    for name, is_possible, what in (
+        ("focal_gamma", kind.has_classes and kind.has_head, "classes"), ("label_smoothing", kind.has_classes, "classes"),
+        ("stride", is_qa, "windows"), ("max_answer_tokens", is_qa, "answers in texts"),
+        ("chat_template", not kind.has_head, "conversations"),
+    ):  # fmt: skip
+        if name in cfg.given and given[name] and not is_possible:
+            raise UserError(f"{name} is {given[name]}, but task {tune.task} has no {what}; leave it out")
     if tp > 1 and (kind.has_head or tune.lora_rank or 8 % tp):  # batches' widths are multiples of 8
         rule = "heads for labels and adapters are not split" if 8 % tp == 0 else "fine-tuning splits by 2, 4 or 8"
         raise UserError(f"tp is {tp}, but {rule}; use --strategy=fsdp")
-    if cfg.parallel.pp * cfg.parallel.cp > 1:
+    if (pp := cfg.parallel.pp) * (cp := cfg.parallel.cp) > 1:
         rule = "but fine-tuning divides neither blocks nor texts; use --strategy=fsdp"
-        raise UserError(f"pp is {cfg.parallel.pp} and cp {cfg.parallel.cp}, {rule}")
+        raise UserError(f"pp is {pp} and cp {cp}, {rule}")
     tune = replace(tune, **{name: value for name, value in kind.defaults.items() if name not in cfg.given})
     source = starting_config(where, cfg.model, cfg.given)
     fields = {f.name: getattr(source, f.name) for f in dataclasses.fields(ModelConfig)}
@@ -296,8 +296,7 @@ def freeze(model, parts):
 
 def layers_above(model, name):
     """Layers between the parameter of a name and the head, which has none; embeddings are the lowest layer."""
-    kind, _, rest = name.partition(".")
-    n = len(model.blocks)
+    (kind, _, rest), n = name.partition("."), len(model.blocks)
     return n - int(rest.partition(".")[0]) if kind == "blocks" else n + 1 if kind in EMBEDDINGS else 0
 
 

@@ -27,7 +27,8 @@ def classes(logits, targets):
     return {
         "accuracy": float((guesses == targets).mean()),
         "f1": float(sklearn.f1_score(targets, guesses, zero_division=0, **how)),
-        "matthews": float(sklearn.matthews_corrcoef(targets, guesses)),
+        # 0 by definition where all are one class, of which scikit-learn warns
+        "matthews": float(sklearn.matthews_corrcoef(targets, guesses)) if len({*targets, *guesses}) > 1 else 0.0,
     }
 
 

@@ -419,6 +419,8 @@ def test_seeds_are_runs_of_their_own_with_mean_and_deviation(folder, tables, tmp
     ({"task": "regress", "eval_file": "{tmp}/far.tsv"}, "has the label '1e39', where there must be a finite number"),
     ({"batch_examples": 3, "micro_batch_size": 2}, "batch_examples 3 is not a multiple of micro_batch_size 2 x 1 ranks"),
     ({"freeze": "head"}, "freeze names 'head'; its parts are"), ({"freeze": "blocks.1-3"}, "freeze names blocks.1-3, but the model has blocks 0 to 2"), ({"freeze": "blocks.1-0"}, "in order"),
+    ({"stride": 3}, "stride is 3, but task classify has no windows"),
+    ({"chat_template": "x"}, "chat_template is x, but task classify has no conversations"),
     ({"init_from": "none"}, "init_from is none"), ({"tp": 2}, "2 processes|tp is 2|multiple of tp"),
 ])  # fmt: skip
 def test_wrong_input_is_told_in_a_line(change, line, folder, tables, tmp_path):
