@@ -213,8 +213,8 @@ class NextSentence(Masked):
         ids = np.full((len(rows), self.stride + 3), self.pad)
         types, labels, sizes = np.zeros_like(ids), np.full(len(rows), IGNORE), np.zeros(len(rows), np.int64)
         for i, (row, length) in enumerate(zip(rows, lengths)):
-            row, numbers = row[:length], (int(n) for n in random[i, :2])
-            a, b, labels[i] = self._pair(row, *numbers, i, partners) or (row[row != self.eot], row[:0], IGNORE)
+            row, (place, coin) = row[:length], map(int, random[i, :2])
+            a, b, labels[i] = self._pair(row, place, coin, i, partners) or (row[row != self.eot], row[:0], IGNORE)
             sequence = np.concatenate([[self.cls], a, [self.sep], b, [self.sep]])
             sizes[i] = len(sequence)
             ids[i, : sizes[i]] = sequence

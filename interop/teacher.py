@@ -210,8 +210,8 @@ class Student:
         teacher, wanted = self.teacher, self.distill
         with torch.no_grad():
             hidden = teacher.transform(teacher.selected(teacher.states(ids, *about_ids), positions)).flatten(0, 1)
-        head, weights = teacher.head_of_vocabulary()[:2], (wanted.distill_weight, wanted.distill_temperature)
-        self.teaching = Teaching(hidden, *head, *weights)
+        weight, bias = teacher.head_of_vocabulary()[:2]
+        self.teaching = Teaching(hidden, weight, bias, wanted.distill_weight, wanted.distill_temperature)
         losses = super().forward(ids, targets, positions, *about_ids, **options)
         self.teaching = None
         if not wanted.compared:

@@ -100,9 +100,9 @@ class Setup:
 
 def setup_of(cfg, mesh_shape, micro_steps, precision, device_type, **others):
     """The Setup of a run with these settings on a mesh (replicas, shards, tp); others: fields of other projects."""
-    p = cfg.parallel
+    p, (replicas, shards, tp) = cfg.parallel, mesh_shape
     return Setup(
-        cfg.data.seq_len, cfg.data.micro_batch_size, micro_steps, *mesh_shape, precision, cfg.optim.optimizer,
+        cfg.data.seq_len, cfg.data.micro_batch_size, micro_steps, replicas, shards, tp, precision, cfg.optim.optimizer,
         p.strategy, p.reshard, p.accumulate, p.grad_compression, p.activation_checkpointing,
         compiled=p.compiles(device_type),
         cuda_graphs=p.cuda_graphs is not False,

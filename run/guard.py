@@ -216,7 +216,7 @@ def crash_reports(out_dir, world, settings):
         deadline = time.monotonic() + 5
         while not world.is_main and time.monotonic() < deadline:
             if in_store(lambda store: store.check(["mistake"]), if_lost=True):  # rank 0 reported it, and ended
-                raise SystemExit(2)
+                raise SystemExit(2) from None
             time.sleep(0.1)
         in_store(lambda store: store.set("mistake", "reported"))
         raise

@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pages import page
-from test_harness import write_tasks
-from test_nanogpt import ARGS, checkpoint_of, optimizer_of, parameters
 
 import config
 import train
 from hugging_face import saved
 from interop.tokenizer import write_tokenizer
+from pages import page
 from ranks import free_port, run_script
+from test_harness import write_tasks
+from test_nanogpt import ARGS, checkpoint_of, optimizer_of, parameters
 from text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
