@@ -396,6 +396,11 @@ def _tensors(model, optimizer):
 
 def _sync(path):
     """Waits until a file, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
+    if not hasattr(os, "O_NONBLOCK"):  # Windows: it opens no folders, and syncs what may be written
+        if path.is_dir():
+            return
+        handle = os.open(path, os.O_RDWR)
+    else:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
     os.fsync(handle)
     os.close(handle)

@@ -102,7 +102,7 @@ def matmuls(world, names, left_out):
 
 def bandwidths(world):
     """{"memory copy": GB/s}, counting bytes read and written."""
-    n_bytes = min(COPIED, memory_bytes(world.device) // 16)
+    n_bytes = int(min(COPIED, memory_bytes(world.device) / 16))
     a = torch.zeros(n_bytes // 4, device=world.device)
     b = torch.zeros_like(a)
     return {"memory copy": rate(2 * n_bytes / 1e9, timed(lambda: b.copy_(a), world))}
