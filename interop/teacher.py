@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from checkpoint import checkpoints
 from config import UserError
-from distill import Teaching
+from distill import DistillConfig, Teaching
 from interop.families import resolved
 from interop.hub import folder_of, read_config
 from interop.pretrained import (
@@ -199,6 +200,10 @@ def make_student(model, teacher, distill):
 
 class Student:
     """Goes before a Transformer's class: training adds the losses that the teacher gives, as a vector (M,)."""
+
+    teacher: nn.Module
+    distill: DistillConfig
+    training: bool
 
     def forward(
         self, ids, targets=None, positions=None, attention_mask=None, token_types=None, documents=None, **options

@@ -136,7 +136,8 @@ def numbers(shapes):
 def num_params(cfg, padded=False):
     """Parameters of a model, tied ones once: 124,439,808 for GPT-2 124M. padded: with the rows that pad its tables."""
     count, block, others = _counted(cfg)
-    return (numbers([*block.values(), *others.values()]) if padded else count) + (cfg.n_layer - 1) * numbers(block.values())
+    first = numbers([*block.values(), *others.values()]) if padded else count
+    return first + (cfg.n_layer - 1) * numbers(block.values())
 
 
 def matrices_of_block(cfg):
@@ -163,7 +164,8 @@ def _on_rank(shapes, tp, shards=1):
     for name, (rows, *rest) in shapes.items():
         columns = numbers([rest])
         if not any(part in name for part in replicated):
-            rows, columns = (rows, columns / tp) if name.endswith(("proj.weight", "down.weight")) else (rows / tp, columns)
+            by_columns = name.endswith(("proj.weight", "down.weight"))
+            rows, columns = (rows, columns / tp) if by_columns else (rows / tp, columns)
         found += math.ceil(rows / shards) * shards * columns
     return found
 

@@ -1,77 +1,68 @@
 """Systems that lack what Linux has: the same run without it. And what CI is asked to run on which machine."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import devices
 from conftest import ROOT
-from ranks import write_data
+from ranks import run, run_script, write_data
 from test_repository import text_of, vendored
 
-# A process of its own, which imports torch once and forks for each system: the project is imported by the fork, after
-# what the system lacks is gone.
-TRAINED_ON = """
+# Run in a process that has torch: the project is imported anew, after what the system lacks is gone.
+TRAINS = """
 import ctypes, io, os, signal, sys
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import numpy, torch, torch._dynamo, torch.distributed.checkpoint, torch.distributed.fsdp, safetensors.torch
 
-def hide(system):
-    if system == "linux":
-        return
+system, root, data, out = sys.argv[1:]
+folders = [root, *(f"{root}/{name}" for name in ("config", "text", "perf", "run", "interop", "tests"))]
+for name, module in list(sys.modules.items()):
+    if name != "__main__" and os.path.dirname(getattr(module, "__file__", None) or "") in folders:
+        del sys.modules[name]
+sys.path[:0] = [root, f"{root}/tests"]
+
+def refusing(function, forbidden):
+    def wrapper(path, *args, **options):
+        if forbidden(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return function(path, *args, **options)
+    return wrapper
+
+def library(name, *args, **options):
     if system == "windows":
-        sys.modules["fcntl"] = sys.modules["resource"] = None
-        for name in ("SIGHUP", "SIGQUIT", "SIGUSR1"):
-            delattr(signal, name)
-        for name in ("preadv", "register_at_fork", "O_NONBLOCK", "sysconf", "fork"):
-            delattr(os, name)
-        open_file = os.open
-        def open_no_folder(path, flags, *args, **options):
-            if os.path.isdir(path):
-                raise PermissionError(13, "Permission denied", str(path))
-            return open_file(path, flags, *args, **options)
-        os.open = open_no_folder
-    del os.posix_fadvise
-    def library(name, *args, **options):
-        if system == "windows":
-            raise TypeError("argument of type 'NoneType' is not iterable")
-        return object()  # without mallopt
-    ctypes.CDLL = library
-    def no_proc(file, *args, **options):
-        if str(file).startswith("/proc"):
-            raise PermissionError(13, "Permission denied", str(file))
-        return io_open(file, *args, **options)
-    io_open, io.open = io.open, no_proc  # pathlib's
+        raise TypeError("argument of type 'NoneType' is not iterable")
+    return object()  # without mallopt
 
-def train_on(system):
-    hide(system)
-    from ranks import run
-    if system == "windows":
-        run({data!r}, {out!r} + "/" + system, max_steps=4)
-    run({data!r}, {out!r} + "/" + system, max_steps=6)
-
-for system in {systems}:
-    if (child := os.fork()) == 0:
-        train_on(system)
-        sys.exit()
-    assert os.waitpid(child, 0)[1] == 0, system
+ctypes.CDLL = library
+io.open = refusing(io.open, lambda path: str(path).startswith("/proc"))  # pathlib's
+del os.posix_fadvise
+if system == "windows":
+    sys.platform = "win32"
+    sys.modules["fcntl"] = sys.modules["resource"] = None
+    for module, names in {signal: "SIGHUP SIGQUIT SIGUSR1", os: "preadv register_at_fork O_NONBLOCK sysconf fork"}.items():
+        for name in names.split():
+            delattr(module, name)
+    os.open = refusing(os.open, os.path.isdir)
+from ranks import run
+run(data, out, max_steps=4)
+run(data, out, max_steps=6)
 """
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(what was printed, the folder of runs): the same training on each system, on Windows in two parts."""
+    """(what was printed on all systems, the folder of runs): the same training here, and in two parts on others."""
     folder = tmp_path_factory.mktemp("machines")
-    data, systems = write_data(folder / "data"), ["linux", "mac", "windows"]
-    script = TRAINED_ON.format(root=str(ROOT), data=str(data), out=str(folder / "out"), systems=systems)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, folder / "out"
+    data, script = write_data(folder / "data"), folder / "trains.py"
+    script.write_text(TRAINS)
+    run(data, folder / "linux", max_steps=6)
+    told = ""
+    for system in ("mac", "windows"):
+        done = run_script(script, [system, str(ROOT), str(data), str(folder / system)], folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        told += done.stdout
+    return told, folder
 
 
 def lines_of(folder):
@@ -93,7 +84,10 @@ def test_a_run_is_the_same_to_the_bit_where_a_system_lacks_what_linux_has(system
 def test_what_a_system_does_not_tell_is_said_or_left_out(trained):
     told, out = trained
     assert told.count("is on a disk without locks (this system has no flock); make sure that no other run uses it") == 2
-    memory = {name: {line["memory_gib"] for line in lines_of(out / name) if "loss" in line} for name in os.listdir(out)}
+    memory = {
+        name: {line["memory_gib"] for line in lines_of(out / name) if "loss" in line}
+        for name in ("linux", "mac", "windows")
+    }
     assert memory["windows"] == {None} and None not in memory["mac"] | memory["linux"]
 
 

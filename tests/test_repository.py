@@ -65,8 +65,10 @@ def test_links_commands_and_files_of_a_page_at_the_top_exist(page):
 
 
 def test_code_is_clean_for_ruff():
-    done = subprocess.run([tool("ruff"), "check", "--no-cache"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    for command in ("check", "format --check"):
+        ruff = [tool("ruff"), *command.split(), "--no-cache"]
+        done = subprocess.run(ruff, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.slow
