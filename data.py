@@ -6,6 +6,7 @@ A data folder holds {train,val}_000000.bin, ... and meta.json; shards.py reads a
 import collections
 import contextlib
 import copy
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -84,6 +85,15 @@ def accumulation_steps(cfg, seq_len, ranks):
         fits = f"micro_batch_size {near_divisors(sequences, cfg.micro_batch_size, 4)}"
     factors = f"micro_batch_size {cfg.micro_batch_size} x seq_len {seq_len} x {ranks} ranks"
     raise UserError(f"batch_tokens {cfg.batch_tokens} is not a multiple of {at_once} = {factors}; {fits} would fit")
+
+
+def nearest_batch(data, ranks):
+    """The DataConfig with the nearest batch that ranks divide, and the largest micro-batch up to its own."""
+    if data.batch_tokens % (data.micro_batch_size * data.seq_len * ranks) == 0:
+        return data
+    sequences = max(1, round(data.batch_tokens / (data.seq_len * ranks)))  # per rank
+    micro = max(n for n in range(1, min(data.micro_batch_size, sequences) + 1) if sequences % n == 0)
+    return dataclasses.replace(data, batch_tokens=sequences * data.seq_len * ranks, micro_batch_size=micro)
 
 
 def near_divisors(number, wanted, n=3):

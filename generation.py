@@ -9,6 +9,7 @@ import torch
 from cache import Cache
 from config import Config, Count, NotNegative, UpToOne, UserError
 from launch import Captured
+from ops import matmul_dtype
 
 GROUP = 16  # steps that a GPU computes between two waits of the host
 
@@ -22,6 +23,7 @@ class GenerationConfig(Config):
     min_p: UpToOne | None = None  # sample from tokens with at least this share of the likeliest one's probability
 
 
+@torch.inference_mode()
 def generate(model, ids, cfg, seed, vocab_size, never=(), lengths=None):
     """Yields the tokens (B,) that follow ids (B, T), step by step, on the CPU: below vocab_size, and none of `never`.
 
@@ -38,7 +40,7 @@ def generate(model, ids, cfg, seed, vocab_size, never=(), lengths=None):
         yield tokens
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: FSDP would keep the weights that it gathers for training
 def next_tokens(model, ids, cfg, seed, vocab_size, never=(), lengths=None, record=None):
     """Yields the tokens of generate on the model's device, without waiting for it; -1 where logits are not finite.
 
@@ -50,7 +52,7 @@ def next_tokens(model, ids, cfg, seed, vocab_size, never=(), lengths=None, recor
     generator = torch.Generator(device).manual_seed(seed)
     n_tokens = min(block_size, ids.shape[1] + cfg.max_new_tokens)
     n_tokens += -n_tokens % 64  # GPU kernels want rows of masks aligned
-    cache = Cache(model.cfg, len(ids), device, model.wte.weight.dtype, n_tokens)
+    cache = Cache(model.cfg, len(ids), device, matmul_dtype(model.wte.weight), n_tokens)
     never = torch.tensor(never, dtype=torch.long, device=device)
     ends = None if lengths is None else lengths[:, None] - 1  # B 1, the prompts' last tokens
 

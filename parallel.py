@@ -3,7 +3,7 @@
 import functools
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -15,10 +15,12 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from config import Config, Count, UserError
 from context import Context, share_sequences
+from data import nearest_batch, seq_len_of
 from heads import gather_rows
 from launch import compile_model, keep_copies
 from pipeline import cut, stage_sizes
 from tensor_parallel import shard_tensors
+from world import processes_here
 
 DDP_SEGMENTS = 4  # graphs of the blocks: 3/4 of the gradients are sent while backward computes
 POWERSGD_RANK, POWERSGD_START = 32, 10  # rank of the approximation; initial steps with plain all-reduce
@@ -34,6 +36,7 @@ class ParallelConfig(Config):
     pp: Count = 1  # stages of a pipeline, each with a part of the blocks
     cp: Count = 1  # ranks that share each sequence
     tp: Count = 1  # tensor parallel ranks, which split heads, MLP columns and vocabulary rows
+    async_tp: bool = False  # tp on cuda, compiled: torch overlaps matmuls with what ranks send; untried
     grad_compression: Literal["bf16", "powersgd"] | None = None  # ddp: compression of sent gradients; none: float32
     activation_checkpointing: Checkpointing = "none"  # full: recompute blocks in backward; selective: all but matmuls
     compile: bool | None = None  # torch.compile of blocks and loss; none: on cuda only
@@ -52,6 +55,8 @@ class ParallelConfig(Config):
             )
             remedy = "use --strategy=ddp --tp=1 --pp=1, or --grad_compression=none"
             wrong.append(f"{here}: it needs ddp without tp and pp; {remedy}")
+        if self.async_tp and self.tp == 1:
+            wrong.append("async_tp is on, but tp is 1, so there is nothing to overlap; leave async_tp off")
         if wrong:
             raise UserError(*wrong)
 
@@ -144,6 +149,23 @@ class ParallelConfig(Config):
             raise UserError(f"{', '.join(wrong)}; tp {', '.join(fitting)} would fit")
 
 
+def fit_to_ranks(cfg):
+    """Settings whose batch the ranks here divide: a smaller micro_batch_size, or else the nearest batch_tokens.
+
+    Rank 0 says what changes.
+    """
+    if "contrastive" in cfg.model.objectives:
+        raise UserError("elastic is on, but contrastive compares a micro-batch's texts; leave elastic off")
+    rank, size, _ = processes_here()
+    cfg.parallel.mesh_shape(size)  # raises where it does not fit
+    data = nearest_batch(replace(cfg.data, seq_len=seq_len_of(cfg)), size // cfg.parallel.ranks_of_sequence)
+    names = [name for name in ("batch_tokens", "micro_batch_size") if getattr(data, name) != getattr(cfg.data, name)]
+    if names and rank == 0:
+        changes = ", ".join(f"{name} {getattr(data, name)} in place of {getattr(cfg.data, name)}" for name in names)
+        print(f"elastic    {changes}, which {size} ranks do not divide")
+    return replace(cfg, data=replace(cfg.data, **{name: getattr(data, name) for name in names}))
+
+
 def distribute(model, cfg, world, seed, sizes=None):
     """Makes a model on the meta device ready to train: sharded, checkpointed, compiled, with initial weights.
 
@@ -162,6 +184,8 @@ def distribute(model, cfg, world, seed, sizes=None):
         model.gather = functools.partial(gather_rows, world)
     if cfg.tp > 1:
         shard_tensors(model, world.mesh["tp"])
+    if cfg.async_tp:
+        overlap_tensor_parallelism(world)
     if cfg.activation_checkpointing == "selective":  # before compile: the compiler must see what is saved
         recompute_blocks(model, "selective")
     if cfg.compiles(world.device.type):
@@ -237,6 +261,19 @@ def recompute_blocks(model, kind):
 
     for block in model.blocks:
         block.forward = checkpointed(block.forward)
+
+
+def overlap_tensor_parallelism(world):
+    """Lets torch.compile cut tensor parallelism's matmuls into pieces that are sent while others compute (async TP)."""
+    if world.device.type != "cuda":
+        raise UserError(f"async_tp is on, but device is {world.device.type}, and it needs cuda; leave it off")
+    from torch._inductor import config as inductor
+
+    if torch.__version__ < "2.13":  # later ones do so by themselves
+        from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+        enable_symm_mem_for_group(world.mesh["tp"].get_group().group_name)
+    inductor._micro_pipeline_tp = True  # torch has no public name for it
 
 
 # ---- during a step

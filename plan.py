@@ -10,11 +10,12 @@ this (this machine, as python bench.py measured it), other (given by the setting
 
 import bisect
 import dataclasses
+import functools
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 from config import UserError, only, run_script
-from data import DataConfig, accumulation_steps
+from data import DataConfig, accumulation_steps, nearest_batch
 from distill import DistillConfig
 from interop import pretrained
 from interop.teacher import teacher_config
@@ -26,7 +27,8 @@ from perf import cost, hardware, timing
 from perf.generation import generation, report_generation
 from perf.memory import changes_that_save, flags, memory, with_settings
 from perf.pictures import draw_plan, write_picture
-from perf.report_plan import report, report_compared
+from perf.report_plan import report, report_compared, report_search
+from perf.search import best_of, search, why_others_fell
 from perf.settings import OutputConfig, PlanConfig, read_json, with_default_vocab
 from run.folder import RunConfig
 from run.health import HealthConfig
@@ -52,6 +54,8 @@ class Settings:
 def main(cfg):
     if cfg.plan.generate:
         return plan_generation(cfg)
+    if cfg.plan.search:
+        return plan_search(cfg)
     cfg, notes = resolve(cfg)
     gpu = gpu_of(cfg.plan)
     setup = setup_on(gpu, cfg)
@@ -75,7 +79,8 @@ def main(cfg):
 
 def plan_generation(cfg):
     """Prints memory and tokens/s of sampling from the model on one GPU."""
-    on = [name for name, is_on in (("compare", cfg.output.compare), ("simulate", cfg.plan.simulate)) if is_on]
+    flags_on = {"compare": cfg.output.compare, "simulate": cfg.plan.simulate, "search": cfg.plan.search}
+    on = [name for name, is_on in flags_on.items() if is_on]
     if on or (cfg.plan.n_gpus or 1) > 1:
         other = f"{on[0]} is on" if on else f"n_gpus is {cfg.plan.n_gpus}"
         raise UserError(f"{other}, but generate plans one GPU that samples; leave it out")
@@ -90,6 +95,23 @@ def plan_generation(cfg):
     cfg.output.write({"gpu": gpu.name, "context": context, "available_bytes": available, "precisions": found})
 
 
+def plan_search(cfg):
+    """Prints the fastest layouts of a run on its GPUs, and why others fall."""
+    for name, is_on in (("compare", cfg.output.compare), ("simulate", cfg.plan.simulate)):
+        if is_on:
+            raise UserError(f"{name} is on, but search plans many layouts; leave it out")
+    n_gpus = gpus_of(cfg.plan)
+    cfg, note = with_default_vocab(replace(cfg, plan=replace(cfg.plan, n_gpus=n_gpus)))
+    cfg = pretrained.resolve(replace(cfg, parallel=replace(cfg.parallel, tp=1, cp=1, pp=1, shard_size=None)))
+    gpu = gpu_of(cfg.plan)
+    available = available_gib(gpu, cfg.plan) * 2**30
+    ways = [*search(cfg, n_gpus, functools.partial(setup_on, gpu), gpu, available)]
+    best = [(way, predict(cfg, gpu, way.setup)) for way in best_of(ways)]
+    fell = why_others_fell(ways, best[0][0]) if best else []
+    print(*filter(None, [note]), *report_search(cfg, gpu, ways, best, fell), sep="\n")
+    cfg.output.write({"best": [figures | {"change": way.change} for way, figures in best]})
+
+
 def available_gib(gpu, p):
     """GiB of a GPU's memory that are left beside the driver."""
     return max(0.0, gpu.usable_memory_gib - (p.context_gib if gpu.device_type == "cuda" else 0))
@@ -98,7 +120,7 @@ def available_gib(gpu, p):
 def resolve(cfg):
     """(settings with the open ones filled in, notes): model, seq_len, number of GPUs, and a batch that they divide."""
     p, notes = cfg.plan, []
-    n_gpus = p.n_gpus or (measured(p.machine)["ranks"] if p.gpu == "this" else 8)
+    n_gpus = gpus_of(p)
     cfg, note = with_default_vocab(replace(cfg, plan=replace(p, n_gpus=n_gpus)))
     cfg = pretrained.resolve(cfg)
     cfg.parallel.mesh_shape(n_gpus)  # raises where it does not fit
@@ -110,13 +132,9 @@ def resolve(cfg):
     return replace(cfg, data=data), notes + ([note] if note else [])
 
 
-def nearest_batch(data, ranks):
-    """The DataConfig with the nearest batch that ranks divide, and the largest micro-batch up to its own."""
-    if data.batch_tokens % (data.micro_batch_size * data.seq_len * ranks) == 0:
-        return data
-    sequences = max(1, round(data.batch_tokens / (data.seq_len * ranks)))  # per rank
-    micro = max(n for n in range(1, min(data.micro_batch_size, sequences) + 1) if sequences % n == 0)
-    return replace(data, batch_tokens=sequences * data.seq_len * ranks, micro_batch_size=micro)
+def gpus_of(plan):
+    """Number of GPUs of a plan."""
+    return plan.n_gpus or (measured(plan.machine)["ranks"] if plan.gpu == "this" else 8)
 
 
 def measured(path):

@@ -11,7 +11,6 @@ python sample.py --out_dir=out/quickstart --prompt="def main(" --min_p=0.1 --sto
 """
 
 import codecs
-import json
 import math
 import re
 import sys
@@ -33,7 +32,7 @@ from interop.pretrained import load_model, load_tokenizer_of, model_location
 from objective import special_id
 from run.folder import RunConfig
 from shards import refusing_system_errors
-from text.files import read_text, unescaped
+from text.files import read_text, texts_of
 from world import WorldConfig
 
 Samples = Annotated[int, Range("at least 1 and at most 100,000", lambda n: 1 <= n <= 100_000)]
@@ -52,19 +51,12 @@ class SampleConfig(Config):
         super().__post_init__()
         if self.chat and self.suffix is not None:
             raise UserError("chat is on and suffix is given, but an answer fills no gap; leave one of them out")
-        if self.stop is not None and not (self.stops and all(isinstance(stop, str) and stop for stop in self.stops)):
-            example = """--stop='["User:", "Bot:"]'"""
-            raise UserError(f"stop is {self.stop}; it must be text, or a JSON list of texts, as in {example}")
+        self.stops  # raises where stop is not what it must be
 
     @property
     def stops(self):
         """The texts of stop."""
-        if self.stop is None:
-            return []
-        try:
-            return json.loads(self.stop) if self.stop.startswith("[") else [unescaped(self.stop)]
-        except ValueError:  # text that begins as JSON does, such as [INST]
-            return [unescaped(self.stop)]
+        return [] if self.stop is None else texts_of(self.stop, "stop")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from launch import refresh_copies, replay
 from model import ModelConfig
 from objective import CONTRASTIVE, IGNORE, Loss, ObjectiveConfig, count_targets, weighted_sum
 from optim import OptimConfig, build_optimizer, can_capture, lr_at, set_lr
-from parallel import ParallelConfig, distribute, has_gradient_buckets, reshard, sync_gradients
+from parallel import ParallelConfig, distribute, fit_to_ranks, has_gradient_buckets, reshard, sync_gradients
 from perf.memory import stages_here
 from pipeline import schedule, total_norm
 from run.folder import RunConfig, run_dir_of
@@ -32,9 +32,11 @@ from run.guard import Stop, guarded
 from run.health import HealthConfig, bad_step
 from run.log import Log, LogConfig, print_finished
 from run.resume import Saver, State
+from run.watch import Watch, WatchConfig
 from world import WorldConfig, end_process, init_world, seed_step
 
 EVAL_MASK_SEED = 0  # masked evaluation draws the same masks in every run
+TEMPORARY = 75  # exit code, by sysexits.h: a node leaves or comes, and torchrun starts again with those that are there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,7 @@ class TrainConfig(Config):
     eval_interval: Count = 250  # steps between evaluations; the first comes before step 1, the last at the end
     target_loss: float | None = None  # validation loss at which the run is finished, whatever max_steps
     max_minutes: Positive | None = None  # minutes after which to evaluate, save and stop; the same command continues
+    elastic: bool = False  # fit micro_batch_size, or else batch_tokens, to the ranks that there are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Settings:
     log: LogConfig
     train: TrainConfig
     harness: HarnessConfig
+    watch: WatchConfig
     presets: tuple = ()
     given: frozenset = dataclasses.field(default=frozenset(), compare=False)
 
@@ -69,6 +73,7 @@ class Settings:
 
 def main(cfg):
     cfg = resolve(dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, out_dir=run_dir_of(cfg) or "out/run")))
+    cfg = fit_to_ranks(cfg) if cfg.train.elastic else cfg
     check_teacher(cfg)
     with (
         init_world(cfg.world, cfg.parallel) as world,
@@ -87,10 +92,11 @@ def main(cfg):
         plain = dataclasses.replace(cfg, objective=cfg.objective.without_augmentation())
         val_objective = objective_for(plain, EVAL_MASK_SEED, world)
         evaluation = functools.partial(evaluate, model, val_data, val_objective, cfg.data, world)
-        train(saver, state, train_data, evaluation, stop, tasks)
+        watch = Watch(cfg, world, model, val_data, val_objective)
+        train(saver, state, train_data, evaluation, stop, tasks, watch)
 
 
-def train(saver, state, train_data, evaluation, stop, tasks=None):
+def train(saver, state, train_data, evaluation, stop, tasks=None, watch=None):
     """Trains from `state` to the run's end, or until a stop is requested; returns the State it has reached.
 
     saver: the run's Saver, which holds its settings, world, model and optimizer. evaluation(): {name: figure}, one of
@@ -122,6 +128,7 @@ def train(saver, state, train_data, evaluation, stop, tasks=None):
                     state.val_loss, state.score = figures["val_loss"], figures.get("score")
                     state.evaluated_at = state.step
                     log.evaluation(state, figures)
+                    log.watched(state, watch)
             ending = ending or state.has_reached_target(cfg)
             if saver.is_due(state, ending):
                 with log.paused():
@@ -149,6 +156,8 @@ def train(saver, state, train_data, evaluation, stop, tasks=None):
         saver.writer.wait()
         stop.acknowledge(request)
         log.end(state, request)
+    if cfg.train.elastic and request.is_signal:
+        raise SystemExit(TEMPORARY)
     return state
 
 

@@ -150,6 +150,7 @@ def block_weights(cfg):
     return numbers(matrices_of_block(cfg))
 
 
+@functools.cache
 def block_params(cfg, tp=1, shards=1):
     """Parameters of a block that each of tp ranks has before FSDP shards them, with the rows that pad them for it."""
     return _on_rank(_counted(cfg)[1], tp, shards)
@@ -193,9 +194,14 @@ def flops_per_token(cfg, seq_len, head_share=1.0, causal=False):
 
 def stages(cfg, s):
     """Blocks of each stage of a pipeline, whose costs are as equal as can be."""
-    head = 6 * head_weights(cfg, s.seq_len, s.head_share)
-    blocks = flops_per_token(cfg, s.seq_len, s.head_share) - head
-    return stage_sizes(cfg.n_layer, s.pp, head * cfg.n_layer / blocks)
+    return _stages(cfg, s.seq_len, s.head_share, s.pp)
+
+
+@functools.cache
+def _stages(cfg, seq_len, head_share, pp):
+    head = 6 * head_weights(cfg, seq_len, head_share)
+    blocks = flops_per_token(cfg, seq_len, head_share) - head
+    return (*stage_sizes(cfg.n_layer, pp, head * cfg.n_layer / blocks),)
 
 
 def params_outside(cfg, s, stage, shards=1):

@@ -157,6 +157,30 @@ def report_compared(cfg, rows, notes):
     yield "GiB are reserved and available; prices change (--gpu_price); - is unknown"
 
 
+def report_search(cfg, gpu, ways, best, fell):
+    """Yields the lines of a search. ways: all; best: [(way, its prediction)]; fell: [(setting, value, text)]."""
+    possible, fitting = sum(way.why is None for way in ways), sum(way.fits for way in ways)
+    layouts = len({tuple(way.change.items())[:4] for way in ways})
+    impossible = f"{len(ways) - possible:,} of {layouts:,} layouts are impossible"
+    yield f"search     {possible:,} plans for {cfg.plan.n_gpus:,} x {gpu.name}: {fitting:,} fit; {impossible}"
+    if not best:
+        least = min((way.n_bytes for way in ways if way.why is None), default=None)
+        yield f"           {'' if least is None else f'at least {least / 2**30:,.1f} GiB are needed; '}take more or larger GPUs"
+        return
+    yield f"{'step':>18}{'mfu':>7}{'GiB of':>9}{'':5}{'time':>12}{'cost':>14}  settings"
+    for way, f in best:
+        need, shard = f["memory_gib"], way.change["shard_size"]
+        settings = way.change | {"strategy": "fsdp"} if shard > 1 else way.change | {"strategy": "ddp", "shard_size": "none"}
+        on_line = " ".join(f"--{name}={value}" for name, value in settings.items())
+        yield (
+            f"{_seconds(f['step_s']):>18}{f['mfu']:7.1%}{need['reserved']:9.1f}{need['available']:5.0f}"
+            f"{_days(f['days']):>12}{_money(f['cost']):>14}  {on_line}"
+        )
+    yield "others     with one setting as here, all others at their best:"
+    for name, value, text in fell:
+        yield f"           {f'--{name}={value}':<40}{text}"
+
+
 def _totals(f):
     kwh = "" if f["kwh"] is None else f", {f['kwh']:,.0f} kWh"
     cost = "" if f["cost"] is None else f", {_money(f['cost'])}"

@@ -71,6 +71,7 @@ class BenchConfig(Config):
 class PlanConfig(Config):
     gpu: Names = "h100-sxm"  # this: as python bench.py measured it; other: by the settings below
     simulate: bool = False  # run a step of rank 0 without data, and count what it sends, beside the formulas
+    search: bool = False  # the fastest layouts that fit, and why others fall, instead of one layout's plan
     n_gpus: Count | None = None  # number of GPUs; none: 8, or for --gpu=this as many as were measured
     gpus_per_node: Count = 8  # GPUs that gpu_link_gbs connects
     gpu_tflops: Positive | None = None  # dense bf16 matmuls, or fp16 without bf16; none: the data sheet's

@@ -54,7 +54,7 @@ def writing_to(out_dir):
 # Names under which a run writes or removes files, but for .lock and what holds a step or a time in its name.
 FILES = (
     *("config.py", "meta.json", "tokenizer.json", "chat.json", "finished", "stopped", "log.jsonl", "curves.png"),
-    "wandb_id",
+    *("wandb_id", "tensorboard"),
 )
 
 

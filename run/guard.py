@@ -41,6 +41,11 @@ class Stop(enum.IntEnum):
         """Whether somebody asks, who may soon kill the process."""
         return Stop.OUT_OF_TIME < self < Stop.SAVE_FAILED
 
+    @property
+    def is_signal(self):
+        """Whether a signal asks."""
+        return Stop.OUT_OF_TIME < self < Stop.FILE
+
 
 @contextlib.contextmanager
 def guarded(cfg, world):

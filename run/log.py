@@ -1,4 +1,4 @@
-"""The log of a run: the console, log.jsonl, curves.png and, if asked, wandb."""
+"""The log of a run: the console, log.jsonl, curves.png and, if asked, TensorBoard and wandb."""
 
 import contextlib
 import importlib.util
@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import secrets
 import shlex
 import statistics
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from config import ROOT, Config, Count, UserError, as_dict, as_preset
+from config import ROOT, Config, Count, UserError, as_dict, as_preset, visible
 from console import report
 from devices import device_name, memory_bytes, peak_memory_gib, reset_peak_memory
 from objective import windows_of
@@ -26,7 +25,9 @@ from perf.hardware import peak_flops
 from perf.memory import memory, params_and_bytes, setup_here, stages_here
 from pipeline import bubble
 from run.curves import draw_curves
+from run.dashboards import DASHBOARDS
 from run.folder import keep_source, keep_tokenizer, open_log, writing_to
+from run.pace import Pace
 
 LEAST_GIB = 0.1  # memory below it prints in MiB
 
@@ -34,9 +35,14 @@ LEAST_GIB = 0.1  # memory below it prints in MiB
 @dataclass(frozen=True)
 class LogConfig(Config):
     log_interval: Count = 10  # steps between lines of the log
-    wandb: bool = False  # log to Weights & Biases as well
-    wandb_project: str = "flatlm"  # project there
+    log: tuple | None = None  # dashboards to log to as well: tensorboard, wandb, or both with a comma between them
+    wandb_project: str = "flatlm"  # project on Weights & Biases
     wandb_run_name: str | None = None  # name of the run there; none: the name of out_dir
+
+    def __post_init__(self):
+        super().__post_init__()
+        if unknown := [name for name in self.log or () if name not in DASHBOARDS]:
+            raise UserError(f"log names {', '.join(unknown)}; it must be {', '.join(DASHBOARDS)}, or none")
 
 
 class Log:
@@ -54,7 +60,8 @@ class Log:
         setup = setup_here(cfg, world, model.teacher and model.teacher.cfg)
         self.predicted = {k: n / 2**30 for k, n in memory(cfg.model, setup).items() if n}  # GiB
         self.stage, self.n_losses = getattr(model, "stage", None), len(model.objectives)
-        self.n_steps, self.file, self.unwritten, self.wandb, self.failed = 0, None, b"", None, set()
+        self.pace = Pace(model, world)
+        self.n_steps, self.file, self.unwritten, self.dashboards, self.failed = 0, None, b"", {}, set()
         self.draws = world.is_main and importlib.util.find_spec("matplotlib") is not None
         if world.is_main:
             changes = changes + [f"changed source file: {name}" for name in self._open(state.step)]
@@ -72,9 +79,9 @@ class Log:
                 "peak_name": self.peak_name,
                 "predicted_memory_gib": sum(self.predicted.values()),
             })  # fmt: skip
-            if cfg.log.wandb:
-                with self.telling("wandb"):
-                    self.wandb = start_wandb(cfg, self.out_dir, state.step)
+            for name in cfg.log.log or ():
+                with self.telling(name):
+                    self.dashboards[name] = DASHBOARDS[name](cfg.log, as_dict(cfg), self.out_dir, state.step)
         self.started = time.perf_counter()
         self._start_interval(state, self.started)
 
@@ -86,7 +93,7 @@ class Log:
         if self.file:
             with contextlib.suppress(OSError):  # a disk that fails, which was reported before
                 self.file.close()
-        self._to_wandb(lambda run: run.finish(exit_code=1 if error[0] else 0))  # a second time does nothing
+        self._to_dashboards(lambda dashboard: dashboard.finish(failed=bool(error[0])))
 
     @contextlib.contextmanager
     def telling(self, what):
@@ -120,6 +127,7 @@ class Log:
         now = time.perf_counter()
         state.hours = self.hours_before + (now - self.started) / 3600
         self.waited += waited
+        self.pace.step()
         if not bad:
             self.losses.append(loss)
         if self.n_steps == 0:  # the largest peak comes early
@@ -136,6 +144,7 @@ class Log:
             return
         steps, seconds = state.step - self.interval_step, now - self.interval_start
         tokens_per_s = steps * self.cfg.data.batch_tokens / seconds
+        paces, stragglers = self.pace.figures(state.step)
         parts = {  # of several objectives
             f"mean_loss_{name}": statistics.fmean(past.parts[name] for past in self.losses or [loss])
             for name in (loss.parts if self.n_losses > 1 else ())
@@ -153,6 +162,7 @@ class Log:
             "data_wait_ms": self.world.worst(1e3 * self.waited / steps),
             **({"stage_wait_ms": [1e3 * s / steps for s in self._waits_of_stages()]} if self.world.pp > 1 else {}),
             "memory_gib": self.world.worst(peak_memory_gib(self.world.device)),
+            **paces,
         }
         if len(epochs := self.order.epochs(state.sequences_seen)) > 1:
             record["epochs"] = epochs
@@ -165,6 +175,8 @@ class Log:
             f"  norm {grad_norm:4.2f}  {_short(tokens_per_s):>5} tok/s  mfu {record['mfu']:.1%}"
             f"  {_memory(record['memory_gib'], 1)}  wait {record['data_wait_ms']:.0f}ms  left {_duration(left)}"
         )
+        for line in stragglers:
+            self._print(line)
 
     def evaluation(self, state, figures):
         """Logs an evaluation and redraws the curves."""
@@ -191,12 +203,25 @@ class Log:
             with self.telling("curves.png"):
                 draw_curves(self.out_dir)
 
+    def watched(self, state, watch):
+        """Logs what a Watch finds in the model, on all ranks; where it fails on one, none runs it again."""
+        if watch is None or self.world.worst("watch" in self.failed):
+            return
+        with self.telling("watch"), self.world.phase("evaluation"):
+            if found := watch():
+                self._write({"step": state.step, **found})
+            self.pace.spans.clear()  # of watch's own forward
+            for name, text in found.items():
+                if isinstance(text, str):
+                    self._print(f"{self._step_text(state)}  {name}  {visible(text)}")
+
     def rolled_back(self, state):
         """Logs a rollback, and drops the lines of log.jsonl past its checkpoint."""
         if self.file:
             with self.telling("log.jsonl"):
                 self.file.close()
                 self.file, self.unwritten = open_log(self.out_dir, state.step), b""
+        self._to_dashboards(lambda dashboard: dashboard.go_back(state.step))
         self._write({"went_back_to": state.step, "step": state.step, "tokens": state.tokens(self.cfg)})
         self._print(f"rolled back to step {state.step}; training continues with the data after the bad steps")
         self._start_interval(state, time.perf_counter())
@@ -215,7 +240,7 @@ class Log:
             out_of_time = f"after max_minutes {self.cfg.train.max_minutes}"
             names = {"OUT_OF_TIME": out_of_time, "FILE": f"by {self.out_dir / 'stop'}"}
             how = f"stopped {names.get(stop.name, f'by {stop.name}')}"
-        self._to_wandb(lambda run: run.finish())  # it prints a summary of its own
+        self._to_dashboards(lambda dashboard: dashboard.finish())  # wandb prints a summary of its own
         loss = "" if state.val_loss is None else f", val loss {state.val_loss:.4f}"
         print(f"{state.tokens(self.cfg):,} tokens in {_duration(3600 * state.hours)}")
         of_steps = f"step {state.step} of {state.last_step(self.cfg)}"
@@ -317,7 +342,7 @@ class Log:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
             self.unwritten += json.dumps(finite).encode() + b"\n"  # JSON has no NaN
             self._write_lines()
-        self._to_wandb(lambda run: run.log(record))
+        self._to_dashboards(lambda dashboard: dashboard.log(record))
 
     def _write_lines(self):
         """Writes what log.jsonl still lacks: where a disk is full, lines wait until it has room."""
@@ -325,10 +350,11 @@ class Log:
             while self.unwritten and self.file:
                 self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
 
-    def _to_wandb(self, call):
-        if self.wandb and "wandb" not in self.failed:
-            with self.telling("wandb"):
-                call(self.wandb)
+    def _to_dashboards(self, call):
+        for name, dashboard in self.dashboards.items():
+            if name not in self.failed:
+                with self.telling(name):
+                    call(dashboard)
 
     def _print(self, text):
         if self.world.is_main:
@@ -354,28 +380,6 @@ def print_finished(cfg, state, world, changes):
         what = f"{cfg.run.out_dir} has finished, at step {state.step} with val loss {state.val_loss:.4f}"
         limit = "max_steps" if cfg.optim.max_tokens is None else "max_tokens"
         print(f"{what}; raise {limit} to train on, or use another --out_dir", *changes, sep="\n  ")
-
-
-def start_wandb(cfg, out_dir, step):
-    """A wandb run under the id kept in out_dir; offline, and said so once, where the service is out of reach."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("wandb is on, but not installed; pip install wandb, or --wandb=false") from error
-    id_file = out_dir / "wandb_id"
-    if step == 0 or not id_file.exists():
-        id_file.write_text(secrets.token_hex(4))
-    options = {"project": cfg.log.wandb_project, "name": cfg.log.wandb_run_name or out_dir.name, "resume": "allow"}
-    options |= {"id": id_file.read_text().strip(), "dir": str(out_dir), "config": as_dict(cfg)}
-    try:
-        run = wandb.init(**options, settings=wandb.Settings(init_timeout=30))
-    except wandb.errors.Error as error:
-        later = f"upload later: wandb sync {out_dir}/wandb/*"
-        print(f"wandb is out of reach ({type(error).__name__}) and logs offline; {later}", flush=True)
-        run = wandb.init(**options, mode="offline")
-    run.define_metric("step")
-    run.define_metric("*", step_metric="step")
-    return run
 
 
 def git_commit():

@@ -84,7 +84,7 @@ class Saver:
         self.cfg, self.world = cfg, world
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         fingerprints = {"data_fingerprint": data_fingerprint, "teacher_fingerprint": teacher_fingerprint}
-        self.settings = as_dict(cfg) | fingerprints
+        self.settings = as_dict(cfg) | fingerprints | {"ranks": world.size}
         self.settings = json.loads(json.dumps(self.settings))  # as a manifest has them: a schedule's steps as texts
         self.writer = CheckpointWriter(cfg.run.out_dir, cfg.checkpoint, world)
         self.changes = []  # lines `name: old -> new` of the settings that differ from the resumed run's

@@ -198,13 +198,14 @@ def _script_main(pipe, rank, n_ranks, port, with_curves, script, arguments, fold
     sys.stdout.flush()
 
 
-def torchrun(n, script, cfg, told, *options):
-    """Starts torchrun itself, with n ranks of a script; it prints into the file told."""
+def torchrun(n, script, cfg, told, *options, meet=("--standalone",), env=None):
+    """Starts torchrun itself, with n ranks of a script; it prints into the file told. meet: options of its rendezvous."""
     values = {name: ",".join(v) if isinstance(v, tuple) else v for name, v in config.as_dict(cfg).items()}
     arguments = [f"--{name}={'none' if value is None else value}" for name, value in values.items()]
-    command = ["--standalone", f"--nproc_per_node={n}", *options, str(script), *arguments]
+    command = [*meet, f"--nproc_per_node={n}", *options, str(script), *arguments]
     with open(told, "w") as file:
-        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *command], stdout=file, stderr=file)
+        command = [sys.executable, "-m", "torch.distributed.run", *command]
+        return subprocess.Popen(command, stdout=file, stderr=file, env=env)
 
 
 def codes(processes, patience=1200):

@@ -11,6 +11,7 @@ import statistics
 import time
 
 import pytest
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from checkpoint import CheckpointWriter, checkpoints, newest_checkpoint
@@ -117,6 +118,71 @@ def test_kill_9_of_a_rank_at_random_moments_is_healed_by_torchruns_restarts(tmp_
     assert kills and "terminate called" not in (tmp_path / "told").read_text()
     assert codes(launch(n, settings(data_dir, tmp_path / "whole", **changes))) == [0] * n
     check_equal(out_dir, tmp_path / "whole")
+
+
+def node(store, cfg, told):
+    """Starts torchrun as a node of an elastic run of up to four, with one rank; they meet at a store."""
+    rendezvous = ["--rdzv_backend=c10d", "--rdzv_id=run", f"--rdzv_endpoint=127.0.0.1:{store.port}"]
+    quick = "is_host=0,last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"
+    options = ["--nnodes=1:4", *rendezvous, f"--rdzv_conf={quick}", "--local_addr=127.0.0.1", "--max-restarts=99"]
+    env = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+    return torchrun(1, ROOT / "train.py", cfg, told, *options, meet=(), env=env)
+
+
+@pytest.mark.parametrize("seed", range(max(1, KILLS // 12)))
+def test_a_run_goes_on_with_the_nodes_that_are_there(seed, tmp_path):
+    """One of four nodes is killed, at a random moment, and comes back; then a rank is killed, and the run goes on."""
+    data_dir, out_dir, generator = write_data(tmp_path / "data"), tmp_path / "elastic", random.Random(seed)
+    changes = {"batch_tokens": 84, "save_interval": 10, "max_steps": 100_000, "schedule": "constant", "elastic": True,
+               "keep_checkpoints": 1, "eval_interval": 100_000}  # fmt: skip
+    cfg, store = settings(data_dir, out_dir, **changes), dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    nodes = [node(store, cfg, tmp_path / f"told_{i}") for i in range(4)]
+    sizes, times = [], []
+
+    def wait_for(size):
+        """Waits until the run goes on with so many ranks, and has made five steps."""
+        began = time.monotonic()
+        wait_until(lambda: len(starts(out_dir)) > len(sizes) and starts(out_dir)[-1] == size, patience=180)
+        first = logged(out_dir)
+        wait_until(lambda: logged(out_dir) > first + 5, patience=180)
+        sizes[:] = starts(out_dir)
+        times.append(time.monotonic() - began)
+
+    def alive():
+        return all(node.poll() is None for node in nodes)
+
+    try:
+        wait_for(4)
+        wait_until(lambda: checkpoints(out_dir))  # before the first, a run begins again
+        wait_for_a_moment(out_dir, alive, generator)
+        lost = generator.randrange(4)
+        for pid in (nodes[lost].pid, *workers_of(nodes[lost].pid)):
+            os.kill(pid, signal.SIGKILL)
+        wait_for(3)
+        nodes[lost] = node(store, cfg, tmp_path / f"told_{lost}_again")
+        wait_for(4)
+        wait_for_a_moment(out_dir, alive, generator)
+        os.kill(generator.choice([pid for one in nodes for pid in workers_of(one.pid)]), signal.SIGKILL)
+        wait_for(4)
+        (out_dir / "stop").touch()
+        assert [one.wait(timeout=600) for one in nodes] == [0] * 4, (tmp_path / "told_0").read_text()[-3000:]
+    finally:
+        for one in nodes:
+            one.terminate()
+    print(f"\nseed {seed}: node {lost} killed; seconds until the run went on: {times}, with ranks {sizes}")
+    last = logged(out_dir)
+    whole = settings(data_dir, tmp_path / "whole", **changes | {"max_steps": last})
+    assert codes(launch(4, whole)) == [0] * 4
+    found, wanted = records(out_dir), records(tmp_path / "whole")
+    assert [*found] == [*wanted] == [*range(1, last + 1)]
+    assert [*found.values()] == pytest.approx([*wanted.values()], rel=1e-4)
+
+
+def starts(out_dir):
+    """The number of ranks at each start of a run, by its log."""
+    lines = (out_dir / "log.jsonl").read_bytes().splitlines() if (out_dir / "log.jsonl").exists() else []
+    return [int(json.loads(line)["devices"].split()[0]) for line in lines if b'"start"' in line and line.endswith(b"}")]
+
 
 @pytest.mark.alone
 def test_saving_costs_training_little(tmp_path):

@@ -114,8 +114,9 @@ def test_preset_is_found_from_any_folder(tmp_path, monkeypatch):
     ("--grad_clip=2", "optim", 2.0),
     ("--save_interval=none", "checkpoint", None),
     ("--vocab_size=None", "model", None),
-    ("--wandb", "log", True),
-    ("--wandb=false", "log", False),
+    ("--reshard", "parallel", True),
+    ("--log=tensorboard, wandb", "log", ("tensorboard", "wandb")),
+    ("--log=none", "log", None),
 ])  # fmt: skip
 def test_command_line_value_becomes(argument, section, value):
     name = argument[2:].partition("=")[0]
@@ -133,7 +134,7 @@ def test_command_line_value_becomes(argument, section, value):
     ("--learning_rate=nan", "--learning_rate must be a number, not nan"),
     ("--max_steps=inf", "--max_steps must be a whole number, not inf"),
     ("--grad_clip=off", "--grad_clip must be a number or none, not 'off'"),
-    ("--wandb=1", "--wandb must be true or false, not '1'"),
+    ("--reshard=1", "--reshard must be true or false, not '1'"),
     ("--optimizer=adam", "--optimizer must be one of adamw, muon, adafactor, sgd"),
     ("--n_layer", "--n_layer has no value; settings are written --n_layer=value"),
 ])  # fmt: skip
@@ -202,12 +203,21 @@ def test_unknown_setting_like_no_other_has_no_hint():
 @pytest.mark.parametrize(("old", "ours"), [
     ("max_iters", "max_steps"), ("lr_decay_iters", "lr_decay_steps"), ("warmup_iters", "warmup_steps"),
     ("batch_size", "micro_batch_size"), ("gradient_accumulation_steps", "batch_tokens"), ("eval_iters", "eval_tokens"),
-    ("dataset", "data_dir"), ("dtype", "precision"), ("wandb_log", "wandb"),
+    ("dataset", "data_dir"), ("dtype", "precision"), ("wandb_log", "log"),
 ])  # fmt: skip
 def test_nanogpt_names_are_answered_with_ours(preset, old, ours):
     for line in (mistake(f"--{old}=1"), *([] if old == "dataset" else [mistake(preset(f"{old} = 1"))])):
         hint = line.partition(f"{old} is not a setting; ")[2]  # prepare.py has a dataset, so a preset may
         assert hint == f"did you mean {ours}?" or hint.startswith((f"{ours} ", f"{ours}="))
+
+
+def test_the_setting_that_wandb_had_is_answered_with_log(preset):
+    for line in (mistake("--wandb"), mistake(preset("wandb = False"))):
+        assert line.endswith("wandb is not a setting; log=wandb logs to Weights & Biases")
+
+
+def test_a_dashboard_that_does_not_exist_is_refused():
+    assert mistake("--log=tensorbord,wandb") == "log names tensorbord; it must be tensorboard, wandb, or none"
 
 
 def test_hint_for_the_batch_size_says_what_sets_the_size_of_a_step():
@@ -249,8 +259,8 @@ def test_impossible_combination_names_both_numbers_and_what_fits():
 
 def test_all_mistakes_of_a_command_are_listed_together(preset):
     path = preset("n_layers = 3\nn_head = '5'\n")
-    lines = mistakes(path, "config/gpt2_124.py", "--max_iters=7", "--wandb=7", "--seq_len=0", "--beta1=7")
-    names = ["n_layers", "n_head", "config/gpt2_124.py", "max_iters", "wandb", "seq_len", "beta1"]
+    lines = mistakes(path, "config/gpt2_124.py", "--max_iters=7", "--reshard=7", "--seq_len=0", "--beta1=7")
+    names = ["n_layers", "n_head", "config/gpt2_124.py", "max_iters", "reshard", "seq_len", "beta1"]
     assert len(lines) == len(names)
     for name in names:
         assert any(name in line for line in lines), name

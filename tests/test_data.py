@@ -24,6 +24,7 @@ from data import (
     accumulation_steps,
     eval_batches,
     is_same_data,
+    nearest_batch,
     vocab_size_of,
 )
 from objective import IGNORE, Masked, NextToken, ObjectiveConfig
@@ -679,6 +680,15 @@ def test_split_of_just_two_windows_can_be_trained_on(tmp_path):
 def test_accumulation_is_batch_tokens_over_what_ranks_hold_at_once(batch_tokens, micro_batch_size, seq_len, ranks, steps):
     cfg = DataConfig(batch_tokens=batch_tokens, micro_batch_size=micro_batch_size)
     assert accumulation_steps(cfg, seq_len, ranks) == steps
+
+
+@pytest.mark.parametrize(("sequences", "micro", "ranks", "found"), [
+    (12, 3, 4, (12, 3)), (12, 3, 3, (12, 2)), (8, 3, 3, (9, 3)), (10, 4, 4, (8, 2)), (2, 3, 4, (4, 1)), (30, 4, 3, (30, 2)),
+])  # fmt: skip
+def test_the_nearest_batch_keeps_its_tokens_where_ranks_divide_them(sequences, micro, ranks, found):
+    cfg = nearest_batch(DataConfig(seq_len=7, batch_tokens=7 * sequences, micro_batch_size=micro), ranks)
+    assert (cfg.batch_tokens // 7, cfg.micro_batch_size) == found
+    accumulation_steps(cfg, 7, ranks)
 
 
 def test_batch_tokens_that_do_not_divide_list_micro_batch_sizes_that_do():

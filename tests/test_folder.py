@@ -28,7 +28,7 @@ def contents(folder):
 OTHERS = {
     "config.py": '"""My own."""\nout_dir = "out"\ndata_dir = "data"\nbatch_tokens = 1\nseed = 1\n',
     "meta.json": '{"mine": 1}', "finished": "mine\n", "stopped": "mine\n", "log.jsonl": '{"step": 1}\n',
-    "curves.png": "mine", "tokenizer.json": "{}", "wandb_id": "mine", ".lock": "mine",
+    "curves.png": "mine", "tokenizer.json": "{}", "wandb_id": "mine", "tensorboard": "mine", ".lock": "mine",
 }  # fmt: skip
 
 

@@ -131,6 +131,18 @@ def test_a_captured_run_resumes_to_the_bit(tmp_path):
     assert records(whole) == records(parts)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"] if DEVICE == "cuda" else ["bf16"])
+def test_looking_into_the_model_leaves_training_as_it_is(precision, tmp_path):
+    data = write_data(tmp_path / "data", vocab_size=300)
+    how = {"device": DEVICE, "precision": precision, "compile": True, "dropout": 0.1, "deterministic": True}
+    how |= {"vocab_size": 300, "eval_interval": 3}
+    blind = run(data, tmp_path / "blind", **how)
+    torch._dynamo.reset()
+    looking = run(data, tmp_path / "looking", **how, watch="norms", sample_prompts="ab", sample_tokens=4)
+    assert records(looking) == records(blind) and len(records(looking, "sample/0")) == 4
+    assert all(0 < norm < 100 for norm in records(looking, "val_grad_norm/blocks.1").values())
+
+
 @pytest.fixture
 def group_of_one(monkeypatch):
     """A World of one rank that has a mesh, as several have."""

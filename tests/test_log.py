@@ -1,15 +1,20 @@
 """Logs, pictures and services may fail: a line says so once, and the run goes on."""
 
+import json
 import os
 import resource
+import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from console import open_console
 from ranks import codes, launch, logged, records, run, settings, wait_until, write_data
+from run.dashboards import TensorBoard, flat
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +122,82 @@ def kill_service(rank, out_dir):
 @pytest.mark.slow
 def test_a_run_whose_wandb_service_dies_goes_on(data_dir, tmp_path):
     out_dir, told = tmp_path / "run", tmp_path / "told"
-    processes = launch(1, settings(data_dir, out_dir, max_steps=300, wandb=True), told, (kill_service, out_dir))
+    processes = launch(1, settings(data_dir, out_dir, max_steps=300, log="wandb"), told, (kill_service, out_dir))
     check_finished(processes, out_dir, told, "warning: wandb failed (")
     assert list(records(out_dir)) == list(range(1, 301))
+
+
+# ---- TensorBoard
+
+def points(out_dir):
+    """{name: [(step, value), ...]} of all that TensorBoard shows of a run; texts as texts."""
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    shown, found = EventAccumulator(str(out_dir / "tensorboard"), tensor_size_guidance={"scalars": 0, "text": 0}), {}
+    for name in shown.Reload().Tags()["tensors"]:
+        values = [(event.step, make_ndarray(event.tensor_proto).item()) for event in shown.Tensors(name)]
+        values = [(step, value.decode() if isinstance(value, bytes) else value) for step, value in values]
+        found[name.removesuffix("/text_summary")] = values
+    return found
+
+
+def logged_points(out_dir):
+    """The same of log.jsonl; numbers are as exact as TensorBoard keeps them."""
+    found = {}
+    for line in (out_dir / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        for name, value in flat({} if "start" in record else record):
+            value = "    " + value if isinstance(value, str) else float(np.float32(value))
+            found.setdefault(name, []).append((record["step"], value))
+    del found["step"]
+    return found
+
+
+def test_tensorboard_shows_a_killed_and_resumed_run_as_the_log_has_it(data_dir, tmp_path):
+    killed, whole, changes = tmp_path / "killed", tmp_path / "whole", {"max_steps": 30, "eval_interval": 10}
+    cfg = settings(data_dir, killed, log="tensorboard", save_interval=4, **changes)
+    [process] = launch(1, cfg, tmp_path / "told")
+    wait_until(lambda: logged(killed) >= 7 and (killed / "ckpt" / "step_00000004").exists())
+    os.kill(process.pid, signal.SIGKILL)
+    assert codes([process]) == [-signal.SIGKILL]
+    [first] = (killed / "tensorboard").iterdir()  # TensorBoard reads files by the second in their names
+    wait_until(lambda: time.time() > int(first.name.split(".")[3]) + 1)
+    for _ in range(2):  # the second time, the run has finished already
+        run(data_dir, killed, log="tensorboard", save_interval=4, **changes)
+    run(data_dir, whole, log="tensorboard", **changes)
+    shown, wanted = points(killed), points(whole)
+    assert shown == logged_points(killed) and {"val_bpb", "memory_gib", "lr"} <= shown.keys()
+    for name in ("loss", "grad_norm", "val_loss", "tokens"):
+        assert shown[name] == wanted[name] and len(wanted[name]) == (4 if name == "val_loss" else 30), name
+
+
+def test_tensorboard_drops_the_points_of_steps_that_were_rolled_back(tmp_path):
+    board = TensorBoard(None, {}, tmp_path, 0)
+    for step in (1, 2, 3, 4):
+        board.log({"step": step, "loss": 10 + step, "val_losses": {"data/a": 1.5 * step}, "skipped": f"at {step}"})
+    board.go_back(2)
+    board.log({"step": 3, "loss": 7, "score": None, "stage_wait_ms": [0.5, 2]})
+    board.finish()
+    assert points(tmp_path) == {
+        "loss": [(1, 11), (2, 12), (3, 7)], "val_losses/data/a": [(1, 1.5), (2, 3)],
+        "stage_wait_ms/0": [(3, 0.5)], "stage_wait_ms/1": [(3, 2)], "skipped": [(1, "    at 1"), (2, "    at 2")],
+    }  # fmt: skip
+
+
+def test_a_dashboard_that_fails_ends_no_run(data_dir, tmp_path, capsys):
+    run(data_dir, tmp_path, max_steps=1)
+    (tmp_path / "tensorboard").write_text("a file, where a folder should be made")
+    run(data_dir, tmp_path, max_steps=3, log="tensorboard")
+    told = capsys.readouterr()
+    assert told.err.count("warning: tensorboard failed (FileExistsError") == 1 and "finished: step 3" in told.out
+    assert list(records(tmp_path)) == [1, 2, 3]
+
+
+def test_a_dashboard_that_fails_later_ends_no_run(data_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # of tensorboard's thread
+    from_step_5(tmp_path, shutil.rmtree, tmp_path / "tensorboard")
+    run(data_dir, tmp_path, max_steps=100, log="tensorboard")
+    told = capsys.readouterr()
+    assert told.err.count("warning: tensorboard failed (FileNotFoundError") == 1 and "finished: step 100" in told.out
+    assert list(records(tmp_path)) == list(range(1, 101))

@@ -3,21 +3,27 @@
 import collections
 import functools
 import itertools
+import statistics
+import time
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from checkpoint import CheckpointConfig, CheckpointWriter, load_checkpoint
 from config import UserError
-from model import parameter_shapes
+from model import Block, parameter_shapes
 from parallel import ParallelConfig, distribute
 from perf import cost
+from perf.timing import bubble_seconds
 from pipeline import cut, schedule, stage_sizes
-from ranks import on_ranks, records, run, write_data
-from test_shard import GPT, MODELS, SEQUENCES, T, a_model, step_of
+from ranks import on_ranks, records, run, step_settings, write_data
+from test_shard import GPT, MODELS, SAVED, SEQUENCES, T, a_model, launched, step_of, tensors_of
 from test_train import assert_same_run
+from train import train_step
 from world import World
 
 
@@ -134,6 +140,100 @@ def test_a_run_goes_on_from_a_pipeline_to_one_process_and_back(tmp_path):
     for name in ("loss", "val_loss", "grad_norm"):
         whole, parts = records(tmp_path / "whole", name), records(tmp_path / "parts", name)
         assert {step: parts[step] for step in whole} == pytest.approx(whole, rel=1e-4)
+
+
+WAY = ["one process", "pp fsdp 4", "cp tp 4", "hsdp 4", "cp pp 4", "fsdp tp 4", "ddp 2"]
+
+
+def visited(folder, step, layout):
+    """Loads a run's checkpoint of a step, takes a step, and saves; returns the tensors before and after, and figures."""
+    with a_model("gpt", **layout) as (world, model, optimizer):
+        if step:
+            load_checkpoint(Path(folder) / "ckpt" / f"step_{step:08d}", model, optimizer)
+        came, figures = tensors_of(model, optimizer, world), step_of(world, model, optimizer, "gpt", step)
+        left, saver = tensors_of(model, optimizer, world), CheckpointWriter(folder, CheckpointConfig(), world)
+        saver.save(step + 1, model, optimizer, {})
+        saver.wait()
+        return (came, left) if world.is_main else None, figures
+
+
+@pytest.mark.slow
+def test_a_run_wanders_through_six_layouts_and_carries_each_bit_along(tmp_path):
+    """Each layout finds the tensors of the one before, and all together train as one process does."""
+    left, found = None, []
+    for step, there in enumerate(WAY):
+        n, layout = SAVED[there]
+        [((came, leaving), figures), *_] = launched(n, {"visit": (visited, str(tmp_path), step, layout)})["visit"]
+        if step:
+            assert came.keys() == left.keys() and any(name.startswith("optimizer.") for name in came)
+            assert all(torch.equal(came[name], left[name]) for name in came)
+        left = leaving
+        found.append(figures)
+    with a_model("gpt") as (world, model, optimizer):
+        assert found == [pytest.approx(step_of(world, model, optimizer, "gpt", step), rel=1e-5) for step in range(len(WAY))]
+
+
+# ---- time
+
+FORWARD_S = 0.02  # seconds of a block's forward that sleeps; its backward takes twice as long
+
+
+class Sleeping(torch.autograd.Function):
+    """The identity, whose forward and backward take a while without computing."""
+
+    @staticmethod
+    def forward(ctx, x):
+        time.sleep(FORWARD_S)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        time.sleep(2 * FORWARD_S)
+        return gradient
+
+
+def seconds_of_steps(changes, micro_steps, sleeps, n_steps=5, **layout):
+    """Median seconds of a step of `micro_steps`, one thread a rank."""
+    torch.set_num_threads(1)
+    name = "gpt"
+    if sleeps:
+        forward = Block.forward
+        Block.forward = lambda self, x, *args: forward(self, Sleeping.apply(x), *args)
+    try:
+        with a_model(name, changes=changes, **layout) as (world, model, optimizer):
+            ids = torch.randint(37, (2, micro_steps, 2, model.cfg.block_size), generator=torch.Generator().manual_seed(0))
+            batches, times = [*zip(*ids)], []
+            for _ in range(n_steps + 1):
+                world.barrier()
+                start = time.perf_counter()
+                train_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), batches, step_settings(1.0), world)
+                times.append(time.perf_counter() - start)
+            return statistics.median(times[1:])
+    finally:
+        if sleeps:
+            Block.forward = forward
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+@pytest.mark.parametrize(("pp", "sleeps"), [(2, True), (4, True), (2, False)])
+def test_a_pipelines_step_takes_as_long_as_the_planner_says(pp, sleeps):
+    """Within a fifth. Where blocks sleep, four stages need no four cores."""
+    changes = {"n_layer": 8, "n_embd": 32 if sleeps else 320, "block_size": 16 if sleeps else 256, "n_inner": 64 if sleeps else 1280}
+    micro_steps, cfg = 6, replace(GPT, **changes)
+    s = cost.Setup(cfg.block_size, 2, micro_steps, pp=pp, on_cpu=True, precision="fp32")
+    if sleeps:
+        compute, head = cfg.n_layer * 3 * FORWARD_S, 0.0
+    else:
+        [[of_one]] = on_ranks(1, (functools.partial(seconds_of_steps, changes, micro_steps, sleeps),))
+        compute, share = of_one / micro_steps, 6 * cost.head_weights(cfg, cfg.block_size, 1.0)
+        head = compute * share / cost.flops_per_token(cfg, cfg.block_size)
+    predicted = micro_steps * compute / pp + bubble_seconds(cfg, s, compute, head)
+    [by_rank] = on_ranks(pp, (functools.partial(seconds_of_steps, changes, micro_steps, sleeps, pp=pp),))
+    print(f"\npp {pp}, sleeps {sleeps}: predicted {predicted:.3f} s, measured {max(by_rank):.3f} s; "
+          f"without waiting {micro_steps * compute / pp:.3f} s")  # fmt: skip
+    assert max(by_rank) == pytest.approx(predicted, rel=0.2)
+    assert max(by_rank) > 1.1 * micro_steps * compute / pp, "there is a bubble"
 
 
 @pytest.mark.parametrize(("name", "layout", "said"), [

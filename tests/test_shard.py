@@ -21,16 +21,17 @@ import optim
 import parallel
 from checkpoint import CheckpointConfig, CheckpointWriter, _tensors, load_checkpoint
 from conftest import slow
+from config import UserError
 from context import Context
 from model import ModelConfig
 from objective import IGNORE
 from optim import OptimConfig, build_optimizer, orthogonalize
-from parallel import ParallelConfig, distribute, on_whole_matrices
+from parallel import ParallelConfig, distribute, overlap_tensor_parallelism, on_whole_matrices
 from perf.memory import params_and_bytes
 from ranks import on_ranks, step_settings
 from run.folder import locked
 from train import train_step
-from world import WorldConfig, init_world, local, seed_step
+from world import World, WorldConfig, init_world, local, seed_step
 
 # 4 heads of 6; an MLP of 38, which 4 ranks share unevenly; a vocabulary of 64 with its padding.
 GPT = ModelConfig(vocab_size=37, block_size=11, n_layer=2, n_head=4, n_embd=20, head_dim=6, n_inner=38)
@@ -38,11 +39,11 @@ MODELS = {
     "gpt": GPT,
     "bert": replace(GPT, objective="mlm", norm_position="post", n_token_types=2, mlp="gelu"),
     "pairs": replace(GPT, objective={"mlm": 1.0, "nsp": 0.7}, norm_position="post", n_token_types=2, mlp="gelu"),
-    "deep": replace(GPT, n_layer=5),
     "contrast": replace(GPT, objective={"mlm": 0.5, "contrastive": 1.0}, norm_position="post", dropout=1e-9),
     "modern": replace(GPT, n_kv_head=2, norm="rmsnorm", position="rope", mlp="swiglu", qk_norm=True, bias=False,
                       tie_embeddings=False),
 }  # fmt: skip
+DEEP_MODELS = {f"deep {name}": replace(MODELS[name], n_layer=5) for name in ("gpt", "modern", "bert")}
 SEQUENCES, T, STEPS = 12, 8, 3
 LAYOUTS = {  # of 4 ranks
     "ddp": {},
@@ -51,7 +52,10 @@ LAYOUTS = {  # of 4 ranks
     "ddp tp": {"tp": 2},
     "fsdp tp": {"strategy": "fsdp", "tp": 2},
 }
-DEEP = {"pp4": {"pp": 4}, "cp2 pp4": {"pp": 4, "cp": 2}}  # of the deep model
+DEEP = {  # of the deep models
+    "pp4": {"pp": 4}, "pp4 fsdp": {"pp": 4, "strategy": "fsdp"}, "pp4 tp": {"pp": 4, "tp": 2},
+    "cp2 pp4": {"pp": 4, "cp": 2}, "cp2 pp4 fsdp": {"pp": 4, "cp": 2, "strategy": "fsdp"},
+}  # fmt: skip
 MORE_LAYOUTS = LAYOUTS | {"tp": {"tp": 2}, "hsdp tp": {"strategy": "fsdp", "shard_size": 2, "tp": 2}}
 SPLIT = {  # that split blocks over stages, or sequences
     "pp": {"pp": 2},
@@ -68,11 +72,13 @@ SPLIT = {  # that split blocks over stages, or sequences
     "cp fsdp tp": {"cp": 2, "tp": 2, "strategy": "fsdp"},
     "cp fsdp pp": {"cp": 2, "pp": 2, "strategy": "fsdp"},
     "cp tp pp": {"cp": 2, "pp": 2, "tp": 2},
+    "cp fsdp tp pp": {"cp": 2, "pp": 2, "tp": 2, "strategy": "fsdp"},
 }
 RANKS = dict.fromkeys(LAYOUTS, 4) | {"tp": 2, "hsdp tp": 8}
 RANKS |= {"pp": 2, "pp4": 4, "cp2 pp4": 8, "pp ddp": 4, "pp fsdp": 4, "pp tp": 4, "pp fsdp tp": 8}
 RANKS |= {"cp": 2, "cp4": 4, "cp ddp": 4, "cp fsdp": 4, "cp tp": 4, "cp pp": 4}
-RANKS |= {"cp fsdp tp": 8, "cp fsdp pp": 8, "cp tp pp": 8}
+RANKS |= {"cp fsdp tp": 8, "cp fsdp pp": 8, "cp tp pp": 8, "cp fsdp tp pp": 8}
+RANKS |= {"pp4 fsdp": 8, "pp4 tp": 8, "cp2 pp4 fsdp": 8}
 
 
 def batch(name, step):
@@ -81,7 +87,7 @@ def batch(name, step):
     ids, targets = torch.randint(37, (2, SEQUENCES, T), generator=g)
     targets[[0, 2, 4, 6]] = IGNORE
     targets[1, :5] = IGNORE
-    if name not in ("bert", "pairs", "contrast"):
+    if name.removeprefix("deep ") not in ("bert", "pairs", "contrast"):
         return ids, targets
     positions = torch.stack([torch.randperm(4, generator=g)[:3] for _ in range(SEQUENCES)])
     attention_mask = torch.arange(T) < torch.randint(4, T + 1, (SEQUENCES, 1), generator=g)
@@ -102,7 +108,7 @@ def a_model(name, optimizer="adamw", precision="fp32", changes=None, **layout):
     """(world, model, its optimizer) in a layout over the ranks that there are; changes: settings of the model."""
     cfg = ParallelConfig(**layout)
     with init_world(WorldConfig(device="cpu", precision=precision), cfg) as world:
-        yield world, *built(replace(MODELS[name], **changes or {}), optimizer, cfg, world)
+        yield world, *built(replace((MODELS | DEEP_MODELS)[name], **changes or {}), optimizer, cfg, world)
 
 
 def built(shape, optimizer, cfg, world):
@@ -209,9 +215,9 @@ QUICK += matrix(["contrast"], ["adamw"], ["none"], [1], ["tp"])
 QUICK += matrix(["gpt"], ["adamw"], ["full"], [3], ["pp ddp"]) + matrix(["bert"], ["adamw"], ["none"], [1], ["cp fsdp"])
 SLOW = matrix(["bert"], ["adafactor"], ["selective"], [1], ["fsdp tp"])
 SLOW += matrix(["contrast"], ["adamw"], ["none"], [1], ["ddp tp"])
-FULL = matrix([name for name in MODELS if name not in ("contrast", "deep")], ["adamw"], ["none"], [3], MORE_LAYOUTS)  # which compares micro-steps' texts
-FULL += matrix([name for name in MODELS if name != "deep"], ["muon"], ["full"], [1], MORE_LAYOUTS)
-FULL += matrix(["gpt", "modern", "bert"], ["adamw"], ["none"], [3], SPLIT) + matrix(["deep"], ["adamw"], ["none"], [3], DEEP)
+FULL = matrix([name for name in MODELS if name != "contrast"], ["adamw"], ["none"], [3], MORE_LAYOUTS)  # which compares micro-steps' texts
+FULL += matrix([name for name in MODELS], ["muon"], ["full"], [1], MORE_LAYOUTS)
+FULL += matrix(["gpt", "modern", "bert"], ["adamw"], ["none"], [3], SPLIT) + matrix(DEEP_MODELS, ["adamw"], ["none"], [3], DEEP)
 FULL += matrix(["modern"], ["muon"], ["selective"], [1], SPLIT) + matrix(["bert"], ["adafactor"], ["full"], [1], SPLIT)
 
 
@@ -723,6 +729,7 @@ def test_a_layout_is_copies_by_shards_by_tensor_parallel_ranks(settings, size, s
     ({"accumulate": "whole", "reshard": False}, "reshard is False, .*\naccumulate is whole, .*--strategy=fsdp"),
     ({"grad_compression": "bf16", "strategy": "fsdp"}, "grad_compression bf16 with strategy fsdp, tp 1 and pp 1: it needs ddp"),
     ({"grad_compression": "powersgd", "tp": 2}, "grad_compression powersgd with strategy ddp, tp 2 and pp 1: it needs ddp"),
+    ({"async_tp": True}, "async_tp is on, but tp is 1"),
 ])  # fmt: skip
 def test_parallel_settings_that_contradict_each_other_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
@@ -739,3 +746,8 @@ def test_tensor_parallelism_that_would_cut_heads_is_refused_with_the_numbers(cha
     ParallelConfig(tp=2).check_model(MODELS["modern"], 8)
     with pytest.raises(ValueError, match=said):
         ParallelConfig(tp=tp).check_model(replace(MODELS["modern"], **changes), seq_len)
+
+
+def test_overlapped_tensor_parallelism_is_refused_off_cuda():
+    with pytest.raises(UserError, match="async_tp is on, but device is cpu, and it needs cuda"):
+        overlap_tensor_parallelism(World(0, 2, torch.device("cpu"), "fp32"))

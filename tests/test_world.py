@@ -11,6 +11,7 @@ from config import UserError
 from data import Loader, Split
 from objective import NextToken
 from order import TrainOrder
+from parallel import fit_to_ranks
 from ranks import codes, free_port, run, settings, start, train_rank, wait_until, write_data
 from world import World, processes_here
 
@@ -121,3 +122,19 @@ def test_processes_end_when_torchrun_has_ended_while_they_wait(tmp_path):
     agent.kill()
     assert codes([process], patience=60) == [2]
     assert "did not meet in timeout_minutes 30, or torchrun has ended" in told.read_text()
+
+
+def test_an_elastic_run_fits_its_batch_to_the_ranks_and_says_so(tmp_path, monkeypatch, capsys):
+    cfg = settings(write_data(tmp_path / "data"), tmp_path / "run", elastic=True, batch_tokens=56, micro_batch_size=2)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():
+        monkeypatch.setenv(name, str(value))
+    fitted = fit_to_ranks(cfg)
+    assert (fitted.data.batch_tokens, fitted.data.micro_batch_size) == (63, 1)
+    assert capsys.readouterr().out == ("elastic    batch_tokens 63 in place of 56, micro_batch_size 1 in place of 2, "
+                                       "which 3 ranks do not divide\n")  # fmt: skip
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert fit_to_ranks(cfg) == cfg
+    (tmp_path / "texts.py").write_text("objective = {'clm': 1.0, 'contrastive': 1.0}\ndropout = 0.1")
+    texts = settings(tmp_path / "data", tmp_path / "run", str(tmp_path / "texts.py"), elastic=True)
+    with pytest.raises(UserError, match="elastic is on, but contrastive compares"):
+        fit_to_ranks(texts)

@@ -5,6 +5,7 @@ import codecs
 import collections
 import glob
 import io
+import json
 import lzma
 import os
 import re
@@ -63,6 +64,18 @@ def open_file(path, size=PIECE_BYTES):
 def unescaped(text):
     """A setting's text with its line breaks, written as \\n."""
     return text.replace("\\n", "\n")
+
+
+def texts_of(setting, name):
+    """The texts of a setting that is one text, or a JSON list of texts; UserError where it is another list."""
+    try:
+        texts = json.loads(setting) if setting.startswith("[") else [unescaped(setting)]
+    except ValueError:  # text that begins as JSON does, such as [INST]
+        texts = [unescaped(setting)]
+    if not (texts and all(isinstance(text, str) and text for text in texts)):
+        example = f"""--{name}='["User:", "Bot:"]'"""
+        raise UserError(f"{name} is {setting}; it must be text, or a JSON list of texts, as in {example}")
+    return texts
 
 
 def read_text(setting, name):
