@@ -51,7 +51,7 @@ class SampleConfig(Config):
         super().__post_init__()
         if self.chat and self.suffix is not None:
             raise UserError("chat is on and suffix is given, but an answer fills no gap; leave one of them out")
-        self.stops  # raises where stop is not what it must be
+        _ = self.stops  # raises where stop is not what it must be
 
     @property
     def stops(self):

@@ -234,7 +234,7 @@ def test_kubernetes_takes_the_manifest_shown():
     [manifest] = (pytest.importorskip("yaml").safe_load(block) for block in BLOCKS if block.startswith("apiVersion"))
     validate(manifest, "1.37", strict=True)
     words = manifest["spec"]["template"]["spec"]["containers"][0]["command"]
-    arguments = [word for word in words[words.index("train.py") + 1 :]]
+    arguments = words[words.index("train.py") + 1 :]
     config.load(train.Settings, arguments)
 
 
