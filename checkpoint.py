@@ -111,9 +111,9 @@ class CheckpointWriter:
         mine = {n: tensor for n, tensor in tensors.items() if hasattr(tensor, "placements") or next(turn) % ranks == 0}
         return self._stager.stage(mine)
 
-    def _write(self, *arguments):
+    def _write(self, step, tensors, numbers, facts):
         try:
-            write_checkpoint(self.out_dir, *arguments, self.world)
+            write_checkpoint(self.out_dir, step, tensors, numbers, facts, self.world)
             on_all_ranks(self.world, lambda: self.world.is_main and remove_old_checkpoints(self.out_dir, self.cfg))
         except Exception as error:  # training raises it, whatever it is
             self.failed = error
@@ -396,6 +396,11 @@ def _tensors(model, optimizer):
 
 def _sync(path):
     """Waits until a file, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
+    if not hasattr(os, "O_NONBLOCK"):  # Windows: it opens no folders, and syncs what may be written
+        if path.is_dir():
+            return
+        handle = os.open(path, os.O_RDWR)
+    else:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
     os.fsync(handle)
     os.close(handle)

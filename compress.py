@@ -170,7 +170,7 @@ def most_important(model, batches, reader_of, n_groups, sparsity, name):
     for layer, block in enumerate(model.blocks):
 
         def watch(linear, inputs, layer=layer):
-            def add(grad, x=inputs[0].detach()):
+            def add(grad, x=inputs[0].detach()):  # noqa: B008  (a new one at each call)
                 by_group = (x * grad).float().unflatten(-1, (n_groups, -1)).sum((1, 3))  # B, groups
                 importance[layer] += by_group.abs().sum(0).cpu()
 

@@ -261,7 +261,7 @@ def training_facts(source):
     lines = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     losses = re.findall(r'"loss": ([-+.\de]+)', lines)
     bits = re.findall(rf'"step": {state.get("evaluated_at")}, .*"val_bpb": ([-+.\de]+)', lines)
-    seen, seq_len = state.get("sequences_seen", 0), settings.get("seq_len")  # fine-tuning counts texts, without a seq_len
+    seen, seq_len = state.get("sequences_seen", 0), settings.get("seq_len")  # none in fine-tuning, by texts
     unit = "" if seq_len is None or isinstance(settings.get("objective"), dict) else " nats a token"
     rows = {
         "steps": f"{manifest['step']:,}",

@@ -2,14 +2,19 @@
 
 import contextlib
 import ctypes
+import math
 import os
-import resource
 import sys
 from pathlib import Path
 
 import torch
 
 from config import UserError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -51,7 +56,10 @@ def device_name(device):
 def tune_malloc(**options):
     """Sets options of glibc's allocator by their names in malloc.h; does nothing under another C library."""
     numbers = {"trim_threshold": -1, "mmap_threshold": -3, "mmap_max": -4}
-    libc = ctypes.CDLL(None)
+    try:
+        libc = ctypes.CDLL(None)
+    except TypeError:  # Windows
+        return
     for name, value in options.items() if hasattr(libc, "mallopt") else ():
         libc.mallopt(numbers[name], value)
 
@@ -68,9 +76,11 @@ def keep_freed_memory():
 
 
 def peak_memory_gib(device):
-    """Peak memory so far: allocated by torch on CUDA, else resident in the process."""
+    """Peak memory so far: allocated by torch on CUDA, else resident in the process; NaN where the system tells none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if resource is None:
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
@@ -80,26 +90,33 @@ def reset_peak_memory(device):
         torch.cuda.reset_peak_memory_stats(device)
     elif device.type == "cpu":
         with contextlib.suppress(OSError):  # not every system has or permits this file
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def memory_now_gib(device):
     """Present value of the quantity that peak_memory_gib is the peak of; without /proc, that peak."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 2**30
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
-        return peak_memory_gib(device)
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+    sizes = _sizes()
+    return sizes[1] / 2**30 if sizes else peak_memory_gib(device)
 
 
 def memory_bytes(device):
-    """Bytes of a device's memory that this process can use, code and libraries not counted."""
+    """Bytes of a device's memory that this process can use, code and libraries not counted; inf where none tells."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    if resource is None:
+        return math.inf
     limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    allowed, statm = resource.getrlimit(resource.RLIMIT_AS)[0], Path("/proc/self/statm")
-    if allowed == resource.RLIM_INFINITY or not statm.exists():
+    allowed, sizes = resource.getrlimit(resource.RLIMIT_AS)[0], _sizes()
+    if allowed == resource.RLIM_INFINITY or not sizes:
         return limit
-    mapped, resident = (int(pages) * os.sysconf("SC_PAGE_SIZE") for pages in statm.read_text().split()[:2])
+    mapped, resident = sizes
     return min(limit, allowed - (mapped - resident))
+
+
+def _sizes():
+    """(mapped, resident) bytes of this process; None where the system has no /proc, or shows nothing in it."""
+    with contextlib.suppress(OSError):
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()
+        return tuple(int(n) * os.sysconf("SC_PAGE_SIZE") for n in pages[:2])

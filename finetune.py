@@ -224,7 +224,7 @@ def open_task(cfg, world):
     framing, table = Framing(tokenizer, source.is_causal, source.block_size), kind.read(tune.train_file, tune)
     if kind.has_head:
         labels = kind.labels(table[tune.label_column], f"{tune.train_file}, column {tune.label_column}")
-        model, task = TunedModel(**fields, task=tune.task, labels=labels), kind(labels, framing, tune)
+        model, task = TunedModel(**fields, task=tune.task, labels=labels), kind(labels, framing, tune)  # type: ignore[call-arg]
         if kind.has_classes and world.is_main:
             print(f"labels     {len(labels)}: {', '.join(labels[:9])}{', ...' * (len(labels) > 9)}")
     else:
@@ -232,7 +232,7 @@ def open_task(cfg, world):
             raise UserError(f"{where} is a masked model, which writes no answers; {tune.task} needs a causal one")
         cfg.parallel.check_model(source, source.block_size)
         chat = with_model(where, lambda opened: starting_chat(opened, tokenizer, tune.chat_template), world)
-        model, task = AdaptedModel(**fields), kind(chat, framing)
+        model, task = AdaptedModel(**fields), kind(chat, framing)  # type: ignore[call-arg]
     return replace(cfg, model=model, finetune=tune), task, table
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from config import UserError, checked
 
+# Without waiting for the other end of a pipe, which Windows cannot; there, bytes as they are
+READING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 LARGEST_FILE = 48 * 10**6  # bytes; a JSON file's values take up to 20 times as many
 MOST_BRACKETS = 2**22  # objects and lists of a file, each of 56 bytes or more; the largest tokenizers have 500,000
 DEEPEST = 64  # levels of nesting
@@ -111,7 +113,7 @@ def telling(sentence):
 
 def read_bytes(path, largest=LARGEST_FILE):
     """The bytes of a regular file; ValueError where it is another kind of file or larger, OSError where none is read."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without waiting for the other end of a pipe
+    handle = os.open(path, READING)
     with open(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise ValueError("it is no regular file")

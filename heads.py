@@ -73,7 +73,8 @@ class PretrainingModel(Transformer):
         seen = targets != IGNORE if self.cfg.is_causal else attention_mask
         embedded = [F.normalize(embedding(self, view, seen), dim=-1) for view in views]
         if contrasts:
-            loss = nothing if count_correct else self.contrastive_loss(*embedded, targets.amax(1) != IGNORE)
+            is_text = targets.amax(1) != IGNORE
+            loss = nothing if count_correct else self.contrastive_loss(*embedded, is_text)  # type: ignore[call-arg]
             figures.append((loss, nothing))
         losses, n_correct = map(torch.stack, zip(*figures))
         return (losses, n_correct, *embedded) if count_correct else losses

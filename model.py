@@ -5,7 +5,7 @@ Tensor dimensions, here and everywhere in the project:
     V vocabulary   K masked positions of a sequence
 """
 
-import functools
+import functools  # noqa: I001  (the names of ops on few lines)
 import hashlib
 import itertools
 import math

@@ -213,8 +213,8 @@ class NextSentence(Masked):
         ids = np.full((len(rows), self.stride + 3), self.pad)
         types, labels, sizes = np.zeros_like(ids), np.full(len(rows), IGNORE), np.zeros(len(rows), np.int64)
         for i, (row, length) in enumerate(zip(rows, lengths)):
-            row, numbers = row[:length], (int(n) for n in random[i, :2])
-            a, b, labels[i] = self._pair(row, *numbers, i, partners) or (row[row != self.eot], row[:0], IGNORE)
+            row, (place, coin) = row[:length], map(int, random[i, :2])
+            a, b, labels[i] = self._pair(row, place, coin, i, partners) or (row[row != self.eot], row[:0], IGNORE)
             sequence = np.concatenate([[self.cls], a, [self.sep], b, [self.sep]])
             sizes[i] = len(sequence)
             ids[i, : sizes[i]] = sequence
@@ -271,7 +271,7 @@ def special_id(specials, role):
 
 
 # The objectives by name. A new one is a class and its line here; `causal` tells the model which tokens it may see.
-OBJECTIVES = {"clm": NextToken, "mlm": Masked}
+OBJECTIVES: dict[str, type[NextToken | Masked]] = {"clm": NextToken, "mlm": Masked}
 PAIRS = {"nsp": NextSentence, "sop": SentenceOrder}  # more, beside mlm
 CONTRASTIVE = "contrastive"  # beside either; it needs no batches of its own
 
@@ -316,6 +316,8 @@ def windows_of(objective):
 
 class Loss(float):
     """The sum of the objectives' mean losses, each by its weight; parts: {name: mean loss}."""
+
+    parts: dict
 
     @classmethod
     def of(cls, losses, weights):

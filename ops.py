@@ -57,7 +57,7 @@ class Linear(nn.Linear):
     Training multiplies by a copy of the weight, where launch.keep_copies has made one.
     """
 
-    copy = None
+    copy: torch.Tensor | None = None
 
     def matrix(self):
         """The weight, or its copy in training."""

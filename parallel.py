@@ -50,7 +50,9 @@ class ParallelConfig(Config):
             if getattr(self, name) != default and self.strategy == "ddp"
         ]
         if self.grad_compression and (self.strategy == "fsdp" or self.tp > 1 or self.pp > 1):
-            here = f"grad_compression {self.grad_compression} with strategy {self.strategy}, tp {self.tp} and pp {self.pp}"
+            here = (
+                f"grad_compression {self.grad_compression} with strategy {self.strategy}, tp {self.tp} and pp {self.pp}"
+            )
             remedy = "use --strategy=ddp --tp=1 --pp=1, or --grad_compression=none"
             wrong.append(f"{here}: it needs ddp without tp and pp; {remedy}")
         if self.async_tp and self.tp == 1:

@@ -51,7 +51,7 @@ class SampleConfig(Config):
         super().__post_init__()
         if self.chat and self.suffix is not None:
             raise UserError("chat is on and suffix is given, but an answer fills no gap; leave one of them out")
-        self.stops  # raises where stop is not what it must be
+        _ = self.stops  # raises where stop is not what it must be
 
     @property
     def stops(self):
@@ -82,7 +82,12 @@ def main(cfg):
         cfg.sample.suffix and read_text(cfg.sample.suffix, "suffix"),
     )
     if not model.cfg.is_causal:
-        given = {"suffix": suffix, "stop": cfg.sample.stop, "min_p": cfg.generation.min_p, "chat": cfg.sample.chat or None}
+        given = {
+            "suffix": suffix,
+            "stop": cfg.sample.stop,
+            "min_p": cfg.generation.min_p,
+            "chat": cfg.sample.chat or None,
+        }
         if given := [name for name, value in given.items() if value is not None]:
             raise UserError(f"{' and '.join(given)}: a masked model fills each [MASK], without them; leave them out")
         return print_candidates(model, tokenizer, prompt, cfg.generation.top_k or 5, device)

@@ -10,8 +10,8 @@ import functools
 import json
 import os
 import re
-import resource
 import struct
+import threading
 import zlib
 from pathlib import Path
 
@@ -19,6 +19,11 @@ import numpy as np
 
 from config import UserError
 from foreign import COPY_AGAIN, check, is_regular, read_json
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 HEADER = struct.Struct("<8sIIQ")  # magic, version, bytes a token, tokens
 MAGIC, VERSION = b"flatlm\0\0", 1
@@ -125,8 +130,8 @@ class Shard:
         place = self.start + first * self.dtype.itemsize
         file = self._open()  # held by a name here, else another thread might close it
         try:
-            n_read = os.preadv(file.fileno(), [out], place)
-            while n_read < out.nbytes and (more := os.preadv(file.fileno(), [out.view("u1")[n_read:]], place + n_read)):
+            n_read = read_at(file, out, place)
+            while n_read < out.nbytes and (more := read_at(file, out.view("u1")[n_read:], place + n_read)):
                 n_read += more
             state = state_of(file)
         except OSError as error:
@@ -162,6 +167,22 @@ def state_of(file):
     return status.st_size, status.st_mtime_ns
 
 
+if hasattr(os, "preadv"):
+
+    def read_at(file, out, place):
+        """Reads from a place of a file into an array; returns the number of bytes read."""
+        return os.preadv(file.fileno(), [out], place)
+
+else:  # Windows
+    SEEKING = threading.Lock()  # threads share the files, and so where they are read
+
+    def read_at(file, out, place):
+        """Reads from a place of a file into an array; returns the number of bytes read."""
+        with SEEKING:
+            file.seek(place)
+            return file.readinto(out)
+
+
 def unbuffered(path):
     """A file opened for reading."""
     return open(path, "rb", buffering=0)
@@ -169,6 +190,8 @@ def unbuffered(path):
 
 def files_cache():
     """A function as unbuffered, which keeps files open, at most a quarter of what the system allows a process."""
+    if resource is None:
+        return functools.lru_cache(128)(unbuffered)  # Windows' C library opens 512
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return functools.lru_cache(None if limit == resource.RLIM_INFINITY else max(1, limit // 4))(unbuffered)
 

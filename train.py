@@ -270,7 +270,7 @@ def evaluate(model, splits, objective, cfg, world):
     figures = {
         "val_loss": weighted_sum((losses / counts).tolist(), weights),
         "val_accuracy": (n_correct[0] / n_targets).item(),
-        "val_accuracy_of_commonest": frequencies.max().item() / n_targets,
+        "val_accuracy_of_commonest": torch.max(frequencies).item() / n_targets,
     }
     if n_bytes:
         figures["val_bpb"] = losses[0].item() / math.log(2) / n_bytes

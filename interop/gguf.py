@@ -42,9 +42,9 @@ def write_gguf(source, path, kind):
     writer.add_file_type(gguf.LlamaFileType[{"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}[kind]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for name, shape, _ in tensors:
-        dtype = {"F32": np.float32, "F16": np.float16}.get(types[name].name, np.uint8)
-        as_bytes = gguf.quant_shape_to_byte_shape(shape, types[name]) if dtype is np.uint8 else shape
-        writer.add_tensor_info(name, as_bytes, np.dtype(dtype), int(np.prod(as_bytes)) * dtype(0).itemsize, types[name])
+        dtype = np.dtype({"F32": np.float32, "F16": np.float16}.get(types[name].name, np.uint8))
+        as_bytes = gguf.quant_shape_to_byte_shape(shape, types[name]) if dtype == np.uint8 else shape
+        writer.add_tensor_info(name, as_bytes, dtype, int(np.prod(as_bytes)) * dtype.itemsize, types[name])
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -57,7 +57,7 @@ def load_tasks(cfg, in_training=False):
                 if re.search(rf"^(task|group): *{re.escape(name)} *$", path.read_text(errors="replace"), re.MULTILINE):
                     raise UserError(f"task {name} is in {path}, which lm-eval cannot read; check that it is valid YAML")
             raise UserError(f"task {name} is unknown to lm-eval; {hint}; --include_path= names a folder of your own")
-        remedy = "check its .yaml or, without a network, load it once where there is one, and copy that machine's HF_HOME"
+        remedy = "check its .yaml or, without a network, load it once where there is one, and copy its HF_HOME"
         with telling(lambda reason: f"task {name} cannot be loaded ({reason}); {remedy}"):
             found = manager.load(names)  # a task may run any code, and its data is anywhere
         for kind, items in loaded.items():

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from checkpoint import checkpoints
 from config import UserError
-from distill import Teaching
+from distill import DistillConfig, Teaching
 from interop.families import resolved
 from interop.hub import folder_of, read_config
 from interop.pretrained import (
@@ -200,6 +201,10 @@ def make_student(model, teacher, distill):
 class Student:
     """Goes before a Transformer's class: training adds the losses that the teacher gives, as a vector (M,)."""
 
+    teacher: nn.Module
+    distill: DistillConfig
+    training: bool
+
     def forward(
         self, ids, targets=None, positions=None, attention_mask=None, token_types=None, documents=None, **options
     ):
@@ -210,8 +215,8 @@ class Student:
         teacher, wanted = self.teacher, self.distill
         with torch.no_grad():
             hidden = teacher.transform(teacher.selected(teacher.states(ids, *about_ids), positions)).flatten(0, 1)
-        head, weights = teacher.head_of_vocabulary()[:2], (wanted.distill_weight, wanted.distill_temperature)
-        self.teaching = Teaching(hidden, *head, *weights)
+        weight, bias = teacher.head_of_vocabulary()[:2]
+        self.teaching = Teaching(hidden, weight, bias, wanted.distill_weight, wanted.distill_temperature)
         losses = super().forward(ids, targets, positions, *about_ids, **options)
         self.teaching = None
         if not wanted.compared:

@@ -100,9 +100,9 @@ class Setup:
 
 def setup_of(cfg, mesh_shape, micro_steps, precision, device_type, **others):
     """The Setup of a run with these settings on a mesh (replicas, shards, tp); others: fields of other projects."""
-    p = cfg.parallel
+    p, (replicas, shards, tp) = cfg.parallel, mesh_shape
     return Setup(
-        cfg.data.seq_len, cfg.data.micro_batch_size, micro_steps, *mesh_shape, precision, cfg.optim.optimizer,
+        cfg.data.seq_len, cfg.data.micro_batch_size, micro_steps, replicas, shards, tp, precision, cfg.optim.optimizer,
         p.strategy, p.reshard, p.accumulate, p.grad_compression, p.activation_checkpointing,
         compiled=p.compiles(device_type),
         cuda_graphs=p.cuda_graphs is not False,
@@ -136,7 +136,8 @@ def numbers(shapes):
 def num_params(cfg, padded=False):
     """Parameters of a model, tied ones once: 124,439,808 for GPT-2 124M. padded: with the rows that pad its tables."""
     count, block, others = _counted(cfg)
-    return (numbers([*block.values(), *others.values()]) if padded else count) + (cfg.n_layer - 1) * numbers(block.values())
+    first = numbers([*block.values(), *others.values()]) if padded else count
+    return first + (cfg.n_layer - 1) * numbers(block.values())
 
 
 def matrices_of_block(cfg):
@@ -164,7 +165,8 @@ def _on_rank(shapes, tp, shards=1):
     for name, (rows, *rest) in shapes.items():
         columns = numbers([rest])
         if not any(part in name for part in replicated):
-            rows, columns = (rows, columns / tp) if name.endswith(("proj.weight", "down.weight")) else (rows / tp, columns)
+            by_columns = name.endswith(("proj.weight", "down.weight"))
+            rows, columns = (rows, columns / tp) if by_columns else (rows / tp, columns)
         found += math.ceil(rows / shards) * shards * columns
     return found
 

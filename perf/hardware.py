@@ -54,7 +54,7 @@ class Device:
 # and ml-engineering (744d01e); float32: the makers' pages. Network: servers with that GPU (ml-engineering); a guess for
 # cards. Prices: on demand, spring 2026: Lambda for the H100s, A100-40 and A10, Modal for T4 and L4 (techbytes.app,
 # 7 May), RunPod for the rest (deploybase.ai, 10 March); they change, and some were not found.
-DEVICES = (
+TABLE = (
     Device("v100", "volta", 125, 15.7, 32, 900, 150, 12.5, 300),
     Device("t4", "turing", 65, 8.1, 16, 320, 16, 6.25, 70, 0.59),
     Device("rtx3090", "ampere", 71, 35.6, 24, 936, 31, 3.1, 350, 0.39),
@@ -77,7 +77,7 @@ DEVICES = (
     Device("mi250x", "cdna2", 191.5, 24, 64, 1640, 175, 25, 250),
     Device("mi300x", "cdna3", 1307, 163.4, 192, 5300, 448, 50, 750),
 )
-DEVICES = {device.name: device for device in DEVICES}
+DEVICES = {device.name: device for device in TABLE}
 Names = Literal[(*DEVICES, "this", "other")]
 # Words in the name that torch reports, where ours differ. The first device whose words are all in a name is meant.
 WORDS = {"a100-40": "A100 40GB", "a100-80": "A100", "h100-sxm": "H100"}

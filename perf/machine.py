@@ -102,7 +102,7 @@ def matmuls(world, names, left_out):
 
 def bandwidths(world):
     """{"memory copy": GB/s}, counting bytes read and written."""
-    n_bytes = min(COPIED, memory_bytes(world.device) // 16)
+    n_bytes = int(min(COPIED, memory_bytes(world.device) / 16))
     a = torch.zeros(n_bytes // 4, device=world.device)
     b = torch.zeros_like(a)
     return {"memory copy": rate(2 * n_bytes / 1e9, timed(lambda: b.copy_(a), world))}
@@ -126,7 +126,7 @@ def collectives(world, left_out):
         seconds = timed(work, world, repeats=5)  # the same number on all ranks
         return rate(factor * (n - 1) / n * 4 * len(whole) / 1e9, seconds), 3 * seconds[0]
 
-    for name, factor in (("all-reduce", 2), ("all-gather", 1), ("reduce-scatter", 1)):
+    for name, factor in (("all-reduce", 2), ("all-gather", 1), ("reduce-scatter", 1)):  # noqa: B007  (measured reads factor)
         sizes, what = SIZES["cpu" if world.device.type == "cpu" else "cuda"]["messages"], f"{name} of {{:,}} bytes"
         found[name] = rising(sizes, measured, 1, world, SECONDS["collectives"], left_out, what)
     return found

@@ -170,7 +170,9 @@ def report_search(cfg, gpu, ways, best, fell):
     yield f"{'step':>18}{'mfu':>7}{'GiB of':>9}{'':5}{'time':>12}{'cost':>14}  settings"
     for way, f in best:
         need, shard = f["memory_gib"], way.change["shard_size"]
-        settings = way.change | {"strategy": "fsdp"} if shard > 1 else way.change | {"strategy": "ddp", "shard_size": "none"}
+        settings = (
+            way.change | {"strategy": "fsdp"} if shard > 1 else way.change | {"strategy": "ddp", "shard_size": "none"}
+        )
         on_line = " ".join(f"--{name}={value}" for name, value in settings.items())
         yield (
             f"{_seconds(f['step_s']):>18}{f['mfu']:7.1%}{need['reserved']:9.1f}{need['available']:5.0f}"

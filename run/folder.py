@@ -1,7 +1,6 @@
 """A run's folder: its lock, source, tokenizer and log.jsonl; checkpoint.py writes the checkpoints."""
 
 import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -18,6 +17,11 @@ from config import ROOT, Config, Range, UserError, project_files
 from console import report
 from data import sha256
 from shards import refusing_system_errors
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 Seed = Annotated[int, Range("at least 0 and below 2**63", lambda n: 0 <= n < 2**63)]
 
@@ -106,6 +110,8 @@ def locked(out_dir, world, patience=30):
 def lock_file(file):
     """Locks an open file and writes this process into it; returns its text if another process holds the lock."""
     try:
+        if fcntl is None:
+            raise OSError("this system has no flock")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)

@@ -63,17 +63,19 @@ def guarded(cfg, world):
 class StopRequests:
     """A signal or a file named stop ends a run after its step; a second SIGINT ends it at once."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
+    NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGQUIT")
+    SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has the first two
 
     def __init__(self, out_dir, world):
         self.file, self.world, self._looked, self._request = Path(out_dir) / "stop", world, 0.0, Stop.NO
 
     def __enter__(self):
         self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
+        if hasattr(os, "set_blocking"):  # before Python 3.12 Windows lacks it, and does not ask for it
+            os.set_blocking(self._write, False)
         self._wakeup_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         # With a Python handler, even an empty one, a signal's number comes down the pipe at once.
-        ignored = [s for s in (signal.SIGHUP,) if signal.getsignal(s) == signal.SIG_IGN]  # by nohup
+        ignored = [s for s in self.SIGNALS if s.name == "SIGHUP" and signal.getsignal(s) == signal.SIG_IGN]  # by nohup
         self._handlers = {s: signal.signal(s, lambda *_: None) for s in self.SIGNALS if s not in ignored}
         self._thread = threading.Thread(target=self._listen, daemon=True, name="signals")
         self._thread.start()
@@ -221,7 +223,7 @@ def crash_reports(out_dir, world, settings):
         deadline = time.monotonic() + 5
         while not world.is_main and time.monotonic() < deadline:
             if in_store(lambda store: store.check(["mistake"]), if_lost=True):  # rank 0 reported it, and ended
-                raise SystemExit(2)
+                raise SystemExit(2) from None
             time.sleep(0.1)
         in_store(lambda store: store.set("mistake", "reported"))
         raise

@@ -318,7 +318,9 @@ class Log:
         each = each if len(epochs) > 1 else f"{epochs[data.folder]:.3g} epochs"
         print(f"run        {last_step:,} steps, {tokens:,} tokens, {each}, in {self.out_dir}")
         if (warmup := cfg.optim.warmup_steps) > last_step:
-            print(f"warning    warmup_steps {warmup:,} is above the last step: the learning rate never reaches its value")
+            print(
+                f"warning    warmup_steps {warmup:,} is above the last step: the learning rate never reaches its value"
+            )
         for folder, n in epochs.items():
             if n > 20:
                 often = f"the run reads the training tokens of {folder} {n:,.0f} times; after about 4 epochs"

@@ -72,7 +72,9 @@ class Pace:
             elif step - self.slow_since.setdefault(rank, step - n_steps) >= STEPS and self.slow_since[rank] >= 0:
                 host = self.world.gather(socket.gethostname())[rank]
                 over = f"over the last {step - self.slow_since[rank]} steps"
-                lines.append(f"straggler  rank {rank} on {host} computes {times:.2f} times as long as the median rank, {over}")
+                lines.append(
+                    f"straggler  rank {rank} on {host} computes {times:.2f} times as long as the median rank, {over}"
+                )
                 self.slow_since[rank] = float("-inf")
         figures = {"slowest_rank": slowest, "forward_ms": by_rank[slowest], "forward_ms_median": medians[slowest // n]}
         return figures, lines

@@ -188,8 +188,8 @@ def head_growth(theirs, N=2048, C=384, V=50304):
             ids = torch.zeros(N // 512, 512, dtype=torch.long)
             model(ids, ids)[1].backward()
     else:
-        from ops import Vocabulary, linear_cross_entropy
         from devices import keep_freed_memory
+        from ops import Vocabulary, linear_cross_entropy
 
         keep_freed_memory()
 

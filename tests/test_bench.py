@@ -14,7 +14,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from test_machine import small_sizes
 
 import bench
 import config
@@ -27,6 +26,7 @@ from order import TrainOrder
 from perf import cost, hardware, machine, meters, pictures, rates, sweep, timing
 from ranks import on_ranks, run_script, write_data
 from run.folder import run_dir_of
+from test_machine import small_sizes
 from text.tokenizer import SPECIALS
 from world import World, WorldConfig, init_world
 

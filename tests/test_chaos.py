@@ -13,11 +13,11 @@ import time
 import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file
-from test_checkpoint import same
 
 from checkpoint import CheckpointWriter, checkpoints, newest_checkpoint
 from conftest import ROOT
 from ranks import codes, launch, logged, records, settings, torchrun, wait_until, write_data
+from test_checkpoint import same
 
 pytestmark = pytest.mark.slow
 

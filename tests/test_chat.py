@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from tuning import check_same_run
 
 import config
 import convert
@@ -24,6 +23,7 @@ from ranks import on_ranks, records, run, without_matplotlib, write_data
 from text.chat import Chat, Conversations, Instruct, plain_template
 from text.examples import Framing
 from text.tokenizer import load_tokenizer
+from tuning import check_same_run
 
 TALK = [
     {"role": "system", "content": "  Be brief. "},

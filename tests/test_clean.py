@@ -13,7 +13,6 @@ import sys
 import time
 
 import pytest
-from pages import WORDS, document, page, words_of
 
 import clean
 import config
@@ -22,6 +21,7 @@ import train
 from config import UserError
 from conftest import ROOT
 from interop.score import open_scorer
+from pages import WORDS, document, page, words_of
 from ranks import settings, without_matplotlib
 
 pytest.importorskip("datatrove", reason="datatrove is absent: pip install '.[clean]'")

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_convert import BERT, GPT2, LLAMA
 
 import compress
 import config
@@ -16,6 +15,7 @@ from config import UserError
 from interop.pretrained import RunModel, load_model
 from model import ModelConfig
 from ranks import run, without_matplotlib, write_data
+from test_convert import BERT, GPT2, LLAMA
 
 MODELS = {"gpt2": GPT2, "bert": BERT, "llama": LLAMA, "qwen3": replace(LLAMA, qk_norm=True, head_dim=10)}
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_pairs import SPECIALS
 
 import heads
 import train
@@ -23,6 +22,7 @@ from objective import IGNORE
 from perf.cost import flops_per_token
 from ranks import on_ranks, records, settings, write_data
 from sample import write_embeddings
+from test_pairs import SPECIALS
 from train import evaluate
 from world import World
 

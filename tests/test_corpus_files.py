@@ -15,9 +15,9 @@ import threading
 import tracemalloc
 
 import pytest
-from test_prepare import DOCUMENTS, documents_of, refused, run, server, write_txt
 
 from config import UserError
+from test_prepare import DOCUMENTS, documents_of, refused, run, server, write_txt
 from text import corpus, files, remote
 
 

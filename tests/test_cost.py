@@ -7,7 +7,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from fit_rates import timings_of_one_h100
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import config
 import parallel
 import train
+from fit_rates import timings_of_one_h100
 from model import ModelConfig, Transformer
 from objective import OBJECTIVES, ObjectiveConfig
 from optim import OptimConfig, build_optimizer

@@ -8,20 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import slow
-from hugging_face import V, saved
-from ranks import copy_run, launch, logged, on_ranks, records, run, settings, wait_until, write_data
-from test_compress import random_model as ours
-from test_convert import GPT2, LLAMA
-from test_model import LargestTensor
-from test_train import SPECIAL_IDS, assert_same_run, weights
 
 import compress
 import config
 import ops
 import train
 from config import UserError
+from conftest import slow
 from distill import DistillConfig, Teaching
+from hugging_face import V, saved
 from interop.pretrained import RunModel, load_model, resolve
 from interop.teacher import in_precision, make_student, teacher_config
 from model import parameter_shapes
@@ -31,6 +26,11 @@ from perf.cost import setup_of
 from perf.hardware import DEVICES
 from perf.memory import memory
 from perf.timing import step_seconds
+from ranks import copy_run, launch, logged, on_ranks, records, run, settings, wait_until, write_data
+from test_compress import random_model as ours
+from test_convert import GPT2, LLAMA
+from test_model import LargestTensor
+from test_train import SPECIAL_IDS, assert_same_run, weights
 from world import World
 
 SIZES = {"n_layer": 4, "max_steps": 4, "seed": 5}  # of teachers

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import test_model
 import torch
 
+import test_model
 from cache import Cache
 from config import UserError
 from conftest import slow

@@ -10,8 +10,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_harness import GENERATING, TASKS, TEXTS, instances, trained, write_tasks
-from test_model import SMALL, random_model
 
 import config
 import evaluate
@@ -20,6 +18,8 @@ from conftest import ROOT
 from interop.harness import HarnessConfig, generate_texts, generation_request, load_tasks, open_tasks
 from interop.score import score_tokens
 from ranks import on_ranks, records, run, settings, write_data
+from test_harness import GENERATING, TASKS, TEXTS, instances, trained, write_tasks
+from test_model import SMALL, random_model
 from world import World, WorldConfig, init_world
 
 NAMES = [*TASKS, *GENERATING]

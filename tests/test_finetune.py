@@ -11,17 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tuning import (
-    check_same_run,
-    losses,
-    losses_on_rank,
-    predictions,
-    settings,
-    small_bert,
-    tensors,
-    tune,
-    write_tables,
-)
 
 import config
 import convert
@@ -39,6 +28,17 @@ from ranks import on_ranks, records, run, write_data
 from text.examples import ExampleOrder, Examples, Framing, read_columns
 from text.tasks import TASKS
 from text.tokenizer import load_tokenizer
+from tuning import (
+    check_same_run,
+    losses,
+    losses_on_rank,
+    predictions,
+    settings,
+    small_bert,
+    tensors,
+    tune,
+    write_tables,
+)
 
 # ---- heads
 

@@ -13,7 +13,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_tokenizer import byte_level_like, load_tokenizer, sentencepiece_like, unigram_like, vocab_file
 
 import foreign
 from checkpoint import CheckpointConfig, CheckpointWriter, newest_checkpoint, read_manifest
@@ -24,6 +23,7 @@ from interop.hub import HubModel, read_config, tensors_in
 from interop.hub_tokenizer import load_hub_tokenizer
 from interop.pretrained import load_model, run_config
 from model import ModelConfig, Transformer
+from test_tokenizer import byte_level_like, load_tokenizer, sentencepiece_like, unigram_like, vocab_file
 from world import World
 
 LIMIT_S, LIMIT_MIB = 60, 1024  # of one example; most take milliseconds

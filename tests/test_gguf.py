@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_convert import BERT, GPT2, LLAMA, V, make_run
 
 import config
 import convert
 from config import UserError
 from interop.gguf import write_gguf
 from interop.pretrained import load_model, open_model
+from test_convert import BERT, GPT2, LLAMA, V, make_run
 from text.tokenizer import HARD_TEXTS, load_tokenizer, train_bpe
 
 gguf = pytest.importorskip("gguf")

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from test_shard import MODELS, batch
 from torch.distributed.device_mesh import init_device_mesh
 
 import bench
@@ -20,6 +19,7 @@ from model import Transformer
 from optim import OptimConfig, build_optimizer, set_lr
 from parallel import ParallelConfig, distribute, fully_shard_model
 from ranks import free_port, records, run, step_settings, write_data
+from test_shard import MODELS, batch
 from train import train_step
 from world import World, WorldConfig, init_world, seed_step
 

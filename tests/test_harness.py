@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_model import MODERN, SMALL, random_model
 
 import config
 import sample
@@ -21,6 +20,7 @@ from hugging_face import saved
 from interop.pretrained import load_model, load_tokenizer_of, open_model
 from interop.score import loglikelihood, loglikelihood_rolling, score_tokens
 from run.folder import tokenizer_of
+from test_model import MODERN, SMALL, random_model
 from text.tokenizer import load_tokenizer, train_bpe
 from world import World
 

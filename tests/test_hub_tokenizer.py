@@ -10,6 +10,13 @@ import pytest
 import tiktoken
 import tokenizers
 import transformers
+
+from config import UserError
+from conftest import ROOT, slow
+from interop import tokenizer as hub_tokenizer
+from interop.hub_tokenizer import QWEN_WORDS, hub_tokenizer_file, load_hub_tokenizer
+from interop.tokenizer import check_same_ids, merges_of, write_tokenizer
+from sample import masked_ids
 from test_tokenizer import (
     BERT_VOCAB,
     CHARACTERS,
@@ -22,13 +29,6 @@ from test_tokenizer import (
     unigram_like,
     vocab_file,
 )  # fmt: skip
-
-from config import UserError
-from conftest import ROOT, slow
-from interop import tokenizer as hub_tokenizer
-from interop.hub_tokenizer import QWEN_WORDS, hub_tokenizer_file, load_hub_tokenizer
-from interop.tokenizer import check_same_ids, merges_of, write_tokenizer
-from sample import masked_ids
 from text.tokenizer import (
     BERT_SPECIALS,
     SPECIALS,

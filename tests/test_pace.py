@@ -5,6 +5,7 @@ import re
 import time
 
 import pytest
+
 from model import Block
 from ranks import codes, launch, records, settings, write_data
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_objective import restored
 
 import train
 from config import UserError
@@ -25,6 +24,7 @@ from perf.cost import flops_per_token, num_params
 from prepare import write_meta
 from ranks import records, settings, write_data
 from shards import ShardWriter
+from test_objective import restored
 
 SPECIALS = {"<|endoftext|>": 0, "<|cls|>": 1, "<|sep|>": 2, "<|mask|>": 3, "<|pad|>": 4}
 FIRST = 5  # the first id of text

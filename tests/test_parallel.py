@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data import DataConfig, Split
+from devices import pick_device, pick_precision
 from launch import compile_model, keep_copies
 from model import ModelConfig, Transformer
 from objective import IGNORE, Masked, NextSentence, NextToken
@@ -30,7 +31,6 @@ from parallel import ParallelConfig, distribute
 from ranks import on_ranks, run, step_settings, write_data
 from text.tokenizer import SPECIALS
 from train import evaluate, train_step
-from devices import pick_device, pick_precision
 from world import World, WorldConfig, init_world, seed_step
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
+from conftest import slow
 from fit_rates import (
     FITTED,
     OUTLIERS,
@@ -20,8 +22,6 @@ from fit_rates import (
     setup_of,
     table_of_groups,
 )
-
-from conftest import slow
 from perf import cost, memory
 from perf.hardware import EAGER
 

@@ -6,8 +6,6 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from test_compress import random_model
-from test_convert import BERT, LLAMA
 from torch import nn
 
 import compress
@@ -23,6 +21,8 @@ from interop.quantized import GROUP, KINDS, packed, quantize, stored, stored_sha
 from model import ModelConfig
 from ops import Linear
 from ranks import run, settings, write_data
+from test_compress import random_model
+from test_convert import BERT, LLAMA
 
 pytest.importorskip("torchao", reason="pip install torchao")
 CFG = ModelConfig(vocab_size=261, block_size=12, n_layer=2, n_head=2, n_embd=32, n_inner=96, mlp="swiglu")

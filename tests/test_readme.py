@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pages import page
-from test_harness import write_tasks
-from test_nanogpt import ARGS, checkpoint_of, optimizer_of, parameters
 
 import config
 import train
 from hugging_face import saved
 from interop.tokenizer import write_tokenizer
+from pages import page
 from ranks import free_port, run_script
+from test_harness import write_tasks
+from test_nanogpt import ARGS, checkpoint_of, optimizer_of, parameters
 from text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -234,7 +234,7 @@ def test_kubernetes_takes_the_manifest_shown():
     [manifest] = (pytest.importorskip("yaml").safe_load(block) for block in BLOCKS if block.startswith("apiVersion"))
     validate(manifest, "1.37", strict=True)
     words = manifest["spec"]["template"]["spec"]["containers"][0]["command"]
-    arguments = [word for word in words[words.index("train.py") + 1 :]]
+    arguments = words[words.index("train.py") + 1 :]
     config.load(train.Settings, arguments)
 
 

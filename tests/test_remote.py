@@ -18,15 +18,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from fsspec.registry import known_implementations
-from pages import document, page
-from test_prepare import DOCUMENTS, refused, run, write_jsonl, write_parquet, write_txt
 
 import clean
 import config
 import prepare
 from config import UserError
 from conftest import ROOT
+from pages import document, page
 from ranks import without_matplotlib
+from test_prepare import DOCUMENTS, refused, run, write_jsonl, write_parquet, write_txt
 from text import files, remote
 
 SECRET = "sig=s3cr3t%2Fkey"

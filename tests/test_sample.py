@@ -20,6 +20,7 @@ import generation
 import sample
 from cache import Cache
 from config import UserError
+from devices import pick_precision
 from generation import GenerationConfig, draw, generate, kept_probabilities, next_tokens
 from model import ModelConfig, Transformer
 from objective import special_id
@@ -27,7 +28,6 @@ from ranks import run, write_data
 from sample import generation_dtype, masked_ids, print_candidates, stream
 from text.files import read_text
 from text.tokenizer import SPECIALS, load_tokenizer, train_bpe, write_character_tokenizer
-from devices import pick_precision
 
 V = 37
 SMALL = ModelConfig(vocab_size=V, block_size=11, n_layer=3, n_head=5, n_embd=20)
@@ -326,9 +326,7 @@ BYTE = load_tokenizer("byte")
 
 def test_characters_split_over_tokens_come_whole(capsys):
     text = "aé€😀z"
-    printed = []
-    for i, byte in enumerate(text.encode()):
-        printed.append(byte)
+    printed = [*text.encode()]
 
     def steps():
         seen = ""
@@ -389,7 +387,7 @@ def test_text_ends_before_the_first_stop_string_whatever_tokens_it_comes_in(text
 
 def test_no_part_of_a_stop_string_is_printed_meanwhile(capsys):
     def steps():
-        for byte in "ab\nUser: c".encode():
+        for byte in b"ab\nUser: c":
             yield torch.tensor([byte])
             seen.append(capsys.readouterr().out)
 

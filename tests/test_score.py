@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_model import MODERN, SMALL, random_model
 
 import config
 import evaluate
@@ -15,6 +14,7 @@ from config import UserError
 from evaluate import print_scores, read_requests
 from interop.score import encode_pair, loglikelihood, loglikelihood_rolling, score_tokens, windows
 from ranks import run, write_data
+from test_model import MODERN, SMALL, random_model
 from text.tokenizer import SPECIALS, load_tokenizer, train_bpe
 
 BYTE = load_tokenizer("byte")

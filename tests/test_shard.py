@@ -20,13 +20,13 @@ from torch.utils._pytree import tree_leaves
 import optim
 import parallel
 from checkpoint import CheckpointConfig, CheckpointWriter, _tensors, load_checkpoint
-from conftest import slow
 from config import UserError
+from conftest import slow
 from context import Context
 from model import ModelConfig
 from objective import IGNORE
 from optim import OptimConfig, build_optimizer, orthogonalize
-from parallel import ParallelConfig, distribute, overlap_tensor_parallelism, on_whole_matrices
+from parallel import ParallelConfig, distribute, on_whole_matrices, overlap_tensor_parallelism
 from perf.memory import params_and_bytes
 from ranks import on_ranks, step_settings
 from run.folder import locked
@@ -216,7 +216,7 @@ QUICK += matrix(["gpt"], ["adamw"], ["full"], [3], ["pp ddp"]) + matrix(["bert"]
 SLOW = matrix(["bert"], ["adafactor"], ["selective"], [1], ["fsdp tp"])
 SLOW += matrix(["contrast"], ["adamw"], ["none"], [1], ["ddp tp"])
 FULL = matrix([name for name in MODELS if name != "contrast"], ["adamw"], ["none"], [3], MORE_LAYOUTS)  # which compares micro-steps' texts
-FULL += matrix([name for name in MODELS], ["muon"], ["full"], [1], MORE_LAYOUTS)
+FULL += matrix([*MODELS], ["muon"], ["full"], [1], MORE_LAYOUTS)
 FULL += matrix(["gpt", "modern", "bert"], ["adamw"], ["none"], [3], SPLIT) + matrix(DEEP_MODELS, ["adamw"], ["none"], [3], DEEP)
 FULL += matrix(["modern"], ["muon"], ["selective"], [1], SPLIT) + matrix(["bert"], ["adafactor"], ["full"], [1], SPLIT)
 

@@ -8,7 +8,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from tuning import losses, predictions, small_bert, tune, write_records, write_tables
 
 import config
 import convert
@@ -24,6 +23,7 @@ from ranks import records
 from text.examples import Examples, Framing, read_columns
 from text.tasks import TASKS
 from text.tokenizer import FileTokenizer, load_tokenizer, train_bpe
+from tuning import losses, predictions, small_bert, tune, write_records, write_tables
 
 
 @pytest.fixture(scope="module")
@@ -373,7 +373,7 @@ def test_answer_is_the_best_span_in_all_windows_by_trying_each():
     task = task_of("qa", SPAN, framing, stride=4, max_answer_tokens=3)
     for lacks_some in (False, True):
         task.lacks_some = lacks_some
-        for *texts, label in questions([40, 17, 1], seed=int(lacks_some)):
+        for *texts, _ in questions([40, 17, 1], seed=int(lacks_some)):
             rows = task.rows(texts, None, "")
             logits = [
                 random.normal(size=(len(row.ids), 2)).astype(np.float32) + np.array([2, 1]) * (i == 1)

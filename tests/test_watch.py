@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hugging_face import KINDS, T, V, saved
 
 import run.watch
 from config import UserError
 from conftest import slow
 from data import Split
 from generation import GenerationConfig, generate
+from hugging_face import KINDS, T, V, saved
 from interop.pretrained import load_model
 from objective import NextToken
 from ops import Packed, locate, mask_of

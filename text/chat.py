@@ -180,7 +180,8 @@ class Instruct:
 
         label: the answer, or () where the list holds it; None where the model is to answer.
         """
-        messages, framing = self.messages(*texts, label, where), self.framing
+        [value], framing = texts, self.framing
+        messages = self.messages(value, label, where)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if label is None:
             asked = messages[: len(messages) - (turns[-1:] == [len(messages) - 1])]

@@ -131,7 +131,8 @@ def end_with_parent():
             os.close(write)
         threading.Thread(target=lambda: os._exit(len(os.read(read, 1)) + 1), daemon=True).start()
 
-    os.register_at_fork(after_in_child=watch)
+    if hasattr(os, "register_at_fork"):  # Windows forks nothing
+        os.register_at_fork(after_in_child=watch)
 
 
 # ---- counting

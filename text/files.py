@@ -87,10 +87,10 @@ def read_text(setting, name):
     try:
         if setting.startswith("FILE:"):
             with open(setting[5:], "rb") as file:
-                text = file.read(TEXT_BYTES + 1)
-            if len(text) > TEXT_BYTES:
+                data = file.read(TEXT_BYTES + 1)
+            if len(data) > TEXT_BYTES:
                 raise UserError(f"{where} has more than {TEXT_BYTES:,} bytes; give less text")
-            text = text.decode("utf-8")  # keeps line ends
+            text = data.decode("utf-8")  # keeps line ends
         else:
             # Python keeps bytes that it cannot decode, in the C locale all but ASCII, as halves of surrogate pairs.
             text = sys.stdin.read() if setting == "-" else setting

@@ -102,7 +102,9 @@ def _listed(where):
     if is_web(where) and not is_glob:
         return [(_asked(RemoteFile(where, bare_url(where))), "")], False
     if is_web(where) and _parts(where).query:
-        raise UserError(f"input {public(where)} is a glob with a query, or has a ? in it; name each file, or use * alone")
+        raise UserError(
+            f"input {public(where)} is a glob with a query, or has a ? in it; name each file, or use * alone"
+        )
     from fsspec.core import url_to_fs
 
     store, path = url_to_fs(where)

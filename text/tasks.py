@@ -62,7 +62,7 @@ class Classify:
         if (label := str(label)) not in self.labels:
             known = ", ".join(self.labels[:9]) + ", ..." * (len(self.labels) > 9)
             raise UserError(f"{where} has the label {label!r}, which train_file has not; its labels are {known}")
-        return np.array([self.labels.index(label)])
+        return np.array([self.labels.index(label)])  # type: ignore[attr-defined]
 
     def loss(self, rows, logits):
         """The mean loss of all Rows of a file, whose logits are given as arrays (K, L)."""
@@ -302,5 +302,11 @@ class Answer(Classify):
 
 
 # A new task is a class, its line here, and its head in heads.py.
-TASKS = {"classify": Classify, "regress": Regress, "tag": Tag, "qa": Answer, "instruct": Instruct}
+TASKS: dict[str, type[Classify | Instruct]] = {
+    "classify": Classify,
+    "regress": Regress,
+    "tag": Tag,
+    "qa": Answer,
+    "instruct": Instruct,
+}
 METRICS = *dict.fromkeys(name for task in TASKS.values() for name in task.metrics), "loss"

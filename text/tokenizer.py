@@ -83,14 +83,14 @@ class Tokenizer:
         """
         for text in HARD_TEXTS:
             text = "".join(c for c in text if c in self.alphabet) if self.alphabet else text
-            if self.decode(self.encode(text)) != text:
+            if self.decode(self.encode(text)) != text:  # type: ignore[attr-defined]
                 return []
         special_ids = {*self.specials.values()}
         return [0 if i in special_ids else len(self._bytes.get(i, b"")) for i in range(self.vocab_size)]
 
     def spans(self, text):
         """(ids, tokens' first characters, the ones behind their last) of a text that the tokens' bytes make up."""
-        ids, data = self.encode(text), np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8)
+        ids, data = self.encode(text), np.frombuffer(text.encode(errors="replace"), np.uint8)  # type: ignore[attr-defined]
         character = np.cumsum((data & 0xC0) != 0x80)  # a byte's, counted from 1
         ends = np.cumsum([0, *(len(self._bytes[i]) for i in ids.tolist())])
         return ids, character[ends[:-1]] - 1, character[ends[1:] - 1]
