@@ -4,6 +4,7 @@
     python convert.py --out_dir=out/quickstart --to_gguf=model.gguf     # a run, to llama.cpp's file
     python convert.py --init_from=gpt2 --to_hf=copy                     # a Hugging Face model, to another one
     python convert.py --from_nanogpt=out/ckpt.pt --out_dir=out/nanogpt  # nanoGPT's checkpoint, to a run
+    python convert.py --out_dir=out/quickstart --to_curve=curve.json    # a run's losses, for train.py --reference=
 
 Weights of Hugging Face need no conversion to start from: train.py, sample.py, bench.py and plan.py take --init_from=.
 """
@@ -32,7 +33,8 @@ from interop.names import HEADS
 from interop.nanogpt import import_nanogpt
 from interop.pretrained import TOKENIZER, RunModel, load_tokenizer_of, model_location, with_model
 from interop.tokenizer import frame_pairs, write_tokenizer
-from run.folder import RunConfig
+from run.folder import RunConfig, run_dir_of
+from run.reference import write_curve
 from text.remote import bare_url, is_url
 
 WEIGHTS = r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?$"
@@ -46,6 +48,7 @@ class ConvertConfig:
     to_gguf: str | None = None  # GGUF file to write, which llama.cpp runs
     gguf_type: Literal["f16", "q8_0", "f32"] = "f16"  # type of the matrices in it; q8_0: 8 bits
     from_nanogpt: str | None = None  # nanoGPT's ckpt.pt, to become a run in out_dir
+    to_curve: str | None = None  # JSON file to write a run's validation losses to; in docs/curves, a preset's reference
     nanogpt_tokenizer: str | None = None  # meta.pkl of its data, or as in prepare.py; none: gpt2, if its size is that
 
 
@@ -57,9 +60,10 @@ class Settings:
 
 
 def main(cfg):
-    given = [name for name in ("to_hf", "to_gguf", "from_nanogpt") if getattr(cfg.convert, name) is not None]
+    names = ("to_hf", "to_gguf", "to_curve", "from_nanogpt")
+    given = [name for name in names if getattr(cfg.convert, name) is not None]
     if len(given) != 1:
-        what = "to_hf, a folder, or to_gguf, a file, to write a model, or from_nanogpt, a ckpt.pt to read"
+        what = "to_hf, a folder, or to_gguf, a file, to write a model, or to_curve, a file, or from_nanogpt, a ckpt.pt"
         raise UserError(f"{' and '.join(given) or 'nothing'} is given; give one of {what}")
     if path := cfg.convert.from_nanogpt:
         if not (out_dir := cfg.run.out_dir):
@@ -67,6 +71,9 @@ def main(cfg):
         lines = import_nanogpt(path, out_dir, cfg.convert.nanogpt_tokenizer)
         written = f"{path}: written to {out_dir} as a run; to continue it: python train.py {out_dir}/config.py"
         print(*lines, written, sep="\n")
+        return
+    if cfg.convert.to_curve:
+        write_curve(run_dir_of(cfg), cfg.convert.to_curve)
         return
     tune_malloc(mmap_threshold=2**17)  # return freed tensors at once: glibc keeps those below 32 MiB
     if path := cfg.convert.to_gguf:

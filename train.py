@@ -30,8 +30,8 @@ from pipeline import schedule, total_norm
 from run.folder import RunConfig, run_dir_of
 from run.guard import Stop, guarded
 from run.health import HealthConfig, bad_step
-from run.log import Log, LogConfig, print_finished
-from run.resume import Saver, State
+from run.log import Log, LogConfig
+from run.resume import Saver, State, print_finished
 from run.watch import Watch, WatchConfig
 from world import WorldConfig, end_process, init_world, seed_step
 

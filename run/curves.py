@@ -3,17 +3,17 @@
 import os
 import re
 
-from run.folder import read_log
 
-
-def draw_curves(out_dir):
-    """Draws losses, learning rate and gradient norm of log.jsonl as curves.png."""
+def draw_curves(out_dir, records, reference=None):
+    """Draws losses, learning rate and gradient norm of a log's records as curves.png, beside a reference Curve's."""
     from matplotlib.figure import Figure
 
-    records = [record for _, record in read_log(out_dir / "log.jsonl") if record]
     figure = Figure(figsize=(8, 7), layout="constrained")
     loss, lr, norm = all_axes = figure.subplots(3, sharex=True, height_ratios=(3, 1, 1))
     names = {name: None for record in records for name in record if re.match("(mean|val)_loss_", name)}
+    if reference and records:
+        points = reference.until(max(record["step"] for record in records))
+        loss.plot(*zip(*points), color="gray", linestyle="--", label="reference")
     for axes, name, style in (
         (loss, "mean_loss", {"linewidth": 1, "label": "training, mean of the interval"}),
         (loss, "val_loss", {"marker": "o", "label": "validation"}),

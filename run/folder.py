@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def writing_to(out_dir):
 # Names under which a run writes or removes files, but for .lock and what holds a step or a time in its name.
 FILES = (
     *("config.py", "meta.json", "tokenizer.json", "chat.json", "finished", "stopped", "log.jsonl", "curves.png"),
-    *("wandb_id", "tensorboard"),
+    *("report.html", "wandb_id", "tensorboard"),
 )
 
 
@@ -136,6 +137,15 @@ def keep_source(out_dir, step, root=ROOT):
     return [name for name in files if kept and files[name] != old.get(name)]
 
 
+def git_commit():
+    """The commit of the code that runs, with + where files differ from it; None outside a git checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def keep_tokenizer(data_dir, out_dir):
     """Copies meta.json and the tokenizer's file from the data to the run, so that sampling needs the run alone."""
     for name in ("meta.json", "tokenizer.json"):
@@ -194,3 +204,11 @@ def open_log(out_dir, step):
             os.fsync(file.fileno())
         os.replace(partial, path)
     return open(path, "ab", buffering=0)
+
+
+def mark_finished(cfg, state):
+    """Writes the file `finished`; returns its text."""
+    reached = f", target_loss {cfg.train.target_loss} reached" if state.has_reached_target(cfg) else ""
+    with writing_to(cfg.run.out_dir):
+        (Path(cfg.run.out_dir) / "finished").write_text(f"finished{reached}\n")
+    return f"finished{reached}"

@@ -1,4 +1,4 @@
-"""The log of a run: the console, log.jsonl, curves.png and, if asked, TensorBoard and wandb."""
+"""The log of a run: the console, log.jsonl, curves.png, report.html and, if asked, TensorBoard and wandb."""
 
 import contextlib
 import importlib.util
@@ -8,7 +8,6 @@ import os
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from config import ROOT, Config, Count, UserError, as_dict, as_preset, visible
+from config import Config, Count, UserError, as_dict, as_preset, visible
 from console import report
 from devices import device_name, memory_bytes, peak_memory_gib, reset_peak_memory
 from objective import windows_of
@@ -26,8 +25,10 @@ from perf.memory import memory, params_and_bytes, setup_here, stages_here
 from pipeline import bubble
 from run.curves import draw_curves
 from run.dashboards import DASHBOARDS
-from run.folder import keep_source, keep_tokenizer, open_log, writing_to
+from run.folder import git_commit, keep_source, keep_tokenizer, mark_finished, open_log, read_log, writing_to
 from run.pace import Pace
+from run.page import write_page
+from run.reference import Reference
 
 LEAST_GIB = 0.1  # memory below it prints in MiB
 
@@ -38,6 +39,7 @@ class LogConfig(Config):
     log: tuple | None = None  # dashboards to log to as well: tensorboard, wandb, or both with a comma between them
     wandb_project: str = "flatlm"  # project on Weights & Biases
     wandb_run_name: str | None = None  # name of the run there; none: the name of out_dir
+    reference: str | None = None  # curve to compare with: a run's folder or a file of docs/curves; none: the preset's
 
     def __post_init__(self):
         super().__post_init__()
@@ -63,9 +65,13 @@ class Log:
         self.pace = Pace(model, world)
         self.n_steps, self.file, self.unwritten, self.dashboards, self.failed = 0, None, b"", {}, set()
         self.draws = world.is_main and importlib.util.find_spec("matplotlib") is not None
+        self.reference = None
         if world.is_main:
             changes = changes + [f"changed source file: {name}" for name in self._open(state.step)]
             self._print_start(model, per_rank, state, changes, order)
+            with self.telling("reference"):
+                self.reference = Reference(cfg)
+                print(self.reference.line, end="", flush=True)
             self._write({
                 "start": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
                 "step": state.step,
@@ -78,6 +84,7 @@ class Log:
                 "peak_flops": self.peak,
                 "peak_name": self.peak_name,
                 "predicted_memory_gib": sum(self.predicted.values()),
+                "comparable": self.reference and self.reference.shared,
             })  # fmt: skip
             for name in cfg.log.log or ():
                 with self.telling(name):
@@ -90,6 +97,8 @@ class Log:
 
     def __exit__(self, *error):
         self._write_lines()
+        if error[0]:
+            self._draw(f"ended by {error[0].__name__}: {error[1]}", with_curves=False)
         if self.file:
             with contextlib.suppress(OSError):  # a disk that fails, which was reported before
                 self.file.close()
@@ -179,7 +188,7 @@ class Log:
             self._print(line)
 
     def evaluation(self, state, figures):
-        """Logs an evaluation and redraws the curves."""
+        """Logs an evaluation, compares it with the reference, and redraws the curves and the page."""
         record, accuracy = {"step": state.step, **figures}, f"accuracy {figures.get('val_accuracy', 0):.1%}"
         text = f"{self._step_text(state)}  val loss {state.val_loss:.4f}{_named(figures, 'val_loss_')}"
         if "val_accuracy" not in figures:  # of fine-tuning
@@ -197,11 +206,27 @@ class Log:
             text += f"  {name} accuracy {figures[key]:.1%}" if (key := f"val_accuracy_{name}") in figures else ""
         text += "".join(f"  {loss:.4f} in {folder}" for folder, loss in figures.get("val_losses", {}).items())
         text += "".join(f"  {name} {value:.4f}" for name, value in figures.items() if "/" in name)  # tasks' figures
-        self._write(record)
-        self._print(text)
-        if self.draws and state.step:  # a single point is no curve
-            with self.telling("curves.png"):
-                draw_curves(self.out_dir)
+        beside, beside_text, warning = {}, "", None
+        if self.reference:
+            with self.telling("reference"):
+                beside, beside_text, warning = self.reference.beside(state)
+        self._write(record | beside)
+        self._print(text + beside_text)
+        if warning:
+            self._print(warning)
+        self._draw(f"running: {self._step_text(state)}", with_curves=state.step > 0)  # a single point is no curve
+
+    def _draw(self, how, with_curves=True):
+        """Redraws curves.png and report.html. how: how the run stands, in words."""
+        if self.world.is_main:
+            records = []
+            with self.telling("log.jsonl"):
+                records = [record for _, record in read_log(self.out_dir / "log.jsonl") if record]
+            if self.draws and with_curves:
+                with self.telling("curves.png"):
+                    draw_curves(self.out_dir, records, self.reference and self.reference.curve)
+            with self.telling("report.html"):
+                write_page(self.out_dir, records, how, self.reference and self.reference.curve)
 
     def watched(self, state, watch):
         """Logs what a Watch finds in the model, on all ranks; where it fails on one, none runs it again."""
@@ -214,6 +239,8 @@ class Log:
             for name, text in found.items():
                 if isinstance(text, str):
                     self._print(f"{self._step_text(state)}  {name}  {visible(text)}")
+            if found:
+                self._draw(f"running: {self._step_text(state)}", with_curves=False)
 
     def rolled_back(self, state):
         """Logs a rollback, and drops the lines of log.jsonl past its checkpoint."""
@@ -245,6 +272,7 @@ class Log:
         print(f"{state.tokens(self.cfg):,} tokens in {_duration(3600 * state.hours)}")
         of_steps = f"step {state.step} of {state.last_step(self.cfg)}"
         print(f"{how}: {of_steps}{loss}; the run is in {self.out_dir}", flush=True)
+        self._draw(f"{how}: {of_steps}", with_curves=False)
         if not is_finished:
             saved = self.cfg.checkpoint.save_interval
             more = "the same command continues" if saved else "nothing is saved (save_interval is none)"
@@ -359,36 +387,6 @@ class Log:
     def _print(self, text):
         if self.world.is_main:
             print(text, flush=True)
-
-
-def mark_finished(cfg, state):
-    """Writes the file `finished`; returns its text."""
-    reached = f", target_loss {cfg.train.target_loss} reached" if state.has_reached_target(cfg) else ""
-    with writing_to(cfg.run.out_dir):
-        (Path(cfg.run.out_dir) / "finished").write_text(f"finished{reached}\n")
-    return f"finished{reached}"
-
-
-def print_finished(cfg, state, world, changes):
-    """Says that a run has nothing left to do; marks it as finished where its last start could not.
-
-    changes: lines that name what differs from the run that was resumed.
-    """
-    if world.is_main:
-        if not (Path(cfg.run.out_dir) / "finished").exists():
-            mark_finished(cfg, state)
-        what = f"{cfg.run.out_dir} has finished, at step {state.step} with val loss {state.val_loss:.4f}"
-        limit = "max_steps" if cfg.optim.max_tokens is None else "max_tokens"
-        print(f"{what}; raise {limit} to train on, or use another --out_dir", *changes, sep="\n  ")
-
-
-def git_commit():
-    """The commit of the code that runs, with + where files differ from it; None outside a git checkout."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _duration(seconds):

@@ -26,7 +26,7 @@ from distill import DistillConfig
 from mixture import shares_until
 from model import ModelConfig
 from objective import ObjectiveConfig
-from run.folder import writing_to
+from run.folder import mark_finished, writing_to
 from run.health import WINDOW, first_bad_tensor
 from world import Failure, World, seed_step
 
@@ -208,3 +208,16 @@ def changed_settings(old, new, step=0):
         rule = "a run cannot continue with another model, data, objective, seed or optimizer"
         raise UserError(f"{rule}; here {refused}; use the old values, or a new run with --out_dir=")
     return [f"{line}, without effect now" if name in AT_THE_START else line for name, line in changes.items()]
+
+
+def print_finished(cfg, state, world, changes):
+    """Says that a run has nothing left to do; marks it as finished where its last start could not.
+
+    changes: lines that name what differs from the run that was resumed.
+    """
+    if world.is_main:
+        if not (Path(cfg.run.out_dir) / "finished").exists():
+            mark_finished(cfg, state)
+        what = f"{cfg.run.out_dir} has finished, at step {state.step} with val loss {state.val_loss:.4f}"
+        limit = "max_steps" if cfg.optim.max_tokens is None else "max_tokens"
+        print(f"{what}; raise {limit} to train on, or use another --out_dir", *changes, sep="\n  ")
