@@ -175,7 +175,7 @@ def test_a_run_wanders_through_six_layouts_and_carries_each_bit_along(tmp_path):
 
 # ---- time
 
-FORWARD_S = 0.02  # seconds of a block's forward that sleeps; its backward takes twice as long
+FORWARD_S = 0.05  # seconds of a block's forward that sleeps; its backward takes twice as long
 
 
 class Sleeping(torch.autograd.Function):
@@ -192,48 +192,35 @@ class Sleeping(torch.autograd.Function):
         return gradient
 
 
-def seconds_of_steps(changes, micro_steps, sleeps, n_steps=5, **layout):
-    """Median seconds of a step of `micro_steps`, one thread a rank."""
-    torch.set_num_threads(1)
-    name = "gpt"
-    if sleeps:
-        forward = Block.forward
-        Block.forward = lambda self, x, *args: forward(self, Sleeping.apply(x), *args)
-    try:
-        with a_model(name, changes=changes, **layout) as (world, model, optimizer):
-            ids = torch.randint(37, (2, micro_steps, 2, model.cfg.block_size), generator=torch.Generator().manual_seed(0))
-            batches, times = [*zip(*ids)], []
-            for _ in range(n_steps + 1):
-                world.barrier()
-                start = time.perf_counter()
-                train_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), batches, step_settings(1.0), world)
-                times.append(time.perf_counter() - start)
-            return statistics.median(times[1:])
-    finally:
-        if sleeps:
-            Block.forward = forward
+def seconds_of_steps(micro_steps, n_steps=5, **layout):
+    """Median seconds of a step whose blocks sleep."""
+    forward = Block.forward
+    with (
+        mock.patch.object(Block, "forward", lambda self, x, *args: forward(self, Sleeping.apply(x), *args)),
+        a_model("gpt", changes={"n_layer": 8}, **layout) as (world, model, optimizer),
+    ):
+        ids, times = torch.randint(37, (2, micro_steps, 2, T), generator=torch.Generator().manual_seed(0)), []
+        for _ in range(n_steps + 1):
+            world.barrier()
+            start = time.perf_counter()
+            scaler = torch.amp.GradScaler("cpu", enabled=False)
+            train_step(model, optimizer, scaler, [*zip(*ids)], step_settings(1.0), world)
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[1:])
 
 
 @pytest.mark.slow
 @pytest.mark.alone
-@pytest.mark.parametrize(("pp", "sleeps"), [(2, True), (4, True), (2, False)])
-def test_a_pipelines_step_takes_as_long_as_the_planner_says(pp, sleeps):
-    """Within a fifth. Where blocks sleep, four stages need no four cores."""
-    changes = {"n_layer": 8, "n_embd": 32 if sleeps else 320, "block_size": 16 if sleeps else 256, "n_inner": 64 if sleeps else 1280}
-    micro_steps, cfg = 6, replace(GPT, **changes)
-    s = cost.Setup(cfg.block_size, 2, micro_steps, pp=pp, on_cpu=True, precision="fp32")
-    if sleeps:
-        compute, head = cfg.n_layer * 3 * FORWARD_S, 0.0
-    else:
-        [[of_one]] = on_ranks(1, (functools.partial(seconds_of_steps, changes, micro_steps, sleeps),))
-        compute, share = of_one / micro_steps, 6 * cost.head_weights(cfg, cfg.block_size, 1.0)
-        head = compute * share / cost.flops_per_token(cfg, cfg.block_size)
-    predicted = micro_steps * compute / pp + bubble_seconds(cfg, s, compute, head)
-    [by_rank] = on_ranks(pp, (functools.partial(seconds_of_steps, changes, micro_steps, sleeps, pp=pp),))
-    print(f"\npp {pp}, sleeps {sleeps}: predicted {predicted:.3f} s, measured {max(by_rank):.3f} s; "
-          f"without waiting {micro_steps * compute / pp:.3f} s")  # fmt: skip
-    assert max(by_rank) == pytest.approx(predicted, rel=0.2)
-    assert max(by_rank) > 1.1 * micro_steps * compute / pp, "there is a bubble"
+@pytest.mark.parametrize("pp", [2, 4])
+def test_a_pipelines_step_takes_as_long_as_the_planner_says(pp):
+    """Within a fifth. Blocks sleep, so that four stages need no four cores."""
+    micro_steps, cfg = 6, replace(GPT, n_layer=8)
+    s, compute = cost.Setup(T, 2, micro_steps, pp=pp, on_cpu=True, precision="fp32"), cfg.n_layer * 3 * FORWARD_S
+    without = micro_steps * compute / pp
+    predicted = without + bubble_seconds(cfg, s, compute, head=0.0)
+    [by_rank] = on_ranks(pp, (functools.partial(seconds_of_steps, micro_steps, pp=pp),))
+    print(f"\npp {pp}: predicted {predicted:.3f} s, measured {max(by_rank):.3f} s, without waiting {without:.3f} s")
+    assert max(by_rank) == pytest.approx(predicted, rel=0.2) and predicted > 1.15 * without
 
 
 @pytest.mark.parametrize(("name", "layout", "said"), [
