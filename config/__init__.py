@@ -105,8 +105,8 @@ NANOGPT_NAMES = {
     "decay_lr": "schedule=constant keeps the learning rate",
     "start": "prompt",
     "always_save_checkpoint": "save_interval is the number of steps between checkpoints",
-    "wandb": "log=wandb logs to Weights & Biases",
-    "wandb_log": "log=wandb logs to Weights & Biases",
+    "wandb": "log_to=wandb logs to Weights & Biases",
+    "wandb_log": "log_to=wandb logs to Weights & Biases",
     "backend": "device=cuda communicates by nccl, device=cpu by gloo",
 }
 

@@ -25,8 +25,8 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            rule = "log names tensorboard, which is not installed"
-            raise UserError(f"{rule}; pip install tensorboard, or leave it out of --log") from error
+            rule = "log_to names tensorboard, which is not installed"
+            raise UserError(f"{rule}; pip install tensorboard, or leave it out of --log_to") from error
         # Its thread writes, so that training waits for no disk; a file that ends early lacks the last seconds at most.
         queue = {"max_queue": 1000, "flush_secs": 5}
         self.open, self.writer = functools.partial(SummaryWriter, str(out_dir / "tensorboard"), **queue), None
@@ -59,8 +59,8 @@ class Wandb:
         try:
             import wandb
         except ImportError as error:
-            rule = "log names wandb, which is not installed"
-            raise UserError(f"{rule}; pip install wandb, or leave it out of --log") from error
+            rule = "log_to names wandb, which is not installed"
+            raise UserError(f"{rule}; pip install wandb, or leave it out of --log_to") from error
         id_file = out_dir / "wandb_id"
         if step == 0 or not id_file.exists():
             id_file.write_text(secrets.token_hex(4))

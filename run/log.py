@@ -36,15 +36,15 @@ LEAST_GIB = 0.1  # memory below it prints in MiB
 @dataclass(frozen=True)
 class LogConfig(Config):
     log_interval: Count = 10  # steps between lines of the log
-    log: tuple | None = None  # dashboards to log to as well: tensorboard, wandb, or both with a comma between them
+    log_to: tuple | None = None  # dashboards to log to as well: tensorboard, wandb, or both with a comma between them
     wandb_project: str = "flatlm"  # project on Weights & Biases
     wandb_run_name: str | None = None  # name of the run there; none: the name of out_dir
     reference: str | None = None  # curve to compare with: a run's folder or a file of docs/curves; none: the preset's
 
     def __post_init__(self):
         super().__post_init__()
-        if unknown := [name for name in self.log or () if name not in DASHBOARDS]:
-            raise UserError(f"log names {', '.join(unknown)}; it must be {', '.join(DASHBOARDS)}, or none")
+        if unknown := [name for name in self.log_to or () if name not in DASHBOARDS]:
+            raise UserError(f"log_to names {', '.join(unknown)}; it must be {', '.join(DASHBOARDS)}, or none")
 
 
 class Log:
@@ -86,7 +86,7 @@ class Log:
                 "predicted_memory_gib": sum(self.predicted.values()),
                 "comparable": self.reference and self.reference.shared,
             })  # fmt: skip
-            for name in cfg.log.log or ():
+            for name in cfg.log.log_to or ():
                 with self.telling(name):
                     self.dashboards[name] = DASHBOARDS[name](cfg.log, as_dict(cfg), self.out_dir, state.step)
         self.started = time.perf_counter()

@@ -115,8 +115,8 @@ def test_preset_is_found_from_any_folder(tmp_path, monkeypatch):
     ("--save_interval=none", "checkpoint", None),
     ("--vocab_size=None", "model", None),
     ("--reshard", "parallel", True),
-    ("--log=tensorboard, wandb", "log", ("tensorboard", "wandb")),
-    ("--log=none", "log", None),
+    ("--log_to=tensorboard, wandb", "log", ("tensorboard", "wandb")),
+    ("--log_to=none", "log", None),
 ])  # fmt: skip
 def test_command_line_value_becomes(argument, section, value):
     name = argument[2:].partition("=")[0]
@@ -203,7 +203,7 @@ def test_unknown_setting_like_no_other_has_no_hint():
 @pytest.mark.parametrize(("old", "ours"), [
     ("max_iters", "max_steps"), ("lr_decay_iters", "lr_decay_steps"), ("warmup_iters", "warmup_steps"),
     ("batch_size", "micro_batch_size"), ("gradient_accumulation_steps", "batch_tokens"), ("eval_iters", "eval_tokens"),
-    ("dataset", "data_dir"), ("dtype", "precision"), ("wandb_log", "log"),
+    ("dataset", "data_dir"), ("dtype", "precision"), ("wandb_log", "log_to"),
 ])  # fmt: skip
 def test_nanogpt_names_are_answered_with_ours(preset, old, ours):
     for line in (mistake(f"--{old}=1"), *([] if old == "dataset" else [mistake(preset(f"{old} = 1"))])):
@@ -213,11 +213,11 @@ def test_nanogpt_names_are_answered_with_ours(preset, old, ours):
 
 def test_the_setting_that_wandb_had_is_answered_with_log(preset):
     for line in (mistake("--wandb"), mistake(preset("wandb = False"))):
-        assert line.endswith("wandb is not a setting; log=wandb logs to Weights & Biases")
+        assert line.endswith("wandb is not a setting; log_to=wandb logs to Weights & Biases")
 
 
 def test_a_dashboard_that_does_not_exist_is_refused():
-    assert mistake("--log=tensorbord,wandb") == "log names tensorbord; it must be tensorboard, wandb, or none"
+    assert mistake("--log_to=tensorbord,wandb") == "log_to names tensorbord; it must be tensorboard, wandb, or none"
 
 
 def test_hint_for_the_batch_size_says_what_sets_the_size_of_a_step():
@@ -534,3 +534,15 @@ def test_an_error_is_one_line_whatever_it_quotes():
     error = config.UserError(f"out_dir is {quoted}", "and more")
     assert str(error) == "out_dir is a\\nb\\x1b[31m\\u2028\\udcff ü 語\nand more"
     assert mistake("--no\nsetting=1").startswith("--no\\nsetting is not a setting")
+
+
+def test_torchrun_leaves_every_setting_to_the_script():
+    """It reads what begins one of its own options as that option, wherever it stands."""
+    from torch.distributed.run import get_args_parser
+
+    for script in (train, finetune, evaluate, bench):
+        names = [field.name for owner in dataclasses.fields(script.Settings) if dataclasses.is_dataclass(owner.type)
+                 for field in dataclasses.fields(owner.type)]  # fmt: skip
+        arguments = [f"--{name}=1" for name in names]
+        assert len(names) > 10
+        assert get_args_parser().parse_args(["train.py", *arguments]).training_script_args == arguments

@@ -122,7 +122,7 @@ def kill_service(rank, out_dir):
 @pytest.mark.slow
 def test_a_run_whose_wandb_service_dies_goes_on(data_dir, tmp_path):
     out_dir, told = tmp_path / "run", tmp_path / "told"
-    processes = launch(1, settings(data_dir, out_dir, max_steps=300, log="wandb"), told, (kill_service, out_dir))
+    processes = launch(1, settings(data_dir, out_dir, max_steps=300, log_to="wandb"), told, (kill_service, out_dir))
     check_finished(processes, out_dir, told, "warning: wandb failed (")
     assert list(records(out_dir)) == list(range(1, 301))
 
@@ -156,7 +156,7 @@ def logged_points(out_dir):
 
 def test_tensorboard_shows_a_killed_and_resumed_run_as_the_log_has_it(data_dir, tmp_path):
     killed, whole, changes = tmp_path / "killed", tmp_path / "whole", {"max_steps": 30, "eval_interval": 10}
-    cfg = settings(data_dir, killed, log="tensorboard", save_interval=4, **changes)
+    cfg = settings(data_dir, killed, log_to="tensorboard", save_interval=4, **changes)
     [process] = launch(1, cfg, tmp_path / "told")
     wait_until(lambda: logged(killed) >= 7 and (killed / "ckpt" / "step_00000004").exists())
     os.kill(process.pid, signal.SIGKILL)
@@ -164,8 +164,8 @@ def test_tensorboard_shows_a_killed_and_resumed_run_as_the_log_has_it(data_dir, 
     [first] = (killed / "tensorboard").iterdir()  # TensorBoard reads files by the second in their names
     wait_until(lambda: time.time() > int(first.name.split(".")[3]) + 1)
     for _ in range(2):  # the second time, the run has finished already
-        run(data_dir, killed, log="tensorboard", save_interval=4, **changes)
-    run(data_dir, whole, log="tensorboard", **changes)
+        run(data_dir, killed, log_to="tensorboard", save_interval=4, **changes)
+    run(data_dir, whole, log_to="tensorboard", **changes)
     shown, wanted = points(killed), points(whole)
     assert shown == logged_points(killed) and {"val_bpb", "memory_gib", "lr"} <= shown.keys()
     for name in ("loss", "grad_norm", "val_loss", "tokens"):
@@ -188,7 +188,7 @@ def test_tensorboard_drops_the_points_of_steps_that_were_rolled_back(tmp_path):
 def test_a_dashboard_that_fails_ends_no_run(data_dir, tmp_path, capsys):
     run(data_dir, tmp_path, max_steps=1)
     (tmp_path / "tensorboard").write_text("a file, where a folder should be made")
-    run(data_dir, tmp_path, max_steps=3, log="tensorboard")
+    run(data_dir, tmp_path, max_steps=3, log_to="tensorboard")
     told = capsys.readouterr()
     assert told.err.count("warning: tensorboard failed (FileExistsError") == 1 and "finished: step 3" in told.out
     assert list(records(tmp_path)) == [1, 2, 3]
@@ -197,7 +197,7 @@ def test_a_dashboard_that_fails_ends_no_run(data_dir, tmp_path, capsys):
 def test_a_dashboard_that_fails_later_ends_no_run(data_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda _: None)  # of tensorboard's thread
     from_step_5(tmp_path, shutil.rmtree, tmp_path / "tensorboard")
-    run(data_dir, tmp_path, max_steps=100, log="tensorboard")
+    run(data_dir, tmp_path, max_steps=100, log_to="tensorboard")
     told = capsys.readouterr()
     assert told.err.count("warning: tensorboard failed (FileNotFoundError") == 1 and "finished: step 100" in told.out
     assert list(records(tmp_path)) == list(range(1, 101))

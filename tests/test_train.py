@@ -671,9 +671,9 @@ def test_max_minutes_ends_a_run_at_any_step_not_just_at_lines_of_the_log(data_di
 def test_wandb_logs_offline_and_goes_on_under_the_same_id(data_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    run(data_dir, tmp_path, log="wandb", max_steps=2)
+    run(data_dir, tmp_path, log_to="wandb", max_steps=2)
     wandb_id = (tmp_path / "wandb_id").read_text().strip()
-    run(data_dir, tmp_path, log="wandb", max_steps=4, watch="norms")
+    run(data_dir, tmp_path, log_to="wandb", max_steps=4, watch="norms")
     assert (tmp_path / "wandb_id").read_text().strip() == wandb_id
     stored = [p for p in (tmp_path / "wandb").glob("offline-run-*") if p.name.endswith(wandb_id)]
     assert len(stored) >= 1 and all(list(p.glob("*.wandb")) for p in stored)
