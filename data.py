@@ -91,7 +91,7 @@ def accumulation_steps(cfg, seq_len, ranks):
 def nearest_batch(data, ranks):
     """The DataConfig with the nearest batch that ranks divide, and the largest micro-batch up to its own.
 
-    Of batches within 3 % the one with fewest micro-steps: the nearest may be a prime number of sequences for each rank.
+    One within 3 % goes before it where micro-batches would else be less than half as large, as by a prime number.
     """
     if data.batch_tokens % (data.micro_batch_size * data.seq_len * ranks) == 0:
         return data
@@ -102,7 +102,7 @@ def nearest_batch(data, ranks):
     wanted = data.batch_tokens / (data.seq_len * ranks)  # sequences per rank
     reach = 0 if wanted.is_integer() else min(wanted / 32, data.micro_batch_size / 2)
     near = range(math.ceil(wanted - reach), math.floor(wanted + reach) + 1) or [max(1, round(wanted))]
-    sequences = min(near, key=lambda n: (n // micro_of(n), abs(n - wanted)))
+    sequences = min(near, key=lambda n: (2 * micro_of(n) < data.micro_batch_size, abs(n - wanted)))
     return dataclasses.replace(
         data, batch_tokens=sequences * data.seq_len * ranks, micro_batch_size=micro_of(sequences)
     )

@@ -80,9 +80,7 @@ def search(cfg, n_gpus, setup_of, gpu, available):
             sequences = accumulation_steps(one, cfg.data.seq_len, ranks)
             base = setup_of(replace(here, data=one))
             here.parallel.check_precision(base.precision)
-            timing.step_seconds(
-                cfg.model, base, gpu, p.gpus_per_node
-            )  # raises where this machine was not measured for it
+            timing.step_seconds(cfg.model, base, gpu, p.gpus_per_node)  # raises where --gpu=this has no figures for it
         except UserError as error:
             yield Way(layout, why=str(error))
             continue

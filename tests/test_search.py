@@ -4,7 +4,6 @@ import functools
 import json
 import random
 import time
-from dataclasses import replace
 
 import pytest
 
@@ -105,7 +104,7 @@ def test_a_larger_micro_batch_is_planned_even_where_a_smaller_one_does_not_fit()
     cfg, _ = plan.resolve(cfg)
     gpu, available = plan.gpu_of(cfg.plan), 13.5 * 2**30
     fitting, every = (
-        [way.change for way in search(cfg, 8, functools.partial(plan.setup_on, gpu), gpu, limit) if way.n_bytes <= available]
+        [way.change for way in search(cfg, 8, functools.partial(plan.setup_on, gpu), gpu, limit) if 0 < way.n_bytes <= available]
         for limit in (available, float("inf"))
     )
     smaller = [way | {"micro_batch_size": max(1, way["micro_batch_size"] // 2)} for way in every]
