@@ -4,6 +4,7 @@ import functools
 import json
 import random
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -109,6 +110,17 @@ def test_a_larger_micro_batch_is_planned_even_where_a_smaller_one_does_not_fit()
     )
     smaller = [way | {"micro_batch_size": max(1, way["micro_batch_size"] // 2)} for way in every]
     assert fitting == every and any(way not in every for way in smaller)
+
+
+def test_layouts_without_measured_figures_fall_and_others_are_planned():
+    cfg, _ = plan.resolve(config.load(plan.Settings, [*SMALL, "--precision=fp32", "--n_gpus=2"]))
+    rates = {"matmul_tflops", "attention_tflops", "head_tflops", "muon_tflops"}
+    kinds = {"memory_gb_per_s": {"plain": {"64": 9.0}}, "overhead_ms": {"plain": 0.1}}
+    figures = {"precision": "fp32", "ranks": 2, "rates": {name: {"64": 0.1} for name in rates} | kinds}
+    gpu = replace(plan.gpu_of(cfg.plan), name="this", device_type="cpu", machine=figures)
+    ways = [*search(cfg, 2, functools.partial(plan.setup_on, gpu), gpu, float("inf"))]
+    assert {way.change["tp"] for way in ways if way.fits} == {1}
+    assert all("measures no tensor parallelism" in way.why for way in ways if way.change["tp"] == 2)
 
 
 def test_a_batch_that_no_layout_divides_is_told_with_one_that_would_fit(tmp_path, capsys):
