@@ -57,6 +57,8 @@ class ParallelConfig(Config):
             wrong.append(f"{here}: it needs ddp without tp and pp; {remedy}")
         if self.async_tp and self.tp == 1:
             wrong.append("async_tp is on, but tp is 1, so there is nothing to overlap; leave async_tp off")
+        if self.async_tp and self.compile is False:
+            wrong.append("async_tp is on, but compile is false, and torch.compile does it; leave one of them out")
         if wrong:
             raise UserError(*wrong)
 
@@ -148,18 +150,35 @@ class ParallelConfig(Config):
             fitting = [str(n) for n in range(1, self.tp) if not any(size % n for size in sizes.values())]
             raise UserError(f"{', '.join(wrong)}; tp {', '.join(fitting)} would fit")
 
+    def check_precision(self, precision):
+        """UserError if a layout cannot train in a precision."""
+        if precision == "fp16" and self.pp > 1:
+            rule = "where each stage would find overflows of its own"
+            raise UserError(f"precision is fp16, but pp is {self.pp}, {rule}; use --precision=bf16, or --pp=1")
+        if precision == "fp16" and self.grad_compression == "powersgd":
+            rule = "whose error feedback would keep every overflow of precision fp16"
+            raise UserError(f"grad_compression is powersgd, {rule}; use --precision=bf16 or --grad_compression=bf16")
+
 
 def fit_to_ranks(cfg):
     """Settings whose batch the ranks here divide: a smaller micro_batch_size, or else the nearest batch_tokens.
 
     Rank 0 says what changes.
     """
-    if "contrastive" in cfg.model.objectives:
-        raise UserError("elastic is on, but contrastive compares a micro-batch's texts; leave elastic off")
+    unlike = {
+        "contrastive compares a micro-batch's texts": "contrastive" in cfg.model.objectives,
+        "save_interval is none, and what is not saved begins anew": cfg.checkpoint.save_interval is None,
+        "resume is never, and runs that change size resume": cfg.run.resume == "never",
+    }
+    if rules := [rule for rule, holds in unlike.items() if holds]:
+        raise UserError(*(f"elastic is on, but {rule}; leave elastic off" for rule in rules))
     rank, size, _ = processes_here()
     cfg.parallel.mesh_shape(size)  # raises where it does not fit
     data = nearest_batch(replace(cfg.data, seq_len=seq_len_of(cfg)), size // cfg.parallel.ranks_of_sequence)
     names = [name for name in ("batch_tokens", "micro_batch_size") if getattr(data, name) != getattr(cfg.data, name)]
+    if "batch_tokens" in names and cfg.data.data_schedule:
+        rule = f"data_schedule counts steps of batch_tokens {cfg.data.batch_tokens}, which {size} ranks do not divide"
+        raise UserError(f"{rule}; take another number of ranks, or a batch_tokens that all of them divide")
     if names and rank == 0:
         changes = ", ".join(f"{name} {getattr(data, name)} in place of {getattr(cfg.data, name)}" for name in names)
         print(f"elastic    {changes}, which {size} ranks do not divide")
@@ -172,9 +191,7 @@ def distribute(model, cfg, world, seed, sizes=None):
     sizes: blocks of each stage of a pipeline; None: as equal as can be. Everything happens in place and adds no wrapper
     module, so that parameters keep their names.
     """
-    if cfg.grad_compression == "powersgd" and world.precision == "fp16":
-        rule = "whose error feedback would keep every overflow of precision fp16"
-        raise UserError(f"grad_compression is powersgd, {rule}; use --precision=bf16 or --grad_compression=bf16")
+    cfg.check_precision(world.precision)
     if cfg.pp > 1:
         cut(model, sizes or stage_sizes(model.cfg.n_layer, cfg.pp), world)
     if cfg.cp > 1:

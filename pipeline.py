@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import get_total_norm
 
-from config import UserError
 from ops import residual_dtype
 from world import local
 
@@ -138,9 +137,6 @@ class _Sent(torch.autograd.Function):
 
 def cut(model, sizes, world):
     """Leaves in a model what this rank's stage has of it, under the same names. sizes: blocks of each stage."""
-    if world.precision == "fp16":
-        rule = "where each stage would find overflows of its own"
-        raise UserError(f"precision is fp16, but pp is {world.pp}, {rule}; use --precision=bf16, or --pp=1")
     model.stage, n_params, is_tied = Stage(model.cfg.n_embd, world), model.num_params(), model.cfg.tie_embeddings
     model.num_params = lambda: n_params
     end = sum(sizes[: world.stage + 1])

@@ -14,7 +14,7 @@ import functools
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
-from config import UserError, only, run_script
+from config import UserError, as_dict, only, preset_value, run_script
 from data import DataConfig, accumulation_steps, nearest_batch
 from distill import DistillConfig
 from interop import pretrained
@@ -28,7 +28,7 @@ from perf.generation import generation, report_generation
 from perf.memory import changes_that_save, flags, memory, with_settings
 from perf.pictures import draw_plan, write_picture
 from perf.report_plan import report, report_compared, report_search
-from perf.search import best_of, search, why_others_fell
+from perf.search import SEARCHED, best_of, search, settings_of, why_others_fell, with_layout
 from perf.settings import OutputConfig, PlanConfig, read_json, with_default_vocab
 from run.folder import RunConfig
 from run.health import HealthConfig
@@ -59,6 +59,7 @@ def main(cfg):
     cfg, notes = resolve(cfg)
     gpu = gpu_of(cfg.plan)
     setup = setup_on(gpu, cfg)
+    cfg.parallel.check_precision(setup.precision)
     figures = predict(cfg, gpu, setup)
     available = figures["memory_gib"]["available"] * 2**30 / cfg.plan.fragmentation
     figures["largest_micro_batch_size"] = largest_micro_batch(cfg.model, setup, available)
@@ -100,16 +101,24 @@ def plan_search(cfg):
     for name, is_on in (("compare", cfg.output.compare), ("simulate", cfg.plan.simulate)):
         if is_on:
             raise UserError(f"{name} is on, but search plans many layouts; leave it out")
-    n_gpus = gpus_of(cfg.plan)
+    if "contrastive" in cfg.model.objectives:
+        rule = "contrastive compares a micro-batch's texts over ranks, so that layouts differ in more than speed"
+        raise UserError(f"search is on, but {rule}; leave search out")
+    settings = as_dict(cfg)
+    for name in cfg.given.intersection(SEARCHED):
+        if settings[name] != preset_value(cfg.presets, name):  # a preset's own layout may be one of those that fall
+            raise UserError(f"{name} is {settings[name]}, but search tries every {name}; leave it out")
+    n_gpus, given = gpus_of(cfg.plan), cfg.parallel
     cfg, note = with_default_vocab(replace(cfg, plan=replace(cfg.plan, n_gpus=n_gpus)))
-    cfg = pretrained.resolve(replace(cfg, parallel=replace(cfg.parallel, tp=1, cp=1, pp=1, shard_size=None)))
+    cfg = replace(pretrained.resolve(with_layout(cfg, {"tp": 1, "cp": 1, "pp": 1, "shard_size": 1})), parallel=given)
     gpu = gpu_of(cfg.plan)
     available = available_gib(gpu, cfg.plan) * 2**30
     ways = [*search(cfg, n_gpus, functools.partial(setup_on, gpu), gpu, available)]
-    best = [(way, predict(cfg, gpu, way.setup)) for way in best_of(ways)]
-    fell = why_others_fell(ways, best[0][0]) if best else []
+    fastest = best_of(ways)
+    best = [(settings_of(cfg, way.change), predict(cfg, gpu, way.setup)) for way in fastest]
+    fell = why_others_fell(ways, fastest[0]) if fastest else []
     print(*filter(None, [note]), *report_search(cfg, gpu, ways, best, fell), sep="\n")
-    cfg.output.write({"best": [figures | {"change": way.change} for way, figures in best]})
+    cfg.output.write({"best": [figures | {"change": settings} for settings, figures in best]})
 
 
 def available_gib(gpu, p):

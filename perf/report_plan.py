@@ -158,22 +158,20 @@ def report_compared(cfg, rows, notes):
 
 
 def report_search(cfg, gpu, ways, best, fell):
-    """Yields the lines of a search. ways: all; best: [(way, its prediction)]; fell: [(setting, value, text)]."""
+    """Yields the lines of a search. ways: all; best: [(settings, prediction)]; fell: [(setting, value, text)]."""
     possible, fitting = sum(way.why is None for way in ways), sum(way.fits for way in ways)
     layouts = len({tuple(way.change.items())[:4] for way in ways})
     impossible = f"{len(ways) - possible:,} of {layouts:,} layouts are impossible"
     yield f"search     {possible:,} plans for {cfg.plan.n_gpus:,} x {gpu.name}: {fitting:,} fit; {impossible}"
     if not best:
-        least = min((way.n_bytes for way in ways if way.why is None), default=None)
-        yield f"           {'' if least is None else f'at least {least / 2**30:,.1f} GiB are needed; '}take more or larger GPUs"
+        needed = [way.n_bytes / 2**30 for way in ways if way.why is None]
+        more = f"at least {min(needed, default=0):,.1f} GiB are needed; take more or larger GPUs"
+        yield f"           {more if needed else ways[0].why}"
         return
     yield f"{'step':>18}{'mfu':>7}{'GiB of':>9}{'':5}{'time':>12}{'cost':>14}  settings"
-    for way, f in best:
-        need, shard = f["memory_gib"], way.change["shard_size"]
-        settings = (
-            way.change | {"strategy": "fsdp"} if shard > 1 else way.change | {"strategy": "ddp", "shard_size": "none"}
-        )
-        on_line = " ".join(f"--{name}={value}" for name, value in settings.items())
+    for settings, f in best:
+        need = f["memory_gib"]
+        on_line = " ".join(f"--{name}={str(value).lower()}" for name, value in settings.items())
         yield (
             f"{_seconds(f['step_s']):>18}{f['mfu']:7.1%}{need['reserved']:9.1f}{need['available']:5.0f}"
             f"{_days(f['days']):>12}{_money(f['cost']):>14}  {on_line}"

@@ -10,6 +10,7 @@ from perf.report_plan import PARTS
 
 MOST_CP = 64  # ranks that share a sequence
 KINDS = ("none", "selective", "full")
+SEARCHED = ("tp", "cp", "pp", "shard_size", "activation_checkpointing", "micro_batch_size")
 
 
 @dataclass
@@ -37,6 +38,8 @@ def divisors(number, most):
 def layouts(cfg, n_gpus, gpus_per_node):
     """Yields settings for every way to divide a run over GPUs, tensor parallel ranks within a node."""
     for tp in divisors(n_gpus, gpus_per_node):
+        if n_gpus > gpus_per_node and gpus_per_node % tp:
+            continue  # ranks of two nodes would meet in one group
         for cp in divisors(n_gpus // tp, MOST_CP):
             for pp in divisors(n_gpus // (tp * cp), cfg.model.n_layer):
                 data_ranks = n_gpus // (tp * pp)
@@ -44,23 +47,28 @@ def layouts(cfg, n_gpus, gpus_per_node):
                     yield {"tp": tp, "cp": cp, "pp": pp, "shard_size": shards}
 
 
+def settings_of(cfg, change):
+    """A layout's settings, to be added to those of cfg; shard_size 1 is ddp."""
+    found, off = change | {"strategy": "fsdp"}, {}  # off: what would be an error in this layout
+    if change["shard_size"] == 1:
+        found |= {"strategy": "ddp", "shard_size": None}
+        off = {"reshard": True, "accumulate": "sharded"}
+    if change["tp"] == 1:
+        off["async_tp"] = False
+    return found | {name: value for name, value in off.items() if getattr(cfg.parallel, name) != value}
+
+
 def with_layout(cfg, change):
-    """Settings with a layout; shard_size 1 is ddp."""
-    change, data = dict(change), cfg.data
-    if "micro_batch_size" in change:
-        data = replace(data, micro_batch_size=change.pop("micro_batch_size"))
-    if change["shard_size"] == 1:  # nothing is sharded, and settings of FSDP would be errors
-        change |= {"strategy": "ddp", "shard_size": None, "reshard": True, "accumulate": "sharded"}
-    else:
-        change |= {"strategy": "fsdp"}
-    return replace(cfg, data=data, parallel=replace(cfg.parallel, **change))
+    """Settings with a layout."""
+    found = settings_of(cfg, change)
+    data = replace(cfg.data, micro_batch_size=found.pop("micro_batch_size", cfg.data.micro_batch_size))
+    return replace(cfg, data=data, parallel=replace(cfg.parallel, **found))
 
 
 def search(cfg, n_gpus, setup_of, gpu, available):
     """Yields a Way for every layout, activation checkpointing and micro-batch, impossible ones once.
 
-    setup_of(settings) gives a Setup. available: bytes of memory for what is reserved. Of micro-batches too large for
-    the memory, only the smallest is planned.
+    setup_of(settings) gives a Setup. available: bytes of memory for what is reserved.
     """
     p = cfg.plan
     for layout in layouts(cfg, n_gpus, p.gpus_per_node):
@@ -71,6 +79,8 @@ def search(cfg, n_gpus, setup_of, gpu, available):
             one = replace(cfg.data, micro_batch_size=1)
             sequences = accumulation_steps(one, cfg.data.seq_len, ranks)
             base = setup_of(replace(here, data=one))
+            here.parallel.check_precision(base.precision)
+            timing.step_seconds(cfg.model, base, gpu, p.gpus_per_node)  # raises where --gpu=this has no figures for it
         except UserError as error:
             yield Way(layout, why=str(error))
             continue
@@ -83,8 +93,6 @@ def search(cfg, n_gpus, setup_of, gpu, available):
                 if way.fits:
                     way.parts = timing.step_seconds(cfg.model, setup, gpu, p.gpus_per_node, p.efficiency)
                 yield way
-                if not way.fits:
-                    break
 
 
 def best_of(ways, n=10):

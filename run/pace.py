@@ -18,7 +18,7 @@ class Pace:
     def __init__(self, model, world):
         self.world, self.spans, self.seconds, self.slow_since = world, [], 0.0, {}
         self.n_steps = -1  # the first step may compile, and is not counted
-        if world.size == 1:
+        if world.ranks_of_stage == 1:
             return
         if hasattr(model, "set_requires_all_reduce"):  # FSDP gathers weights between blocks
             self.n_spans = len(model.blocks)
@@ -56,12 +56,12 @@ class Pace:
 
     def figures(self, step):
         """(figures of the steps since the last call, lines about stragglers): the same on all ranks."""
-        if self.world.size == 1 or not self.n_steps:
+        if self.world.ranks_of_stage == 1 or not self.n_steps:  # stages are of unequal sizes, and not compared
             return {}, []
         by_rank = self.world.gather(1e3 * self.seconds / self.n_steps)
         self.seconds, n_steps, self.n_steps = 0.0, self.n_steps, 0
         n, lines = self.world.ranks_of_stage, []
-        medians = [statistics.median(by_rank[i : i + n]) for i in range(0, len(by_rank), n)]
+        medians = [statistics.median_low(by_rank[i : i + n]) for i in range(0, len(by_rank), n)]
         if not all(medians):  # a forward of someone's own, without run_blocks
             return {}, []
         behind = [ms / medians[rank // n] for rank, ms in enumerate(by_rank)]

@@ -684,6 +684,7 @@ def test_accumulation_is_batch_tokens_over_what_ranks_hold_at_once(batch_tokens,
 
 @pytest.mark.parametrize(("sequences", "micro", "ranks", "found"), [
     (12, 3, 4, (12, 3)), (12, 3, 3, (12, 2)), (8, 3, 3, (9, 3)), (10, 4, 4, (8, 2)), (2, 3, 4, (4, 1)), (30, 4, 3, (30, 2)),
+    (512, 16, 7, (504, 12)), (1024, 16, 24, (1008, 14)), (511, 16, 7, (511, 1)), (512, 16, 3, (513, 9)),
 ])  # fmt: skip
 def test_the_nearest_batch_keeps_its_tokens_where_ranks_divide_them(sequences, micro, ranks, found):
     cfg = nearest_batch(DataConfig(seq_len=7, batch_tokens=7 * sequences, micro_batch_size=micro), ranks)

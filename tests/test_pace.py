@@ -3,11 +3,15 @@
 import json
 import re
 import time
+import types
 
 import pytest
 
 from model import Block
-from ranks import codes, launch, records, settings, write_data
+from parallel import ParallelConfig
+from ranks import codes, launch, on_ranks, records, settings, write_data
+from run.pace import Pace
+from world import WorldConfig, init_world
 
 LAYOUTS = [
     ({}, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in [
@@ -42,6 +46,21 @@ def test_a_straggler_is_named_once_with_how_much_slower_it_is(layout, n, tmp_pat
     lines = [line for line in told.read_text().splitlines() if line.startswith("straggler")]
     assert len(lines) == 1 and lines[0].startswith(f"straggler  rank {slow} on "), lines
     assert re.search("computes [0-9.]+ times as long as the median rank, over the last 59 steps$", lines[0])
+
+
+def paced(pp):
+    """The figures of two ranks, of which one takes 1.4 times as long."""
+    with init_world(WorldConfig(device="cpu", precision="fp32"), ParallelConfig(pp=pp)) as world:
+        pace = Pace(types.SimpleNamespace(run_blocks=None), world)
+        pace.seconds, pace.n_steps = 50 + 20 * world.rank, 50
+        return pace.figures(50)
+
+
+def test_one_of_two_ranks_is_behind_the_other_and_stages_of_one_rank_are_not_compared():
+    [(figures, [line]), _], [stages, _] = on_ranks(2, (paced, 1), (paced, 2), patience=60)
+    assert figures == {"slowest_rank": 1, "forward_ms": 1400, "forward_ms_median": 1000}
+    assert "computes 1.40 times as long" in line
+    assert stages == ({}, [])
 
 
 def test_one_process_has_no_slowest_rank_and_no_line_of_it(tmp_path):

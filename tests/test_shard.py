@@ -730,6 +730,7 @@ def test_a_layout_is_copies_by_shards_by_tensor_parallel_ranks(settings, size, s
     ({"grad_compression": "bf16", "strategy": "fsdp"}, "grad_compression bf16 with strategy fsdp, tp 1 and pp 1: it needs ddp"),
     ({"grad_compression": "powersgd", "tp": 2}, "grad_compression powersgd with strategy ddp, tp 2 and pp 1: it needs ddp"),
     ({"async_tp": True}, "async_tp is on, but tp is 1"),
+    ({"async_tp": True, "tp": 2, "compile": False}, "async_tp is on, but compile is false"),
 ])  # fmt: skip
 def test_parallel_settings_that_contradict_each_other_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):

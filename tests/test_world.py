@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -138,3 +139,17 @@ def test_an_elastic_run_fits_its_batch_to_the_ranks_and_says_so(tmp_path, monkey
     texts = settings(tmp_path / "data", tmp_path / "run", str(tmp_path / "texts.py"), elastic=True)
     with pytest.raises(UserError, match="elastic is on, but contrastive compares"):
         fit_to_ranks(texts)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"checkpoint": {"save_interval": None}}, "save_interval is none, and what is not saved begins anew; leave elastic off"),
+    ({"run": {"resume": "never"}}, "resume is never, and runs that change size resume"),
+    ({"data": {"data_dir": {"a": 1}, "data_schedule": {3: {"a": 1}}}}, "data_schedule counts steps of batch_tokens 56, which 3 ranks do not divide"),
+])  # fmt: skip
+def test_an_elastic_run_that_could_not_go_on_is_refused_before_it_begins(change, said, tmp_path, monkeypatch):
+    cfg = settings("a", tmp_path / "run", elastic=True, batch_tokens=56, micro_batch_size=2)
+    cfg = replace(cfg, **{part: replace(getattr(cfg, part), **values) for part, values in change.items()})
+    for name, value in {"RANK": 0, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match=said):
+        fit_to_ranks(cfg)
