@@ -212,7 +212,7 @@ def test_readme_command_runs(command, folder):
     if command.startswith("lm_eval") and not (folder / "out" / "quickstart_hf").exists():  # with -m slow alone
         for earlier in ("prepare.py config/quickstart.py", "train.py config/quickstart.py", "convert.py --out_dir"):
             assert run(next(c for c in COMMANDS if c.startswith(f"python {earlier}")), folder).returncode == 0
-    if "--tp=2" in command:  # with -m slow alone
+    if re.search("--[tpc]p=2", command):  # with -m slow alone
         assert run("python prepare.py config/gpt2_124m.py", folder, "--input=fineweb --max_shards=1").returncode == 0
     done = run(command, folder, local)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
