@@ -1,0 +1,118 @@
+"""How tests/learning_rates.csv was measured: python tests/measure_learning_rates.py TEXTS OUT.csv
+
+TEXTS holds a data folder for each corpus, by prepare.py --tokenizer=byte --val_fraction=0.1. For each row of a plan the
+rates walk by factors of two, from a first guess to both sides, until the best one has a worse neighbour on each side.
+Rows that OUT.csv has are not run again.
+"""
+
+import csv
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import config
+import train
+from data import open_data, objective_for
+from optim import lr_at, set_lr
+from world import init_world
+
+FIELDS = "corpus,n_embd,n_layer,batch_tokens,max_steps,seed,learning_rate,val_loss,seconds,commit,hardware".split(",")
+SETTING = FIELDS[:6]  # what the best rate may depend on
+SEQ_LEN, HEAD = 64, 32
+# The plan: (corpus, width, layers, batch, steps); each row of FITTED varies one thing of the first one.
+FITTED = [("shakespeare", width, 4, 1024, 200) for width in (64, 32, 128)]
+FITTED += [("shakespeare", 64, 4, batch, 200) for batch in (256, 4096)]
+FITTED += [("shakespeare", 64, 4, 1024, steps) for steps in (50, 800)]
+FITTED += [("shakespeare", 64, n_layer, 1024, 200) for n_layer in (2, 8)]
+FITTED += [("shakespeare", 256, 4, 1024, 200)]
+HELD_OUT = [("wikitext", 96, 3, 2048, 300), ("sst2", 192, 3, 512, 300)]
+
+
+def settings(texts, corpus, width, n_layer, batch_tokens, max_steps, seed, learning_rate):
+    """The settings of a run, as the command line would give them."""
+    names = {
+        "data_dir": texts / corpus, "n_embd": width, "n_layer": n_layer, "n_head": max(1, width // HEAD),
+        "block_size": SEQ_LEN, "batch_tokens": batch_tokens, "micro_batch_size": min(64, batch_tokens // SEQ_LEN),
+        "max_steps": max_steps, "warmup_steps": max_steps // 10, "learning_rate": learning_rate, "seed": seed,
+        "eval_tokens": 32_768, "device": "cpu", "precision": "fp32", "out_dir": "out/unused", "compile": "false",
+    }  # fmt: skip
+    return config.load(train.Settings, [f"--{name}={value}" for name, value in names.items()])
+
+
+def val_loss(cfg):
+    """Validation loss at the end of a run; inf where it diverges."""
+    cfg = train.resolve(cfg)
+    with init_world(cfg.world, cfg.parallel) as world, open_data(cfg, world) as (train_data, val_data):
+        model, optimizer, scaler = train.build(cfg, world, cfg.run.seed)
+        first = None
+        for step in range(cfg.optim.max_steps):
+            set_lr(optimizer, lr_at(step, cfg.optim, cfg.optim.max_steps))
+            batches, _ = train_data.next()
+            loss, *_ = train.train_step(model, optimizer, scaler, batches, cfg, world)
+            first = first or float(loss)
+            if not math.isfinite(loss) or loss > 1.1 * first:
+                return math.inf
+        objective = objective_for(cfg, train.EVAL_MASK_SEED, world)
+        return train.evaluate(model, val_data, objective, cfg.data, world)["val_loss"]
+
+
+class Table:
+    """The rows of a CSV file, and the losses of the settings that they have."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        if not self.path.exists():
+            self.path.write_text(",".join(FIELDS) + "\n")
+        with open(self.path, newline="") as file:
+            self.losses = {self.key(row): float(row["val_loss"]) for row in csv.DictReader(file)}
+        self.commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+
+    def key(self, row):
+        return row["corpus"], *(int(row[name]) for name in SETTING[1:]), float(f"{float(row['learning_rate']):.3g}")
+
+    def loss(self, texts, *setting):
+        """The loss of a setting, from the file or by a run, which adds a line to it."""
+        row = dict(zip(FIELDS, setting))
+        if self.key(row) not in self.losses:
+            start = time.process_time()
+            loss = val_loss(settings(texts, *setting))
+            row |= {"val_loss": f"{loss:.4f}", "seconds": f"{time.process_time() - start:.0f}"}
+            row |= {"commit": self.commit.stdout.strip(), "hardware": "1 thread of a Xeon with AMX"}
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, FIELDS, lineterminator="\n").writerow(row)
+            print(*row.values(), flush=True)
+            self.losses[self.key(row)] = loss
+        return self.losses[self.key(row)]
+
+
+def walk(table, texts, setting, guess):
+    """Runs rates by factors of two around a guess, until the best has a worse one on both sides; returns the best."""
+    best, losses = guess, {}
+    while True:
+        for rate in (best, best * 2, best / 2):
+            losses.setdefault(rate, None)
+            if losses[rate] is None:
+                losses[rate] = table.loss(texts, *setting, float(f"{rate:.3g}"))
+        least = min((best, best * 2, best / 2), key=losses.get)
+        if least == best:
+            return best
+        best = least
+
+
+def main(texts, path):
+    torch.set_num_threads(1)
+    table = Table(path)
+    for setting in (*FITTED, *HELD_OUT):
+        found = walk(table, Path(texts), (*setting, 1), 8e-3)
+        print(setting, "best", found, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
