@@ -26,10 +26,9 @@ from world import init_world
 FIELDS = "corpus,n_embd,n_layer,batch_tokens,max_steps,seed,learning_rate,val_loss,seconds,commit,hardware".split(",")
 SETTING = FIELDS[:6]  # what the best rate may depend on
 SEQ_LEN, HEAD = 64, 32
-# The plan: (corpus, width, layers, batch, steps); each row of FITTED varies one thing of the first one.
+# The plan: (corpus, width, layers, batch, steps). Those of FITTED with 204,800 tokens say which batch is best for them.
 FITTED = [("shakespeare", width, 4, 1024, 200) for width in (64, 32, 128)]
-FITTED += [("shakespeare", 64, 4, batch, 200) for batch in (256, 4096)]
-FITTED += [("shakespeare", 64, 4, 1024, steps) for steps in (50, 800)]
+FITTED += [("shakespeare", 64, 4, *each) for each in ((4096, 50), (256, 800), (1024, 50), (1024, 800))]
 FITTED += [("shakespeare", 64, n_layer, 1024, 200) for n_layer in (2, 8)]
 FITTED += [("shakespeare", 256, 4, 1024, 200)]
 HELD_OUT = [("wikitext", 96, 3, 2048, 300), ("sst2", 192, 3, 512, 300)]
@@ -57,8 +56,8 @@ def val_loss(cfg):
             batches, _ = train_data.next()
             loss, *_ = train.train_step(model, optimizer, scaler, batches, cfg, world)
             first = first or float(loss)
-            if not math.isfinite(loss) or loss > 1.1 * first:
-                return math.inf
+            if not math.isfinite(loss) or (step > cfg.optim.max_steps // 4 and loss > first):
+                return math.inf  # early spikes alone pass
         objective = objective_for(cfg, train.EVAL_MASK_SEED, world)
         return train.evaluate(model, val_data, objective, cfg.data, world)["val_loss"]
 
@@ -110,7 +109,7 @@ def main(texts, path):
     torch.set_num_threads(1)
     table = Table(path)
     for setting in (*FITTED, *HELD_OUT):
-        found = walk(table, Path(texts), (*setting, 1), 8e-3)
+        found = walk(table, Path(texts), (*setting, 1), 4e-3)
         print(setting, "best", found, flush=True)
 
 
