@@ -50,14 +50,14 @@ def val_loss(cfg):
     cfg = train.resolve(cfg)
     with init_world(cfg.world, cfg.parallel) as world, open_data(cfg, world) as (train_data, val_data):
         model, optimizer, scaler = train.build(cfg, world, cfg.run.seed)
-        first = None
+        losses = []
         for step in range(cfg.optim.max_steps):
             set_lr(optimizer, lr_at(step, cfg.optim, cfg.optim.max_steps))
             batches, _ = train_data.next()
             loss, *_ = train.train_step(model, optimizer, scaler, batches, cfg, world)
-            first = first or float(loss)
-            if not math.isfinite(loss) or (step > cfg.optim.max_steps // 4 and loss > first):
-                return math.inf  # early spikes alone pass
+            losses.append(float(loss))
+            if not math.isfinite(loss) or min(losses[-20:]) > losses[0] + 1:  # spikes of a step pass
+                return math.inf
         objective = objective_for(cfg, train.EVAL_MASK_SEED, world)
         return train.evaluate(model, val_data, objective, cfg.data, world)["val_loss"]
 
