@@ -1,6 +1,7 @@
 """How tests/learning_rates.csv was measured: python tests/measure_learning_rates.py TEXTS OUT.csv
 
-TEXTS holds a data folder for each corpus, by prepare.py --tokenizer=byte --val_fraction=0.1. For each row of a plan the
+TEXTS holds a data folder for each corpus, by prepare.py --tokenizer=byte --val_fraction=0.1; those called CORPUS_50k are
+of the first 100,000 bytes, with --val_fraction=0.5. For each row of a plan the
 rates walk by factors of two, from a first guess to both sides, until the best one has a worse neighbour on each side.
 Rows that OUT.csv has are not run again.
 """
@@ -32,6 +33,8 @@ FITTED += [("shakespeare", 64, 4, *each) for each in ((4096, 50), (256, 800), (1
 FITTED += [("shakespeare", 64, n_layer, 1024, 200) for n_layer in (2, 8)]
 FITTED += [("shakespeare", 256, 4, 1024, 200)]
 HELD_OUT = [("wikitext", 96, 3, 2048, 300), ("sst2", 192, 3, 512, 300)]
+# Own text: 50 KB to train on, CORPUS_50k, at one rate: (width, epochs).
+OWN_TEXT = [(64, 1), (64, 4), (64, 16), (128, 4), (256, 4)]
 
 
 def settings(texts, corpus, width, n_layer, batch_tokens, max_steps, seed, learning_rate):
@@ -107,10 +110,13 @@ def walk(table, texts, setting, guess):
 
 def main(texts, path):
     torch.set_num_threads(1)
-    table = Table(path)
+    table, texts = Table(path), Path(texts)
     for setting in (*FITTED, *HELD_OUT):
-        found = walk(table, Path(texts), (*setting, 1), 4e-3)
+        found = walk(table, texts, (*setting, 1), 4e-3)
         print(setting, "best", found, flush=True)
+    for corpus in ("shakespeare", "wikitext", "sst2"):
+        for width, epochs in OWN_TEXT:
+            table.loss(texts, f"{corpus}_50k", width, 4, 512, round(epochs * 50_000 / 512), 1, 4e-3)
 
 
 if __name__ == "__main__":
