@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,6 +107,32 @@ def walk(table, texts, setting, guess):
         if least == best:
             return best
         best = least
+
+
+def read(path):
+    """{(corpus, width, layers, batch, steps): {learning rate: loss}} of a file."""
+    found = {}
+    for *setting, _, rate in (table := Table(path)).losses:
+        found.setdefault(tuple(setting), {})[rate] = table.losses[*setting, 1, rate]
+    return found
+
+
+def best_rate(losses, setting):
+    """The best rate of a setting: the lowest point of a parabola through the best measured one and its neighbours."""
+    rates = losses[setting]
+    best = min(rates, key=rates.get)
+    left, middle, right = (rates[rate] for rate in (best / 2, best, best * 2))
+    if math.isinf(right):
+        return best
+    return best * 2 ** (0.5 * (left - right) / (left - 2 * middle + right))
+
+
+def fitted(best):
+    """(rate at the first setting, exponents) of the law that fits the best rates, {setting: rate}, by least squares."""
+    sizes, center = np.log2([setting[1:] for setting in best]), np.log2(FITTED[0][1:])
+    columns = np.column_stack([np.ones(len(sizes)), sizes - center])
+    constant, *exponents = np.linalg.lstsq(columns, np.log2(list(best.values())), rcond=None)[0]
+    return 2**constant, exponents
 
 
 def main(texts, path):
