@@ -53,12 +53,12 @@ class Settings:
 
 
 def main(cfg):
+    if budget.asks(cfg.plan):
+        return plan_budget(cfg)
     if cfg.plan.generate:
         return plan_generation(cfg)
     if cfg.plan.search:
         return plan_search(cfg)
-    if budget.asks(cfg.plan):
-        return plan_budget(cfg)
     cfg, notes = resolve(cfg)
     gpu = gpu_of(cfg.plan)
     setup = setup_on(gpu, cfg)
