@@ -17,6 +17,8 @@ SIZE_LAW = "Chinchilla's 20 tokens a parameter (arXiv 2203.15556); nanochat take
 EPOCH_LAW = "up to 4 epochs, repeated text is worth nearly as much as new text (arXiv 2305.16264)"
 STEP_LAW, TABLE = "Step Law (arXiv 2503.04715)", "GPT-3's table 2.1 (arXiv 2005.14165)"
 FIT = "this project's fit to runs of 0.05 to 3 M parameters (docs/plan.md)"
+CHOSEN = ("n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "batch_tokens", "micro_batch_size", "optimizer",
+          "learning_rate", "min_lr", "schedule", "max_steps", "max_tokens", "warmup_steps", "lr_decay_steps")  # fmt: skip
 DEPTHS, HEAD = range(1, 97), 64  # a layer more is a head more, of 64: GPT-2 124M has 12 layers, width 768
 
 # log2 of the best learning rate of small models is linear in log2 of these, each relative to CENTER. Fitted to
@@ -52,11 +54,13 @@ def check(cfg):
         wrong.append("a budget needs a GPU, whose speed and memory bound the model; add --gpu=NAME, or --gpu=this")
     if p.tokens is None and p.hours is None and not cfg.data.data_dir:
         wrong.append("preset is set without a budget; add --tokens, --hours or --data_dir")
+    if p.tokens and p.tokens < 64:
+        wrong.append(f"tokens is {p.tokens}, fewer than the 64 of the shortest step; raise it")
     for folder in filter(None, cfg.data.folders):
         if not os.path.isdir(folder):
             wrong.append(f"data_dir {folder} does not exist; make it: {prepare_command(cfg, folder)}")
-    if path and (os.path.lexists(path) or not path.endswith(".py") or not os.path.isdir(os.path.dirname(path) or ".")):
-        wrong.append(f"preset is {path}; it must name a new .py file in a folder that exists; name another, or remove it")
+    if path and (os.path.lexists(path) or not path.endswith(".py")):
+        wrong.append(f"preset is {path}; it must name a new .py file; name another, or remove it")
     if wrong:
         raise UserError(*wrong)
 
@@ -84,9 +88,9 @@ def spend(cfg, figures_of):
     _, depth, tokens = min(found)
     for _ in range(9):  # the length sets the batch, and that the speed
         chosen, figures = figures_of(with_length(with_depth(cfg, depth), tokens))
-        if not hours or 24 * figures["days"] <= hours:
+        if figures and not (hours and 24 * figures["days"] > hours):
             return chosen, figures, text
-        tokens = 0.999 * tokens_in(hours, figures)
+        tokens = 0.999 * (tokens_in(hours, figures) if figures else tokens)
     raise UserError(f"hours is {hours:g}, too few for one step of a model of one layer; raise it")
 
 
@@ -166,6 +170,8 @@ def report_budget(cfg, gpu, f, text):
     yield f"           AdamW, warmup {o.warmup_steps:,} steps, cosine to {o.min_lr:g}, as in those runs"
     if text:
         yield f"epochs     {f['tokens'] / text:.3g} of the text's {text:,} tokens; {EPOCH_LAW}"
+    if replaced := [name for name in CHOSEN if name in cfg.given]:
+        yield f"replaced   {', '.join(replaced)}: a budget's plan chooses them"
     speed, fill = f"{f['tokens_per_s']:,.0f} tokens/s", f"{f['memory_gib']['reserved']:.3g}"
     yield f"speed      {speed}, micro-batch {f['micro_batch_size']}, {fill} of {f['memory_gib']['available']:.3g} GiB: docs/plan.md"
 
@@ -179,9 +185,10 @@ def write(cfg, lines):
     """Writes a run's settings as a preset, the report as its comment; returns the command that trains by it."""
     plain, values, path = as_dict(load(type(cfg), [])), as_dict(cfg), Path(cfg.plan.preset)
     others = {*vars(cfg.plan), *vars(cfg.output)} | ({"seq_len"} if cfg.data.seq_len == cfg.model.block_size else set())
-    chosen = {"n_layer", "n_head", "n_embd", "block_size", "batch_tokens", "micro_batch_size", "learning_rate", "max_steps"}
-    changed = {k: v for k, v in values.items() if k not in others and (k in chosen or v != plain[k])}
+    chosen = {*CHOSEN, "block_size"}
+    changed = {k: v for k, v in values.items() if k not in others and (v != plain[k] or k in chosen and v is not None)}
     every = max(1, cfg.optim.max_steps // 10)
     text = "".join(f"# {line}\n" for line in lines) + "\n" + preset_text(changed, comments(type(cfg)))
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + f"eval_interval = {every}\nsave_interval = {every}\n", encoding="utf-8")
     return f"python train.py {path}" + ("" if cfg.data.data_dir else " --data_dir=FOLDER")

@@ -117,7 +117,10 @@ def read(path):
     found = {}
     for (*setting, _, rate), loss in Table(path).losses.items():
         found.setdefault(tuple(setting), {}).setdefault(rate, []).append(loss)
-    return {setting: {rate: np.mean(of_seeds) for rate, of_seeds in rates.items()} for setting, rates in found.items()}
+    for setting, rates in found.items():
+        most = max(map(len, rates.values()))
+        found[setting] = {rate: np.mean(losses) for rate, losses in rates.items() if len(losses) == most}
+    return found
 
 
 def best_rate(losses, setting):

@@ -111,6 +111,7 @@ def test_preset_for_own_text_trains_at_once(here, capsys):
         ("--gpu=t4 --hours=0", "hours is 0"),
         ("--tokens=1e9", "add --gpu=NAME"),
         ("--gpu=t4 --hours=1 --data_dir=nope", "data_dir nope does not exist; make it: python prepare.py"),
+        ("--gpu=t4 --tokens=63", "tokens is 63, fewer than"),
         ("--gpu=t4 --preset=a.py", "add --tokens, --hours or --data_dir"),
         ("--gpu=t4 --hours=1 --preset=taken.py", "preset is taken.py; it must name a new .py file"),
         ("--gpu=t4 --hours=1 --search", "search is on"),
