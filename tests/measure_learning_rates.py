@@ -35,7 +35,7 @@ FITTED += [("shakespeare", 64, n_layer, 1024, 200) for n_layer in (2, 8)]
 FITTED += [("shakespeare", 256, 4, 1024, 200)]
 HELD_OUT = [("wikitext", 96, 3, 2048, 300), ("sst2", 192, 3, 512, 300)]
 # Own text: 50 KB to train on, CORPUS_50k, at one rate: (width, epochs).
-OWN_TEXT = [(64, 1), (64, 4), (64, 16), (128, 4), (256, 4)]
+OWN_TEXT = [(64, 1), (64, 4), (128, 4), (64, 16), (256, 4)]
 
 
 def settings(texts, corpus, width, n_layer, batch_tokens, max_steps, seed, learning_rate):
@@ -147,8 +147,8 @@ def main(texts, path):
     for setting in (*FITTED, *HELD_OUT):
         found = walk(table, texts, setting, 4e-3)
         print(setting, "best", found, flush=True)
-    for corpus in ("shakespeare", "wikitext", "sst2"):
-        for width, epochs in OWN_TEXT:
+    for width, epochs in OWN_TEXT:
+        for corpus in ("shakespeare", "wikitext", "sst2"):
             table.loss(texts, f"{corpus}_50k", width, 4, 512, round(epochs * 50_000 / 512), 1, 4e-3)
 
 
