@@ -144,12 +144,12 @@ def fitted(best):
 def main(texts, path):
     torch.set_num_threads(1)
     table, texts = Table(path), Path(texts)
-    for setting in (*FITTED, *HELD_OUT):
-        found = walk(table, texts, setting, 4e-3)
-        print(setting, "best", found, flush=True)
     for width, epochs in OWN_TEXT:
         for corpus in ("shakespeare", "wikitext", "sst2"):
             table.loss(texts, f"{corpus}_50k", width, 4, 512, round(epochs * 50_000 / 512), 1, 4e-3)
+    for setting in (*FITTED, *HELD_OUT):
+        found = walk(table, texts, setting, 4e-3)
+        print(setting, "best", found, flush=True)
 
 
 if __name__ == "__main__":
