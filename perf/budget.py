@@ -109,8 +109,8 @@ def with_depth(cfg, depth):
     """Settings of the model with so many layers, each a head wide; its kind of block stays."""
     m, width = cfg.model, depth * HEAD
     n_inner = m.n_inner and 16 * round(m.n_inner / m.n_embd * width / 16)
-    sizes = {"n_layer": depth, "n_head": depth, "n_embd": width, "n_inner": n_inner, "n_kv_head": None, "head_dim": None}
-    return replace(cfg, model=replace(m, **sizes))
+    sizes = {"n_layer": depth, "n_head": depth, "n_embd": width, "n_inner": n_inner}
+    return replace(cfg, model=replace(m, **sizes, n_kv_head=None, head_dim=None))
 
 
 def with_length(cfg, tokens):
@@ -143,8 +143,8 @@ def learning_rate(cfg, steps):
     fitted = FIT + (f"; held at the end of what was measured: {', '.join(outside)}" if outside else "")
     law = 1.79 * weights**-0.713 * (steps * run["batch_tokens"]) ** 0.307
     table = math.exp(np.interp(math.log(weights), *(np.log([row[i] for row in GPT3]) for i in (0, 1))))
-    known = [(0, fit, fitted), (LARGEST_MEASURED, fit, FIT), (FROM_STEP_LAW, law, STEP_LAW), (TO_STEP_LAW, law, STEP_LAW)]
-    known += [(FROM_GPT3, table, TABLE), (math.inf, table, TABLE)]
+    known = [(0, fit, fitted), (LARGEST_MEASURED, fit, FIT), (FROM_STEP_LAW, law, STEP_LAW)]
+    known += [(TO_STEP_LAW, law, STEP_LAW), (FROM_GPT3, table, TABLE), (math.inf, table, TABLE)]
     i = next(i for i, (most, *_) in enumerate(known) if weights <= most)
     (low, rate, source), (high, next_rate, next_source) = known[i - 1], known[i]
     if i % 2:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import config
 import train
-from data import open_data, objective_for
+from data import objective_for, open_data
 from optim import lr_at, set_lr
 from world import init_world
 
