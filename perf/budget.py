@@ -24,8 +24,8 @@ DEPTHS, HEAD = range(1, 97), 64  # a layer more is a head more, of 64: GPT-2 124
 # log2 of the best learning rate of small models is linear in log2 of these, each relative to CENTER. Fitted to
 # tests/learning_rates.csv by tests/test_budget.py.
 CENTER = {"n_embd": 64, "n_layer": 4, "batch_tokens": 1024, "max_steps": 200}
-RATE_AT_CENTER = 0.004
-EXPONENTS = {"n_embd": 0.0, "n_layer": 0.0, "batch_tokens": 0.0, "max_steps": 0.0}
+RATE_AT_CENTER = 0.0037
+EXPONENTS = {"n_embd": -0.38, "n_layer": 0.19, "batch_tokens": 0.25, "max_steps": 0.54}
 MEASURED = {"n_embd": (32, 256), "n_layer": (2, 8), "batch_tokens": (256, 4096), "max_steps": (50, 800)}
 LARGEST_MEASURED = 4 * 12 * 256**2  # weights in blocks; Step Law and GPT-3's table: from here, to there
 FROM_STEP_LAW, TO_STEP_LAW = 46e6, 872e6  # where tests/published_rates.csv agrees with it within a factor of 2.2

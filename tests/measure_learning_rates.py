@@ -95,17 +95,11 @@ class Table:
         return self.losses[self.key(row)]
 
 
-def seeds_of(setting):
-    """The seeds whose losses are averaged: one where a run takes long."""
-    return (1,) if setting[1] == 256 or setting[3] * setting[4] > 700_000 else (1, 2)
-
-
 def walk(table, texts, setting, guess):
     """Runs rates by factors of two around a guess, until the best has a worse one on both sides; returns the best."""
 
     def loss(rate):
-        rate, seeds = float(f"{rate:.3g}"), seeds_of(setting)
-        return sum(table.loss(texts, *setting, seed, rate) for seed in seeds) / len(seeds)
+        return table.loss(texts, *setting, 1, float(f"{rate:.3g}"))
 
     while (least := min((guess, guess * 2, guess / 2), key=loss)) != guess:
         guess = least
@@ -113,13 +107,10 @@ def walk(table, texts, setting, guess):
 
 
 def read(path):
-    """{(corpus, width, layers, batch, steps): {learning rate: mean loss over seeds}} of a file."""
+    """{(corpus, width, layers, batch, steps): {learning rate: loss}} of a file."""
     found = {}
     for (*setting, _, rate), loss in Table(path).losses.items():
-        found.setdefault(tuple(setting), {}).setdefault(rate, []).append(loss)
-    for setting, rates in found.items():
-        most = max(map(len, rates.values()))
-        found[setting] = {rate: np.mean(losses) for rate, losses in rates.items() if len(losses) == most}
+        found.setdefault(tuple(setting), {})[rate] = loss
     return found
 
 
