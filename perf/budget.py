@@ -11,9 +11,9 @@ from config import UserError, as_dict, comments, load, preset_text
 from data import Split, prepare_command
 from perf import cost
 
-TOKENS_PER_PARAMETER = 20
-EPOCHS = 4
+TOKENS_PER_PARAMETER, OF_SMALL_TEXT, EPOCHS = 20, 1, 4
 SIZE_LAW = "Chinchilla's 20 tokens a parameter (arXiv 2203.15556); nanochat takes 12 (scripts/base_train.py, 92d63d4)"
+SMALL_TEXT_LAW = "1 where a small text is the limit, not the hours, measured on three (docs/plan.md)"
 EPOCH_LAW = "up to 4 epochs, repeated text is worth nearly as much as new text (arXiv 2305.16264)"
 STEP_LAW, TABLE = "Step Law (arXiv 2503.04715)", "GPT-3's table 2.1 (arXiv 2005.14165)"
 FIT = "this project's fit to runs of 0.1 to 3 M weights (docs/plan.md)"
@@ -75,11 +75,12 @@ def spend(cfg, figures_of):
     found = []
     for depth in DEPTHS:
         trial = with_depth(cfg, depth)
-        wanted = TOKENS_PER_PARAMETER * cost.num_params(trial.model)
-        _, figures = figures_of(with_length(trial, min(wanted, limit)))
+        trial = with_length(trial, min(TOKENS_PER_PARAMETER * cost.num_params(trial.model), limit))
+        n_params, (_, figures) = cost.num_params(trial.model), figures_of(trial)
         if figures is None:
             break  # nor does a larger one fit
-        tokens = min(limit, wanted * 4 if hours is None else tokens_in(hours, figures))
+        tokens = min(limit, math.inf if hours is None else tokens_in(hours, figures))
+        wanted = n_params * (OF_SMALL_TEXT if text_is_limit(trial, tokens, text) else TOKENS_PER_PARAMETER)
         found.append((abs(math.log(tokens / wanted)), depth, tokens))
         if tokens < wanted / 4:
             break
@@ -92,6 +93,12 @@ def spend(cfg, figures_of):
             return chosen, figures, text
         tokens = 0.999 * (tokens_in(hours, figures) if figures else tokens)
     raise UserError(f"hours is {hours:g}, too few for one step of a model of one layer; raise it")
+
+
+def text_is_limit(cfg, tokens, text):
+    """Whether a model of a size that was measured reads all epochs of a text."""
+    is_small = cfg.model.n_layer * cost.block_weights(cfg.model) <= LARGEST_MEASURED
+    return is_small and text and not cfg.plan.tokens and tokens > 0.9 * EPOCHS * text
 
 
 def tokens_in(hours, figures):
@@ -158,27 +165,25 @@ def report_budget(cfg, gpu, f, text):
     p, o, n_params = cfg.plan, cfg.optim, f["n_params"]
     weights = cfg.model.n_layer * cost.block_weights(cfg.model)
     steps = f"{o.max_steps:,} steps of {cfg.data.batch_tokens:,} tokens at learning rate {o.learning_rate:g}"
-    limit = f" of {p.hours:g}" if p.hours else ""
-    size = f"{cfg.model.n_layer} layer{'s' * (cfg.model.n_layer > 1)}, width {cfg.model.n_embd}, {count(n_params)} parameters"
-    yield f"answer     {size}; {steps}: {24 * f['days']:.3g}{limit} hours on {f['n_gpus']} x {gpu.name}"
-    yield f"size       {f['tokens'] / n_params:.3g} tokens a parameter; {SIZE_LAW}"
+    layers = f"{cfg.model.n_layer} layer{'s' * (cfg.model.n_layer > 1)}, width {cfg.model.n_embd}"
+    hours = f"{24 * f['days']:.3g}{f' of {p.hours:g}' if p.hours else ''} hours"
+    yield f"answer     {layers}, {n_params / 1e6:,.2f} M parameters; {steps}: {hours} on {f['n_gpus']} x {gpu.name}"
+    law = SMALL_TEXT_LAW if text_is_limit(cfg, f["tokens"], text) else SIZE_LAW
+    yield f"size       {f['tokens'] / n_params:.3g} tokens a parameter; {law}"
     yield f"batch      {STEP_LAW}: 0.58 x tokens^0.571, then a power of two of sequences of {cfg.data.seq_len}"
     yield f"rate       {learning_rate(cfg, o.max_steps)[1]}"
     if LARGEST_MEASURED < weights < FROM_GPT3:
         n, rate, batch = min(GPT3, key=lambda row: abs(math.log(row[0] / n_params)))
-        yield f"           more careful: {rate:g}, with {batch:,.0f} tokens a step, {count(n)} parameters, {TABLE}"
-    yield f"           AdamW, warmup {o.warmup_steps:,} steps, cosine to {o.min_lr:g}, as in those runs"
+        yield f"           more careful: {rate:g}, with {batch:,.0f} tokens a step, {n / 1e6:,g} M parameters, {TABLE}"
+    warmup = f"{o.warmup_steps:,} steps, a tenth as in the fit's runs, at most Llama's 2,000 (arXiv 2302.13971)"
+    yield f"           AdamW, cosine to {o.min_lr:g}; warmup {warmup}"
     if text:
         yield f"epochs     {f['tokens'] / text:.3g} of the text's {text:,} tokens; {EPOCH_LAW}"
     if replaced := [name for name in CHOSEN if name in cfg.given]:
         yield f"replaced   {', '.join(replaced)}: a budget's plan chooses them"
-    speed, fill = f"{f['tokens_per_s']:,.0f} tokens/s", f"{f['memory_gib']['reserved']:.3g}"
-    yield f"speed      {speed}, micro-batch {f['micro_batch_size']}, {fill} of {f['memory_gib']['available']:.3g} GiB: docs/plan.md"
-
-
-def count(n):
-    """A number of parameters, as text."""
-    return f"{n / 1e6:,.0f} M" if n >= 1e8 else f"{n / 1e6:.3g} M"
+    fill = f"{f['memory_gib']['reserved']:.3g} of {f['memory_gib']['available']:.3g} GiB"
+    speed = f"{f['tokens_per_s']:,.0f} tokens/s, micro-batch {f['micro_batch_size']}, {fill}"
+    yield f"speed      {speed}: the planner's formulas (docs/plan.md)"
 
 
 def write(cfg, lines):
