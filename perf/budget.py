@@ -11,10 +11,12 @@ from config import UserError, as_dict, comments, load, preset_text
 from data import Split, prepare_command
 from perf import cost
 
-TOKENS_PER_PARAMETER, OF_SMALL_TEXT, EPOCHS = 20, 1, 4
+TOKENS_PER_PARAMETER, OF_SMALL_TEXT = 20, 4
+EPOCHS, OF_SHORT_TEXT, SHORT_TEXT = 4, 16, 250_000  # the last in tokens
 SIZE_LAW = "Chinchilla's 20 tokens a parameter (arXiv 2203.15556); nanochat takes 12 (scripts/base_train.py, 92d63d4)"
-SMALL_TEXT_LAW = "1 where a small text is the limit, not the hours, measured on three (docs/plan.md)"
+SMALL_TEXT_LAW = "4 where a small text is the limit, not the hours: measured (docs/plan.md)"
 EPOCH_LAW = "up to 4 epochs, repeated text is worth nearly as much as new text (arXiv 2305.16264)"
+SHORT_TEXT_LAW = "of 1, 4 and 16, 16 were best on three texts of 50 KB (docs/plan.md)"
 STEP_LAW, TABLE = "Step Law (arXiv 2503.04715)", "GPT-3's table 2.1 (arXiv 2005.14165)"
 FIT = "this project's fit to runs of 0.1 to 3 M weights (docs/plan.md)"
 CHOSEN = ("n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "batch_tokens", "micro_batch_size", "optimizer",
@@ -71,7 +73,7 @@ def spend(cfg, figures_of):
     figures_of(settings): them with the best micro-batch, and the planner's figures, or None where nothing fits.
     """
     text, hours = tokens_of_text(cfg), cfg.plan.hours
-    limit = cfg.plan.tokens or (EPOCHS * text if text else math.inf)
+    limit = cfg.plan.tokens or (epochs_of(text) * text if text else math.inf)
     found = []
     for depth in DEPTHS:
         trial = with_depth(cfg, depth)
@@ -95,10 +97,15 @@ def spend(cfg, figures_of):
     raise UserError(f"hours is {hours:g}, too few for one step of a model of one layer; raise it")
 
 
+def epochs_of(text):
+    """Passes over a text of so many tokens."""
+    return OF_SHORT_TEXT if text <= SHORT_TEXT else EPOCHS
+
+
 def text_is_limit(cfg, tokens, text):
     """Whether a model of a size that was measured reads all epochs of a text."""
     is_small = cfg.model.n_layer * cost.block_weights(cfg.model) <= LARGEST_MEASURED
-    return is_small and text and not cfg.plan.tokens and tokens > 0.9 * EPOCHS * text
+    return is_small and text and not cfg.plan.tokens and tokens > 0.9 * epochs_of(text) * text
 
 
 def tokens_in(hours, figures):
@@ -178,7 +185,7 @@ def report_budget(cfg, gpu, f, text):
     warmup = f"{o.warmup_steps:,} steps, a tenth as in the fit's runs, at most Llama's 2,000 (arXiv 2302.13971)"
     yield f"           AdamW, cosine to {o.min_lr:g}; warmup {warmup}"
     if text:
-        yield f"epochs     {f['tokens'] / text:.3g} of the text's {text:,} tokens; {EPOCH_LAW}"
+        yield f"epochs     {f['tokens'] / text:.3g} of the text's {text:,} tokens; {SHORT_TEXT_LAW if text <= SHORT_TEXT else EPOCH_LAW}"
     if replaced := [name for name in CHOSEN if name in cfg.given]:
         yield f"replaced   {', '.join(replaced)}: a budget's plan chooses them"
     fill = f"{f['memory_gib']['reserved']:.3g} of {f['memory_gib']['available']:.3g} GiB"

@@ -1,6 +1,8 @@
 """A budget's plan keeps to its tokens, hours and memory; its learning rate is near the best of the grids measured."""
 
 import csv
+import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -100,9 +102,28 @@ def test_preset_for_own_text_trains_at_once(here, capsys):
     write_data("data", train_tokens=9000, val_tokens=600)
     cfg, text = planned("--gpu=rtx4090", "--data_dir=data", "--bias=false")
     tokens = cfg.optim.max_steps * cfg.data.batch_tokens
-    assert 3.5 < tokens / 9000 <= 4 and cfg.model.bias is False and text.startswith("# answer")
+    assert 15 < tokens / 9000 <= 16 and cfg.model.bias is False and text.startswith("# answer")
     train.main(config.load(train.Settings, ["found.py", "--max_steps=2", "--warmup_steps=0", "--device=cpu"]))
     assert 2 in records("out/found", "val_loss")
+
+
+def test_more_text_is_read_less_often_by_a_larger_model(here):
+    sizes = []
+    for n in (250_000, 250_002, 3_000_000):
+        write_data(f"data{n}", train_tokens=n, val_tokens=600, shard_tokens=n)
+        cfg = config.load(plan.Settings, ["--gpu=rtx4090", f"--data_dir=data{n}", "--preset=a.py"])
+        plan.main(replace(cfg, output=replace(cfg.output, json=f"{n}.json")))
+        os.remove("a.py")
+        f = read_json(f"{n}.json", "")
+        assert f["tokens"] / n == pytest.approx(16 if n == 250_000 else 4, rel=0.03)
+        sizes.append(f["n_params"])
+    assert sizes[1] < sizes[0] < sizes[2]
+
+
+def test_sixteen_epochs_of_short_texts_are_better_than_four_and_four_than_one():
+    for corpus in ("shakespeare", "wikitext", "sst2"):
+        losses = [LOSSES[f"{corpus}_50k", 64, 4, 512, round(n * 50_000 / 512)][4e-3] for n in (1, 4, 16)]
+        assert losses == sorted(losses, reverse=True)
 
 
 @pytest.mark.parametrize(
