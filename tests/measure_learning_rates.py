@@ -37,7 +37,7 @@ LEFT_OUT = [("shakespeare", 32, 4, 1024, 200)]  # too narrow for the fit's power
 HELD_OUT = [("wikitext", 96, 3, 2048, 300), ("sst2", 192, 3, 512, 300)]
 HELD_OUT += [("wikitext", 160, 2, 512, 400), ("sst2", 96, 6, 1024, 150)]  # after LEFT_OUT was left out
 # Own text: 50 KB to train on, CORPUS_50k, at one rate: (width, epochs).
-OWN_TEXT = [(64, 1), (64, 4), (128, 4), (64, 16), (256, 4)]
+OWN_TEXT = [(64, 1), (64, 4), (128, 4), (64, 16)]
 
 
 def settings(texts, corpus, width, n_layer, batch_tokens, max_steps, seed, learning_rate):
