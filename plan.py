@@ -3,6 +3,7 @@
 python plan.py config/gpt2_124m.py --gpu=h100-sxm --n_gpus=8 --max_tokens=10e9
 python plan.py config/gpt2_1558m.py --n_gpus=64 --strategy=fsdp --compare
 python plan.py config/gpt2_1558m.py --gpu=rtx4090 --generate
+python plan.py --gpu=rtx4090 --hours=24 --tokens=1e9
 
 GPUs: v100 t4 rtx3090 rtx4090 rtx5090 a10 a10g a100-40 a100-80 l4 l40s h100-pcie h100-sxm h200 b200 gb200 mi250x mi300x,
 this (this machine, as python bench.py measured it), other (given by the settings gpu_tflops and the like).
@@ -23,7 +24,7 @@ from model import ModelConfig
 from objective import ObjectiveConfig
 from optim import OptimConfig
 from parallel import ParallelConfig
-from perf import cost, hardware, timing
+from perf import budget, cost, hardware, timing
 from perf.generation import generation, report_generation
 from perf.memory import changes_that_save, flags, memory, with_settings
 from perf.pictures import draw_plan, write_picture
@@ -52,6 +53,8 @@ class Settings:
 
 
 def main(cfg):
+    if budget.asks(cfg.plan):
+        return plan_budget(cfg)
     if cfg.plan.generate:
         return plan_generation(cfg)
     if cfg.plan.search:
@@ -119,6 +122,30 @@ def plan_search(cfg):
     fell = why_others_fell(ways, fastest[0]) if fastest else []
     print(*filter(None, [note]), *report_search(cfg, gpu, ways, best, fell), sep="\n")
     cfg.output.write({"best": [figures | {"change": settings} for settings, figures in best]})
+
+
+def plan_budget(cfg):
+    """Prints the model, batch, learning rate and length that a budget is best spent on; writes them as a preset."""
+    budget.check(cfg)
+    n_gpus = cfg.plan.n_gpus or (gpus_of(cfg.plan) if cfg.plan.gpu == "this" else 1)
+    cfg, note = with_default_vocab(replace(cfg, plan=replace(cfg.plan, n_gpus=n_gpus)))
+    cfg, gpu = pretrained.resolve(cfg), gpu_of(cfg.plan)
+
+    def figures_of(trial):
+        trial, found = pretrained.resolve(trial), []
+        for micro in (2**k for k in range(trial.data.micro_batch_size.bit_length())):
+            one = replace(trial, data=replace(trial.data, micro_batch_size=micro))
+            figures = predict(one, gpu, setup_on(gpu, one))
+            if figures["fits"]:
+                found.append((figures["step_s"], micro, one, figures))
+        return min(found)[2:] if found else (trial, None)
+
+    cfg, figures, text = budget.spend(cfg, figures_of)
+    lines = [*filter(None, [note]), *budget.report_budget(cfg, gpu, figures, text)]
+    print(*lines, sep="\n")
+    if cfg.plan.preset:
+        print(f"written    {cfg.plan.preset}; {budget.write(cfg, lines)}")
+    cfg.output.write(figures)
 
 
 def available_gib(gpu, p):

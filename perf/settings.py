@@ -72,7 +72,10 @@ class PlanConfig(Config):
     gpu: Names = "h100-sxm"  # this: as python bench.py measured it; other: by the settings below
     simulate: bool = False  # run a step of rank 0 without data, and count what it sends, beside the formulas
     search: bool = False  # the fastest layouts that fit, and why others fall, instead of one layout's plan
-    n_gpus: Count | None = None  # number of GPUs; none: 8, or for --gpu=this as many as were measured
+    tokens: Count | None = None  # a budget of training tokens: plan the model, batch and learning rate for it
+    hours: Positive | None = None  # a budget of hours on n_gpus, in the same way; with data_dir, of its text
+    preset: str | None = None  # file to write a budget's plan to, for train.py; must be new
+    n_gpus: Count | None = None  # number of GPUs; none: 8, a budget's 1, or for --gpu=this as many as were measured
     gpus_per_node: Count = 8  # GPUs that gpu_link_gbs connects
     gpu_tflops: Positive | None = None  # dense bf16 matmuls, or fp16 without bf16; none: the data sheet's
     gpu_memory_gib: Positive | None = None  # memory of a GPU
