@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import config
 import train
@@ -25,6 +24,7 @@ from data import objective_for, open_data
 from optim import lr_at, set_lr
 from world import init_world
 
+ROOT = Path(__file__).resolve().parent.parent
 FIELDS = "corpus,n_embd,n_layer,batch_tokens,max_steps,seed,learning_rate,val_loss,seconds,commit,hardware".split(",")
 SETTING = FIELDS[:6]  # what the best rate may depend on
 SEQ_LEN, HEAD = 64, 32

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from measure_learning_rates import FITTED, HELD_OUT, best_rate, fitted, read
-from ranks import records, write_data
 
 import config
 import plan
 import train
+from conftest import ROOT
+from measure_learning_rates import FITTED, HELD_OUT, best_rate, fitted, read
 from perf import budget
 from perf.settings import read_json
+from ranks import records, write_data
 
 LOSSES = read(ROOT / "tests/learning_rates.csv")
 
