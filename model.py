@@ -110,7 +110,7 @@ class ModelConfig(Config):
     @property
     def is_causal(self):
         """Whether a token sees earlier ones alone."""
-        return OBJECTIVES[self.base].causal
+        return OBJECTIVES[self.base].causal  # type: ignore[attr-defined]
 
     @property
     def passes(self):

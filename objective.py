@@ -271,7 +271,7 @@ def special_id(specials, role):
 
 
 # The objectives by name. A new one is a class and its line here; `causal` tells the model which tokens it may see.
-OBJECTIVES: dict[str, type[NextToken | Masked]] = {"clm": NextToken, "mlm": Masked}
+OBJECTIVES = {"clm": NextToken, "mlm": Masked}
 PAIRS = {"nsp": NextSentence, "sop": SentenceOrder}  # more, beside mlm
 CONTRASTIVE = "contrastive"  # beside either; it needs no batches of its own
 
