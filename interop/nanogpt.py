@@ -113,7 +113,7 @@ def _preset(theirs, decayed, cfg, step):
         "precision": "fp32" if theirs["dtype"] == "float32" or theirs["device"] == "cpu" else "auto",
     }  # fmt: skip
     if theirs["wandb_log"]:
-        preset |= {"log": ("wandb",)} | {name: theirs[name] for name in ("wandb_project", "wandb_run_name")}
+        preset |= {"log_to": ("wandb",)} | {name: theirs[name] for name in ("wandb_project", "wandb_run_name")}
     lines, warmup = [], theirs["warmup_iters"]
     if theirs["decay_lr"]:
         preset |= {"schedule": "cosine", "min_lr": floor, "warmup_steps": warmup}
