@@ -208,8 +208,8 @@ def write_json(value, path):
 
 PRIVATE = {
     *("out_dir", "resume", "device", "data_fingerprint", "teacher_fingerprint"),
-    *("log", "wandb", "wandb_project", "wandb_run_name"),  # wandb: older runs'
-    *("watch", "sample_prompts", "sample_tokens"),
+    *("log_to", "wandb", "wandb_project", "wandb_run_name"),  # wandb: older runs'
+    *("watch", "sample_prompts", "sample_tokens", "reference"),
 }
 PIPELINES = {"tag": "token-classification", "qa": "question-answering"}  # by task of fine-tuning
 NUMBER = (float, None)
