@@ -97,7 +97,7 @@ def nearest_batch(data, ranks):
         return data
 
     def micro_of(sequences):
-        return max(n for n in range(1, min(data.micro_batch_size, sequences) + 1) if sequences % n == 0)
+        return divisors(sequences, data.micro_batch_size)[-1]
 
     wanted = data.batch_tokens / (data.seq_len * ranks)  # sequences per rank
     reach = 0 if wanted.is_integer() else min(wanted / 32, data.micro_batch_size / 2)
@@ -108,10 +108,15 @@ def nearest_batch(data, ranks):
     )
 
 
+def divisors(number, most):
+    """The divisors of a number up to most, the smallest first."""
+    return [d for d in range(1, min(number, most) + 1) if number % d == 0]
+
+
 def near_divisors(number, wanted, n=3):
     """The n divisors of a number nearest to a wanted one, as text for an error's remedy."""
-    divisors = [d for d in range(1, min(number, 4 * wanted, 10_000) + 1) if number % d == 0]
-    return ", ".join(map(str, sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:n])))
+    nearest = sorted(divisors(number, min(4 * wanted, 10_000)), key=lambda d: abs(d - wanted))[:n]
+    return ", ".join(map(str, sorted(nearest)))
 
 
 # ---- a data folder

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 from config import UserError, as_dict, only, preset_value, run_script
-from data import DataConfig, accumulation_steps, nearest_batch
+from data import DataConfig, accumulation_steps, divisors, nearest_batch
 from distill import DistillConfig
 from interop import pretrained
 from interop.teacher import teacher_config
@@ -30,7 +30,7 @@ from perf.memory import changes_that_save, flags, memory, with_settings
 from perf.pictures import draw_plan, write_picture
 from perf.report_plan import report, report_compared, report_search
 from perf.search import SEARCHED, best_of, search, settings_of, why_others_fell, with_layout
-from perf.settings import OutputConfig, PlanConfig, read_json, with_default_vocab
+from perf.settings import OutputConfig, PlanConfig, kinds_beside, read_json, with_default_vocab
 from run.folder import RunConfig
 from run.health import HealthConfig
 from world import WorldConfig
@@ -83,8 +83,7 @@ def main(cfg):
 
 def plan_generation(cfg):
     """Prints memory and tokens/s of sampling from the model on one GPU."""
-    flags_on = {"compare": cfg.output.compare, "simulate": cfg.plan.simulate, "search": cfg.plan.search}
-    on = [name for name, is_on in flags_on.items() if is_on]
+    on = kinds_beside(cfg, "generate")
     if on or (cfg.plan.n_gpus or 1) > 1:
         other = f"{on[0]} is on" if on else f"n_gpus is {cfg.plan.n_gpus}"
         raise UserError(f"{other}, but generate plans one GPU that samples; leave it out")
@@ -101,9 +100,8 @@ def plan_generation(cfg):
 
 def plan_search(cfg):
     """Prints the fastest layouts of a run on its GPUs, and why others fall."""
-    for name, is_on in (("compare", cfg.output.compare), ("simulate", cfg.plan.simulate)):
-        if is_on:
-            raise UserError(f"{name} is on, but search plans many layouts; leave it out")
+    if on := kinds_beside(cfg, "search"):
+        raise UserError(f"{on[0]} is on, but search plans many layouts; leave it out")
     if "contrastive" in cfg.model.objectives:
         rule = "contrastive compares a micro-batch's texts over ranks, so that layouts differ in more than speed"
         raise UserError(f"search is on, but {rule}; leave search out")
@@ -300,7 +298,7 @@ def scaling(cfg, gpu, setup):
             continue
         grown = replace(setup, replicas=data_ranks // shards, shards=shards)
         sequences, rest = divmod(cfg.data.batch_tokens // setup.seq_len, data_ranks // setup.cp)
-        sizes = [n for n in range(1, min(sequences, setup.micro_batch_size) + 1) if sequences % n == 0]
+        sizes = divisors(sequences, setup.micro_batch_size)
         same = None
         if sizes and not rest:
             same = replace(grown, micro_batch_size=sizes[-1], micro_steps=sequences // sizes[-1])

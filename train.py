@@ -127,8 +127,7 @@ def train(saver, state, train_data, evaluation, stop, tasks=None, watch=None):
                         figures |= tasks(model)
                     state.val_loss, state.score = figures["val_loss"], figures.get("score")
                     state.evaluated_at = state.step
-                    log.evaluation(state, figures)
-                    log.watched(state, watch)
+                    log.evaluation(state, figures, watch)
             ending = ending or state.has_reached_target(cfg)
             if saver.is_due(state, ending):
                 with log.paused():

@@ -1,4 +1,4 @@
-"""What a budget of tokens, hours or text is best spent on: a model's size, its batch, learning rate and steps."""
+"""Plans a model's size, batch, learning rate and steps for a budget of tokens, hours or text."""
 
 import math
 import os
@@ -10,6 +10,7 @@ import numpy as np
 from config import UserError, as_dict, comments, load, preset_text
 from data import Split, prepare_command
 from perf import cost
+from perf.settings import kinds_beside
 
 TOKENS_PER_PARAMETER, OF_SMALL_TEXT = 20, 4
 EPOCHS, OF_SHORT_TEXT, SHORT_TEXT = 4, 16, 250_000  # the last in tokens
@@ -46,8 +47,8 @@ def asks(plan):
 def check(cfg):
     """UserError where a budget, or the file to write, cannot be."""
     p, path = cfg.plan, cfg.plan.preset
-    on = {"compare": cfg.output.compare, "simulate": p.simulate, "search": p.search, "generate": p.generate}
-    wrong = [f"{name} is on, but a budget plans the model itself; leave one of them out" for name in on if on[name]]
+    rule = "but a budget plans the model itself; leave one of them out"
+    wrong = [f"{name} is on, {rule}" for name in kinds_beside(cfg)]
     if cfg.run.init_from:
         wrong.append(f"init_from is {cfg.run.init_from}, but a budget chooses the model's size; leave one of them out")
     if cfg.model.objective != "clm":

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from config import UserError
+from data import divisors
 from devices import DTYPES, device_name
 
 
@@ -219,7 +220,7 @@ def collective_s(kind, n_bytes, ranks, ranks_per_node, link_gbs, network_gbs, nv
     if not link_gbs:
         raise UserError("the bandwidth between these GPUs is unknown; give --gpu_link_gbs")
     n_rounds = ROUNDS[kind]
-    local = max(n for n in range(1, min(ranks, ranks_per_node) + 1) if ranks % n == 0)  # as many in each node
+    local = divisors(ranks, ranks_per_node)[-1]  # as many in each node
     nodes, hop = ranks // local, 2 if link_gbs <= PCIE_GBS else 1
     inside, between = LINK_SHARE * link_gbs * 1e3, NETWORK_SHARE * network_gbs * 1e3 * local  # bytes/us, all NICs
     # A ring passes each node once, its channels use the NICs of all GPUs: it moves as many bytes between as inside.

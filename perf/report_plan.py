@@ -1,6 +1,7 @@
 """A plan's figures as text and as tables."""
 
 from config import as_dict
+from data import divisors
 from perf.memory import CATEGORIES
 
 ASSUMED = ("efficiency", "host_speed", "availability", "fragmentation", "context_gib", "gpu_load", "host_share", "pue")
@@ -81,7 +82,7 @@ def report_memory(cfg, f):
         yield f"{start:<10} {name:<12}{need[name]:9.2f} GiB  {'#' * round(40 * need[name] / need['total'])}".rstrip()
     if not need["gradients"]:
         yield "           the peak is in the loss of the only micro-step, before there are gradients"
-    dividing = max((n for n in range(1, min(largest, sequences) + 1) if sequences % n == 0), default=largest)
+    dividing = max(divisors(sequences, largest), default=largest)
     reserved = f"{need['total']:.3g} x {cfg.plan.fragmentation:g} for fragmentation = {need['reserved']:.3g} GiB"
     verdict = f"{'FITS' if f['fits'] else 'DOES NOT FIT'}; largest micro-batch {largest or 'none'}"
     divides = "" if dividing == largest else f" ({dividing} divides the batch)"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from config import UserError
-from data import accumulation_steps
+from data import accumulation_steps, divisors
 from perf import timing
 from perf.memory import memory
 from perf.report_plan import PARTS
@@ -28,11 +28,6 @@ class Way:
     def step_s(self):
         """Seconds of a step."""
         return sum(self.parts.values())
-
-
-def divisors(number, most):
-    """The divisors of a number up to most."""
-    return [n for n in range(1, min(number, most) + 1) if number % n == 0]
 
 
 def layouts(cfg, n_gpus, gpus_per_node):
@@ -118,7 +113,7 @@ def _rank(value):
 
 
 def _against(ways, best):
-    """What speaks against layouts: a slower step and its part that grew most, too little memory, or a rule."""
+    """The reason why layouts fall: a slower step with the part that grew most, too little memory, or a rule."""
     if fitting := [way for way in ways if way.fits]:
         way = min(fitting, key=lambda way: way.step_s)
         grew = max(way.parts, key=lambda name: way.parts[name] - best.parts[name])

@@ -43,6 +43,13 @@ def read_json(path, made_by):
         raise UserError(f"{path} is no file that {made_by} writes: {error}") from error
 
 
+def kinds_beside(cfg, kind=None):
+    """The names of the kinds of plans that the settings ask for beside one kind."""
+    plan = cfg.plan
+    on = {"compare": cfg.output.compare, "simulate": plan.simulate, "search": plan.search, "generate": plan.generate}
+    return [name for name in on if on[name] and name != kind]
+
+
 def with_default_vocab(cfg):
     """(settings, note): GPT-2's vocabulary size where nothing gives one. The note says so, or is None."""
     data_dir = cfg.data.folder

@@ -2,6 +2,7 @@
 
 import functools
 import html
+import importlib
 import secrets
 
 from config import UserError
@@ -17,16 +18,21 @@ def flat(record, prefix=""):
             yield f"{prefix}{name}", value
 
 
+def _imported(module, package):
+    """A dashboard's module; UserError where its package is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        rule = f"log_to names {package}, which is not installed"
+        raise UserError(f"{rule}; pip install {package}, or leave it out of --log_to") from error
+
+
 class TensorBoard:
     """Event files in out_dir/tensorboard, one for each start."""
 
     def __init__(self, cfg, settings, out_dir, step):
         """Continues a run at a step. cfg: a LogConfig; settings: {name: value} of all that the run has."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            rule = "log_to names tensorboard, which is not installed"
-            raise UserError(f"{rule}; pip install tensorboard, or leave it out of --log_to") from error
+        SummaryWriter = _imported("torch.utils.tensorboard", "tensorboard").SummaryWriter
         # Its thread writes, so that training waits for no disk; a file that ends early lacks the last seconds at most.
         queue = {"max_queue": 1000, "flush_secs": 5}
         self.open, self.writer = functools.partial(SummaryWriter, str(out_dir / "tensorboard"), **queue), None
@@ -56,11 +62,7 @@ class Wandb:
 
     def __init__(self, cfg, settings, out_dir, step):
         """See TensorBoard."""
-        try:
-            import wandb
-        except ImportError as error:
-            rule = "log_to names wandb, which is not installed"
-            raise UserError(f"{rule}; pip install wandb, or leave it out of --log_to") from error
+        wandb = _imported("wandb", "wandb")
         id_file = out_dir / "wandb_id"
         if step == 0 or not id_file.exists():
             id_file.write_text(secrets.token_hex(4))

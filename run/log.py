@@ -187,8 +187,11 @@ class Log:
         for line in stragglers:
             self._print(line)
 
-    def evaluation(self, state, figures):
-        """Logs an evaluation, compares it with the reference, and redraws the curves and the page."""
+    def evaluation(self, state, figures, watch=None):
+        """Logs an evaluation, compares it with the reference, and redraws the curves and the page.
+
+        watch: a Watch, which looks into the model; where it fails on one rank, none runs it again.
+        """
         record, accuracy = {"step": state.step, **figures}, f"accuracy {figures.get('val_accuracy', 0):.1%}"
         text = f"{self._step_text(state)}  val loss {state.val_loss:.4f}{_named(figures, 'val_loss_')}"
         if "val_accuracy" not in figures:  # of fine-tuning
@@ -214,6 +217,8 @@ class Log:
         self._print(text + beside_text)
         if warning:
             self._print(warning)
+        if watch and not self.world.worst("watch" in self.failed):
+            self._look(state, watch)
         self._draw(f"running: {self._step_text(state)}", with_curves=state.step > 0)  # a single point is no curve
 
     def _draw(self, how, with_curves=True):
@@ -228,10 +233,8 @@ class Log:
             with self.telling("report.html"):
                 write_page(self.out_dir, records, how, self.reference and self.reference.curve)
 
-    def watched(self, state, watch):
-        """Logs what a Watch finds in the model, on all ranks; where it fails on one, none runs it again."""
-        if watch is None or self.world.worst("watch" in self.failed):
-            return
+    def _look(self, state, watch):
+        """Logs what a Watch finds in the model, on all ranks."""
         with self.telling("watch"), self.world.phase("evaluation"):
             if found := watch():
                 self._write({"step": state.step, **found})
@@ -239,8 +242,6 @@ class Log:
             for name, text in found.items():
                 if isinstance(text, str):
                     self._print(f"{self._step_text(state)}  {name}  {visible(text)}")
-            if found:
-                self._draw(f"running: {self._step_text(state)}", with_curves=False)
 
     def rolled_back(self, state):
         """Logs a rollback, and drops the lines of log.jsonl past its checkpoint."""

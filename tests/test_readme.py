@@ -234,8 +234,8 @@ def test_kubernetes_takes_the_manifest_shown():
     [manifest] = (pytest.importorskip("yaml").safe_load(block) for block in BLOCKS if block.startswith("apiVersion"))
     validate(manifest, "1.37", strict=True)
     words = manifest["spec"]["template"]["spec"]["containers"][0]["command"]
-    arguments = words[words.index("train.py") + 1 :]
-    config.load(train.Settings, arguments)
+    cfg = config.load(train.Settings, words[words.index("train.py") + 1 :])
+    assert cfg.train.elastic and cfg.run.out_dir == "/runs/gpt2"
 
 
 @pytest.mark.slow

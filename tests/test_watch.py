@@ -52,7 +52,7 @@ def entropy(weights):
 
 
 def test_looking_changes_no_loss_and_no_weight(watched, data_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(Log, "watched", lambda *_: None)  # as if nothing were ever looked at
+    monkeypatch.setattr(Log, "_look", lambda *_: None)  # as if nothing were ever looked at
     changes = {name: value for name, value in LOOKED_AT.items() if name not in ("watch", "sample_prompts")}
     blind = trained(data_dir, tmp_path, **changes)
     for name in ("loss", "grad_norm", "val_loss"):
