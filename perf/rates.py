@@ -58,7 +58,9 @@ def training_rates(world, left_out):
 
 def one_block(kind, width, world, micro_batch_size, seq_len=BLOCK_LENGTH):
     """(a block of a kind, its forward and backward of a micro-batch as a function, its Work)."""
-    cfg = ModelConfig(vocab_size=64, n_embd=width, n_head=max(1, width // HEAD_WIDTH), n_layer=1, **KINDS[kind])
+    inner = -(-8 * width // 3 // 64) * 64 if kind == "modern" else None  # Llama's: a gated MLP of as many weights
+    shape = {"n_embd": width, "n_head": max(1, width // HEAD_WIDTH), "n_inner": inner}
+    cfg = ModelConfig(vocab_size=64, n_layer=1, **shape, **KINDS[kind])
     with world.device:
         block = Block(cfg)
         rope = rope_table(torch.arange(seq_len), cfg.head_width, 1e4) if cfg.position == "rope" else None
@@ -83,14 +85,15 @@ def residual(world, *shape):
 
 
 def forward_backward(function, world, *inputs):
-    """A function of no arguments: function(*inputs) and its gradients."""
-    params = function.parameters() if isinstance(function, torch.nn.Module) else ()
-    wanted = [x for x in (*inputs, *params) if torch.is_tensor(x) and x.requires_grad]
+    """A function of no arguments: function(*inputs) and backward, which adds to the gradients of parameters."""
+    activations = [x for x in inputs if torch.is_tensor(x) and not isinstance(x, torch.nn.Parameter)]
 
     def work():
+        for x in activations:
+            x.grad = None
         with world.autocast():
             output = function(*inputs)
-        torch.autograd.grad(output, wanted, torch.ones_like(output))
+        output.backward(torch.ones_like(output))
 
     return work
 
@@ -125,7 +128,7 @@ def attention_tflops(world, rows, seq_len, n_heads=8):
 def head_tflops(vocab_size, world, rows, width):
     """TFLOP/s of the head with its loss, by the FLOPs of its matmuls."""
     ids, vocabulary = torch.randint(vocab_size, (rows,), device=world.device), Vocabulary(vocab_size)
-    hidden, weight = residual(world, rows, width), random(world, vocab_size, width)
+    hidden, weight = residual(world, rows, width), torch.nn.Parameter(random(world, vocab_size, width))
     one_pass = torch.compile(loss_pass) if world.device.type == "cuda" else loss_pass  # as in training
     loss = functools.partial(linear_cross_entropy, loss_pass=one_pass)
     seconds = timed(forward_backward(loss, world, hidden, weight, ids, vocabulary), world)[0]

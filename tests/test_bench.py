@@ -5,10 +5,10 @@ import functools
 import itertools
 import json
 import resource
-import statistics
 import subprocess
 import time
 import types
+from collections import defaultdict
 from unittest import mock
 
 import numpy as np
@@ -439,17 +439,18 @@ PRESETS = {
 @pytest.mark.alone
 @pytest.mark.slow
 def test_steps_take_the_predicted_time(monkeypatch):
-    """Within 20 %, with one thread, as the median of rates and steps measured in turn by the time of this process.
+    """Within 20 %, with one thread, by the time of this process, as the least of rates and steps measured in turn.
 
-    Other processes take no part in that time, but share the caches: a machine that is busy is given more rounds.
+    Other processes take no part in that time, but share the caches, and can only lengthen it: a machine that is busy is
+    given more rounds. One whose steps of the same preset differ by a quarter measures nothing.
     """
     monkeypatch.setattr(meters, "time", types.SimpleNamespace(perf_counter=time.process_time))
-    n_threads, ratios = torch.get_num_threads(), {preset: [] for preset in PRESETS}
+    n_threads, predicted, measured = torch.get_num_threads(), defaultdict(list), defaultdict(list)
     torch.set_num_threads(1)
 
     def off():
-        """The presets whose median is not within 20 %."""
-        return [preset for preset, found in ratios.items() if len(found) < 3 or abs(statistics.median(found) - 1) >= 0.2]
+        """The presets that are not within 20 %."""
+        return [p for p in PRESETS if len(measured[p]) < 3 or abs(min(predicted[p]) / min(measured[p]) - 1) >= 0.2]
 
     with init_world(WorldConfig(device="cpu")) as world:
         trained = {preset: small_step(preset, world) for preset in PRESETS}
@@ -462,14 +463,17 @@ def test_steps_take_the_predicted_time(monkeypatch):
             for preset in off():
                 cfg, micro_steps, step = trained[preset]
                 setup = cost.setup_of(cfg, (1, 1, 1), micro_steps, world.precision, "cpu")
-                predicted = sum(timing.step_seconds(cfg.model, setup, hardware.this(figures)).values())
-                ratios[preset].append(predicted / meters.timed(step, world, seconds=2)[0])
+                seconds = timing.step_seconds(cfg.model, setup, hardware.this(figures)).values()
+                predicted[preset].append(sum(seconds))
+                measured[preset].append(meters.timed(step, world, seconds=2)[0])
             if not off():
                 break
     torch.set_num_threads(n_threads)
-    for preset, found in ratios.items():
-        print(f"{preset}: predicted / measured {statistics.median(found):.2f}, {len(found)} rounds")
-    assert not off(), ratios
+    for p in PRESETS:
+        print(f"{p}: predicted {min(predicted[p]):.3f} s, measured {min(measured[p]):.3f} s, {len(measured[p])} rounds")
+    if off() and max(max(measured[p]) / min(measured[p]) for p in off()) > 1.25:
+        pytest.skip("this machine is busy: the same steps take different times")
+    assert not off()
 
 
 def small_step(preset, world):
