@@ -63,8 +63,8 @@ class ParallelConfig(Config):
             raise UserError(*wrong)
 
     def is_sharded(self, size):
-        """Whether parameters are shards over `size` processes."""
-        return size > 1 and (self.strategy == "fsdp" or self.tp > 1 or self.pp > 1)
+        """Whether parameters are shards over `size` processes; not where a stage of a pipeline is one process."""
+        return size > self.pp and (self.strategy == "fsdp" or self.tp > 1 or self.pp > 1)
 
     @property
     def ranks_of_sequence(self):
@@ -81,7 +81,7 @@ class ParallelConfig(Config):
         One is fastest; but DDP sends gradients while backward computes only after a segment has ended, and FSDP, tensor
         parallelism and full activation checkpointing act between two blocks.
         """
-        if self.is_sharded(size) or self.activation_checkpointing == "full":
+        if self.is_sharded(size) or self.pp > 1 or self.activation_checkpointing == "full":
             return n_layer
         return min(DDP_SEGMENTS, n_layer) if size > 1 else 1
 
@@ -107,8 +107,12 @@ class ParallelConfig(Config):
         return compiled + ", launched by CUDA graphs" * self.captures(world)
 
     def keeps_copies(self, world):
-        """Whether the blocks' matrices have bf16 copies for a step; on a CPU they gain nothing (torch 2.13)."""
-        return self._on_one_gpu(world) and world.precision == "bf16"
+        """Whether the blocks' matrices have bf16 copies for a step.
+
+        On a CPU they gain nothing (torch 2.13), but in a pipeline each micro-step ahead would keep casts of its own.
+        """
+        ahead = self.pp > 1 and not self.is_sharded(world.size) and self.activation_checkpointing == "none"
+        return world.precision == "bf16" and (ahead or self._on_one_gpu(world))
 
     def _on_one_gpu(self, world):
         """Whether one process trains on CUDA without activation checkpointing."""
@@ -215,7 +219,7 @@ def distribute(model, cfg, world, seed, sizes=None):
     model.to_empty(device=world.device)
     model.tie_weights()
     model.init_weights(seed, fill_shard) if is_sharded else model.init_weights(seed)
-    if world.size > 1 and not is_sharded:
+    if world.ranks_of_stage > 1 and not is_sharded:
         replicate_model(model, cfg.grad_compression)
     if cfg.keeps_copies(world):
         keep_copies(model)

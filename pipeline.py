@@ -162,7 +162,8 @@ def total_norm(model, world):
         sum_tied_gradients(model)
         if model.stage.is_last:
             params = [p for p in params if p is not model.wte.weight]  # the first stage counts it
-    square = get_total_norm(p.grad for p in params).full_tensor().double() ** 2
+    norm = get_total_norm(p.grad for p in params)
+    square = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).double() ** 2
     return world.sum_over_stages(square).sqrt().float()
 
 
