@@ -113,10 +113,12 @@ def bench_training(cfg):
         cfg = filled_in(cfg, world.is_main)
         with explaining_out_of_memory(cfg, world):
             figures = measure(cfg, world)
+        # After the model's memory is free, and by all ranks.
+        reached = roofline(figures, cfg.plan.machine, world) if cfg.bench.picture else None
         if world.is_main:
-            if cfg.bench.picture:  # after the model's memory is free
+            if reached:
                 title = f"{figures['device']}, {figures['precision']}"
-                write_picture("bench.png", (8, 5), draw_roofline, roofline(figures, cfg.plan.machine, world), title)
+                write_picture("bench.png", (8, 5), draw_roofline, reached, title)
             cfg.output.write(figures)
 
 
@@ -297,7 +299,7 @@ def roofline(f, path, world):
     written = gib["gradients"] + gib.get("activations", 0) + gib.get("logits", 0)
     moved_gib = f["micro_steps"] * 2 * (gib["weights"] + written) + 2 * (gib["weights"] + gib["optimizer"])
     flops = f["flops_per_token"] * f["tokens"] / f["ranks"]
-    here = measured_here(path, world)
+    here = world.from_main(measured_here(path, world))
     sheet = {} if f["peak_name"].startswith("measured") else {f["peak_name"]: f["peak_tflops"]}
     return {
         "roofs_tflops": {f"measured {f['precision']} matmul": f["measured_tflops"]} | sheet,

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import resource
 import subprocess
 import time
@@ -66,21 +67,25 @@ def test_figures_agree_with_each_other(tmp_path, capsys):
 
 
 def benched_on_ranks(folder, args):
-    """Rank 0's figures, and the batches of every rank."""
+    """Rank 0's figures in a folder; returns this rank's first batch, and how often it measured matmuls."""
     seen, step = [], bench.train_step
+    os.chdir(folder)
     bench.train_step = lambda model, optimizer, scaler, batches, *rest: (
         seen.append(batches) or step(model, optimizer, scaler, batches, *rest)
     )
-    bench.main(config.load(bench.Settings, [*SMALL, f"--json={folder}/b.json", *args]))
-    return seen[0][0][0]
+    cfg = config.load(bench.Settings, [*SMALL, f"--json={folder}/b.json", *args])
+    with small_sizes(), mock.patch.object(machine, "matmuls", wraps=machine.matmuls) as matmuls:
+        bench.main(cfg)
+    return seen[0][0][0], matmuls.call_count
 
 
 @pytest.mark.parametrize(("args", "data_ranks"), [pytest.param(["--tp=2"], 1, marks=pytest.mark.slow), ([], 2)])
 def test_ranks_that_share_layers_share_their_tokens_too(args, data_ranks, tmp_path):
     """Tokens/s count the tokens of a step once; MFU is relative to the peak of all ranks."""
-    args += ["--n_head=2", "--seq_len=8", "--batch_tokens=48"]
-    [ids] = on_ranks(2, (benched_on_ranks, str(tmp_path), args))
-    assert torch.equal(*ids) == (data_ranks == 1)
+    args += ["--n_head=2", "--seq_len=8", "--batch_tokens=48", "--picture=true"]
+    [by_rank] = on_ranks(2, (benched_on_ranks, str(tmp_path), args))
+    ids, measured = zip(*by_rank)
+    assert torch.equal(*ids) == (data_ranks == 1) and measured == (1, 1)  # what all ranks time together
     f = json.loads((tmp_path / "b.json").read_text())
     assert (f["ranks"], f["data_ranks"], f["micro_steps"]) == (2, data_ranks, 2 // data_ranks)
     assert f["tokens_per_s"] * f["step_ms"] / 1e3 == pytest.approx(48)
@@ -94,6 +99,7 @@ def test_ranks_that_share_layers_share_their_tokens_too(args, data_ranks, tmp_pa
 
 @pytest.mark.parametrize("args", [
     ["--strategy=ddp"], ["--strategy=fsdp"], ["--strategy=fsdp", "--accumulate=whole", "--reshard=false"],
+    ["--pp=2"], ["--pp=2", "--activation_checkpointing=full"],
 ], ids=" ".join)  # fmt: skip
 @pytest.mark.slow
 def test_memory_of_ranks_that_share_the_work_is_what_was_predicted(args, tmp_path):
