@@ -12,6 +12,7 @@ import convert
 import finetune
 import sample
 from checkpoint import best_of, checkpoints
+from conftest import slow
 from hugging_face import T, V, saved
 from interop.chat import open_chat, starting_chat
 from interop.hub import HubModel
@@ -277,7 +278,7 @@ def losses(*args, **changes):
     return records(args[2]), records(args[2], "val_loss"), weight.tolist(), answers(args[2])
 
 
-@pytest.mark.parametrize("more", [{}, {"freeze": "embeddings,blocks.0", "layer_decay": 0.9, "lora_rank": 3}])
+@pytest.mark.parametrize("more", [{}, *slow({"freeze": "embeddings,blocks.0", "layer_decay": 0.9, "lora_rank": 3})])
 def test_resumed_run_equals_uninterrupted_run_bitwise(more, start, talks, tmp_path):
     tune(start, talks, tmp_path / "whole", dropout=0.1, **more)
     tune(start, talks, tmp_path / "parts", dropout=0.1, max_steps=3, **more)
@@ -322,7 +323,7 @@ def test_evaluation_is_the_mean_over_targets_whatever_the_batch(start, talks, tm
     assert records(tmp_path / "more", "val_loss")[0] == pytest.approx(total / n, rel=1e-6)
 
 
-@pytest.mark.parametrize("more", [{}, {"lora_rank": 2}])
+@pytest.mark.parametrize("more", [{}, *slow({"lora_rank": 2})])
 def test_export_answers_as_the_run_by_transformers_own_template_and_generation(more, start, talks, tmp_path, capsys):
     import transformers
 

@@ -315,7 +315,7 @@ SPLIT = {"n_head": 4, "n_embd": 24, "seq_len": 6, "micro_batch_size": 2, "batch_
          "max_steps": 3}  # what 2 and 4 divide
 
 
-@pytest.mark.parametrize("n", [2, *slow(4)])
+@pytest.mark.parametrize("n", slow(2, 4))
 def test_layouts_change_no_loss(n, data, tmp_path):
     teacher = run(data, tmp_path / "teacher", **SIZES | SPLIT)
     changes = {name: ALL | SPLIT | {"teacher": teacher, "init_layers": "even"} | x for name, x in LAYOUTS.items()}

@@ -14,7 +14,7 @@ import torch
 import config
 import evaluate
 from config import UserError
-from conftest import ROOT
+from conftest import ROOT, slow
 from interop.harness import HarnessConfig, generate_texts, generation_request, load_tasks, open_tasks
 from interop.score import score_tokens
 from ranks import on_ranks, records, run, settings, write_data
@@ -66,7 +66,7 @@ def theirs(export, tasks, **options):
     return figures(found["results"])
 
 
-@pytest.mark.parametrize("options", [{}, {"num_fewshot": 2, "limit": 4}], ids=["whole", "few examples"])
+@pytest.mark.parametrize("options", [*slow({}), {"num_fewshot": 2, "limit": 4}], ids=["whole", "few examples"])
 def test_figures_are_those_of_lm_evals_own_model_on_the_export(gpt2, tasks, options, capsys):
     *_, export = gpt2
     args = [f"--{name}={value}" for name, value in options.items()]

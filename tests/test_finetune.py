@@ -16,6 +16,7 @@ import config
 import convert
 import finetune
 from checkpoint import best_of, checkpoints
+from conftest import slow
 from heads import TunedModel, label_loss
 from hugging_face import T, V, saved
 from interop.hub import HubModel
@@ -192,7 +193,7 @@ def tables(tmp_path_factory):
 
 
 @pytest.mark.parametrize("more", [{"freeze": "embeddings,blocks.1", "layer_decay": 0.9, "lora_rank": 3},
-                                  {"task": "tag", "lora_rank": 2}, {"task": "qa"}])  # fmt: skip
+                                  *slow({"task": "tag", "lora_rank": 2}, {"task": "qa"})])  # fmt: skip
 def test_resumed_run_equals_uninterrupted_run_bitwise(more, folder, tables, tmp_path):
     tune(folder, tables, tmp_path / "whole", dropout=0.1, **more)
     tune(folder, tables, tmp_path / "parts", dropout=0.1, max_steps=4, **more)

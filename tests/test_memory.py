@@ -88,7 +88,7 @@ CHECKPOINTED = [("selective", "gpt"), ("selective", "modern"), ("selective", "dr
 
 
 SLOW = [("fp32", "selective", "gpt"), ("fp32", "selective", "modern"), ("bf16", "selective", "modern"), ("bf16", "selective", "dropout"),
-        ("fp32", "selective", "dropout"), ("bf16", "full", "modern")]  # fmt: skip
+        ("fp32", "selective", "dropout"), ("bf16", "full", "modern"), ("fp32", "none", "dropout")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("precision", "checkpointing", "shape"), [

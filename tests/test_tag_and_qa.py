@@ -13,6 +13,7 @@ import config
 import convert
 import finetune
 from checkpoint import checkpoints
+from conftest import slow
 from heads import SPAN, TunedModel
 from hugging_face import T, V, saved
 from interop.hub import HubModel
@@ -182,7 +183,7 @@ def test_lines_of_words_and_tags_are_read_as_lists(tmp_path):
     assert read_columns(path, ["words"], ("words", "tags"), by_word=True) == {"words": [["EU", "rejects"], ["Peter"]]}
 
 
-@pytest.mark.parametrize("more", [{}, {"lora_rank": 2, "focal_gamma": 1.5}])
+@pytest.mark.parametrize("more", [{}, *slow({"lora_rank": 2, "focal_gamma": 1.5})])
 def test_tagger_is_exported_and_read_again(more, folder, tables, tmp_path, caplog, capfd):
     import transformers
 
