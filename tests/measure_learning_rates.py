@@ -6,8 +6,10 @@ rates walk by factors of two, from a first guess to both sides, until the best o
 Rows that OUT.csv has are not run again.
 """
 
+import collections
 import csv
 import math
+import statistics
 import subprocess
 import sys
 import time
@@ -97,11 +99,14 @@ class Table:
         return self.losses[self.key(row)]
 
 
-def walk(table, texts, setting, guess):
-    """Runs rates by factors of two around a guess, until the best has a worse one on both sides; returns the best."""
+def walk(table, texts, setting, guess, seeds):
+    """Runs rates by factors of two around a guess, until the best has a worse one on both sides; returns the best.
+
+    A rate's loss is the mean over seeds.
+    """
 
     def loss(rate):
-        return table.loss(texts, *setting, 1, float(f"{rate:.3g}"))
+        return statistics.mean(table.loss(texts, *setting, seed, float(f"{rate:.3g}")) for seed in seeds)
 
     while (least := min((guess, guess * 2, guess / 2), key=loss)) != guess:
         guess = least
@@ -109,11 +114,11 @@ def walk(table, texts, setting, guess):
 
 
 def read(path):
-    """{(corpus, width, layers, batch, steps): {learning rate: loss}} of a file."""
-    found = {}
+    """{(corpus, width, layers, batch, steps): {learning rate: mean loss over seeds}} of a file."""
+    found = collections.defaultdict(lambda: collections.defaultdict(list))
     for (*setting, _, rate), loss in Table(path).losses.items():
-        found.setdefault(tuple(setting), {})[rate] = loss
-    return found
+        found[tuple(setting)][rate].append(loss)
+    return {setting: {rate: statistics.mean(losses) for rate, losses in of.items()} for setting, of in found.items()}
 
 
 def best_rate(losses, setting):
@@ -138,7 +143,7 @@ def main(texts, path):
     torch.set_num_threads(1)
     table, texts = Table(path), Path(texts)
     for setting in (*FITTED, *LEFT_OUT, *HELD_OUT):
-        found = walk(table, texts, setting, 4e-3)
+        found = walk(table, texts, setting, 4e-3, range(1, 5 if setting in HELD_OUT else 2))
         print(setting, "best", found, flush=True)
     for width, epochs in OWN_TEXT:
         for corpus in ("shakespeare", "wikitext", "sst2"):

@@ -3,7 +3,10 @@
 import json
 import math
 import re
+import shutil
+import subprocess
 import time
+from html import escape, unescape
 from html.parser import HTMLParser
 
 import pytest
@@ -160,6 +163,41 @@ def test_a_runs_page_holds_its_figures_pictures_settings_and_command(data_dir, f
 
 
 HOSTILE = "</pre></title></style><script>alert(1)</script><img src=x onerror=alert(1)>&lt;"
+
+
+def in_a_browser(html, folder):
+    """(what a script of html's writes as its title, the lines of its console), without a screen."""
+    (folder / "shown.html").write_text(html, encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr", "--dump-dom"]
+    options += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=2000", "--window-size=1000,900"]
+    command = [shutil.which("chromium"), *options, (folder / "shown.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    title = re.search("<title>(.*?)</title>", done.stdout, re.S)
+    return title and unescape(title[1]), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
+def test_a_browser_shows_the_page_without_an_error_on_a_telephone_and_in_the_dark(data_dir, finished, tmp_path):
+    """At 400 pixels nothing is cut off; text and paper change places in dark mode."""
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    title, errors = in_a_browser(page, tmp_path)
+    assert title == re.search("<title>(.*?)</title>", page)[1] and not errors
+    assert in_a_browser("<script>console.error('x')</script>", tmp_path)[1], "errors would be seen"
+
+    style = "getComputedStyle(page.body)"
+    found = f"[page.documentElement.scrollWidth, {style}.color, {style}.backgroundColor, page.querySelectorAll('svg').length]"
+    script = f"page = document.querySelector('iframe').contentDocument; document.title = {found}.join('|')"
+    frame = f'srcdoc="{escape(page)}" onload="{escape(script)}"'
+    colours = []
+    for scheme in ("light", "dark"):
+        style = f"border: 0; width: 400px; height: 900px; color-scheme: {scheme}"
+        title, errors = in_a_browser(f'<title></title><iframe style="{style}" {frame}></iframe>', tmp_path)
+        width, ink, paper, n_pictures = title.split("|")
+        assert int(width) <= 400 and int(n_pictures) >= 2 and not errors
+        colours.append([sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper)])
+    (light_ink, light_paper), (dark_ink, dark_paper) = colours
+    assert light_ink < 200 < 600 < light_paper and dark_paper < 200 < 600 < dark_ink
 
 
 def test_texts_in_a_page_are_shown_and_never_become_html(tmp_path):
