@@ -127,7 +127,7 @@ def file_numbers(tensors, world):
     numbers, total = {}, 0
     for name, tensor in tensors.items():
         numbers[name] = 1 + total // FILE_BYTES
-        total += local(tensor).nbytes // (1 if hasattr(tensor, "placements") else world.size)
+        total += local(tensor).nbytes // (1 if hasattr(tensor, "placements") else world.ranks_of_stage)
     # Rank 0 plans for all stages of a pipeline; else its own names are all there are.
     return dict(collections.ChainMap(*world.gather(numbers))) if world.pp > 1 else numbers
 

@@ -167,7 +167,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
             if p.grad is not None:
                 stacks.setdefault((p.shape, getattr(p, "placements", None)), []).append(p)
         for (shape, _), params in stacks.items():
-            n = max(1, STACK // shape.numel()) * (self.world.size if self.world else 1)
+            n = max(1, STACK // shape.numel()) * (self.world.ranks_of_stage if self.world else 1)
             for i in range(0, len(params), n):
                 self._muon_step(params[i : i + n], group)
 

@@ -81,9 +81,9 @@ class ParallelConfig(Config):
         One is fastest; but DDP sends gradients while backward computes only after a segment has ended, and FSDP, tensor
         parallelism and full activation checkpointing act between two blocks.
         """
-        if self.is_sharded(size) or self.pp > 1 or self.activation_checkpointing == "full":
+        if self.is_sharded(size) or self.activation_checkpointing == "full":
             return n_layer
-        return min(DDP_SEGMENTS, n_layer) if size > 1 else 1
+        return min(DDP_SEGMENTS, n_layer) if size > self.pp else 1
 
     def captures(self, world):
         """Whether CUDA graphs launch the micro-steps.
@@ -109,10 +109,11 @@ class ParallelConfig(Config):
     def keeps_copies(self, world):
         """Whether the blocks' matrices have bf16 copies for a step.
 
-        On a CPU they gain nothing (torch 2.13), but in a pipeline each micro-step ahead would keep casts of its own.
+        A process alone on a GPU keeps them. So does a pipeline's stage of one process, where each micro-step ahead would
+        save casts of its own. Elsewhere on a CPU they gain nothing (torch 2.13).
         """
-        ahead = self.pp > 1 and not self.is_sharded(world.size) and self.activation_checkpointing == "none"
-        return world.precision == "bf16" and (ahead or self._on_one_gpu(world))
+        is_lone_stage = self.pp > 1 and not self.is_sharded(world.size) and self.activation_checkpointing == "none"
+        return world.precision == "bf16" and (is_lone_stage or self._on_one_gpu(world))
 
     def _on_one_gpu(self, world):
         """Whether one process trains on CUDA without activation checkpointing."""

@@ -70,9 +70,14 @@ class Setup:
         return self.ranks == 1 and not self.on_cpu and self.checkpointing == "none"
 
     @property
+    def is_sharded(self):
+        """Whether weights are shards; not where a stage of a pipeline is one process."""
+        return self.ranks > self.pp and (self.strategy == "fsdp" or self.tp > 1 or self.pp > 1)
+
+    @property
     def launched(self):
         """How kernels are launched: eager, or compiled, as blocks one by one or as segments of several."""
-        by_blocks = self.strategy == "fsdp" or self.tp > 1 or self.pp > 1 or self.checkpointing == "full"
+        by_blocks = self.is_sharded or self.strategy == "fsdp" or self.checkpointing == "full"
         return "eager" if not self.compiled else "blocks" if by_blocks else "segments"
 
     @property

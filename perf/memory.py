@@ -33,7 +33,7 @@ def memory_of_stage(cfg, s, stage):
     """The same of a rank of one stage."""
     d, V, tokens, n_layer = cfg.n_embd, cfg.padded_vocab_size / s.tp, cfg.passes * s.tokens, stages(cfg, s)[stage]
     is_last, in_flight = stage == s.pp - 1, min(s.micro_steps, s.pp - stage)  # micro-steps ahead of backward, and it
-    one_block, is_sharded = block_params(cfg, s.tp), s.ranks > s.pp and (s.strategy == "fsdp" or s.tp > 1 or s.pp > 1)
+    one_block, is_sharded = block_params(cfg, s.tp), s.is_sharded
     blocks, n = n_layer * one_block, n_layer * one_block + params_outside(cfg, s, stage)
     weights, copies, sent = s.weight_bytes * n / s.shards, 0, 0
     if is_sharded:  # gathered: this block and the next, or all of them, and the layers outside the blocks
@@ -42,8 +42,8 @@ def memory_of_stage(cfg, s, stage):
         sent = (s.width + 2 * s.gradient_bytes) * one_block  # gradients before and after reduction, two blocks' at once
     elif s.width < s.weight_bytes:
         copies = 2 * n_layer * block_weights(cfg)
-    ahead = s.pp > 1 and not is_sharded and s.checkpointing == "none"
-    copies_kept = copies if (ahead or s.on_one_gpu) and s.precision == "bf16" else 0
+    is_lone_stage = s.pp > 1 and not is_sharded and s.checkpointing == "none"
+    copies_kept = copies if (is_lone_stage or s.on_one_gpu) and s.precision == "bf16" else 0
     copies_later = copies if is_sharded or s.checkpointing == "none" else copies / n_layer
     error_feedback = 4 * n if s.grad_compression == "powersgd" else 0  # PowerSGD keeps what it has not sent
     gradients = s.gradient_bytes * n / (s.shards if is_sharded and s.accumulate == "sharded" else 1)

@@ -71,6 +71,23 @@ def real_meshes():
 
 
 @contextlib.contextmanager
+def plain_parameters():
+    """Lets modules without DTensors leave the meta device: torch would swap fake tensors, which it refuses."""
+    to_empty = torch.nn.Module.to_empty
+
+    def on_paper(model, *, device):
+        if any(hasattr(p, "placements") for p in model.parameters()):
+            return to_empty(model, device=device)
+        made = {p: torch.nn.Parameter(torch.empty_like(p, device=device)) for p in model.parameters()}
+        for module in model.modules():
+            module._parameters |= {name: made[p] for name, p in module._parameters.items() if p is not None}
+        return model
+
+    with mock.patch.object(torch.nn.Module, "to_empty", on_paper):
+        yield
+
+
+@contextlib.contextmanager
 def paper_world(cfg, n_ranks):
     """The World of rank 0 among so many that are not there. cfg: a script's settings."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -95,7 +112,10 @@ def simulated(cfg, n_ranks, build, train_step):
     from torch.utils.flop_counter import FlopCounterMode
 
     data = cfg.data
-    with paper_world(cfg, n_ranks) as world, real_meshes(), FakeTensorMode(allow_non_fake_inputs=True):
+    on_paper = real_meshes(), plain_parameters(), FakeTensorMode(allow_non_fake_inputs=True)
+    with paper_world(cfg, n_ranks) as world, contextlib.ExitStack() as stack:
+        for each in on_paper:
+            stack.enter_context(each)
         model, optimizer, scaler = build(cfg, world, seed=0)
         shape = data.micro_batch_size, data.seq_len // world.cp
         n = data.batch_tokens // (data.micro_batch_size * data.seq_len * world.data_ranks)

@@ -477,7 +477,7 @@ def test_steps_take_the_predicted_time(monkeypatch):
     torch.set_num_threads(n_threads)
     for p in PRESETS:
         print(f"{p}: predicted {min(predicted[p]):.3f} s, measured {min(measured[p]):.3f} s, {len(measured[p])} rounds")
-    if off() and max(max(measured[p]) / min(measured[p]) for p in off()) > 1.25:
+    if off() and min(sorted(measured[p])[-2] / min(measured[p]) for p in off()) > 1.25:
         pytest.skip("this machine is busy: the same steps take different times")
     assert not off()
 

@@ -354,7 +354,8 @@ def test_a_step_takes_the_longer_of_launching_and_computing():
 def test_blocks_are_launched_one_by_one_where_layouts_or_checkpointing_need_them():
     setup = cost.Setup(8, 1, compiled=True)
     assert setup.launched == replace(setup, checkpointing="selective", replicas=8).launched == "segments"
-    for change in ({"strategy": "fsdp"}, {"tp": 2}, {"checkpointing": "full"}):
+    assert replace(setup, pp=2).launched == "segments"
+    for change in ({"strategy": "fsdp"}, {"tp": 2}, {"pp": 2, "replicas": 2}, {"checkpointing": "full"}):
         assert replace(setup, **change).launched == "blocks"
     assert replace(setup, compiled=False).launched == "eager"
 

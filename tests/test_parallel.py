@@ -469,6 +469,7 @@ def test_compiled_segments_give_the_same_loss_and_gradients(n_segments, n_graphs
 
 @pytest.mark.parametrize("settings, size, graphs", [
     ({}, 1, 1), ({}, 8, 4), ({"strategy": "fsdp"}, 8, 12), ({"tp": 2}, 8, 12), ({"strategy": "fsdp"}, 1, 1),
+    ({"pp": 2}, 2, 1), ({"pp": 2}, 4, 12),
     ({"activation_checkpointing": "full"}, 1, 12), ({"activation_checkpointing": "selective"}, 1, 1),
 ])  # fmt: skip
 def test_blocks_are_compiled_as_one_graph_where_nothing_happens_between_them(settings, size, graphs):

@@ -3,9 +3,9 @@
 import collections
 import functools
 import itertools
+import os
 import statistics
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -203,7 +203,6 @@ def sleeping_forward(self, x, *args, forward=Block.forward):
 
 def seconds_of_steps(changes, micro_steps, n_steps=5, **layout):
     """The least seconds of a step with one thread a rank. changes: settings of the model."""
-    torch.set_num_threads(1)
     with a_model("gpt", changes=changes, **layout) as (world, model, optimizer):
         ids = torch.randint(37, (2, micro_steps, 2, model.cfg.block_size), generator=torch.Generator().manual_seed(0))
         times = []
@@ -214,6 +213,12 @@ def seconds_of_steps(changes, micro_steps, n_steps=5, **layout):
             train_step(model, optimizer, scaler, [*zip(*ids)], step_settings(1.0), world)
             times.append(time.perf_counter() - start)
         return min(times[1:])
+
+
+def seconds_alone(*args):
+    """The same in a process without the others."""
+    with mock.patch.dict(os.environ, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1"):
+        return seconds_of_steps(*args)
 
 
 def seconds_of_sleepy_steps(*args, **layout):
@@ -239,25 +244,22 @@ def test_a_pipelines_step_takes_as_long_as_the_planner_says(pp):
 @pytest.mark.slow
 @pytest.mark.alone
 def test_a_pipelines_step_takes_a_half_of_one_process_and_the_bubble():
-    """Within a fifth, on two cores, in the quietest of a few rounds. Two processes compute alone as two stages do."""
+    """Within a fifth, on two cores, as the least of a few rounds. Two processes compute alone, as two stages do."""
     changes, micro_steps = {"n_layer": 8, "n_embd": 320, "n_inner": 1280, "block_size": 256}, 6
-    cfg, ratios = replace(GPT, **changes), []
+    cfg, alone, staged = replace(GPT, **changes), [], []
     s = cost.Setup(cfg.block_size, 2, micro_steps, pp=2, on_cpu=True, precision="fp32")
     share = 6 * cost.head_weights(cfg, cfg.block_size, 1.0) / cost.flops_per_token(cfg, cfg.block_size)
-    case = functools.partial(seconds_of_steps, changes, micro_steps)
+    args = changes, micro_steps
     for _ in range(5):
-        with ThreadPoolExecutor(2) as pool:
-            alone = [found for [[found]] in pool.map(lambda _: on_ranks(1, (case,)), range(2))]
-        [by_rank] = on_ranks(2, (functools.partial(case, pp=2),))
-        compute = statistics.mean(alone) / micro_steps
-        predicted = micro_steps * compute / 2 + bubble_seconds(cfg, s, compute, share * compute)
-        ratios.append(max(by_rank) / predicted)
-        print(
-            f"\npredicted {predicted:.3f} s, measured {max(by_rank):.3f} s, one process {statistics.mean(alone):.3f} s"
-        )
-        if abs(ratios[-1] - 1) < 0.2:
+        of_one, of_two = on_ranks(2, (seconds_alone, *args), (functools.partial(seconds_of_steps, pp=2), *args))
+        alone.append(statistics.mean(of_one))
+        staged.append(max(of_two))
+        compute = min(alone) / micro_steps
+        predicted = min(alone) / 2 + bubble_seconds(cfg, s, compute, share * compute)
+        print(f"\npredicted {predicted:.3f} s, measured {min(staged):.3f} s, one process {min(alone):.3f} s")
+        if len(staged) > 1 and min(staged) == pytest.approx(predicted, rel=0.2):
             return
-    pytest.fail(f"measured by predicted in each round: {ratios}")
+    pytest.fail(f"predicted {predicted} s; measured {staged}")
 
 
 @pytest.mark.parametrize(("name", "layout", "said"), [

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import optim
 import parallel
-from checkpoint import CheckpointConfig, CheckpointWriter, _tensors, load_checkpoint
+from checkpoint import FILE_BYTES, CheckpointConfig, CheckpointWriter, _tensors, file_numbers, load_checkpoint
 from config import UserError
 from conftest import slow
 from context import Context
@@ -404,6 +404,23 @@ def test_in_bf16_sharding_changes_rounding_alone(layout, ranks):
     assert found[2][0] == pytest.approx(wanted[2][0], rel=1e-3) and found[2][1] == pytest.approx(wanted[2][1], rel=2e-2)
 
 
+def test_a_stage_of_one_process_trains_in_bf16_as_one_process_does(ranks):
+    """Copies of the weights, cast once a step and used by several micro-steps ahead, change no rounding."""
+    wanted = trained("gpt", precision="bf16", micro_steps=3)[1]
+    assert ranks["bf16", "pp"][0][1] == [pytest.approx(figures, rel=1e-6) for figures in wanted]
+
+
+def files_of_a_stage():
+    """Numbers of the files that a checkpoint of eight tensors a stage has, each a quarter of a file."""
+    with init_world(WorldConfig(device="cpu"), ParallelConfig(pp=2)) as world:
+        quarter = torch.empty(FILE_BYTES // 4, dtype=torch.int8, device="meta")
+        return file_numbers({f"{world.stage}.{i}": quarter for i in range(8)}, world)
+
+
+def test_files_of_a_pipelines_checkpoint_are_no_larger_than_one_processs(ranks):
+    assert collections.Counter(ranks["files", "pp"][0].values()) == {1: 8, 2: 8}  # of two ranks, each with its own
+
+
 TERMS = {"label_smoothing": 0.1, "z_loss": 0.01}
 TERMS_IN = [("gpt", "bf16"), ("bert", "fp32")]
 
@@ -530,6 +547,7 @@ def ranks(tmp_path_factory, round_folder):
     quick |= {("held", layout): (held, layout) for layout in ("ddp", "fsdp", "hsdp")}
     quick["shared"] = shared, str(tmp_path_factory.mktemp("out"))
     by_two |= {("dropped", kind): (dropped, kind) for kind in ("none", "full")}
+    by_two |= {("bf16", "pp"): (in_bf16, "pp"), ("files", "pp"): (files_of_a_stage,)}
     by_two |= {("orthogonalised", "tp"): (orthogonalised, "tp")}
     by_two |= {("terms", *kind): (with_terms, *kind, "tp") for kind in TERMS_IN}
     slow |= {("orthogonalised", layout): (orthogonalised, layout) for layout in ("ddp tp", "fsdp tp")}
@@ -547,7 +565,7 @@ def logits_of_a_layout(name):
 
 
 def in_bf16(layout):
-    return trained("gpt", precision="bf16", **LAYOUTS[layout])
+    return trained("gpt", precision="bf16", micro_steps=3 if layout == "pp" else 1, **(LAYOUTS | SPLIT)[layout])
 
 
 # ---- checkpoints

@@ -73,7 +73,7 @@ CASES = list(itertools.product(["gpt", "modern"], LAYOUTS, SIZES))
 CASES += [("bert", layout, "wide") for layout in ("fsdp", "fsdp tp", "pp tp", "cp fsdp", "cp tp")]
 
 
-@pytest.mark.parametrize("case", [("gpt", "pp fsdp", "wide"), *slow(*CASES)], ids=str)
+@pytest.mark.parametrize("case", [("gpt", "pp", "wide"), ("gpt", "pp fsdp", "wide"), *slow(*CASES)], ids=str)
 def test_formulas_are_exact_to_the_byte_where_they_claim_to_be(case):
     name, layout, size = case
     cfg, setup = settings_of(name, *LAYOUTS[layout], size)
