@@ -62,8 +62,8 @@ def keep_copies(model):
     """Gives the blocks' matrices copies in bf16, which refresh_copies casts once a step.
 
     Autocast would cast at each micro-step, and save the same copies for backward; in a pipeline each micro-step ahead
-    would save its own. The copies' gradients are added to
-    the weights' as soon as they are there. FSDP has such copies of its own; DDP's buckets do not allow them.
+    would save its own. The copies' gradients are added to the weights' as soon as they are there. FSDP has such copies
+    of its own; DDP's buckets do not allow them.
     """
     linears = [m for m in model.blocks.modules() if isinstance(m, Linear) and m.weight.requires_grad]
     for linear in linears:

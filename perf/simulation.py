@@ -112,10 +112,8 @@ def simulated(cfg, n_ranks, build, train_step):
     from torch.utils.flop_counter import FlopCounterMode
 
     data = cfg.data
-    on_paper = real_meshes(), plain_parameters(), FakeTensorMode(allow_non_fake_inputs=True)
-    with paper_world(cfg, n_ranks) as world, contextlib.ExitStack() as stack:
-        for each in on_paper:
-            stack.enter_context(each)
+    on_paper = FakeTensorMode(allow_non_fake_inputs=True)
+    with paper_world(cfg, n_ranks) as world, real_meshes(), plain_parameters(), on_paper:
         model, optimizer, scaler = build(cfg, world, seed=0)
         shape = data.micro_batch_size, data.seq_len // world.cp
         n = data.batch_tokens // (data.micro_batch_size * data.seq_len * world.data_ranks)

@@ -86,7 +86,7 @@ def test_ranks_that_share_layers_share_their_tokens_too(args, data_ranks, tmp_pa
     args += ["--n_head=2", "--seq_len=8", "--batch_tokens=48", "--picture=true"]
     [by_rank] = on_ranks(2, (benched_on_ranks, str(tmp_path), args))
     ids, measured = zip(*by_rank)
-    assert torch.equal(*ids) == (data_ranks == 1) and measured == (1, 1)  # what all ranks time together
+    assert torch.equal(*ids) == (data_ranks == 1) and measured == (1, 1)  # all ranks time matmuls together
     f = json.loads((tmp_path / "b.json").read_text())
     assert (f["ranks"], f["data_ranks"], f["micro_steps"]) == (2, data_ranks, 2 // data_ranks)
     assert f["tokens_per_s"] * f["step_ms"] / 1e3 == pytest.approx(48)
